@@ -1,0 +1,75 @@
+# Needs Python 3.10+ (constraints.txt is for 3.11 and newer) and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= out
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off
+# One process by default: the imports of a second cost what it gains. On a machine with many cores: ARGS="-n auto".
+ARGS   ?=
+PYTEST := $(BIN)/python -m pytest $(ARGS)
+SHADOW := build/shadow
+STUBS  := build/stubs
+VIDEOS := edgetube/demo/videos
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-all test-gpu lint shadow bench wheel clean
+
+help: ## this text
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/demo.stamp ## export the built-in model for every runtime that is here, watch four clips, compare with PyTorch
+	$(BIN)/edgetube targets
+	$(BIN)/edgetube export --target all --out $(OUT)
+	$(BIN)/edgetube run $(OUT)/demo.onnx-fp32 "$(VIDEOS)/*.mp4"
+	$(BIN)/edgetube parity $(OUT)/demo.*
+	$(BIN)/edgetube inspect $(OUT)/demo.onnx-fp32 --plot $(OUT)/tubes.png
+
+test: lint ## checks, then the tests that are quick
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: $(VENV)/dev.stamp ## the tests that take longer
+	$(PYTEST) -m "slow and not gpu"
+
+test-all: test test-slow ## both
+
+test-gpu: $(VENV)/dev.stamp ## the tests that need an NVIDIA GPU; without one each says why it was skipped
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/dev.stamp shadow $(STUBS)/stamp ## format, style, types, and who imports whom
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	cd $(SHADOW) && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache"
+	cd $(SHADOW) && "$(abspath $(BIN))/lint-imports" --config "$(CURDIR)/.importlinter" --no-logo --cache-dir "$(CURDIR)/.import_linter_cache"
+
+# The modules of the wheel where they are installed, export/ inside edgetube/ and so on: neither mypy nor import-linter
+# can be told of such a mapping.
+shadow: $(VENV)/dev.stamp
+	@rm -rf $(SHADOW)
+	@$(BIN)/python setup.py --quiet build_py --build-lib $(SHADOW)
+
+# TensorRT's types, without TensorRT. As published they hold a Python keyword as a parameter and a default before none.
+$(STUBS)/stamp: $(VENV)/dev.stamp
+	@$(PIP) --no-deps --upgrade --target $(STUBS) tensorrt-stubs==10.13.0.35.1
+	@sed -i.bak -E 's/([( ])in: list/\1in_: list/; s/(power: Weights = None, channel_axis: int)\)/\1 = ...)/' \
+		$(STUBS)/tensorrt_bindings/tensorrt.pyi
+	@touch $@
+
+bench: $(VENV)/dev.stamp ## the timings of docs/benchmarks.md; wants a quiet machine
+	$(BIN)/python bench/tokenizer.py
+	$(BIN)/python bench/static_vs_conv3d.py
+
+wheel: $(VENV)/dev.stamp ## sdist and wheel in dist/
+	rm -rf dist build/lib
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+clean: ## remove all that make made
+	rm -rf $(VENV) build dist $(OUT) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/demo.stamp: EXTRAS = export,plot
+$(VENV)/dev.stamp: EXTRAS = dev
+$(VENV)/%.stamp: pyproject.toml setup.py constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing edgetube[$(EXTRAS)] in $(VENV)"
+	@$(PIP) --editable ".[$(EXTRAS)]" --constraint constraints.txt
+	@touch $@

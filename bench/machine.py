@@ -1,0 +1,40 @@
+"""What a measurement was made on: it stands beside every number."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+
+
+def describe() -> str:
+    """Processor, cores, system, and installed versions; one line."""
+    installed = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; {installed}"
+
+
+def processor() -> str:
+    """The processor's name and its vector extensions that decide speed, as the system tells them."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+    found = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = found.get("flags", found.get("Features", "")).split()
+    extensions = [f for f in ("amx_int8", "avx512_vnni", "avx512_bf16", "avx_vnni", "avx2", "asimddp") if f in flags]
+    return f"{found.get('model name', platform.machine())} ({' '.join(extensions)})"
+
+
+def versions() -> dict[str, str]:
+    """Versions of edgetube, of Python, and of every package that edgetube's extras name and that is installed."""
+    wanted = [r for r in metadata.requires("edgetube") or [] if "dev" not in r]
+    names = sorted({re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in wanted} - {"edgetube"})
+    found = {"edgetube": metadata.version("edgetube"), "python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

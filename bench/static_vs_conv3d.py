@@ -1,0 +1,106 @@
+"""What the static rewrite brings over the model as it was trained, on this machine.
+
+    python bench/static_vs_conv3d.py [--checkpoint random:tubevit-b] [--json docs/benchmarks.json]
+
+1. The cost of `edgetube export --target onnx-fp32` as a user pays it: seconds and peak memory of a fresh process,
+   lowerings proven and timed, artifact proven on 16 clips.
+2. Latency of one clip, contestants in turns in one process: PyTorch eager, ONNX Runtime on the naive export (the
+   reference model itself, its Conv3d included, fed with the same uint8 frames), ONNX Runtime on edgetube's bundle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from edgetube import Runtime, demo
+from edgetube import bundle as bundles
+from edgetube.bench.latency import interleave
+from edgetube.bench.machine import describe
+from edgetube.model import checkpoints
+from edgetube.model.checkpoints import Checkpoint
+from edgetube.runtimes.torch import Reference, normalise
+
+
+class Naive(torch.nn.Module):
+    """The reference behind the same uint8 input, as one would export it by hand."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.model, self.contract = checkpoint.model, checkpoint.contract
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        return self.model(normalise(frames, self.contract))
+
+
+def export(source: str, out: Path) -> dict[str, Any]:
+    """Run the export as a user does; wall seconds and peak memory of that process."""
+    command = [sys.executable, "-c", "from edgetube.cli import main; main()", "export", "--target", "onnx-fp32"]
+    start = time.perf_counter()
+    subprocess.run([*command, "--checkpoint", source, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - start
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return {"seconds": seconds, "peak_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9}
+
+
+def naive_session(checkpoint: Checkpoint, frames: np.ndarray, folder: Path) -> ort.InferenceSession:
+    """ONNX Runtime on `torch.onnx.export` of the reference, defaults throughout."""
+    path = folder / "naive.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Naive(checkpoint), (torch.from_numpy(frames),), path, dynamo=True, verbose=False)
+    return ort.InferenceSession(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="random:tubevit-b")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of timing, per contestant")
+    parser.add_argument("--json", type=Path, help="write the numbers there, too")
+    args = parser.parse_args()
+    checkpoint = checkpoints.load(args.checkpoint)
+    frames = demo.golden(checkpoint.contract).frames[None]
+    with tempfile.TemporaryDirectory() as folder:
+        cost = export(args.checkpoint, Path(folder))
+        bundle = bundles.load(Path(folder) / f"{checkpoint.name}.onnx-fp32")
+        session = naive_session(checkpoint, frames, Path(folder))
+        reference = Reference(checkpoint.model, checkpoint.contract)
+        with Runtime(bundle) as rt:
+            calls = {
+                "PyTorch eager": partial(reference, frames),
+                "ONNX Runtime, naive export (Conv3d)": partial(
+                    session.run, None, {session.get_inputs()[0].name: frames}
+                ),
+                "ONNX Runtime, edgetube onnx-fp32": partial(rt, frames),
+            }
+            timings = interleave(calls, seconds=args.seconds)
+    eager = timings["PyTorch eager"].p50_ms
+    print(f"{checkpoint.name}, clip {checkpoint.contract.shape}, batch 1; {describe()}")
+    print(
+        f"export: {cost['seconds']:.0f} s, {cost['peak_gb']:.1f} GB peak; lowering {bundle.build['lowering']['chosen']}"
+    )
+    print("\n| contestant | p50 ms | p10 - p90 | against eager |\n|---|---|---|---|")
+    for name, t in timings.items():
+        print(f"| {name} | {t.p50_ms:.0f} | {t.p10_ms:.0f} - {t.p90_ms:.0f} | {eager / t.p50_ms:.2f}x |")
+    if args.json:
+        rows = {name: timing.to_json() for name, timing in timings.items()}
+        document = {"checkpoint": checkpoint.name, "machine": describe(), "export": cost, "latency": rows}
+        args.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The tokenizer alone, from uint8 frames to embedded tokens: every lowering against the Conv3d that it replaces.
+
+    python bench/tokenizer.py [--checkpoint random:tubevit-b] [--threads 2] [--json FILE]
+
+The contestants take turns in blocks of calls. The first calls of a block are not counted: the threads of the
+runtime that ran before spin on the cores for a while after its last call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+
+from edgetube import demo
+from edgetube.bench.machine import describe
+from edgetube.export import graph, static
+from edgetube.model import checkpoints
+from edgetube.model.checkpoints import Checkpoint
+from edgetube.runtimes.torch import normalise
+
+NAIVE = "Conv3d"
+SETTLE = 3
+"""Calls at the start of each block that are not counted."""
+
+Call = Callable[[], np.ndarray]
+
+
+class Naive(nn.Module):
+    """What the lowerings replace: cast, normalise, transpose, one Conv3d per tube, positions added."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.tubes, self.contract = checkpoint.model.tubes, checkpoint.contract
+        self.register_buffer("positions", checkpoint.model.positions)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        tokens: Tensor = self.tubes(normalise(frames, self.contract)) + self.positions
+        return tokens
+
+
+def contestants(checkpoint: Checkpoint, frames: np.ndarray, threads: int, folder: Path) -> dict[tuple[str, str], Call]:
+    """(runtime, lowering) -> a call that tokenizes `frames` (1, T, H, W, 3)."""
+    modules: dict[str, nn.Module] = {NAIVE: Naive(checkpoint).eval()}
+    for lowering in static.LOWERINGS:
+        modules[lowering] = static.StaticTokenizer(checkpoint.model, checkpoint.contract, lowering).eval()
+    calls: dict[tuple[str, str], Call] = {}
+    for name, module in modules.items():
+        path = folder / f"{name}.onnx"
+        if isinstance(module, static.StaticTokenizer):
+            graph.save(graph.trace(module, checkpoint.spec, checkpoint.contract).model, path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.onnx.export(module, (torch.from_numpy(frames),), path, dynamo=True, verbose=False)
+        calls["ONNX Runtime", name] = in_onnxruntime(path, frames, threads)
+        if find_spec("openvino"):
+            calls["OpenVINO", name] = in_openvino(path, frames, threads)
+        calls["PyTorch eager", name] = partial(in_torch, module, frames)
+    return calls
+
+
+def in_onnxruntime(path: Path, frames: np.ndarray, threads: int) -> Call:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: frames}
+    return lambda: np.asarray(session.run(None, feed)[0])
+
+
+def in_openvino(path: Path, frames: np.ndarray, threads: int) -> Call:
+    openvino = import_module("openvino")
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+    return lambda: np.asarray(request.infer([frames])[0])
+
+
+def in_torch(module: nn.Module, frames: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return np.asarray(module(torch.from_numpy(frames)).numpy())
+
+
+def measure(calls: dict[tuple[str, str], Call], seconds: float, block: int) -> dict[tuple[str, str], list[float]]:
+    """Milliseconds of every counted call."""
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for key, call in calls.items():
+            for turn in range(SETTLE + block):
+                start = time.perf_counter()
+                call()
+                if turn >= SETTLE:
+                    taken[key].append((time.perf_counter() - start) * 1e3)
+    return taken
+
+
+def rows(calls: dict[tuple[str, str], Call], taken: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
+    """One row per contestant: milliseconds, speed against Conv3d in the same runtime, error against PyTorch's."""
+    expected = calls["PyTorch eager", NAIVE]()
+    table = []
+    for runtime, lowering in sorted(calls):
+        p10, p50, p90 = np.percentile(taken[runtime, lowering], [10, 50, 90])
+        error = float(np.abs(calls[runtime, lowering]() - expected).max())
+        table.append(
+            {
+                "runtime": runtime,
+                "lowering": lowering,
+                "p50_ms": float(p50),
+                "p10_ms": float(p10),
+                "p90_ms": float(p90),
+                "speedup": float(np.median(taken[runtime, NAIVE]) / p50),
+                "max_abs_error": error,
+                "runs": len(taken[runtime, lowering]),
+            }
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="random:tubevit-b")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of timing, all contestants together")
+    parser.add_argument("--block", type=int, default=10, help="counted calls before the next contestant's turn")
+    parser.add_argument("--json", type=Path, help="write the numbers there, too")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    checkpoint = checkpoints.load(args.checkpoint)
+    frames = demo.golden(checkpoint.contract).frames[None]
+    with tempfile.TemporaryDirectory() as folder:
+        calls = contestants(checkpoint, frames, args.threads, Path(folder))
+        table = rows(calls, measure(calls, args.seconds, args.block))
+    print(f"tokenizer of {checkpoint.name}, clip {checkpoint.contract.shape} uint8, batch 1, {args.threads} threads")
+    print(describe())
+    print("\n| runtime | tokenizer | p50 ms | p10 - p90 | against Conv3d | max abs error |\n|---|---|---|---|---|---|")
+    for row in table:
+        print(
+            f"| {row['runtime']} | {row['lowering']} | {row['p50_ms']:.1f} | {row['p10_ms']:.1f} - {row['p90_ms']:.1f} "
+            f"| {row['speedup']:.1f}x | {row['max_abs_error']:.0e} |"
+        )
+    if args.json:
+        document = {"checkpoint": checkpoint.name, "threads": args.threads, "machine": describe(), "tokenizers": table}
+        args.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

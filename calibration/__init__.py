@@ -1,0 +1,146 @@
+"""Calibration: from a float graph and clips to a graph that integers can compute, and a table that says how.
+
+`calibrate` is the one entrance. It reaches a runtime through the function that it is given and imports none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from edgetube.calibration import graphs, search
+from edgetube.calibration.cache import Cache
+from edgetube.calibration.clips import Clips
+from edgetube.calibration.graphs import Array, Open
+from edgetube.calibration.search import Found, Judge
+from edgetube.calibration.table import Activations, CalibrationTable, LinearPlan, digits
+from edgetube.calibration.walk import State, Walk
+from edgetube.progress import Progress, silent
+
+__all__ = ["Calibrated", "calibrate"]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibrated graph.
+
+    Attributes:
+        values: the initializers that calibration changed, folded and bias-corrected, by name.
+        table: for the graph with those values.
+        judge: the clips that accuracy was judged on, and the float graph's answers to them.
+        report: what was found, plain JSON, for the manifest.
+    """
+
+    values: Mapping[str, Array]
+    table: CalibrationTable
+    judge: Judge
+    report: Mapping[str, Any]
+
+
+def calibrate(
+    model: onnx.ModelProto,
+    statistics: Clips,
+    judged: Clips,
+    open_graph: Open,
+    *,
+    activations: Activations,
+    workspace: Path,
+    max_drop: float | None = None,
+    cache: Path | None = None,
+    versions: Mapping[str, str] | None = None,
+    progress: Progress = silent,
+) -> Calibrated:
+    """Calibrate a canonical graph.
+
+    Args:
+        model: float32 graph with batch 1, frames uint8 (1, T, H, W, 3) -> logits.
+        statistics: clips that ranges, equalisations and biases come from.
+        judged: clips that the accuracy budget is held against.
+        open_graph: opens any graph for running.
+        activations: the scheme of the runtime that the table is for.
+        workspace: folder for what does not stay in memory.
+        max_drop: points of top-1 (or of agreement, without labels) that may be lost; None for the default.
+        cache: folder of an earlier calibration, finished or not; used only if made from exactly the same things.
+        versions: of the tools, for the table and the cache.
+
+    Raises:
+        ParityError: the budget cannot be met.
+        InputError: the clips make the model give NaN.
+    """
+    reference = search.answers(model, judged, open_graph, "float answers", progress)
+    judge = Judge(judged, reference, max_drop)
+    kept = Cache(cache or workspace / "cache", _key(model, statistics, judge, activations, versions or {}))
+    if (finished := kept.result()) is not None:
+        values, table, report = finished
+        return Calibrated(values, table, judge, {**report, "notes": list(statistics.notes), "cached": True})
+    walk = Walk(model, statistics, open_graph, activations, workspace, progress)
+    state = kept.state()
+    walk.choose(state, lambda: kept.save_state(state))
+    found = search.search(walk, state, judge)
+    values = {**state.values, **state.biases}
+    report = _report(walk, state, found) | {"notes": [*statistics.notes, *([kept.note] if kept.note else [])]}
+    table = CalibrationTable(
+        model=graphs.digest(graphs.replaced(model, values)),
+        clips={"name": statistics.name, "count": len(statistics), "sha256": statistics.sha256},
+        activations=activations,
+        ranges={
+            linear.activation: state.choices[linear.name].range
+            for linear in walk.linears
+            if linear.name in found.quantised
+        },
+        linears=tuple(_plan(linear, state, found) for linear in walk.linears),
+        versions=dict(versions or {}),
+    )
+    kept.save_result(values, table, report)
+    return Calibrated(values, table, judge, report)
+
+
+def _key(
+    model: onnx.ModelProto, clips: Clips, judge: Judge, activations: Activations, versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a calibration depends on; the names are those that a person is told when one differs."""
+    return {
+        "the model": graphs.digest(model),
+        "the clips or their preprocessing": clips.sha256,
+        "the scheme": activations,
+        "the tools": dict(sorted(versions.items())),
+        "judged clips": judge.clips.sha256,
+        "max_drop": judge.max_drop,
+    }
+
+
+def _plan(linear: graphs.Linear, state: State, found: Found) -> LinearPlan:
+    choice = state.choices[linear.name]
+    if linear.name not in found.quantised:
+        return LinearPlan(
+            linear.name, linear.activation, linear.weight, (), "float", found.reasons.get(linear.name, "")
+        )
+    reason = f"{choice.equalisation}; {choice.range.method}; output error {choice.error:.1e}"
+    scales = tuple(digits(scale) for scale in choice.scales)
+    return LinearPlan(linear.name, linear.activation, linear.weight, scales, "int8", reason)
+
+
+def _report(walk: Walk, state: State, found: Found) -> dict[str, Any]:
+    work = graphs.macs(walk.model)
+    return {
+        "activations": walk.activations,
+        "clips": {"name": walk.clips.name, "count": len(walk.clips), "sha256": walk.clips.sha256},
+        "judged": found.verdict.to_json(),
+        "macs_share": sum(work[name] for name in found.quantised) / sum(work.values()),
+        "linears": {
+            name: {
+                "precision": "int8" if name in found.quantised else "float",
+                "equalisation": choice.equalisation,
+                "observer": choice.range.method,
+                "error": choice.error,
+                "plain_error": choice.plain_error,
+            }
+            for name, choice in state.choices.items()
+        },
+        "fallbacks": dict(sorted(found.reasons.items())),
+        "ranking": dict(sorted(found.ranking.items(), key=lambda item: -item[1])),
+    }

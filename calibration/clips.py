@@ -1,0 +1,97 @@
+"""The clips of a calibration: read once through the one preprocessing, kept on disk, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetube.datasets import ClipSet
+from edgetube.errors import InputError
+from edgetube.progress import Progress, silent, track
+from edgetube.spec import InputContract
+from edgetube.video import Frames
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Clips ready for a graph, in the order of their names.
+
+    Attributes:
+        name: of the set that they were drawn from.
+        frames: (N, T, H, W, 3) uint8; a file mapped into memory, so that N does not matter.
+        labels: (N,) index of the true class, -1 where it is unknown.
+        names: of the clips.
+        sha256: of pixels, labels and the input contract.
+        notes: what a person should know about them, in words.
+    """
+
+    name: str
+    frames: Frames
+    labels: npt.NDArray[np.int64]
+    names: tuple[str, ...]
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def collect(
+    source: ClipSet,
+    contract: InputContract,
+    labels: tuple[str, ...],
+    workspace: Path,
+    *,
+    stage: str = "read clips",
+    progress: Progress = silent,
+) -> Clips:
+    """Read every clip of a set.
+
+    Args:
+        labels: class names of the model.
+        workspace: folder for the frames, which take T * H * W * 3 bytes a clip.
+
+    Raises:
+        InputError: no clips, a label that the model does not know, or clips without any content.
+    """
+    items = sorted(source.known(labels).items, key=lambda item: item.name)
+    if not items:
+        raise InputError("there are no clips to calibrate on; INT8 needs real ones: give --calib a folder of videos")
+    if len({item.name for item in items}) < len(items):
+        raise InputError(f"{source.name} names a clip twice; names must be unique")
+    frames = spool(workspace, (len(items), *contract.shape), np.uint8)
+    seen = hashlib.sha256(json.dumps(contract.to_json(), sort_keys=True).encode())
+    flat, truth = [], []
+    for index, item in enumerate(track(items, stage, len(items), progress)):
+        clip = item.read(contract)
+        frames[index] = clip.frames
+        truth.append(-1 if clip.label is None else labels.index(clip.label))
+        seen.update(f"{item.name}:{clip.label}".encode())
+        seen.update(np.ascontiguousarray(clip.frames).tobytes())
+        if int(clip.frames.min()) == int(clip.frames.max()):
+            flat.append(item.name)
+    names = tuple(item.name for item in items)
+    return Clips(source.name, frames, np.array(truth), names, seen.hexdigest(), _notes(source.name, names, flat))
+
+
+def _notes(source: str, names: tuple[str, ...], flat: list[str]) -> tuple[str, ...]:
+    if len(flat) == len(names):
+        raise InputError(f"every clip of {source} is one flat colour; nothing can be learned from them: give real ones")
+    notes = []
+    if flat:
+        notes.append(f"{len(flat)} of {len(names)} clips are one flat colour, {flat[0]} among them")
+    if len(names) == 1:
+        notes.append(f"calibrated on one clip, {names[0]}: ranges of other clips are a guess; give 128 or more")
+    return tuple(notes)
+
+
+def spool(folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
+    """An array in a file of its own in `folder`; it goes when the folder goes."""
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".raw", delete=False) as file:
+        return np.memmap(file.name, dtype=dtype, mode="w+", shape=shape)

@@ -1,0 +1,135 @@
+"""Moving the difficulty from activations into weights, where per-channel scales can take it.
+
+A linear reads x; its producer can be changed to give (x - shift) / scale per channel, and the linear to
+W' = scale * W, b' = b + shift W: the same function in floating point, but a tensor that one range fits better.
+SmoothQuant (Xiao et al., 2022) is scale = max|x|^alpha / max|W|^(1 - alpha) without shift; RepQ-ViT (Li et al., 2022)
+scales every channel to the same range and shifts it to its middle. Which one is used is measured, linear by linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetube.calibration.numeric import fake_activations, fake_weights, full_scales, output_error
+from edgetube.calibration.table import Activations, Range
+
+Array = npt.NDArray[np.float32]
+
+ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
+QUANTILES = (0.0, 1e-4, 1e-3)
+"""Shares of the values that the ranges tried with every equalisation clip."""
+
+QUANTILE_VALUES = 100_003
+"""Values that those quantiles are read off, a prime so that no channel is left out."""
+
+GAIN = 0.97
+"""An equalisation must bring the error below this share of the plain one's."""
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Statistics of a tensor's channels over all clips and tokens, (K,) each."""
+
+    low: Array
+    high: Array
+
+    @property
+    def largest(self) -> Array:
+        """max|x| per channel."""
+        return np.maximum(-self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Equalisation:
+    """x' = (x - shift) / scale, per channel.
+
+    Attributes:
+        name: "none", "smooth 0.5", "shift + smooth 0.5", "repq".
+        scale, shift: (K,) float32.
+        error: relative output error with everything quantised, on the sampled rows.
+    """
+
+    name: str
+    scale: Array
+    shift: Array
+    error: float = np.inf
+
+    @property
+    def identity(self) -> bool:
+        return self.name == "none"
+
+    def apply(self, x: Array) -> Array:
+        """The tensor that the linear reads afterwards."""
+        return x if self.identity else ((x - self.shift) / self.scale).astype(np.float32)
+
+    def weight(self, weight: Array) -> Array:
+        """W' of weight (K, N)."""
+        return weight if self.identity else (weight * self.scale[:, None]).astype(np.float32)
+
+    def bias(self, weight: Array, bias: Array) -> Array:
+        """b' of the original weight (K, N) and bias (N,)."""
+        if self.identity:
+            return bias
+        return (bias + self.shift.astype(np.float64) @ weight.astype(np.float64)).astype(np.float32)
+
+
+def candidates(seen: Channels, weight: Array) -> Iterator[Equalisation]:
+    """No equalisation, SmoothQuant at several alphas, the same behind a shift, and RepQ."""
+    zero, one = np.zeros_like(seen.low), np.ones_like(seen.low)
+    yield Equalisation("none", one, zero)
+    columns = np.maximum(np.abs(weight).max(axis=1), np.float32(1e-8))
+    middle = ((seen.low + seen.high) / 2).astype(np.float32)
+    for prefix, shift, largest in (("", zero, seen.largest), ("shift + ", middle, (seen.high - seen.low) / 2)):
+        largest = np.maximum(largest, np.float32(1e-6))
+        if shift is middle:
+            yield Equalisation("shift", one, shift)
+        for alpha in ALPHAS:
+            yield Equalisation(f"{prefix}smooth {alpha}", _normal(largest**alpha / columns ** (1 - alpha)), shift)
+        yield Equalisation("repq" if prefix else "smooth 1.0", _normal(largest), shift)
+
+
+def _normal(scale: Array) -> Array:
+    """A scale around 1, within what float32 and half precision bear."""
+    scale = scale / np.exp(np.log(scale).mean())
+    return np.clip(scale, 1e-3, 1e3).astype(np.float32)
+
+
+def choose(rows: Array, seen: Channels, weight: Array, activations: Activations) -> Equalisation:
+    """The equalisation with the smallest output error on rows (R, K) of the linear `weight` (K, N)."""
+    plain: Equalisation | None = None
+    best: Equalisation | None = None
+    exact = rows @ weight
+    for option in candidates(seen, weight):
+        error = _error(option, rows, weight, exact, activations)
+        tried = Equalisation(option.name, option.scale, option.shift, error)
+        plain = plain or tried
+        if best is None or error < best.error:
+            best = tried
+    assert plain is not None
+    assert best is not None
+    return best if best.error < GAIN * plain.error else plain
+
+
+def _error(option: Equalisation, rows: Array, weight: Array, exact: Array, activations: Activations) -> float:
+    x, w = option.apply(rows), option.weight(weight)
+    quantised = fake_weights(w, full_scales(w))
+    without_shift = exact if option.identity else exact - option.shift @ weight
+    energy = float(np.vdot(without_shift, without_shift)) / max(float(np.vdot(exact, exact)), 1e-30)
+    ranges = (_clipped(x, share) for share in QUANTILES)
+    fakes = (fake_activations(x, r, activations) for r in ranges)
+    return energy * min(output_error(without_shift, fake, quantised) for fake in fakes)
+
+
+def _clipped(x: Array, share: float) -> Range:
+    """The range of rows without a share of the values, half of it on either side."""
+    if share == 0:
+        low, high = float(x.min()), float(x.max())
+    else:
+        values = x.reshape(-1)
+        some = values[:: max(1, len(values) // QUANTILE_VALUES)]
+        low, high = (float(v) for v in np.quantile(some, [share / 2, 1 - share / 2]))
+    return Range(min(low, 0.0), max(high, 0.0), "rows")

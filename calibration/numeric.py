@@ -1,0 +1,69 @@
+"""The arithmetic of quantisation in numpy: what integers do to activations and weights, and how much it costs."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetube.calibration.table import LEVELS, Activations, Range
+
+Array = npt.NDArray[np.float32]
+
+CLIPS = np.linspace(1.0, 0.5, 21)
+"""Shares of a channel's largest weight at which the MSE search clips."""
+
+
+def fake_activations(x: Array, found: Range, activations: Activations) -> Array:
+    """`x` after QuantizeLinear and DequantizeLinear: round half to even, saturate."""
+    if activations == "int8":
+        scale, zero, low, high = found.symmetric, 0, -128, 127
+    else:
+        (scale, zero), low, high = found.asymmetric, 0, 255
+    q = np.multiply(x, np.float32(1 / scale), dtype=np.float32)
+    np.rint(q, out=q)
+    np.clip(q, low - zero, high - zero, out=q)
+    q *= np.float32(scale)
+    return np.asarray(q, np.float32)
+
+
+def quantise_weights(weight: Array, scales: Array) -> npt.NDArray[np.int8]:
+    """Symmetric int8 of `weight` (K, N) with a scale per column (N,)."""
+    return np.asarray(np.clip(np.rint(weight / scales), -LEVELS, LEVELS), np.int8)
+
+
+def fake_weights(weight: Array, scales: Array) -> Array:
+    """`weight` (K, N) as its int8 form gives it back."""
+    return np.asarray(np.clip(np.rint(weight / scales), -LEVELS, LEVELS) * scales, np.float32)
+
+
+def full_scales(weight: Array) -> Array:
+    """Scales (N,) that clip nothing."""
+    largest = np.abs(weight).max(axis=0) / np.float32(LEVELS)
+    return np.asarray(np.where(largest > np.finfo(np.float32).tiny, largest, 1), np.float32)
+
+
+def mse_scales(weight: Array, power: Array) -> Array:
+    """Scales (N,) whose clipping makes the smallest error at the output.
+
+    Args:
+        weight: (K, N).
+        power: mean square of each input channel (K,), the weight of its errors.
+    """
+    full = full_scales(weight)
+    best, least = full.copy(), np.full(len(full), np.inf, np.float32)
+    weights = power.astype(np.float32) + np.float32(1e-6) * np.float32(power.max(initial=0))
+    for share in CLIPS:
+        scales = (full * np.float32(share)).astype(np.float32)
+        error = fake_weights(weight, scales) - weight
+        np.square(error, out=error)
+        cost = weights @ error
+        better = cost < least
+        best[better], least[better] = scales[better], cost[better]
+    return np.asarray(best, np.float32)
+
+
+def output_error(exact: Array, fake_x: Array, fake_weight: Array) -> float:
+    """Energy of the error of fake_x (R, K) @ fake_weight (K, N) against `exact` (R, N), relative to the latter's."""
+    noise = fake_x @ fake_weight
+    noise -= exact
+    return float(np.vdot(noise, noise)) / max(float(np.vdot(exact, exact)), 1e-30)

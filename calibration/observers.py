@@ -1,0 +1,145 @@
+"""Which part of a tensor's range its integers should cover: streaming histograms, and what can be read off them.
+
+A histogram has a fixed number of bins, whatever it is shown: when a value falls outside, neighbouring bins are merged
+in pairs. The bin width is a power of two, so the counts do not depend on the order in which the data came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetube.calibration.table import LEVELS, Activations, Range
+from edgetube.errors import InputError
+
+Array = npt.NDArray[np.float32]
+
+BINS = 8192
+"""Bins of a histogram; half of them for negative values."""
+
+PERCENTILES = (99.9, 99.99, 99.999)
+SHARES = np.geomspace(1.0, 0.02, 96)
+"""Shares of the largest magnitude at which the MSE and entropy searches clip."""
+
+
+class Histogram:
+    """Counts of all the values of a tensor seen so far, with their exact smallest and largest.
+
+    Attributes:
+        low, high: extremes seen, 0 included.
+        width: of a bin; bin i covers [(i - BINS / 2) width, (i + 1 - BINS / 2) width).
+        counts: (BINS,) int64.
+    """
+
+    def __init__(self) -> None:
+        self.low = self.high = 0.0
+        self.width = 2.0**-24
+        self.counts = np.zeros(BINS, np.int64)
+
+    def add(self, values: Array) -> None:
+        """Count the values of an array of any shape.
+
+        Raises:
+            InputError: a value is NaN or infinite.
+        """
+        low, high = float(values.min()), float(values.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError("the model gives NaN or infinite activations on these clips; check weights and clips")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self._grow(max(-low, high))
+        scaled = np.multiply(values.reshape(-1), np.float32(1 / self.width), dtype=np.float32)
+        index = np.floor(scaled, out=scaled).astype(np.int32)
+        index += BINS // 2
+        np.clip(index, 0, BINS - 1, out=index)
+        self.counts += np.bincount(index, minlength=BINS)
+
+    def _grow(self, largest: float) -> None:
+        while largest > self.width * (BINS // 2):
+            half = BINS // 2
+            merged = self.counts.reshape(half, 2).sum(axis=1)
+            self.counts[:] = 0
+            self.counts[half // 2 : half // 2 + half] = merged
+            self.width *= 2
+
+    @property
+    def centres(self) -> npt.NDArray[np.float64]:
+        """Middle of every bin (BINS,)."""
+        return np.asarray((np.arange(BINS) - BINS // 2 + 0.5) * self.width, np.float64)
+
+    def quantile(self, share: float) -> float:
+        """Upper edge of the bin in which the share of the values is reached."""
+        total = np.cumsum(self.counts)
+        index = int(np.searchsorted(total, share * total[-1]))
+        return float((min(index, BINS - 1) + 1 - BINS // 2) * self.width)
+
+
+def candidates(seen: Histogram, activations: Activations) -> Iterator[Range]:
+    """The ranges that the observers propose, min-max first."""
+    yield Range(seen.low, seen.high, "min-max")
+    for percent in PERCENTILES:
+        tail = (1 - percent / 100) / 2
+        low, high = seen.quantile(tail) - seen.width, seen.quantile(1 - tail)
+        yield Range(min(0.0, max(low, seen.low)), max(0.0, min(high, seen.high)), f"percentile {percent}")
+    yield _search(seen, activations, "mse")
+    yield _search(seen, activations, "entropy")
+
+
+def _search(seen: Histogram, activations: Activations, method: str) -> Range:
+    """The clipped range with the least expected squared error, or the least divergence of the histogram."""
+    centres, counts = seen.centres, seen.counts
+    used = np.flatnonzero(counts)
+    values, weight = centres[used], counts[used].astype(np.float64)
+    best, least = Range(seen.low, seen.high, method), np.inf
+    cost_of = _divergence if method == "entropy" else _squared
+    for share in SHARES:
+        limit = float(share) * max(-seen.low, seen.high)
+        found = Range(max(seen.low, -limit), min(seen.high, limit), method)
+        cost = cost_of(values, weight, found, activations)
+        if cost < least:
+            best, least = found, cost
+    return best
+
+
+def _levels(values: npt.NDArray[np.float64], found: Range, activations: Activations) -> npt.NDArray[np.float64]:
+    """Integer of every value, saturated, as float64."""
+    if activations == "int8":
+        return np.clip(np.rint(values / found.symmetric), -LEVELS - 1, LEVELS)
+    scale, zero = found.asymmetric
+    return np.clip(np.rint(values / scale), -zero, 255 - zero)
+
+
+def _squared(
+    values: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], found: Range, activations: Activations
+) -> float:
+    scale = found.symmetric if activations == "int8" else found.asymmetric[0]
+    error = _levels(values, found, activations) * scale - values
+    return float(weight @ (error * error))
+
+
+def _divergence(
+    values: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], found: Range, activations: Activations
+) -> float:
+    """KL(P || Q) as TensorRT's entropy calibration has it.
+
+    P is the histogram with the clipped values counted at the edge, Q the same without them, each integer's mass spread
+    evenly over its non-empty bins.
+    """
+    inside = (values >= found.low) & (values <= found.high)
+    if not inside.any():
+        return np.inf
+    p = np.where(inside, weight, 0.0)
+    first, last = np.flatnonzero(inside)[[0, -1]]
+    q_source = p.copy()
+    p[first] += weight[:first].sum()
+    p[last] += weight[last + 1 :].sum()
+    levels = _levels(values, found, activations).astype(np.int64)
+    levels -= levels.min()
+    mass = np.bincount(levels, q_source)
+    bins = np.bincount(levels, inside.astype(np.float64))
+    q = np.where(inside, mass[levels] / np.maximum(bins[levels], 1.0), 0.0)
+    p, q = p / p.sum(), q / q.sum()
+    keep = p > 0
+    return float((p[keep] * np.log(p[keep] / np.maximum(q[keep], 1e-12))).sum())

@@ -1,0 +1,172 @@
+"""Which linears may compute in int8: all of them while the accuracy budget holds, else all but the worst."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from edgetube import metrics
+from edgetube.calibration import graphs
+from edgetube.calibration.clips import Clips
+from edgetube.calibration.graphs import Open
+from edgetube.calibration.walk import State, Walk
+from edgetube.errors import ParityError
+from edgetube.progress import Progress, silent, track
+
+Array = npt.NDArray[np.float32]
+
+MAX_DROP, MAX_DISAGREEMENT = 0.5, 1.0
+"""Budgets in points: of top-1 accuracy where the clips have labels, else of clips with another answer."""
+
+WORTH = 0.02
+"""Share of the work from which a linear outside of the blocks is quantised."""
+
+LEAST = 0.5
+"""Share of the linears' work that must be left in int8 for the artifact to be called that."""
+
+RANKING_CLIPS = 16
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the quantised answers compare with the float ones, and whether that is good enough.
+
+    Attributes:
+        clips: how many; `labelled` says whether the loss is one of accuracy or of agreement.
+        top1, top1_float: accuracy, None without labels.
+        agreement: share of clips with the same answer.
+        sqnr: of the logits, dB.
+        loss, budget: in points; a budget is never less than one clip.
+    """
+
+    clips: int
+    labelled: bool
+    top1: float | None
+    top1_float: float | None
+    agreement: float
+    sqnr: float
+    loss: float
+    budget: float
+
+    @property
+    def holds(self) -> bool:
+        return self.loss <= self.budget + 1e-9
+
+    def __str__(self) -> str:
+        what = "points of top-1" if self.labelled else "% of the answers"
+        return f"{self.loss:.2f} {what} on {self.clips} clips, {self.budget:.2f} allowed"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Clips with the float graph's answers.
+
+    Attributes:
+        logits: (N, classes) of the float graph.
+        max_drop: points that may be lost; None for the default.
+    """
+
+    clips: Clips
+    logits: Array
+    max_drop: float | None
+
+    def verdict(self, logits: Array) -> Verdict:
+        """Judge other answers (N, classes) to the same clips."""
+        truth, count = self.clips.labels, len(self.clips)
+        labelled = bool((truth >= 0).all())
+        agreement = metrics.agreement(self.logits, logits)
+        top1 = metrics.top_k(logits, truth) if labelled else None
+        top1_float = metrics.top_k(self.logits, truth) if labelled else None
+        loss = 1 - agreement if top1 is None or top1_float is None else top1_float - top1
+        budget = (MAX_DROP if labelled else MAX_DISAGREEMENT) if self.max_drop is None else self.max_drop
+        sqnr = metrics.sqnr(self.logits, logits)
+        return Verdict(count, labelled, top1, top1_float, agreement, sqnr, 100 * loss, max(budget, 100 / count))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The linears to quantise, why the others are not, and the verdict on the result."""
+
+    quantised: frozenset[str]
+    reasons: Mapping[str, str]
+    ranking: Mapping[str, float]
+    verdict: Verdict
+
+
+def answers(model: onnx.ModelProto, clips: Clips, open_graph: Open, stage: str, progress: Progress = silent) -> Array:
+    """Logits (N, classes) of a graph with batch 1."""
+    call, name = open_graph(model), model.graph.input[0].name
+    rows = track(clips.frames, stage, len(clips), progress)
+    return np.concatenate([call({name: frames[None]})[0] for frames in rows])
+
+
+def search(walk: Walk, state: State, judge: Judge) -> Found:
+    """Quantise as much as the budget allows; leaves the corrected biases of the result in `state`.
+
+    Raises:
+        ParityError: the budget does not hold even with half of the work in floating point.
+    """
+    work = graphs.macs(walk.model)
+    total = sum(work.values())
+    reasons = {
+        linear.name: f"{work[linear.name] / total:.1%} of the work"
+        for linear in walk.linears
+        if not linear.in_block and work[linear.name] < WORTH * total
+    }
+    admitted = frozenset(work) - frozenset(reasons)
+    verdict = _try(walk, state, judge, admitted)
+    if verdict.holds:
+        return Found(admitted, reasons, {}, verdict)
+    ranking = rank(walk, state, judge, admitted)
+    worst = sorted(ranking, key=lambda name: -ranking[name])
+    most = _affordable(worst, work, (1 - LEAST) * sum(work[name] for name in admitted))
+    low, high, best = 1, most, (0, verdict)
+    while low <= high:
+        middle = (low + high) // 2
+        verdict = _try(walk, state, judge, admitted - frozenset(worst[:middle]))
+        if verdict.holds:
+            best, high = (middle, verdict), middle - 1
+        else:
+            low = middle + 1
+    count, verdict = best
+    if not count:
+        raise ParityError(
+            f"INT8 loses {verdict} with the {most} most sensitive of {len(admitted)} linears in floating point; "
+            "nothing was written: allow more with --max-drop, give more --calib clips, or use a float target"
+        )
+    fallen = frozenset(worst[:count])
+    _try(walk, state, judge, admitted - fallen)
+    reasons |= {name: f"fell back: alone it moves the logits by {ranking[name]:.1%}" for name in fallen}
+    return Found(admitted - fallen, reasons, ranking, verdict)
+
+
+def _affordable(worst: list[str], work: Mapping[str, int], budget: float) -> int:
+    """How many of the worst may fall back within a budget of work."""
+    spent = np.cumsum([work[name] for name in worst])
+    return int(np.searchsorted(spent, budget, side="right"))
+
+
+def _try(walk: Walk, state: State, judge: Judge, quantised: frozenset[str]) -> Verdict:
+    walk.correct(state, quantised)
+    model = walk.simulated(state, quantised)
+    return judge.verdict(answers(model, judge.clips, walk.open, "judge accuracy", walk.progress))
+
+
+def rank(walk: Walk, state: State, judge: Judge, names: frozenset[str]) -> dict[str, float]:
+    """How far each linear, quantised alone, moves the logits: relative root mean square error."""
+    some = range(0, len(judge.clips), max(1, len(judge.clips) // RANKING_CLIPS))[:RANKING_CLIPS]
+    state.biases.clear()
+    moved = {}
+    for name in track(sorted(names), "rank linears", len(names), walk.progress):
+        call = walk.open(walk.simulated(state, frozenset([name])))
+        logits = np.concatenate([call({walk.input: judge.clips.frames[i][None]})[0] for i in some])
+        moved[name] = 10 ** (-metrics.sqnr(judge.logits[list(some)], logits) / 20)
+    return moved

@@ -1,0 +1,215 @@
+"""The calibration table: what range each quantised tensor has, which linears are quantised, and why.
+
+The table belongs to one float graph, the *equalised* one: its weights already hold the folded scales and the corrected
+biases, and `model` is that graph's hash. `docs/int8.md` documents the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from edgetube.errors import InputError
+
+SCHEMA = 1
+
+LEVELS = 127
+"""Largest magnitude of a symmetric int8 number; -128 is not used, so that the grid is symmetric."""
+
+Activations = Literal["int8", "uint8"]
+"""How activations are quantised: symmetric int8, or uint8 with a zero point."""
+
+CACHE_HEADER = re.compile(r"TRT-\S+-\S*Calibration\S*")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The part [low, high] of a tensor's values that its integers cover; values outside saturate.
+
+    Attributes:
+        low, high: float32 values, low <= 0 <= high, so that zero is exact.
+        method: the observer that found it.
+    """
+
+    low: float
+    high: float
+    method: str
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low <= 0 <= self.high):
+            raise InputError(f"a range is [{self.low}, {self.high}]; expected finite numbers around zero")
+
+    @property
+    def symmetric(self) -> float:
+        """Scale of int8 with zero point 0."""
+        return _scale(max(-self.low, self.high) / LEVELS)
+
+    @property
+    def asymmetric(self) -> tuple[float, int]:
+        """Scale and zero point of uint8."""
+        scale = _scale((self.high - self.low) / 255)
+        return scale, min(255, max(0, round(-self.low / scale)))
+
+
+def _scale(value: float) -> float:
+    """The float32 nearest to a scale; 1 where a tensor is zero."""
+    return float(np.float32(value)) if np.float32(value) >= np.finfo(np.float32).tiny else 1.0
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What happens to one linear layer.
+
+    Attributes:
+        name: its scope in the graph, `blocks.3.attn.qkv`.
+        activation: the tensor that it reads.
+        weight: its initializer (K, N).
+        weight_scales: one float32 per output channel (N,), symmetric int8; empty when it stays float.
+        precision: "int8", or "float" where it fell back.
+        reason: why, for people.
+    """
+
+    name: str
+    activation: str
+    weight: str
+    weight_scales: tuple[float, ...]
+    precision: Literal["int8", "float"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class CalibrationTable:
+    """The result of a calibration.
+
+    Attributes:
+        model: sha256 of the float graph that the table is for, see `graph_hash`.
+        clips: {"sha256", "count", "name"} of the clips that were seen.
+        activations: the scheme that ranges and fallbacks were chosen under.
+        ranges: tensor -> range.
+        linears: every linear of the graph in its order, those that stay float too.
+        versions: of the tools that made it.
+    """
+
+    model: str
+    clips: Mapping[str, Any]
+    activations: Activations
+    ranges: Mapping[str, Range]
+    linears: tuple[LinearPlan, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def quantised(self) -> tuple[LinearPlan, ...]:
+        """The linears that compute in int8."""
+        return tuple(plan for plan in self.linears if plan.precision == "int8")
+
+    def check(self, model: str) -> None:
+        """That the table is for the graph with the hash `model`.
+
+        Raises:
+            InputError: it is for another one.
+        """
+        if model != self.model:
+            raise InputError(
+                f"the calibration table is for the graph {self.model[:12]}, this graph is {model[:12]}: "
+                "calibrate this model, a table does not carry over"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; every float is a float32 with the fewest decimals that stand for it."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "clips": dict(self.clips),
+            "activations": self.activations,
+            "versions": dict(self.versions),
+            "ranges": {
+                name: {"low": digits(r.low), "high": digits(r.high), "method": r.method}
+                for name, r in self.ranges.items()
+            },
+            "linears": [asdict(p) | {"weight_scales": [digits(s) for s in p.weight_scales]} for p in self.linears],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CalibrationTable:
+        """Raises InputError when `data` is not a table of this schema."""
+        try:
+            if data["schema"] != SCHEMA:
+                raise InputError(f"calibration table schema {data['schema']}; this edgetube reads {SCHEMA}")
+            return cls(
+                model=str(data["model"]),
+                clips=data["clips"],
+                activations=data["activations"],
+                ranges={name: Range(**r) for name, r in data["ranges"].items()},
+                linears=tuple(
+                    LinearPlan(**(p | {"weight_scales": tuple(map(float, p["weight_scales"]))}))
+                    for p in data["linears"]
+                ),
+                versions=data["versions"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"not a calibration table ({error!r}); calibrate again") from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON with one line a tensor and a few a linear, beside the target first and then renamed."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(_lines(self.to_json()), "utf-8")
+        partial.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> CalibrationTable:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no such file, or it is not a calibration table.
+        """
+        try:
+            data = json.loads(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is not a calibration table: {error}") from error
+        return cls.from_json(data)
+
+    def to_cache(self, version: str = "100300") -> str:
+        """TensorRT's calibration cache: a header line, then `tensor: scale` with the float32 in big-endian hex."""
+        lines = [f"{name}: {struct.pack('>f', r.symmetric).hex()}" for name, r in self.ranges.items()]
+        return "\n".join([f"TRT-{version}-EntropyCalibration2", *lines, ""])
+
+    @staticmethod
+    def from_cache(text: str) -> dict[str, Range]:
+        """The symmetric ranges of a TensorRT calibration cache.
+
+        Raises:
+            InputError: the text is not a cache; says which line.
+        """
+        header, *lines = text.strip().splitlines() or [""]
+        if not CACHE_HEADER.fullmatch(header):
+            raise InputError(f"not a calibration cache: it begins with {header[:40]!r}; expected TRT-...")
+        ranges = {}
+        for number, line in enumerate(lines, start=2):
+            name, _, digits = line.rpartition(": ")
+            if not name or not re.fullmatch(r"[0-9a-fA-F]{8}", digits.strip()):
+                raise InputError(f"line {number} of the calibration cache is {line[:60]!r}; expected tensor: 3c010a14")
+            (scale,) = struct.unpack(">f", bytes.fromhex(digits.strip()))
+            ranges[name] = Range(-scale * LEVELS, scale * LEVELS, "cache")
+        return ranges
+
+
+def digits(value: float) -> float:
+    """The number whose decimals are the fewest that stand for a float32: what a table holds."""
+    return float(str(np.float32(value)))
+
+
+def _lines(data: Mapping[str, Any]) -> str:
+    """JSON whose innermost objects and lists take one line each."""
+    text = json.dumps(data, indent=1)
+    text = re.sub(r"\[([^\[\]{}]*)\]", lambda m: "[" + " ".join(m[1].split()) + "]", text)
+    return re.sub(r"\{([^\[\]{}]*)\}", lambda m: "{" + " ".join(m[1].split()) + "}", text) + "\n"

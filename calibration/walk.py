@@ -1,0 +1,345 @@
+"""From a float graph and clips to an equalised, bias-corrected float graph and its table.
+
+The graph is walked stage by stage (tokenizer, blocks, classifier), once in floating point to choose equalisations,
+ranges and weight scales, once with quantisation in place to correct biases. Between stages only the tensors that
+cross are kept, in files, so memory does not grow with the number of clips.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from edgetube.calibration import equalize, graphs, numeric, observers
+from edgetube.calibration.clips import Clips, spool
+from edgetube.calibration.equalize import Channels, Equalisation
+from edgetube.calibration.graphs import Linear, Open, Stage
+from edgetube.calibration.observers import Histogram
+from edgetube.calibration.table import Activations, Range, digits
+from edgetube.errors import ParityError
+from edgetube.progress import Progress, silent, track
+
+Array = npt.NDArray[np.float32]
+
+ROWS, ROW_VALUES = (512, 2048), 1_500_000
+"""Fewest and most rows that are sampled of an activation to measure output errors on, and values in between."""
+
+CORRECTION_CLIPS = 32
+"""Clips that biases are corrected on: their means settle long before ranges do."""
+
+FOLD_TOLERANCE = 1e-3
+"""Largest change of a stage's output by folding, relative to its largest value; float32 rounding stays below 1e-5."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one linear, with how much its output suffers.
+
+    Attributes:
+        range: of its activation.
+        scales: of its weight's columns (N,).
+        equalisation: name of the equalisation folded in before it.
+        error, plain_error: relative output error on sampled rows as chosen, and without equalisation under min-max.
+        errors: relative output error of each observer.
+    """
+
+    range: Range
+    scales: Array
+    equalisation: str
+    error: float
+    plain_error: float
+    errors: Mapping[str, float]
+
+
+@dataclass
+class State:
+    """What is known so far; everything that a stage decides.
+
+    Attributes:
+        values: initializers that differ from the graph's own, before any bias correction.
+        choices: by linear.
+        means: mean of each linear's activation on the correction clips (K,), in floating point.
+        biases: corrected biases by initializer.
+    """
+
+    values: dict[str, Array] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
+    means: dict[str, Array] = field(default_factory=dict)
+    biases: dict[str, Array] = field(default_factory=dict)
+
+
+class Sample:
+    """What is kept of one activation while clips pass: extremes and means of its channels, rows, and a histogram.
+
+    The rows are drawn by the tensor's name and the clip's number, so that every walk draws the same ones.
+    """
+
+    def __init__(self, name: str, clips: int, histogram: bool = False) -> None:
+        self.seed, self.clips = zlib.crc32(name.encode()), clips
+        self.histogram = Histogram() if histogram else None
+        self.means: npt.NDArray[np.float64] = np.empty((clips, 0))
+        self.low: Array | None = None
+        self.high: Array | None = None
+        self._rows: list[Array] = []
+
+    def add(self, index: int, values: Array) -> None:
+        """Take in the activation (1, ..., K) of clip number `index`."""
+        rows = values.reshape(-1, values.shape[-1])
+        low, high = rows.min(axis=0), rows.max(axis=0)
+        if self.low is None or self.high is None:
+            self.low, self.high = low, high
+            self.means = np.empty((self.clips, rows.shape[1]))
+        self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
+        self.means[index] = rows.mean(axis=0, dtype=np.float64)
+        wanted = min(max(ROW_VALUES // rows.shape[1], ROWS[0]), ROWS[1])
+        count = min(len(rows), -(-wanted // self.clips))
+        drawn = np.random.default_rng([self.seed, index]).choice(len(rows), count, replace=False)
+        self._rows.append(rows[np.sort(drawn)])
+        if self.histogram is not None:
+            self.histogram.add(rows)
+
+    @property
+    def rows(self) -> Array:
+        """The sampled rows (R, K)."""
+        return np.concatenate(self._rows)
+
+    @property
+    def channels(self) -> Channels:
+        assert self.low is not None
+        assert self.high is not None
+        return Channels(self.low, self.high)
+
+
+class Walk:
+    """One graph, one set of clips, one scheme.
+
+    Args:
+        model: canonical graph with batch 1.
+        open_graph: opens any graph for running.
+        activations: the scheme to choose ranges under.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        clips: Clips,
+        open_graph: Open,
+        activations: Activations,
+        workspace: Path,
+        progress: Progress = silent,
+    ) -> None:
+        self.model, self.clips, self.open, self.activations = model, clips, open_graph, activations
+        self.workspace, self.progress = workspace, progress
+        self.stages = graphs.stages(model)
+        self.linears = graphs.linears(model)
+        self.initial = {k: np.asarray(v) for k, v in graphs.weights(model).items()}
+        self.input = model.graph.input[0].name
+        step = max(1, len(clips) // CORRECTION_CLIPS)
+        self.correction = range(0, len(clips), step)[:CORRECTION_CLIPS]
+
+    # ------------------------------------------------------------------------------------------------ choosing
+
+    def choose(self, state: State, done: Callable[[], None] = lambda: None) -> None:
+        """Equalisations, ranges and weight scales of every linear, stage by stage; stages in `state` are only run."""
+        streams: dict[str, Any] = {self.input: self.clips.frames}
+        for stage in track(self.stages, "calibrate", len(self.stages), self.progress):
+            linears = self._linears(stage)
+            if any(linear.name not in state.choices for linear in linears):
+                streams = self._choose_stage(stage, linears, streams, state)
+                done()
+            else:
+                streams = self._run(stage, state.values, streams, range(len(self.clips)), {})
+
+    def _choose_stage(
+        self, stage: Stage, linears: Sequence[Linear], streams: dict[str, Any], state: State
+    ) -> dict[str, Any]:
+        everything = range(len(self.clips))
+        survey = {linear.activation: Sample(linear.activation, len(everything)) for linear in linears}
+        outputs = self._run(stage, state.values, streams, everything, survey)
+        folded = {linear.name: self._equalise(linear, survey[linear.activation], state) for linear in linears}
+        samples = {name: Sample(name, len(everything), histogram=True) for name in survey}
+        again = self._run(stage, state.values, streams, everything, samples)
+        self._assert_equal(stage, outputs, again)
+        for linear in linears:
+            state.choices[linear.name] = self._quantise(linear, samples[linear.activation], folded[linear.name], state)
+            state.means[linear.name] = samples[linear.activation].means[list(self.correction)].mean(axis=0)
+        return again
+
+    def _equalise(self, linear: Linear, sample: Sample, state: State) -> Equalisation:
+        """Choose an equalisation and fold it into producer, weight and bias."""
+        weight = self._value(linear.weight, state)
+        producer = self._producer(linear)
+        if producer is None or linear.bias is None:
+            plain = np.ones(len(weight), np.float32)
+            return Equalisation("none", plain, np.zeros_like(plain))
+        chosen = equalize.choose(sample.rows, sample.channels, weight, self.activations)
+        if not chosen.identity:
+            bias = self._value(linear.bias, state)
+            state.values[linear.bias] = chosen.bias(weight, bias)
+            state.values[linear.weight] = chosen.weight(weight)
+            producer(chosen, state)
+        return chosen
+
+    def _producer(self, linear: Linear) -> Callable[[Equalisation, State], None] | None:
+        """How to fold an equalisation into what makes the linear's activation, if that is possible."""
+        makers = {output: node for node in self.model.graph.node for output in node.output}
+        readers = [node.name for node in self.model.graph.node if linear.activation in node.input]
+        maker = makers.get(linear.activation)
+        if maker is not None and maker.op_type == "LayerNormalization" and readers == [linear.node]:
+            gamma, beta = maker.input[1], maker.input[2]
+
+            def into_norm(chosen: Equalisation, state: State) -> None:
+                state.values[beta] = (self._value(beta, state) - chosen.shift) / chosen.scale
+                state.values[gamma] = self._value(gamma, state) / chosen.scale
+
+            return into_norm
+        qkv = linear.name.removesuffix("proj") + "qkv.weight"
+        if linear.name.endswith(".attn.proj") and qkv in self.initial:
+            bias = qkv.removesuffix("weight") + "bias"
+
+            def into_values(chosen: Equalisation, state: State) -> None:
+                # Rows of softmax sum to 1: a shift of V is a shift of the attention's output.
+                weight, offset = self._value(qkv, state).copy(), self._value(bias, state).copy()
+                own = slice(2 * weight.shape[1] // 3, None)
+                weight[:, own] /= chosen.scale
+                offset[own] = (offset[own] - chosen.shift) / chosen.scale
+                state.values[qkv], state.values[bias] = weight, offset
+
+            return into_values
+        return None
+
+    def _quantise(self, linear: Linear, sample: Sample, folded: Equalisation, state: State) -> Choice:
+        """The range and the weight scales with the smallest output error on the sampled rows."""
+        weight, rows = self._value(linear.weight, state), sample.rows
+        scales = numeric.mse_scales(weight, np.square(rows).mean(axis=0))
+        quantised = numeric.fake_weights(weight, scales)
+        exact = rows @ weight
+        errors: dict[str, float] = {}
+        best: Range | None = None
+        for found in self._ranges(linear, sample):
+            errors[found.method] = numeric.output_error(
+                exact, numeric.fake_activations(rows, found, self.activations), quantised
+            )
+            if errors[found.method] <= min(errors.values()):
+                best = found
+        assert best is not None
+        best = Range(digits(best.low), digits(best.high), best.method)
+        return Choice(best, scales, folded.name, errors[best.method], errors["min-max"], errors)
+
+    def _ranges(self, linear: Linear, sample: Sample) -> list[Range]:
+        if self._pixels(linear):
+            return [Range(0.0, 255.0, "min-max")]
+        assert sample.histogram is not None
+        return list(observers.candidates(sample.histogram, self.activations))
+
+    def _pixels(self, linear: Linear) -> bool:
+        """Whether a linear reads pixels: their range is known."""
+        maker = next((node for node in self.model.graph.node if linear.activation in node.output), None)
+        return maker is not None and maker.op_type == "Cast" and not linear.in_block
+
+    def _assert_equal(self, stage: Stage, before: dict[str, Any], after: dict[str, Any]) -> None:
+        for name, first in before.items():
+            scale = max(1e-6, max(float(np.abs(x).max()) for x in first))
+            error = max(float(np.abs(a - b).max()) for a, b in zip(first, after[name], strict=True)) / scale
+            if not error <= FOLD_TOLERANCE:
+                raise ParityError(
+                    f"folding changed {name} of {stage.name} by {error:.1e} of its largest value; at most "
+                    f"{FOLD_TOLERANCE:.0e} is rounding: this is a fault in edgetube, please report it"
+                )
+
+    # -------------------------------------------------------------------------------------------- bias correction
+
+    def correct(self, state: State, quantised: frozenset[str]) -> None:
+        """Biases of the linears in `quantised` so that their mean outputs are those of the float graph.
+
+        Linear after linear, each seeing what the corrected quantised graph before it gives.
+        """
+        state.biases.clear()
+        streams: dict[str, Any] = {self.input: self.clips.frames[list(self.correction)]}
+        every = range(len(self.correction))
+        for stage in track(self.stages, "correct biases", len(self.stages), self.progress):
+            for linear in self._linears(stage):
+                if linear.name not in quantised or linear.bias is None:
+                    continue
+                tensor = graphs.dequantised(linear.activation)
+                sample = Sample(tensor, len(every))
+                self._run(stage, state.values, streams, every, {tensor: sample}, quantised, state, keep=False)
+                weight = self._value(linear.weight, state)
+                fake = numeric.fake_weights(weight, state.choices[linear.name].scales)
+                drift = sample.means.mean(axis=0) @ fake.astype(np.float64) - state.means[linear.name] @ weight
+                state.biases[linear.bias] = (self._value(linear.bias, state) - drift).astype(np.float32)
+            streams = self._run(stage, state.values, streams, every, {}, quantised, state)
+
+    def simulated(self, state: State, quantised: frozenset[str]) -> onnx.ModelProto:
+        """The whole graph with the linears in `quantised` behaving as integers, in floating point."""
+        return self._fake(graphs.replaced(self.model, state.values), self.linears, state, quantised)
+
+    def corrected(self, state: State) -> onnx.ModelProto:
+        """The whole float graph with everything folded and corrected."""
+        return graphs.replaced(self.model, {**state.values, **state.biases})
+
+    def _fake(
+        self, model: onnx.ModelProto, linears: Sequence[Linear], state: State, quantised: frozenset[str]
+    ) -> onnx.ModelProto:
+        chosen = [linear for linear in linears if linear.name in quantised]
+        values = {
+            linear.weight: numeric.fake_weights(self._value(linear.weight, state), state.choices[linear.name].scales)
+            for linear in chosen
+        }
+        values |= {linear.bias: state.biases[linear.bias] for linear in chosen if linear.bias in state.biases}
+        ranges = {linear.activation: state.choices[linear.name].range for linear in chosen}
+        nodes = [linear.node for linear in chosen]
+        return graphs.quantise_activations(graphs.replaced(model, values), ranges, nodes, self.activations)
+
+    # ---------------------------------------------------------------------------------------------------- running
+
+    def _run(
+        self,
+        stage: Stage,
+        values: Mapping[str, Array],
+        streams: dict[str, Any],
+        clips: range,
+        watched: Mapping[str, Sample],
+        quantised: frozenset[str] = frozenset(),
+        state: State | None = None,
+        keep: bool = True,
+    ) -> dict[str, Any]:
+        """Run one stage on every clip, show the watched tensors to their samples; what later stages read."""
+        kept = stage.outputs if keep else ()
+        fetched = list(dict.fromkeys([*kept, *(name for name in watched if name not in stage.inputs)]))
+        part = graphs.replaced(graphs.part(self.model, stage), values)
+        if state is not None:
+            part = self._fake(part, self._linears(stage), state, quantised)
+        part = graphs.only(part, fetched)
+        call = self.open(part)
+        needed = {value.name for value in part.graph.input}
+        carried = {name: array for name, array in streams.items() if name in self._later(stage)}
+        made: dict[str, Any] = {}
+        for index in clips:
+            feeds = {name: streams[name][index : index + 1] for name in needed}
+            results = dict(zip(fetched, call(feeds), strict=True))
+            for name, sample in watched.items():
+                sample.add(index, np.asarray(results[name] if name in results else feeds[name]))
+            for name in kept:
+                if name not in made:
+                    made[name] = spool(self.workspace, (len(clips), *results[name].shape[1:]), np.float32)
+                made[name][index] = results[name][0]
+        return carried | made
+
+    def _later(self, stage: Stage) -> set[str]:
+        after = self.stages[self.stages.index(stage) + 1 :]
+        return {name for later in after for name in later.inputs}
+
+    def _linears(self, stage: Stage) -> list[Linear]:
+        inside = {node.name for node in stage.nodes}
+        return [linear for linear in self.linears if linear.node in inside]
+
+    def _value(self, name: str, state: State) -> Array:
+        return np.asarray(state.values.get(name, self.initial[name]), np.float32)

@@ -1,0 +1,71 @@
+"""edgetube: a trained sparse-tube video transformer on the camera, with the measured proof that it answers the same.
+
+>>> import edgetube
+>>> bundle = edgetube.export_model("onnx-fp32")          # checkpoint -> bundle, proven   (needs edgetube[export])
+>>> rt = edgetube.Runtime(bundle.path)                   # bundle -> predictions          (needs nothing more)
+>>> rt.predict("clip.mp4").label
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgetube.errors import (
+    BackendError,
+    BundleError,
+    CheckpointError,
+    EdgetubeError,
+    InputError,
+    MissingPackageError,
+    ParityError,
+    SpecError,
+)
+
+if TYPE_CHECKING:
+    from edgetube.export.pipeline import export_model
+    from edgetube.runtime import Runtime
+    from edgetube.spec import InputContract, ModelSpec, Prediction, TubeSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "EdgetubeError",
+    "InputContract",
+    "InputError",
+    "MissingPackageError",
+    "ModelSpec",
+    "ParityError",
+    "Prediction",
+    "Runtime",
+    "SpecError",
+    "TubeSpec",
+    "__version__",
+    "export_model",
+]
+
+_LAZY = {
+    "Runtime": "edgetube.runtime",
+    "InputContract": "edgetube.spec",
+    "ModelSpec": "edgetube.spec",
+    "Prediction": "edgetube.spec",
+    "TubeSpec": "edgetube.spec",
+    "export_model": "edgetube.export.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that a camera app never loads torch."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'edgetube' has no attribute {name!r}")
+    from edgetube.targets import need
+
+    value = getattr(need(_LAZY[name], "export"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,135 @@
+"""Files that are slow to make and belong to one machine: made once, kept, and made anew when what they hang on changes.
+
+An entry is a file `<name>.<digest of its key><suffix>` with its key beside it as JSON. Processes that want the same
+entry at once wait for the first one to make it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from edgetube.bundle import sha256
+from edgetube.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the cache.
+
+    Attributes:
+        path: the file.
+        reason: why it was made just now, for people; empty when it was there.
+    """
+
+    path: Path
+    reason: str
+
+
+def folder() -> Path:
+    """`$EDGETUBE_CACHE`, or `edgetube` in the user's cache folder."""
+    if chosen := os.environ.get("EDGETUBE_CACHE"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "edgetube" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetube"
+
+
+def make_once(name: str, suffix: str, key: Mapping[str, str], make: Callable[[Path, str], None]) -> Entry:
+    """The cached file for `key`, made by `make(path, reason)` when it is not there or is damaged.
+
+    Args:
+        name: what a person would call it; entries of one name differ in their key.
+        suffix: of the file, `.engine`.
+        key: everything that the file depends on, in words that a person reads: {"TensorRT": "10.3.0", "GPU": ...}.
+        make: writes the file at the path that it is given, or raises. The reason says which part of the key changed.
+
+    Raises:
+        BackendError: the folder cannot be written.
+    """
+    place = folder()
+    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:16]
+    path = place / f"{name}.{digest}{suffix}"
+    record = path.with_name(path.name + ".json")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with _locked(place / f"{name}{suffix}.lock"):
+            reason = _reason(path, record, name, suffix, key)
+            if reason:
+                partial = path.with_name(path.name + ".partial")
+                make(partial, reason)
+                partial.replace(path)
+                record.write_text(json.dumps({"key": dict(key), "sha256": sha256(path)}, indent=1) + "\n", "utf-8")
+    except OSError as error:
+        raise BackendError(
+            f"cannot write to the cache {place}: {error.strerror}; set EDGETUBE_CACHE to another folder"
+        ) from error
+    return Entry(path, reason)
+
+
+def _reason(path: Path, record: Path, name: str, suffix: str, key: Mapping[str, str]) -> str:
+    """Why the entry has to be made; empty when it is there and whole."""
+    if path.is_file():
+        known = _read(record)
+        if known is not None and known["sha256"] == sha256(path):
+            return ""
+        return "the one in the cache is damaged"
+    others = sorted(path.parent.glob(f"{name}.*{suffix}.json"), key=lambda p: p.stat().st_mtime)
+    latest = _read(others[-1]) if others else None
+    if latest is None:
+        return "first load on this machine"
+    old: dict[str, str] = latest["key"]
+    changes = [f"{part} {old.get(part, 'none')} -> {now}" for part, now in key.items() if old.get(part) != now]
+    return f"changed: {', '.join(changes)}"
+
+
+def _read(record: Path) -> dict[str, Any] | None:
+    """The record {"key", "sha256"} of an entry; None when it is missing or damaged."""
+    try:
+        data = json.loads(record.read_text("utf-8"))
+        return {"key": dict(data["key"]), "sha256": str(data["sha256"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock; the system drops it when the process ends, however it ends."""
+    with path.open("a+b") as file:
+        _lock(file)
+        try:
+            yield
+        finally:
+            _unlock(file)
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: IO[bytes]) -> None:
+        file.seek(0)
+        while True:
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+            except OSError:  # ten seconds have passed; the other process is still building
+                continue
+            return
+
+    def _unlock(file: IO[bytes]) -> None:
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+else:
+    import fcntl
+
+    def _lock(file: IO[bytes]) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+    def _unlock(file: IO[bytes]) -> None:
+        fcntl.flock(file, fcntl.LOCK_UN)

@@ -1,0 +1,448 @@
+"""The command line: parse, call one function, print. A person gets a table, a program gets --json and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from edgetube import __version__, datasets, export, health, video
+from edgetube import bundle as bundles
+from edgetube.bundle import Bundle
+from edgetube.errors import EdgetubeError, InputError, ParityError
+from edgetube.progress import Progress
+from edgetube.runtime import Runtime
+from edgetube.spec import Prediction
+from edgetube.targets import need
+
+app = typer.Typer(
+    name="edgetube",
+    help="Take a trained sparse-tube video transformer to the camera, with the measured proof that it still answers "
+    "the same. Start with: edgetube export --target onnx-fp32",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out = Console(width=None if sys.stdout.isatty() else 140)
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+Device = Annotated[str | None, typer.Option(help="Device, as the backend names it: cpu, cuda, ...")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; the runtime chooses when left out.")]
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line; errors of ours become one line and an exit code, others keep their traceback.
+
+    Exit codes: 0 done, 1 a gate failed, 2 bad input or environment.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        app(args=[a for a in argv if a != "--debug"], prog_name="edgetube")
+    except EdgetubeError as error:
+        if debug:
+            traceback.print_exc()
+        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _version(value: bool) -> None:
+    if value:
+        out.print(f"edgetube {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command; --debug is read by `main`, wherever it stands."""
+
+
+@app.command()
+def targets(as_json: Json = False) -> None:
+    """Which targets can be built and run here; if not, why, and the pip line.
+
+    Example: edgetube targets
+    """
+    known = export.targets().values()
+    if as_json:
+        rows = [
+            {
+                "name": t.name,
+                "summary": t.summary,
+                "missing_to_build": t.missing(t.build_needs),
+                "missing_to_run": t.missing(t.run_needs),
+                "remedy": t.remedy,
+                "settings": [asdict(setting) for setting in t.settings],
+            }
+            for t in known
+        ]
+        _print_json(rows)
+        return
+    table = _table("target", "build here", "run here", "what it is")
+    for t in known:
+        table.add_row(t.name, _yes(t.missing(t.build_needs)), _yes(t.missing(t.run_needs)), t.summary)
+    out.print(table)
+    for remedy in sorted({t.remedy for t in known if t.missing(t.build_needs + t.run_needs)}):
+        out.print(f"to install what is missing: [bold]{escape(remedy)}[/]", highlight=False)
+
+
+@app.command(name="export")
+def export_command(
+    target: Annotated[list[str], typer.Option(help="A name of `edgetube targets`, or all; may be repeated.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="demo, random:tubevit-b (-ti -s -b -l -h; -s2d), or a .safetensors file.")
+    ] = "demo",
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the bundles.")] = Path("out"),
+    frames: Annotated[int | None, typer.Option(help="Frames of the clip; the checkpoint's own if left out.")] = None,
+    size: Annotated[str | None, typer.Option(help="Height and width: 224, or 224x320.")] = None,
+    input_kind: Annotated[str, typer.Option("--input", help="video, or image: the 2-D tube alone.")] = "video",
+    batch: Annotated[int, typer.Option(help="Clips per call, static in the artifact.")] = 1,
+    head: Annotated[str | None, typer.Option(help="Name of the classifier, when there are several.")] = None,
+    lowering: Annotated[
+        str | None, typer.Option(help="gather, slice or conv2d; the fastest on this machine if left out.")
+    ] = None,
+    calib: Annotated[
+        Path | None,
+        typer.Option(help="Clips for INT8: a folder of videos or arrays, a .csv manifest, .npy or .npz frames."),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Points of accuracy that INT8 may lose: 0.5 of top-1, without labels 1 of agreement."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the target; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile a checkpoint for a target, prove it against PyTorch, and write the bundle.
+
+    Example: edgetube export --target onnx-fp32 --target onnx-fp16 --checkpoint model.safetensors --out out
+    """
+    if input_kind not in ("video", "image"):
+        raise InputError(f"--input is {input_kind!r}; expected video or image")
+    names = _chosen(target)
+    pipeline = need("edgetube.export.pipeline", "export")
+    options = pipeline.Options(
+        frames, _size(size), input_kind == "image", batch, head, lowering, calib, max_drop, _settings(settings or [])
+    )
+    made = []
+    with _progress() as progress:
+        for bundle in pipeline.export_models(names, checkpoint, out_dir, options, progress):
+            made.append(bundle)
+    if as_json:
+        _print_json([_bundle_row(b) for b in made])
+        return
+    table = _table("bundle", "status", "size", "lowering", "agreement", "largest logit error")
+    for b in made:
+        row = _bundle_row(b)
+        table.add_row(
+            str(b.path), b.status, _megabytes(b.artifact_bytes), str(row["lowering"]),
+            _percent(row["agreement"]), _number(row["max_abs_error"]),
+        )  # fmt: skip
+    out.print(table)
+    for b in made:
+        if int8 := b.build.get("int8"):
+            out.print(f"{escape(b.name)}: {escape(int8['summary'])}", highlight=False, soft_wrap=True)
+            for note in int8["notes"]:
+                err.print(f"[yellow]warning:[/] {escape(note)}", highlight=False, soft_wrap=True)
+    if made:
+        out.print(f"next: [bold]edgetube run {made[0].path} VIDEO[/]", highlight=False)
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    source: Annotated[str, typer.Argument(help="Video or image file, glob, folder, camera index, or rtsp:// URL.")],
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Slide a window over the source instead of one clip.")
+    ] = False,
+    hop: Annotated[int | None, typer.Option(help="Frames between two predictions of --stream.")] = None,
+    top_k: Annotated[int, typer.Option(help="Classes to show.")] = 3,
+    limit: Annotated[int | None, typer.Option(help="Stop after this many predictions of each source.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write an annotated mp4 (of one file).")] = None,
+    threads: Threads = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Classify a video file, a folder of them, a camera or a network stream.
+
+    Cameras and network streams always slide a window; --json prints one object a line.
+
+    Example: edgetube run out/demo.onnx-fp32 clip.mp4 --save annotated.mp4
+    """
+    with Runtime(bundle, threads=threads, device=device) as rt:
+        found = video.sources(source)
+        if save and (len(found) != 1 or not isinstance(found[0], Path)):
+            raise InputError(f"--save takes one video file; {source} is {len(found)} sources or a live one")
+        for item in found:
+            predictions = []
+            for prediction in _predictions(rt, item, stream or not isinstance(item, Path), hop, top_k, limit):
+                _print_prediction(str(item), prediction, as_json)
+                predictions.append(prediction)
+            if save:
+                need("edgetube.annotate", "plot").save(save, video.frames(item), predictions, video.rate(item))
+                err.print(f"wrote {save}", highlight=False)
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw the tubes on a clip, and the learned kernels.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What is in a bundle: manifest, graph statistics, how it was chosen and proven.
+
+    Example: edgetube inspect out/demo.onnx-fp32 --plot tubes.png
+    """
+    found = bundles.load(bundle)
+    if plot:
+        kernels = _kernels(found)
+        need("edgetube.plot", "plot").tubes(plot, found.spec, found.golden()[0], kernels, found.name)
+        err.print(f"wrote {plot}", highlight=False)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    table = _table("", found.name)
+    for key, value in _facts(found):
+        table.add_row(key, escape(value))
+    out.print(table)
+
+
+@app.command()
+def doctor(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Verify a bundle on this machine: files, versions, and the golden clip's answer. Exit 1 when a check fails.
+
+    Example: edgetube doctor out/demo.onnx-fp32
+    """
+    checks = health.examine(bundle, device)
+    if as_json:
+        _print_json([asdict(check) for check in checks])
+    else:
+        table = _table("check", "", "what was found")
+        for check in checks:
+            table.add_row(check.name, "[green]ok[/]" if check.ok else "[bold red]failed[/]", escape(check.detail))
+        out.print(table)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def parity(
+    bundle: Annotated[list[Path], typer.Argument(help="Bundles of one checkpoint.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of clips, one sub-folder a class; the built-in clips if left out.")
+    ] = None,
+    clips: Annotated[int, typer.Option(help="How many of the built-in clips.")] = 504,
+    min_agreement: Annotated[float, typer.Option(help="Gate: smallest share of clips with the same answer.")] = 0.99,
+    as_json: Json = False,
+) -> None:
+    """Compare bundles with the PyTorch reference, clip by clip. Exit 1 when a gate fails.
+
+    Example: edgetube parity out/demo.onnx-fp32 out/demo.onnx-fp16
+    """
+    harness = need("edgetube.bench.parity", "export")
+    found = [bundles.load(path) for path in bundle]
+    source = datasets.folder(data) if data else datasets.built_in(clips, found[0].labels)
+    with _progress() as progress:
+        measured = harness.measure(found, source.clips, total=source.count, progress=progress)
+    if as_json:
+        _print_json(harness.to_json(measured))
+    else:
+        table = _table("bundle", "status", "clips", "top-1", "reference", "agreement", "KL", "largest logit error")
+        for b, p in measured:
+            table.add_row(
+                b.name, p.status, str(p.clips), _percent(p.top1), _percent(p.top1_reference),
+                _percent(p.agreement), _number(p.kl), _number(p.max_abs_error),
+            )  # fmt: skip
+        out.print(table)
+    low = [b.name for b, p in measured if p.agreement < min_agreement]
+    if low:
+        raise ParityError(f"{', '.join(low)} agree with the reference on less than {min_agreement:.1%} of the clips")
+
+
+def _predictions(
+    rt: Runtime, source: video.Source, live: bool, hop: int | None, top_k: int, limit: int | None
+) -> Iterator[Prediction]:
+    found = rt.stream(source, hop=hop, top_k=top_k) if live else iter([rt.predict(source, top_k=top_k)])
+    return islice(found, limit)
+
+
+def _print_prediction(source: str, prediction: Prediction, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"source": source, **prediction.to_json()}), flush=True)  # noqa: T201
+        return
+    scores = "  ".join(f"{label} {score:.2f}" for label, score in list(prediction.scores.items())[1:])
+    span = "" if prediction.start is None else f"{prediction.start:6.2f}-{prediction.end:.2f} s  "
+    out.print(
+        f"{escape(Path(source).name)}  {span}[bold]{escape(prediction.label)}[/] {prediction.score:.2f}  "
+        f"[dim]{escape(scores)}  {prediction.latency_ms:.0f} ms[/]",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _kernels(b: Bundle) -> dict[int, Any] | None:
+    """The learned kernels of a bundle's tubes, when its checkpoint can be read here."""
+    try:
+        model = need("edgetube.model.checkpoints", "export").of_bundle(b).model
+    except EdgetubeError as error:
+        err.print(f"without kernels: {error}", highlight=False, soft_wrap=True)
+        return None
+    return {i: model.tubes.weight(i).detach().numpy() for i in b.spec.active}
+
+
+def _chosen(names: list[str]) -> list[str]:
+    """The targets that were asked for; `all` is every one that can be built here."""
+    if "all" in names:
+        return [t.name for t in export.targets().values() if not t.missing(t.build_needs)]
+    return list(dict.fromkeys(names))
+
+
+def _settings(texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    if bad := [name for name, equals, _ in pairs if not (name and equals)]:
+        raise InputError(f"--set is {bad[0]!r}; expected NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+        raise InputError(f"--size is {text!r}; expected 224 or 224x320 (height x width)")
+    return int(parts[0]), int(parts[-1])
+
+
+def _bundle_row(b: Bundle) -> dict[str, Any]:
+    """The object that `export --json` prints for one bundle."""
+    return {
+        "bundle": str(b.path),
+        "target": b.target,
+        "status": b.status,
+        "bytes": b.artifact_bytes,
+        "lowering": b.build["lowering"]["chosen"],
+        "clips": b.parity.get("clips"),
+        "agreement": b.parity.get("agreement"),
+        "max_abs_error": b.parity.get("max_abs_error"),
+    }
+
+
+def _facts(b: Bundle) -> Iterator[tuple[str, str]]:
+    spec, graph = b.spec, b.build.get("graph", {})
+    yield "target", f"{b.target} ({b.backend}, {b.precision}), {b.status}"
+    yield "input", f"{b.batch} x {b.contract.shape} uint8 RGB at {b.contract.fps or 'any'} fps"
+    yield (
+        "tubes",
+        "; ".join(
+            f"{tube} every {'x'.join(map(str, tube.stride))} -> {'x'.join(map(str, grid))} tokens"
+            for tube, grid in zip((spec.tubes[i] for i in spec.active), spec.grids, strict=True)
+        ),
+    )
+    yield "encoder", f"{spec.tokens} tokens, width {spec.width}, {spec.depth} blocks, {spec.heads} heads"
+    yield "work", f"{spec.macs() / 1e9:.2f} GMAC, {b.artifact_bytes / 1e6:.1f} MB"
+    yield "labels", ", ".join(b.labels[:12]) + (" ..." if len(b.labels) > 12 else "")
+    if ops := graph.get("ops"):
+        yield "graph", ", ".join(f"{n} {op}" for op, n in sorted(ops.items(), key=lambda item: -item[1]))
+    if layers := b.build.get("layers"):
+        yield "engine", ", ".join(f"{key.replace('_', ' ')} {_counts(value)}" for key, value in layers.items())
+    if command := b.build.get("command"):
+        yield "by hand", command
+    lowering = b.build["lowering"]
+    times = ", ".join(f"{name} {t['p50_ms']:.2f} ms" for name, t in lowering.get("timings", {}).items())
+    yield "lowering", f"{lowering['chosen']}: {lowering['why']}" + (f" ({times})" if times else "")
+    yield "proof", ", ".join(f"{k} {_number(v) if isinstance(v, float) else v}" for k, v in b.parity.items())
+    yield "checkpoint", f"{b.checkpoint['source']} sha256 {b.checkpoint['sha256'][:12]}"
+    yield "made by", ", ".join(f"{k} {v}" for k, v in b.versions.items())
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on a terminal, plain lines on stderr in a pipe."""
+    if not err.is_terminal:
+        yield _plain
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=err, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total or None)
+            bar.update(tasks[stage], completed=done)
+
+        yield show
+
+
+def _plain(stage: str, done: int, total: int) -> None:
+    if done == total:
+        print(f"{stage}: done ({total})" if total > 1 else f"{stage}: done", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=i == 0)
+    return table
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2), flush=True)  # noqa: T201
+
+
+def _yes(missing: tuple[str, ...]) -> str:
+    return f"[red]no:[/] needs {', '.join(missing)}" if missing else "[green]yes[/]"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _counts(value: Any) -> str:
+    """A count, a table of counts, or how many things a list names."""
+    if isinstance(value, dict):
+        return " + ".join(f"{count} {name}" for name, count in value.items()) or "0"
+    return str(len(value) if isinstance(value, list) else value)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

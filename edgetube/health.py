@@ -1,0 +1,54 @@
+"""Is this bundle whole, and does it still answer right on this machine? What `edgetube doctor` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgetube import bundle as bundles
+from edgetube.errors import EdgetubeError
+from edgetube.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: what was looked at, whether it holds, and what was found (or the error)."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def examine(path: str | Path, device: str | None = None) -> list[Check]:
+    """Check manifest, files, artifact and the golden clip's answer; stops at the first that fails."""
+    checks: list[Check] = []
+
+    def attempt(name: str, probe: Callable[[], str]) -> bool:
+        try:
+            checks.append(Check(name, True, probe()))
+        except EdgetubeError as error:
+            checks.append(Check(name, False, str(error)))
+        return checks[-1].ok
+
+    def manifest() -> str:
+        bundle = bundles.load(path, verify=False)
+        made = ", ".join(f"{k} {v}" for k, v in bundle.versions.items())
+        return f"{bundle.name} for {bundle.target}, made by {made}"
+
+    def files() -> str:
+        bundle = bundles.load(path)
+        return f"{len(bundle.files)} files, {sum(f.bytes for f in bundle.files.values()) / 1e6:.1f} MB, hashes match"
+
+    def opens() -> str:
+        with Runtime(path, device=device, verify=False) as rt:
+            return ", ".join(f"{k} {v}" for k, v in rt.describe().items())
+
+    def golden() -> str:
+        with Runtime(path, device=device, verify=False) as rt:
+            return f"largest logit error against the reference {rt.check():.2e}"
+
+    for name, probe in (("manifest", manifest), ("files", files), ("opens", opens), ("golden clip", golden)):
+        if not attempt(name, probe):
+            break
+    return checks

@@ -1,0 +1,66 @@
+"""How alike two sets of answers are: plain numpy, one definition for every table, gate and report."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.floating]
+
+
+def softmax(logits: Array) -> npt.NDArray[np.float64]:
+    """Softmax over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    exp = np.exp(shifted)
+    return np.asarray(exp / exp.sum(axis=-1, keepdims=True), np.float64)
+
+
+def top_k(logits: Array, labels: npt.NDArray[np.integer], k: int = 1) -> float:
+    """Share of rows (N, classes) whose label (N,) is among the k largest logits."""
+    best = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
+    return float((best == labels[:, None]).any(axis=1).mean())
+
+
+def agreement(a: Array, b: Array) -> float:
+    """Share of rows with the same most probable class."""
+    return float((a.argmax(axis=-1) == b.argmax(axis=-1)).mean())
+
+
+def kl(reference: Array, logits: Array) -> float:
+    """Mean Kullback-Leibler divergence KL(softmax(reference) || softmax(logits)) over the rows, in nats."""
+    p, q = softmax(reference), softmax(logits)
+    tiny = np.finfo(np.float64).tiny
+    return float((p * (np.log(p + tiny) - np.log(q + tiny))).sum(axis=-1).mean())
+
+
+def cosine(a: Array, b: Array) -> float:
+    """Smallest cosine between two rows of the same number; 1 where both rows are zero."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    dots = (a * b).sum(axis=-1)
+    same = (a == b).all(axis=-1)
+    return float(np.where(same, 1.0, dots / np.maximum(norms, np.finfo(np.float64).tiny)).min())
+
+
+def max_abs_error(a: Array, b: Array) -> float:
+    """Largest absolute difference of two arrays of one shape."""
+    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
+
+
+def sqnr(reference: Array, value: Array) -> float:
+    """Signal to quantisation noise ratio 10 log10(sum ref^2 / sum (ref - value)^2), dB; inf when equal."""
+    ref = reference.astype(np.float64)
+    noise = float(((ref - value.astype(np.float64)) ** 2).sum())
+    signal = float((ref**2).sum())
+    if noise == 0:
+        return float("inf")
+    return float(10 * np.log10(signal / noise)) if signal else float("-inf")
+
+
+def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a share seen on `count` trials (95 % by default); (Wilson, JASA 1927)."""
+    if count == 0:
+        return 0.0, 1.0
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)

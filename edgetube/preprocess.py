@@ -1,0 +1,332 @@
+"""The one executor of `InputContract`: which frames are taken, and how they become the clip that a graph takes.
+
+Files, cameras, arrays, calibration and benchmark all come through here, so that all of them see the same bytes.
+The definition, with its formulas and its oracles, is in `docs/preprocessing.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetube.errors import InputError
+from edgetube.spec import InputContract
+
+Frames = npt.NDArray[np.uint8]
+"""RGB frames, (T, H, W, 3) uint8."""
+
+TOLERANCE = 1e-3
+"""Seconds by which a frame may be late and still count: containers round timestamps, many to milliseconds."""
+
+ONE = 1 << 16
+"""Filter weights are integers that sum to this, see `_weights`."""
+
+BLOCK = 4
+"""Output rows (or columns) per matrix product: few, because a wide block is mostly the zeros outside its band."""
+
+T = TypeVar("T")
+
+
+# ------------------------------------------------------------------------------------------------------------- time
+
+
+def window(contract: InputContract, duration: float, rate: float, start: float | None = None) -> float:
+    """The second at which the clip begins.
+
+    Args:
+        duration: seconds of the source.
+        rate: frames per second of the source; decides where the contract takes every frame.
+        start: the wanted second, or None for the window in the middle.
+
+    Raises:
+        InputError: `start` lies outside the source.
+    """
+    if start is None:
+        return max(0.0, (duration - contract.frames / (contract.fps or rate)) / 2)
+    if not 0 <= start < duration:
+        raise InputError(f"start is {start} s; expected a time within the {duration:.3f} s of the source")
+    return start
+
+
+def resample(
+    timed: Iterable[tuple[float, T]], fps: float | None, start: float | None = None, hold: bool = False
+) -> Iterator[tuple[float, T]]:
+    """Frames at a constant rate: for each time start + k / fps the frame that is on display then.
+
+    That is the first frame whose timestamp lies within `TOLERANCE` of the time, else the last one before it; times
+    before the first frame get the first frame. A frame is given out as soon as its time has come.
+
+    Args:
+        timed: (seconds, frame) in the order of display; any rate, also a varying one.
+        fps: frames per second to give out; None gives the frame that is on display at `start`, and all after it.
+        start: seconds of the first one; None: the timestamp of the first frame.
+        hold: repeat the last frame for ever; else it is on display for as long as the one before it was.
+
+    Yields:
+        (seconds, frame) as they came in; a frame can come out more than once, or never.
+    """
+    count, gap = 0, 0.0
+    wanted = -math.inf if start is None else start
+    last: tuple[float, T] | None = None
+    for now, frame in timed:
+        if last is None and start is None:
+            wanted = start = now
+        while last is not None and wanted < now - TOLERANCE:
+            yield last
+            count += 1
+            wanted = _due(start, fps, count)
+        if fps is None and count:
+            wanted = now
+        gap = 0.0 if last is None else now - last[0]
+        last = now, frame
+        while wanted <= now + TOLERANCE:
+            yield last
+            count += 1
+            wanted = _due(start, fps, count)
+    rounded = 3 * TOLERANCE  # this timestamp, and the two that make the gap
+    while last is not None and (hold or wanted < last[0] + gap - rounded):
+        yield last
+        count += 1
+        wanted = _due(start, fps, count)
+
+
+def _due(start: float | None, fps: float | None, count: int) -> float:
+    """The time of frame `count`; without a rate it is not known until that frame comes."""
+    return (start or 0.0) + count / fps if fps else math.inf
+
+
+def pick(timed: Iterable[tuple[float, T]], contract: InputContract, start: float) -> Iterator[tuple[float, T]]:
+    """The `contract.frames` frames of the clip that begins at second `start`; a short source repeats its last frame.
+
+    Reads no further than the clip needs. Empty when there is no frame at all.
+    """
+    return islice(resample(timed, contract.fps, start, hold=True), contract.frames)
+
+
+def sample(
+    count: int, source_fps: float | None, contract: InputContract, start: float | None = None
+) -> npt.NDArray[np.intp]:
+    """Which of `count` frames make the clip.
+
+    Args:
+        count: frames that there are.
+        source_fps: their rate in frames per second; None: they already are at the contract's rate.
+        start: second at which the clip begins, None for the middle.
+
+    Returns:
+        (T,) indices, never descending.
+
+    Raises:
+        InputError: no frames, a rate that is not positive, or a `start` that is outside or has no clock.
+    """
+    if count < 1:
+        raise InputError("there are no frames; expected at least one")
+    if source_fps is not None and not (source_fps > 0 and math.isfinite(source_fps)):
+        raise InputError(f"source_fps is {source_fps}; expected a positive rate")
+    rate = source_fps or contract.fps
+    if rate is None and start is not None:
+        raise InputError(f"start is {start} s, but these frames have no clock: give source_fps too")
+    rate = rate or 1.0
+    begin = window(contract, count / rate, rate, start)
+    first = max(0, math.floor(begin * rate) - 1)
+    timed = ((i / rate, i) for i in range(first, count))
+    return np.fromiter((i for _, i in pick(timed, contract, begin)), np.intp, contract.frames)
+
+
+# ------------------------------------------------------------------------------------------------------------ space
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Output rows (columns) `at` onward of one axis, as a matrix over the source rows (columns) [low, high)."""
+
+    at: int
+    low: int
+    high: int
+    matrix: npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The two passes of the filter for one source size."""
+
+    vertical: tuple[_Block, ...]
+    horizontal: tuple[_Block, ...]
+    left: int
+    right: int
+
+
+def geometry(height: int, width: int, contract: InputContract) -> tuple[int, int, int, int]:
+    """Size of the resized frame and the crop's corner in it: (rows, columns, top, left).
+
+    "short-side" scales until the crop is just covered: one side is exact, the other is floor(size * scale). The
+    corner is half of what is left over, halves to the even side, as torchvision's Resize and CenterCrop do.
+    """
+    rows, columns = contract.height, contract.width
+    if contract.resize == "short-side":
+        if contract.height * width >= contract.width * height:
+            columns = width * contract.height // height
+        else:
+            rows = height * contract.width // width
+    return rows, columns, round((rows - contract.height) / 2), round((columns - contract.width) / 2)
+
+
+def _weights(size: int, resized: int, index: int) -> tuple[int, npt.NDArray[np.float64]]:
+    """First source pixel and integer weights of one output pixel of the triangle filter.
+
+    The weights sum to `ONE` exactly: rounding their running sum, not each one, keeps the error of every partial sum
+    below half a unit. A product with uint8 pixels then stays below 2**24 and is exact in float32 in whatever order
+    a BLAS adds it up, which is what makes the result the same bytes on every machine.
+    """
+    scale = size / resized
+    support = max(scale, 1.0)
+    centre = (index + 0.5) * scale
+    low, high = max(0, int(centre - support + 0.5)), min(size, int(centre + support + 0.5))
+    triangle = np.maximum(0.0, 1.0 - np.abs(np.arange(low, high) + 0.5 - centre) / support)
+    return low, np.diff(np.rint(np.cumsum(triangle) * (ONE / triangle.sum())), prepend=0.0)
+
+
+def _blocks(size: int, resized: int, first: int, count: int) -> Iterator[_Block]:
+    """Output pixels [first, first + count) of one axis, `BLOCK` at a time."""
+    for at in range(0, count, BLOCK):
+        rows = [_weights(size, resized, first + i) for i in range(at, min(at + BLOCK, count))]
+        low, high = min(a for a, _ in rows), max(a + len(w) for a, w in rows)
+        matrix = np.zeros((len(rows), high - low))
+        for row, (a, w) in zip(matrix, rows, strict=True):
+            row[a - low : a - low + len(w)] = w
+        yield _Block(at, low, high, matrix)
+
+
+@lru_cache(maxsize=32)
+def _plan(height: int, width: int, contract: InputContract) -> _Plan:
+    rows, columns, top, left = geometry(height, width, contract)
+    vertical = tuple(
+        _Block(b.at, b.low, b.high, b.matrix.astype(np.float32)) for b in _blocks(height, rows, top, contract.height)
+    )
+    # Colours stay interleaved: a matrix with a 3x3 identity at every tap costs less than two transpositions.
+    horizontal = tuple(
+        _Block(b.at, b.low, b.high, np.ascontiguousarray(np.kron(b.matrix, np.eye(3)).T))
+        for b in _blocks(width, columns, left, contract.width)
+    )
+    return _Plan(vertical, horizontal, min(b.low for b in horizontal), max(b.high for b in horizontal))
+
+
+def _filter(frame: Frames, plan: _Plan, out: Frames) -> None:
+    """Resize and crop one frame, (H0, W0, 3) -> (H, W, 3): rows in float32, columns in float64, rounded once."""
+    height, width, _ = out.shape
+    tall = np.empty((height, (plan.right - plan.left) * 3), np.float32)
+    for b in plan.vertical:
+        source = frame[b.low : b.high, plan.left : plan.right].astype(np.float32)
+        np.matmul(b.matrix, source.reshape(b.high - b.low, -1), out=tall[b.at : b.at + len(b.matrix)])
+    result = np.empty((height, width * 3))
+    for b in plan.horizontal:
+        band = tall[:, (b.low - plan.left) * 3 : (b.high - plan.left) * 3].astype(np.float64)
+        result[:, b.at * 3 : b.at * 3 + b.matrix.shape[1]] = band @ b.matrix
+    result *= 1.0 / (ONE * ONE)
+    result += 0.5  # the cast below truncates: half goes up; at most 255.5, so nothing to clip
+    out[...] = result.astype(np.uint8).reshape(out.shape)
+
+
+def spatial(frames: Frames, contract: InputContract) -> Frames:
+    """Resize with antialias and crop the centre; only the pixels that the crop needs are read.
+
+    Args:
+        frames: (N, H0, W0, 3) uint8, any strides.
+
+    Returns:
+        (N, H, W, 3) uint8; the argument itself when it already has that size.
+    """
+    count, height, width, _ = frames.shape
+    if (height, width) == (contract.height, contract.width):
+        return frames
+    rows, columns, top, left = geometry(height, width, contract)
+    if (rows, columns) == (height, width):
+        return frames[:, top : top + contract.height, left : left + contract.width]
+    plan = _plan(height, width, contract)
+    out = np.empty((count, contract.height, contract.width, 3), np.uint8)
+    for frame, target in zip(frames, out, strict=True):
+        _filter(frame, plan, target)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------- arrays
+
+
+def _pixels(array: npt.ArrayLike, expected: str) -> Frames:
+    """`array` as uint8 with colours last.
+
+    Raises:
+        InputError: another dtype, or a last axis that is not RGB.
+    """
+    frames = np.asarray(array)
+    if frames.dtype != np.uint8:
+        remedy = "give raw RGB pixels"
+        if np.issubdtype(frames.dtype, np.floating):
+            remedy = "do not normalise; pixels in 0..1 become (frames * 255).round().astype(numpy.uint8)"
+        raise InputError(f"the frames are {frames.dtype}; expected uint8 RGB in 0..255: {remedy}")
+    if frames.ndim < 3 or frames.shape[-1] != 3:
+        remedy = "the last axis is the colour"
+        if frames.ndim >= 3 and frames.shape[-3] == 3:
+            remedy = "move the colours last, numpy.moveaxis(frames, -3, -1)"
+        raise InputError(f"the frames have shape {frames.shape}; expected {expected}: {remedy}")
+    return frames
+
+
+def prepare(
+    frames: npt.ArrayLike, contract: InputContract, source_fps: float | None = None, start: float | None = None
+) -> Frames:
+    """Frames of any number and size -> the clip that the contract describes. Only sampled frames are resized.
+
+    Args:
+        frames: (N, H0, W0, 3) uint8 RGB, any strides; one image (H0, W0, 3) when the contract takes images.
+        source_fps, start: see `sample`.
+
+    Returns:
+        (T, H, W, 3) uint8, contiguous, a copy.
+
+    Raises:
+        InputError: wrong dtype, rank or colours, no frames, or times outside the frames.
+    """
+    expected = "(frames, height, width, 3)"
+    pixels = _pixels(frames, expected)
+    if pixels.ndim == 3 and contract.is_image:
+        pixels = pixels[None]
+    if pixels.ndim != 4:
+        raise InputError(f"the frames have shape {pixels.shape}; expected {expected}")
+    if 0 in pixels.shape:
+        raise InputError(f"the frames have shape {pixels.shape}: there is no pixel in them")
+    taken, repeats = np.unique(sample(len(pixels), source_fps, contract, start), return_counts=True)
+    resized = spatial(pixels[taken], contract)
+    return np.ascontiguousarray(np.repeat(resized, repeats, axis=0))
+
+
+def check(clips: npt.ArrayLike, contract: InputContract) -> Frames:
+    """Clips that are already what the graph takes, checked once and made contiguous.
+
+    Args:
+        clips: (T, H, W, 3) or (B, T, H, W, 3) uint8 RGB, any strides; (H, W, 3) too when the contract takes images.
+
+    Returns:
+        (B, T, H, W, 3) uint8, C-contiguous; a copy only where the strides need one.
+
+    Raises:
+        InputError: wrong dtype or shape, with what was given and what was expected.
+    """
+    expected = f"{contract.shape} or a batch of such clips (B, {', '.join(map(str, contract.shape))})"
+    pixels = _pixels(clips, expected)
+    batch = pixels
+    if batch.ndim == 3 and contract.is_image:
+        batch = batch[None]
+    if batch.ndim == 4:
+        batch = batch[None]
+    if batch.ndim != 5 or batch.shape[1:] != contract.shape or not len(batch):
+        remedy = "edgetube.preprocess.prepare makes it from frames of another size or number"
+        raise InputError(f"the clip has shape {pixels.shape}; expected {expected}: {remedy}")
+    return np.ascontiguousarray(batch)

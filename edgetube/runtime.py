@@ -1,0 +1,189 @@
+"""What a camera app embeds: open a bundle, show it frames, read the answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Self
+
+from edgetube import bundle as bundles
+from edgetube import metrics, preprocess, runtimes, stream, video
+from edgetube.bundle import Bundle
+from edgetube.errors import InputError, ParityError
+from edgetube.runtimes.base import Output
+from edgetube.spec import InputContract, Prediction
+from edgetube.video import Clip
+
+Source = str | Path | int
+"""A file, a URL, or the index of a camera."""
+
+GOLDEN_SLACK = 1e-3
+"""How far the golden logits may move between two machines, of the largest logit, beside twice the proven error."""
+
+
+class Runtime:
+    """One opened bundle. Thread-safe; a context manager.
+
+    Args:
+        bundle: the bundle's folder, or a loaded `Bundle`.
+        threads: CPU threads of one call; None leaves the choice to the vendor's runtime.
+        device: as the backend names it ("cpu", "cuda", ...); None takes the bundle's own.
+        verify: hash the bundle's files first (about a second per gigabyte).
+
+    Raises:
+        BundleError: no bundle, a newer schema, or files that are not the ones that were proven.
+        MissingPackageError: the backend's package is not installed.
+        BackendError: the vendor's runtime refuses the artifact.
+
+    >>> with Runtime("out/demo.onnx-fp32") as rt:
+    ...     rt.predict("clip.mp4").label
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path | Bundle,
+        *,
+        threads: int | None = None,
+        device: str | None = None,
+        verify: bool = True,
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise InputError(f"threads is {threads}; expected >= 1, or None for the runtime's own choice")
+        if isinstance(bundle, Bundle):
+            self.bundle = bundle
+            if verify:
+                bundle.verify()
+        else:
+            self.bundle = bundles.load(bundle, verify)
+        self._backend = runtimes.open_bundle(self.bundle, threads=threads, device=device)
+
+    @property
+    def contract(self) -> InputContract:
+        """The input that the model expects."""
+        return self.bundle.contract
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names, in the order of the logits."""
+        return self.bundle.labels
+
+    def __call__(self, clips: npt.ArrayLike) -> Output:
+        """Logits (B, classes) float32 of clips (B, T, H, W, 3) uint8 RGB that are already preprocessed.
+
+        Any strides and any B; larger batches than the artifact's run in pieces.
+
+        Raises:
+            InputError: another shape or dtype; says what was given and what is expected.
+            BackendError: the runtime is closed or failed.
+        """
+        return self._backend(clips)
+
+    def predict(
+        self,
+        source: Source | npt.NDArray[np.uint8],
+        *,
+        top_k: int = 5,
+        fps: float | None = None,
+        start: float | None = None,
+    ) -> Prediction:
+        """Classify one clip: of a video file, an image file (image models), or frames in memory.
+
+        Args:
+            source: a path, or RGB frames (T, H, W, 3) uint8 of any length and size (an image model also takes
+                (H, W, 3)); preprocessing follows the bundle's contract.
+            top_k: how many classes `scores` holds.
+            fps: rate of frames in memory; None says they already have the contract's rate.
+            start: second at which the clip starts; None takes the middle of the source.
+
+        Raises:
+            InputError: frames or a file that cannot be used; says why.
+        """
+        began = time.perf_counter()
+        return self._predict(self._clip(source, fps, start), top_k, began)
+
+    def stream(
+        self,
+        source: Source | Iterable[Any],
+        *,
+        hop: int | None = None,
+        fps: float | None = None,
+        top_k: int = 5,
+    ) -> Iterator[Prediction]:
+        """Classify a sliding window over a camera, a URL, a file, or any iterable of frames.
+
+        Args:
+            source: as for `edgetube.video.frames`, or frames (H, W, 3) uint8, or (seconds, frame) pairs.
+            hop: frames (at the contract's rate) between two predictions; None takes a quarter of the clip.
+            fps: rate of an iterable of bare frames; None says the contract's rate.
+            top_k: how many classes `scores` holds.
+
+        Yields:
+            A prediction each time `hop` new frames have come, from the first full clip on; a source that ends
+            before its first full clip gives one, with its last frame repeated.
+        """
+        if isinstance(source, Source):
+            frames: Iterable[Any] = video.frames(source)
+        else:
+            frames = stream.timed(source, fps or self.contract.fps)
+        for arrived, clip in stream.windows(frames, self.contract, hop):
+            yield self._predict(clip, top_k, arrived)
+
+    def check(self) -> float:
+        """Run the golden clip on this device; the largest logit error against the reference.
+
+        Raises:
+            ParityError: this device answers differently than the machine that proved the bundle.
+        """
+        frames, reference = self.bundle.golden()
+        logits = self(frames[None])[0]
+        error = metrics.max_abs_error(reference, logits)
+        scale = max(1.0, float(np.abs(reference).max()))
+        proven = float(cast(float, self.bundle.parity.get("max_abs_error", 0.0)))
+        if not error <= (allowed := 2 * proven + GOLDEN_SLACK * scale):
+            raise ParityError(
+                f"{self.bundle.name}: the golden clip's logits are off by {error:.3g} here, {allowed:.3g} is allowed; "
+                "the device or its driver computes differently: export for this device, or use an fp32 target"
+            )
+        return error
+
+    def describe(self) -> dict[str, Any]:
+        """What runs the artifact: versions, device, threads; plain JSON."""
+        return self._backend.describe()
+
+    def close(self) -> None:
+        """Release the artifact; closing twice is fine."""
+        self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _clip(self, source: Source | npt.NDArray[np.uint8], fps: float | None, start: float | None) -> Clip:
+        if isinstance(source, str | Path):
+            return video.load(source, self.contract, start)
+        if isinstance(source, int):
+            raise InputError(f"predict takes a file or frames; read camera {source} with stream({source})")
+        return Clip("array", preprocess.prepare(source, self.contract, fps, start))
+
+    def _predict(self, clip: Clip, top_k: int, began: float) -> Prediction:
+        if top_k < 1:
+            raise InputError(f"top_k is {top_k}; expected >= 1")
+        logits = self(clip.frames[None])[0]
+        scores = metrics.softmax(logits)
+        best = [int(i) for i in np.argsort(-scores, kind="stable")[:top_k]]
+        return Prediction(
+            label=self.labels[best[0]],
+            score=float(scores[best[0]]),
+            scores={self.labels[i]: float(scores[i]) for i in best},
+            logits=tuple(float(v) for v in logits),
+            start=clip.start,
+            end=clip.end,
+            latency_ms=(time.perf_counter() - began) * 1e3,
+        )

@@ -1,0 +1,419 @@
+"""What the weights do not say: the model's geometry and the pixels that it expects.
+
+All types are frozen, validated when made, and survive a round trip through JSON
+(`X.from_json(x.to_json()) == x`). Nothing here needs more than the standard library.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar, get_args
+
+from edgetube.errors import SpecError
+
+Triple = tuple[int, int, int]
+"""(time, height, width), in voxels of the input clip."""
+
+AXES = ("time", "height", "width")
+
+Pool = Literal["attention", "mean"]
+Positions = Literal["fixed", "stored"]
+
+T = TypeVar("T")
+
+
+def _known(cls: type[T], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `data` that `cls` has; refuses unknown keys rather than dropping them."""
+    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(data) - names):
+        raise SpecError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(names))}")
+    return dict(data)
+
+
+def _triple(value: Any) -> Triple | None:
+    """Three integers, or None when `value` is something else: 8.5 is refused, not cut to 8."""
+    try:
+        t, h, w = map(operator.index, value)
+    except (TypeError, ValueError):
+        return None
+    return t, h, w
+
+
+@dataclass(frozen=True)
+class TubeSpec:
+    """One sparse tube: a strided 3-D convolution that makes tokens (TubeViT, section 3.1).
+
+    `kernel`, `stride` and `offset` are (time, height, width) in voxels. `space_to_depth` is S per axis
+    (section 3.2): the convolution emits `width / prod(S)` channels on a stride that is S times finer, and the
+    S neighbours are concatenated on the channels, in row-major order of (dt, dh, dw), neighbour outermost.
+    The paper does not fix that order; this is ours.
+    """
+
+    kernel: Triple
+    stride: Triple
+    offset: Triple = (0, 0, 0)
+    space_to_depth: Triple = (1, 1, 1)
+
+    def __post_init__(self) -> None:
+        for name in ("kernel", "stride", "offset", "space_to_depth"):
+            given, low = getattr(self, name), 0 if name == "offset" else 1
+            value = _triple(given)
+            if value is None or min(value) < low:
+                raise SpecError(f"tube {name} is {given}; expected three integers >= {low} (time, height, width)")
+            object.__setattr__(self, name, value)
+        for axis, stride, s in zip(AXES, self.stride, self.space_to_depth, strict=True):
+            if stride % s:
+                raise SpecError(f"tube {self}: the {axis} stride {stride} is not divisible by space_to_depth {s}")
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.kernel))
+
+    @property
+    def is_2d(self) -> bool:
+        """True for a tube that fits on one frame, the first: such tubes also make the tokens of an image."""
+        return self.minimum()[0] == 1
+
+    @property
+    def merge(self) -> int:
+        """How many convolution outputs make one token: prod(space_to_depth)."""
+        return math.prod(self.space_to_depth)
+
+    @property
+    def conv_stride(self) -> Triple:
+        """The stride of the convolution itself: `stride / space_to_depth`."""
+        t, h, w = (s // m for s, m in zip(self.stride, self.space_to_depth, strict=True))
+        return t, h, w
+
+    @property
+    def extent(self) -> Triple:
+        """Voxels that one token spans per axis: the kernel, and with space-to-depth its neighbours too."""
+        t, h, w = (k + s * (m - 1) for k, s, m in zip(self.kernel, self.conv_stride, self.space_to_depth, strict=True))
+        return t, h, w
+
+    def minimum(self) -> Triple:
+        """The smallest clip (frames, height, width) on which this tube yields one token."""
+        t, h, w = (o + e for o, e in zip(self.offset, self.extent, strict=True))
+        return t, h, w
+
+    def grid(self, clip: Triple) -> Triple:
+        """Tokens per axis on a clip of (frames, height, width); 0 where the tube does not fit.
+
+        floor((L - offset - kernel) / stride) + 1 for a plain tube.
+        """
+        t, h, w = (
+            max(0, (size - o - e) // s + 1)
+            for size, o, e, s in zip(clip, self.offset, self.extent, self.stride, strict=True)
+        )
+        return t, h, w
+
+    def tokens(self, clip: Triple) -> int:
+        """Number of tokens on a clip of (frames, height, width)."""
+        return math.prod(self.grid(clip))
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: list(v) for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TubeSpec:
+        return cls(**{k: tuple(v) for k, v in _known(cls, data).items()})
+
+
+PAPER_TUBES = (
+    TubeSpec((8, 8, 8), (16, 32, 32)),
+    TubeSpec((16, 4, 4), (6, 32, 32), (4, 8, 8)),
+    TubeSpec((4, 12, 12), (16, 32, 32), (0, 16, 16)),
+    TubeSpec((1, 16, 16), (32, 16, 16)),
+)
+"""The four tubes of the paper (section 4): 539 tokens at 32x224x224."""
+
+PAPER_TUBES_S2D = (
+    replace(PAPER_TUBES[0], space_to_depth=(2, 1, 1)),
+    replace(PAPER_TUBES[1], space_to_depth=(1, 2, 2)),
+    *PAPER_TUBES[2:],
+)
+"""The same with space-to-depth on the first two: the same number of tokens, 17.5 % of the voxels."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A sparse-tube video transformer, everything but its weights.
+
+    `frames == 1` means image input: only the 2-D tubes make tokens then (section 3.1), with the same encoder
+    and the same position function at t = 0.
+
+    Attributes:
+        tubes: the tubes, in the order of their tokens.
+        frames, size: the clip, T and (H, W) in voxels.
+        width, depth, heads, mlp_ratio: the ViT encoder; `width` is d.
+        classifiers: (name, classes) of each linear head (one per data set in the paper).
+        channels: colour channels of the clip.
+        kernel: the shape of the one shared kernel that is resized trilinearly to every tube
+            ("interpolated kernels", section 3.1), or None when each tube has its own.
+        pool: "attention" (softmax over Linear(d, 1) scores, weighted sum) or "mean".
+        positions: "fixed" (equations 3-7 at the tubes' centres) or "stored" (a table in the checkpoint).
+        gates: indices of the blocks that add tanh(alpha) * z_0 (section 3.6), alpha learned per block.
+        norm_eps: epsilon of every LayerNorm.
+    """
+
+    tubes: tuple[TubeSpec, ...]
+    frames: int
+    size: tuple[int, int]
+    width: int
+    depth: int
+    heads: int
+    classifiers: tuple[tuple[str, int], ...]
+    mlp_ratio: float = 4.0
+    channels: int = 3
+    kernel: Triple | None = None
+    pool: Pool = "attention"
+    positions: Positions = "fixed"
+    gates: tuple[int, ...] = ()
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not self.tubes:
+            raise SpecError("a model needs at least one tube; given none")
+        for name in ("frames", "width", "depth", "heads", "channels"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} is {getattr(self, name)}; expected >= 1")
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise SpecError(f"size is {self.size}; expected (height, width), both >= 1")
+        if self.width % self.heads:
+            raise SpecError(f"width {self.width} is not divisible by {self.heads} attention heads")
+        if not self.hidden >= 1 or not self.norm_eps > 0:
+            raise SpecError(f"mlp_ratio {self.mlp_ratio}, norm_eps {self.norm_eps}; expected both > 0")
+        if self.kernel is not None and min(_triple(self.kernel) or (0,)) < 1:
+            raise SpecError(f"the shared kernel is {self.kernel}; expected three integers >= 1 (time, height, width)")
+        for name, allowed in (("pool", get_args(Pool)), ("positions", get_args(Positions))):
+            if getattr(self, name) not in allowed:
+                raise SpecError(f"{name} is {getattr(self, name)!r}; this version knows {', '.join(allowed)}")
+        self._check_classifiers()
+        for tube in self.tubes:
+            if self.width % tube.merge:
+                raise SpecError(f"width {self.width} is not divisible by the {tube.merge} neighbours of tube {tube}")
+        if bad := [g for g in self.gates if not 0 <= g < self.depth]:
+            raise SpecError(f"gates {bad} are outside the {self.depth} blocks")
+        if not self.active:
+            raise SpecError(f"an image needs a 2-D tube (1, h, w); the tubes are {', '.join(map(str, self.tubes))}")
+        for index in self.active:
+            self._must_fit(index)
+
+    def _check_classifiers(self) -> None:
+        names = [name for name, _ in self.classifiers]
+        if not names or min(n for _, n in self.classifiers) < 1:
+            raise SpecError(f"classifiers is {self.classifiers}; expected at least one (name, classes >= 1)")
+        if len(set(names)) < len(names):
+            raise SpecError(f"classifiers {names} do not have distinct names")
+        # The names are part of the weights' tensor names, where a dot separates modules.
+        if bad := [name for name in names if not re.fullmatch(r"\w[\w-]*", name)]:
+            raise SpecError(f"classifiers {bad} cannot be names of tensors; expected letters, digits, _ and -")
+
+    def _must_fit(self, index: int) -> None:
+        tube = self.tubes[index]
+        for axis, size, low in zip(AXES, self.clip, tube.minimum(), strict=True):
+            if size < low:
+                raise SpecError(
+                    f"tube {index} ({tube}, offset {tube.offset}) does not fit: {axis} is {size}, minimum {low}"
+                )
+
+    @property
+    def clip(self) -> Triple:
+        """(frames, height, width)."""
+        return self.frames, *self.size
+
+    @property
+    def is_image(self) -> bool:
+        return self.frames == 1
+
+    @property
+    def accepts_images(self) -> bool:
+        """Whether the model has a 2-D tube, so that the same weights also classify one image."""
+        return any(tube.is_2d for tube in self.tubes) and self.positions == "fixed"
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Indices of the tubes that make tokens: all for a clip, the 2-D ones for an image."""
+        return tuple(i for i, tube in enumerate(self.tubes) if not self.is_image or tube.is_2d)
+
+    @property
+    def grids(self) -> tuple[Triple, ...]:
+        """Token grid (time, height, width) of each active tube."""
+        return tuple(self.tubes[i].grid(self.clip) for i in self.active)
+
+    @property
+    def tokens(self) -> int:
+        """N, the length of the encoder's sequence."""
+        return sum(math.prod(grid) for grid in self.grids)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return int(self.width * self.mlp_ratio)
+
+    def at(self, frames: int | None = None, size: tuple[int, int] | None = None) -> ModelSpec:
+        """The same model on another clip. Stored position tables belong to one clip shape only.
+
+        Raises:
+            SpecError: a tube does not fit, or the positions are stored.
+        """
+        new = replace(self, frames=self.frames if frames is None else frames, size=size or self.size)
+        if self.positions == "stored" and new.clip != self.clip:
+            raise SpecError(f"this checkpoint stores its positions for clip {self.clip}; it cannot run on {new.clip}")
+        return new
+
+    def tokenizer_macs(self) -> int:
+        """Multiply-accumulates of the tube GEMMs alone."""
+        return sum(
+            math.prod(grid) * self.width * self.channels * math.prod(self.tubes[i].kernel)
+            for i, grid in zip(self.active, self.grids, strict=True)
+        )
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one forward pass: tube GEMMs, linears, attention matmuls, pooling, head."""
+        n, d = self.tokens, self.width
+        block = n * d * (4 * d + 2 * self.hidden) + 2 * n * n * d
+        pool = 2 * n * d if self.pool == "attention" else n * d
+        return self.tokenizer_macs() + self.depth * block + pool + d * self.classifiers[0][1]
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["tubes"] = [tube.to_json() for tube in self.tubes]
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
+        data = _known(cls, data)
+        data["tubes"] = tuple(TubeSpec.from_json(tube) for tube in data["tubes"])
+        data["size"] = tuple(data["size"])
+        data["classifiers"] = tuple((str(name), int(n)) for name, n in data["classifiers"])
+        data["gates"] = tuple(data.get("gates", ()))
+        data["kernel"] = tuple(data["kernel"]) if data.get("kernel") else None
+        return cls(**data)
+
+
+SIZES: dict[str, tuple[int, int, int]] = {
+    "tubevit-ti": (192, 12, 3),
+    "tubevit-s": (384, 12, 6),
+    "tubevit-b": (768, 12, 12),
+    "tubevit-l": (1024, 24, 16),
+    "tubevit-h": (1280, 32, 16),
+}
+"""(width, depth, heads) of the named architectures."""
+
+
+def named(name: str, frames: int = 32, size: tuple[int, int] = (224, 224), classes: int = 400) -> ModelSpec:
+    """One of `SIZES` with the paper's tubes; `-s2d` at the end of the name adds space-to-depth.
+
+    Raises:
+        SpecError: an unknown name, or a clip that a tube does not fit on.
+    """
+    base = name.removesuffix("-s2d")
+    if base not in SIZES:
+        raise SpecError(f"no architecture is called {name!r}; there are {', '.join(SIZES)} (add -s2d)")
+    width, depth, heads = SIZES[base]
+    return ModelSpec(
+        tubes=PAPER_TUBES if base == name else PAPER_TUBES_S2D,
+        frames=frames,
+        size=size,
+        width=width,
+        depth=depth,
+        heads=heads,
+        classifiers=(("kinetics", classes),),
+    )
+
+
+@dataclass(frozen=True)
+class InputContract:
+    """The one description of preprocessing; executed by `edgetube.preprocess` and nowhere else.
+
+    Attributes:
+        frames, height, width: the clip that the graph takes.
+        resize: how the short side reaches the crop: "short-side" (keeps the aspect ratio, antialiased
+            bilinear) or "stretch" (both sides to the crop's size, aspect ratio not kept).
+        crop: "center", the only crop that is deterministic.
+        mean, std: per channel, of pixels in 0..1; folded into the tube weights at export.
+        sampling: "uniform": frames at a constant rate; a clip that is too short repeats its last frame.
+        fps: the rate that the model was trained at, in frames per second; None takes every frame.
+        layout, dtype, color: what the graph takes; fixed.
+    """
+
+    frames: int
+    height: int
+    width: int
+    fps: float | None = None
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resize: Literal["short-side", "stretch"] = "short-side"
+    crop: Literal["center"] = "center"
+    sampling: Literal["uniform"] = "uniform"
+    layout: Literal["THWC"] = "THWC"
+    dtype: Literal["uint8"] = "uint8"
+    color: Literal["RGB"] = "RGB"
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.height, self.width) < 1:
+            raise SpecError(f"the clip is {self.shape}; expected sizes >= 1")
+        if self.fps is not None and not self.fps > 0:
+            raise SpecError(f"fps is {self.fps}; expected a positive rate or null")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise SpecError(f"mean {self.mean}, std {self.std}; expected three of each and std > 0")
+        choices = {"resize": ("short-side", "stretch"), "crop": ("center",), "sampling": ("uniform",)}
+        choices |= {"layout": ("THWC",), "dtype": ("uint8",), "color": ("RGB",)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise SpecError(f"input {name} is {getattr(self, name)!r}; this version knows {', '.join(allowed)}")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(T, H, W, 3) of one clip."""
+        return self.frames, self.height, self.width, 3
+
+    @property
+    def is_image(self) -> bool:
+        return self.frames == 1
+
+    def at(self, frames: int | None = None, size: tuple[int, int] | None = None) -> InputContract:
+        """The same preprocessing for another clip shape."""
+        height, width = size or (self.height, self.width)
+        return replace(self, frames=self.frames if frames is None else frames, height=height, width=width)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> InputContract:
+        data = _known(cls, data)
+        return cls(**data | {"mean": tuple(data["mean"]), "std": tuple(data["std"])})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about one clip.
+
+    Attributes:
+        label, score: the most probable class and its softmax probability.
+        scores: label -> probability of the top k classes, best first.
+        logits: one per class, in the order of the bundle's labels.
+        start, end: seconds of the source that the clip covers; None for arrays without a clock.
+        latency_ms: milliseconds from the frames' arrival to the answer, preprocessing included.
+    """
+
+    label: str
+    score: float
+    scores: dict[str, float]
+    logits: tuple[float, ...] = field(repr=False)
+    start: float | None = None
+    end: float | None = None
+    latency_ms: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Prediction:
+        data = _known(cls, data)
+        return cls(**data | {"logits": tuple(data["logits"])})

@@ -1,0 +1,155 @@
+"""What an artifact is made for, and what must be installed to make it and to run it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Literal
+
+from edgetube.errors import InputError, MissingPackageError
+
+Precision = Literal["fp32", "fp16", "int8", "w8", "w4"]
+
+Status = Literal["executed", "emulated", "built", "deferred"]
+"""How far an artifact was proven here: run by its own runtime; evaluated by an independent reader; written and
+checked but not run; to be completed on the device."""
+
+
+PLATFORMS = {"Linux": "linux", "macOS": "darwin", "Windows": "win32"}
+"""Operating systems that a target may need, as they are called and as `sys.platform` calls them."""
+
+GPU = "an NVIDIA GPU"
+"""What a target needs when its runtime computes there."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What else may be chosen when a target is built: `--set NAME=VALUE`.
+
+    Attributes:
+        name, default: both text; the default is what is built when nothing is said.
+        allowed: the values there are; empty when any text is one.
+        summary: one line for people.
+    """
+
+    name: str
+    default: str
+    summary: str
+    allowed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of `edgetube targets`.
+
+    Attributes:
+        name: `<runtime>-<precision>`.
+        precision: what the artifact computes in.
+        backend: the file in `runtimes/` that runs it, and the file in `export/` that makes it.
+        summary: one line for people.
+        build_needs, run_needs: modules that must be importable ("a|b" for either), names of `PLATFORMS`, or `GPU`.
+        extra: the pip extra that brings them.
+        lowering: the tube lowering where none can be timed.
+        tolerance: largest error of a logit, relative to the largest |logit| of the proof (at least 1), that the
+            proof accepts; None where the accuracy budget of the calibration decides instead.
+        settings: what else may be chosen.
+        chosen: the settings that are not at their default; see `choose`.
+    """
+
+    name: str
+    precision: Precision
+    backend: str
+    summary: str
+    build_needs: tuple[str, ...]
+    run_needs: tuple[str, ...]
+    extra: str = "export"
+    lowering: str = "gather"
+    tolerance: float | None = None
+    settings: tuple[Setting, ...] = ()
+    chosen: Mapping[str, str] = field(default_factory=dict)
+
+    def missing(self, needs: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `needs` that are not here."""
+        return missing(needs)
+
+    def setting(self, name: str) -> str:
+        """The value of a setting."""
+        default = next(setting.default for setting in self.settings if setting.name == name)
+        return self.chosen.get(name, default)
+
+    def choose(self, chosen: Mapping[str, str]) -> Target:
+        """This target with other settings.
+
+        Raises:
+            InputError: it has no such setting, or the setting no such value.
+        """
+        known = {setting.name: setting for setting in self.settings}
+        for name, value in chosen.items():
+            if name not in known:
+                raise InputError(f"{self.name} has no setting {name!r}; it has {', '.join(known) or 'none'}")
+            if (allowed := known[name].allowed) and value not in allowed:
+                raise InputError(f"{self.name}: {name} is {value!r}; expected one of {', '.join(allowed)}")
+        return replace(self, chosen={**self.chosen, **chosen})
+
+    @property
+    def remedy(self) -> str:
+        """The pip line that makes this target work."""
+        return pip_line(self.extra)
+
+
+def missing(needs: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `needs`, modules and conditions, that are not here."""
+    return tuple(need.replace("|", " or ") for need in needs if not any(map(_present, need.split("|"))))
+
+
+def _present(need: str) -> bool:
+    if need in PLATFORMS:
+        return sys.platform == PLATFORMS[need]
+    if need == GPU:
+        return _gpus() > 0
+    return installed(need)
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be imported; a folder that holds only type stubs cannot."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # its parent package is not there
+        return False
+    return spec is not None and spec.origin is not None
+
+
+@functools.cache
+def _gpus() -> int:
+    """How many GPUs the driver sees; the driver is asked because packages can be there without one."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
+
+
+def pip_line(extra: str) -> str:
+    """How to install the extra of that name."""
+    return f"pip install 'edgetube[{extra}]'"
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Import an optional package, or a module of ours that builds on one.
+
+    Raises:
+        MissingPackageError: it is not installed; the message says the pip line.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("edgetube"):
+            raise
+        raise MissingPackageError(f"{error.name} is not installed; install it with: {pip_line(extra)}") from error

@@ -1,0 +1,50 @@
+"""From a checkpoint to a bundle. Importing this package is cheap; what needs torch is imported by its modules.
+
+A target is a pair of files of one name: `export/<name>.py` makes the artifact and `runtimes/<name>.py` runs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from edgetube import runtimes
+from edgetube.errors import InputError
+from edgetube.targets import Target
+
+
+def exporter(backend: str) -> ModuleType:
+    """The module that makes artifacts for a backend: it has `TARGETS` and `build`."""
+    return importlib.import_module(f"edgetube.export.{backend}")
+
+
+def evaluator() -> Callable[[Any], Any]:
+    """What opens any ONNX graph so that all its tensors can be looked at: the exporter with a function `evaluate`."""
+    found = (exporter(name) for name in sorted(_exporters()))
+    opened: Callable[[Any], Any] = next(module.evaluate for module in found if hasattr(module, "evaluate"))
+    return opened
+
+
+def _exporters() -> set[str]:
+    return {m.name for m in pkgutil.iter_modules(__path__)} & set(runtimes.names())
+
+
+def targets() -> dict[str, Target]:
+    """Every target by name, sorted."""
+    found = [target for backend in _exporters() for target in exporter(backend).TARGETS]
+    return {target.name: target for target in sorted(found, key=lambda t: t.name)}
+
+
+def target(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        InputError: there is none; the message lists those there are.
+    """
+    known = targets()
+    if name not in known:
+        raise InputError(f"no target is called {name!r}; there are {', '.join(known)}")
+    return known[name]

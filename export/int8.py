@@ -1,0 +1,133 @@
+"""INT8 on the road: which clips, which float artifact it is held against, and whether it was worth it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgetube import datasets, demo, export
+from edgetube.bench.latency import interleave
+from edgetube.calibration import Calibrated
+from edgetube.calibration.table import Activations
+from edgetube.datasets import ClipSet
+from edgetube.errors import InputError, ParityError
+from edgetube.model.checkpoints import Checkpoint
+from edgetube.progress import Progress, track
+from edgetube.runtimes.base import Backend
+from edgetube.targets import Target
+
+STATISTICS, JUDGED = 128, 252
+"""Clips that ranges come from, and clips that accuracy is judged on; the latter are others when there are enough."""
+
+ENOUGH = 32
+"""Fewer unseen clips than this are not worth judging on alone: then all clips judge."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An opened artifact and its size in bytes."""
+
+    name: str
+    backend: Backend
+    size: int
+
+
+def sources(checkpoint: Checkpoint, given: Path | None) -> tuple[ClipSet, ClipSet]:
+    """The clips to calibrate on and those to judge by.
+
+    Args:
+        given: the user's clips; None takes the built-in ones, for models that know them and for random weights.
+
+    Raises:
+        InputError: no clips that this model was made for.
+    """
+    if given is not None:
+        source = datasets.load(given).known(checkpoint.labels)
+    elif set(demo.LABELS) <= set(checkpoint.labels) or checkpoint.source.startswith("random:"):
+        source = datasets.built_in_calibration(STATISTICS + JUDGED, checkpoint.labels)
+    else:
+        raise InputError(
+            f"INT8 needs clips of what {checkpoint.name} is for, 128 or more; give --calib a folder, a .csv manifest, "
+            "or .npy/.npz frames"
+        )
+    drawn = source.sample(STATISTICS + JUDGED)
+    seen, unseen = drawn.items[:STATISTICS], drawn.items[STATISTICS:]
+    judged = unseen if len(unseen) >= ENOUGH else drawn.items
+    return ClipSet(source.name, seen), ClipSet(source.name, judged)
+
+
+def activations(target: Target) -> Activations:
+    """The scheme that a target's exporter asks for with `ACTIVATIONS`; int8 without a zero point if it is silent."""
+    scheme: Activations = getattr(export.exporter(target.backend), "ACTIVATIONS", "int8")
+    return scheme
+
+
+def float_sibling(target: Target) -> Target:
+    """The float target of the same runtime that an INT8 artifact is measured against: the first it declares."""
+    declared: tuple[Target, ...] = export.exporter(target.backend).TARGETS
+    family = [t for t in declared if t.name.partition("-")[0] == target.name.partition("-")[0]]
+    return next(t for t in family if t.precision in ("fp32", "fp16"))
+
+
+def measure(calibrated: Calibrated, int8: Contestant, plain: Contestant, progress: Progress) -> dict[str, Any]:
+    """Accuracy, speed and size of an INT8 artifact against the float one of its runtime; see `judge`."""
+    accuracy = judge(calibrated, int8, plain.name, progress)
+    clip = np.repeat(calibrated.judge.clips.frames[:1], int8.backend.batch, axis=0)
+    times = interleave({c.name: partial(c.backend, clip) for c in (int8, plain)}, seconds=1.0)
+    speedup, share = times[plain.name].p50_ms / times[int8.name].p50_ms, int8.size / plain.size
+    return {
+        "against": plain.name,
+        "p50_ms": times[int8.name].p50_ms,
+        "float_p50_ms": times[plain.name].p50_ms,
+        "speedup": speedup,
+        "size_ratio": share,
+        **accuracy,
+    }
+
+
+def judge(calibrated: Calibrated, int8: Contestant, instead: str, progress: Progress) -> dict[str, Any]:
+    """Accuracy of an INT8 artifact on the clips that judge.
+
+    Args:
+        instead: what to propose when it fails.
+
+    Raises:
+        ParityError: the artifact loses more than the budget on the clips that judge.
+    """
+    clips, logits = calibrated.judge.clips, []
+    for frames in track(clips.frames, f"{int8.name}: accuracy", len(clips), progress):
+        logits.append(int8.backend(frames[None])[0])
+    verdict = calibrated.judge.verdict(np.stack(logits))
+    if not verdict.holds:
+        raise ParityError(
+            f"{int8.name} loses {verdict}; nothing was written: allow more with --max-drop, or use {instead}"
+        )
+    return {"accuracy": verdict.to_json()}
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """One line: is it worth it? Slower than float is called slower."""
+    accuracy = report.get("accuracy", report["judged"])
+    kept = f"{accuracy['agreement']:.1%} of {accuracy['clips']} answers unchanged"
+    if accuracy["top1"] is not None:
+        kept = f"top-1 {accuracy['top1_float']:.1%} -> {accuracy['top1']:.1%}, {kept}"
+    fallen = sum(1 for reason in report["fallbacks"].values() if reason.startswith("fell back"))
+    work = f"{report['macs_share']:.0%} of the linear work in int8" + (
+        f", {fallen} linears fell back" if fallen else ""
+    )
+    if "speedup" not in report:
+        return f"not run here, speed unknown; {kept}; {work}"
+    speed = report["speedup"]
+    pace = f"{speed:.2f}x faster than" if speed >= 1 else f"SLOWER, {speed:.2f}x the speed of"
+    return f"{pace} {report['against']}, {report['size_ratio']:.2f}x its size; {kept}; {work}"
+
+
+def workspace() -> tempfile.TemporaryDirectory[str]:
+    """A folder for frames and activations on their way."""
+    return tempfile.TemporaryDirectory(prefix="edgetube.")

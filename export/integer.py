@@ -1,0 +1,273 @@
+"""A calibrated graph in integer kernels: what a runtime would have to find by fusing Q/DQ is stated outright.
+
+For runtimes that know the `com.microsoft` operators. A linear is one MatMulIntegerToFloat (uint8 activations with a
+zero point times int8 weights with a scale per column, plus the float bias), attention one MultiHeadAttention in
+float32. Tubes multiply the bytes of the frames as they are: a pixel is a uint8 with scale 1, so only weights are
+rounded. Nothing is left to pattern matching, so nothing falls back to float behind anybody's back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import NodeProto, helper, numpy_helper
+
+from edgetube.calibration import graphs, numeric
+from edgetube.calibration.graphs import Linear
+from edgetube.calibration.table import CalibrationTable, LinearPlan
+from edgetube.errors import ParityError
+from edgetube.export import graph as canonical
+
+DOMAIN = "com.microsoft"
+
+FROM_HEADS = [0, 2, 1, 3]
+"""(B, N, h, D / h) to (B, h, N, D / h) and back."""
+
+TO_COLUMNS = [0, 2, 3, 1]
+"""(B, N, h, D / h) to (B, h, D / h, N)."""
+
+
+def native(model: onnx.ModelProto, table: CalibrationTable) -> onnx.ModelProto:
+    """The calibrated float graph in integer kernels; linears that the table keeps in float stay as they are.
+
+    Raises:
+        InputError: the table is for another graph.
+    """
+    table.check(graphs.digest(model))
+    nodes, tensors = _Linears(model, table).rewrite()
+    nodes = _fuse_attention(nodes, graphs.weights(model))
+    return _model(model, nodes, tensors)
+
+
+class _Linears:
+    """Linears one by one; what they share (quantised activations, zero points) is made once."""
+
+    def __init__(self, model: onnx.ModelProto, table: CalibrationTable) -> None:
+        self.model, self.ranges = model, table.ranges
+        self.plans = {plan.name: plan for plan in table.quantised}
+        self.weights = graphs.weights(model)
+        self.producers = _producers(model.graph.node)
+        self.tensors: dict[str, onnx.TensorProto] = {}
+        self.quantised: dict[str, list[str]] = {}
+
+    def rewrite(self) -> tuple[list[NodeProto], list[onnx.TensorProto]]:
+        """The nodes of the graph, and the constants that were added."""
+        linears = {found.node: found for found in graphs.linears(self.model) if found.name in self.plans}
+        readers = _readers(self.model.graph.node)
+        nodes: list[NodeProto] = []
+        biased: dict[str, str] = {}  # Add that is taken into a kernel -> that kernel's MatMul
+        for node in self.model.graph.node:
+            if node.name in biased:
+                continue
+            if (linear := linears.get(node.name)) is None:
+                nodes.append(node)
+                continue
+            output = node.output[0]
+            if linear.bias is not None:
+                (add,) = readers[output]
+                biased[add.name], output = node.name, add.output[0]
+            nodes.extend(self._kernel(linear, output))
+        dead = {name for name in self.quantised if self.quantised[name][0] != f"{name}.quantized"}
+        kept = [n for n in nodes if n.output[0] not in dead or _is_read(n.output[0], nodes, self.model)]
+        return kept, list(self.tensors.values())
+
+    def _kernel(self, linear: Linear, output: str) -> Iterator[NodeProto]:
+        plan, name = self.plans[linear.name], linear.weight
+        known = linear.activation in self.quantised
+        activation, scale, zero = self._activation(linear.activation)
+        if not known and activation == f"{linear.activation}.quantized":
+            yield helper.make_node("QuantizeLinear", [linear.activation, scale, zero], [activation], name=activation)
+        inputs = [activation, *self._weight(plan, name, scale, zero)]
+        if linear.bias is not None:
+            inputs.append(linear.bias)
+        yield helper.make_node("MatMulIntegerToFloat", inputs, [output], name=output, domain=DOMAIN)
+
+    def _activation(self, name: str) -> list[str]:
+        """Names of a tensor's integers, scale and zero point; pixels are integers already."""
+        if name not in self.quantised:
+            scale, zero = self.ranges[name].asymmetric
+            cast = self.producers.get(name)
+            pixels = (scale, zero) == (1.0, 0) and cast is not None and cast.op_type == "Cast"
+            integers = cast.input[0] if pixels and cast is not None else f"{name}.quantized"
+            self.quantised[name] = [
+                integers,
+                self._constant(f"{name}.scale", np.float32(scale)),
+                self._constant(f"{name}.zero_point", np.uint8(zero)),
+            ]
+        return self.quantised[name]
+
+    def _weight(self, plan: LinearPlan, name: str, scale: str, zero: str) -> list[str]:
+        scales = np.array(plan.weight_scales, np.float32)
+        integers = numeric.quantise_weights(np.asarray(self.weights[name], np.float32), scales)
+        return [
+            self._constant(f"{name}.int8", integers),
+            scale,
+            self._constant(f"{name}.scale", scales),
+            zero,
+            "",  # the weights' zero point is 0
+        ]
+
+    def _constant(self, name: str, value: npt.ArrayLike) -> str:
+        self.tensors[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+
+def _fuse_attention(nodes: list[NodeProto], weights: Mapping[str, npt.NDArray[np.generic]]) -> list[NodeProto]:
+    """Scores, softmax, context and the transposes around them as one kernel that never writes the scores out."""
+    producers, readers = _producers(nodes), _readers(nodes)
+    gone: set[str] = set()
+    fused: dict[str, NodeProto] = {}
+    for softmax in nodes:
+        if softmax.op_type != "Softmax" or (found := _attention(softmax, producers, readers)) is None:
+            continue
+        inside, (query, key, value), merge = found
+        heads = int(weights[producers[producers[inside[0]].input[0]].input[1]][2])
+        gone |= set(inside)
+        fused[merge.output[0]] = helper.make_node(
+            "MultiHeadAttention",
+            [query, key, value],
+            list(merge.output),
+            name=merge.name,
+            domain=DOMAIN,
+            num_heads=heads,
+            scale=1.0,  # it is folded into the query weights
+        )
+    return [fused.get(n.output[0], n) for n in nodes if n.output[0] not in gone]
+
+
+def _attention(
+    softmax: NodeProto, producers: Mapping[str, NodeProto], readers: Mapping[str, list[NodeProto]]
+) -> tuple[list[str], tuple[str, str, str], NodeProto] | None:
+    """Inner tensors, (query, key, value) (B, N, D), and the last Reshape of the attention around a softmax."""
+    scores = producers.get(softmax.input[0])
+    context = readers[softmax.output[0]][0]
+    if scores is None or scores.op_type != "MatMul" or context.op_type != "MatMul":
+        return None
+    back = readers[context.output[0]][0]
+    sides = [(scores.input[0], FROM_HEADS), (scores.input[1], TO_COLUMNS), (context.input[1], FROM_HEADS)]
+    inside, sources = [], []
+    for name, order in sides:
+        transpose = producers.get(name)
+        if transpose is None or not _transposes(transpose, order):
+            return None
+        inside += [name, transpose.input[0]]
+        sources.append(producers[transpose.input[0]].input[0])
+    if not _transposes(back, FROM_HEADS):
+        return None
+    (merge,) = readers[back.output[0]]
+    inside += [scores.output[0], softmax.output[0], context.output[0], back.output[0]]
+    query, key, value = sources
+    return inside, (query, key, value), merge
+
+
+def _transposes(node: NodeProto, order: list[int]) -> bool:
+    return node.op_type == "Transpose" and list(node.attribute[0].ints) == order
+
+
+def _producers(nodes: Iterable[NodeProto]) -> dict[str, NodeProto]:
+    return {name: node for node in nodes for name in node.output}
+
+
+def _readers(nodes: Iterable[NodeProto]) -> dict[str, list[NodeProto]]:
+    found: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in nodes:
+        for name in node.input:
+            found[name].append(node)
+    return found
+
+
+def _is_read(name: str, nodes: Iterable[NodeProto], model: onnx.ModelProto) -> bool:
+    return any(name in node.input for node in nodes) or any(name == value.name for value in model.graph.output)
+
+
+def products(model: onnx.ModelProto) -> int:
+    """Matrix products of a Q/DQ graph whose both sides come from integers."""
+    integers = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    return sum(n.op_type == "MatMul" and integers >= {*n.input} for n in model.graph.node)
+
+
+def split_products(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A Q/DQ graph in which product, bias and Split become a product and bias for every part of the Split.
+
+    The same numbers; but a runtime that fuses scale and bias into a product cannot do so across a Split, and then
+    rounds bare sums of integers to its inference precision.
+    """
+    producers, weights = _producers(model.graph.node), graphs.weights(model)
+    parts: dict[str, list[NodeProto]] = {}
+    tensors: list[onnx.TensorProto] = []
+    gone: set[str] = set()
+    for split in model.graph.node:
+        if split.op_type != "Split" or (add := producers[split.input[0]]).op_type != "Add":
+            continue
+        product = producers[add.input[0]]
+        if product.op_type != "MatMul" or (scaled := producers[product.input[1]]).op_type != "DequantizeLinear":
+            continue
+        gone |= {add.name, product.name, scaled.name}
+        constants = [*scaled.input, add.input[1]]
+        pieces = [np.split(weights[name], len(split.output), axis=-1) for name in constants]
+        parts[split.name] = []
+        for i, output in enumerate(split.output):
+            names = [f"{name}.{i}" for name in constants]
+            tensors += [numpy_helper.from_array(piece[i].copy(), n) for piece, n in zip(pieces, names, strict=True)]
+            weight, bare = f"{output}.weight", f"{output}.matmul"
+            parts[split.name] += [
+                helper.make_node("DequantizeLinear", names[:3], [weight], name=weight, axis=1),
+                helper.make_node("MatMul", [product.input[0], weight], [bare], name=bare),
+                helper.make_node("Add", [bare, names[3]], [output], name=output),
+            ]
+    nodes = [new for node in model.graph.node if node.name not in gone for new in parts.get(node.name, [node])]
+    return _model(model, nodes, tensors)
+
+
+def _model(source: onnx.ModelProto, nodes: list[NodeProto], tensors: list[onnx.TensorProto]) -> onnx.ModelProto:
+    """`source` with other nodes and more constants; what no node uses is left out."""
+    graph = source.graph
+    used = {name for node in nodes for name in (*node.input, *node.output)}
+    made = helper.make_graph(
+        nodes,
+        graph.name,
+        graph.input,
+        graph.output,
+        [tensor for tensor in [*graph.initializer, *tensors] if tensor.name in used],
+        value_info=[value for value in graph.value_info if value.name in used],
+    )
+    domains = {node.domain for node in nodes} - {opset.domain for opset in source.opset_import}
+    opsets = [*source.opset_import, *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
+    result = helper.make_model(made, opset_imports=opsets, ir_version=source.ir_version)
+    result.producer_name, result.doc_string = source.producer_name, source.doc_string
+    result.metadata_props.extend(source.metadata_props)
+    onnx.checker.check_model(result)
+    return result
+
+
+def statement(asked: int, executed: int, kernels: Mapping[str, int]) -> dict[str, Any]:
+    """For the manifest: linears that were to be computed in integers, those that are, and the kernels that do it."""
+    return {"asked": asked, "executed": executed, "kernels": dict(sorted(kernels.items()))}
+
+
+def lint(runtime: str, asked: int, executed: int) -> None:
+    """That nothing that was quantised is computed in float.
+
+    Raises:
+        ParityError: something is.
+    """
+    if executed < asked:
+        raise ParityError(
+            f"{runtime} computes {asked - executed} of {asked} quantised products in float; nothing was written: "
+            "this version of it does not know the integer form, use the one in constraints.txt"
+        )
+
+
+def statistics(plain: onnx.ModelProto, model: onnx.ModelProto) -> dict[str, Any]:
+    """`graph.statistics` of the float graph, with the operators and bytes of the integer one."""
+    operators = Counter(node.op_type for node in model.graph.node)
+    return canonical.statistics(plain) | {
+        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
+        "nodes": len(model.graph.node),
+        "weight_bytes": canonical.size(model),
+    }

@@ -1,0 +1,107 @@
+"""Targets of ONNX Runtime: the canonical graph itself, its half precision form, and its integer kernels."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetube.export.base import Built
+from edgetube.targets import Target
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from edgetube.calibration.table import Activations, CalibrationTable
+    from edgetube.export.graph import Graph
+
+NEEDS = ("torch", "onnx", "onnxscript", "safetensors")
+
+TARGETS = (
+    Target(
+        name="onnx-fp32",
+        precision="fp32",
+        backend="onnxruntime",
+        summary="the canonical graph, for ONNX Runtime on any CPU",
+        build_needs=NEEDS,
+        run_needs=("onnxruntime",),
+        tolerance=1e-4,
+    ),
+    Target(
+        name="onnx-fp16",
+        precision="fp16",
+        backend="onnxruntime",
+        summary="half the size; LayerNorm and softmax in fp32. For GPUs and ARM: most x86 CPUs compute fp32 faster",
+        build_needs=NEEDS,
+        run_needs=("onnxruntime",),
+        tolerance=2e-2,
+    ),
+    Target(
+        name="onnx-int8",
+        precision="int8",
+        backend="onnxruntime",
+        summary="linears in 8-bit integers, the rest in fp32; calibrated on clips, accuracy budget held",
+        build_needs=NEEDS,
+        run_needs=("onnxruntime",),
+    ),
+)
+
+ACTIVATIONS: Activations = "uint8"
+"""uint8 activations with a zero point times int8 weights: the form that x86 and ARM kernels are fastest at."""
+
+
+INTEGER_KERNELS = ("MatMulIntegerToFloat", "QGemm", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulInteger")
+"""Operators of ONNX Runtime's CPU provider that multiply 8-bit integers."""
+
+
+def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:
+    """Write `model.onnx` (weights beside it in `model.onnx.data` when they exceed protobuf's 2 GB).
+
+    Raises:
+        ParityError: ONNX Runtime would compute a linear in float that the table quantises.
+    """
+    from edgetube.export import graph as graphs
+
+    path = folder / "model.onnx"
+    if table is not None:
+        return _build_int8(graph, path, table)
+    model = graph.model if target.precision == "fp32" else graphs.half(graph.model)
+    graphs.save(model, path)
+    return Built(path.name, {"graph": graphs.statistics(model)})
+
+
+def _build_int8(graph: Graph, path: Path, table: CalibrationTable) -> Built:
+    from edgetube.export import graph as graphs
+    from edgetube.export import integer
+
+    model = integer.native(graph.model, table)
+    graphs.save(model, path)
+    kernels = integer_kernels(path)
+    integer.lint("ONNX Runtime", len(table.quantised), sum(kernels.values()))
+    stated = integer.statement(len(table.quantised), len(table.quantised), kernels)
+    return Built(path.name, {"graph": integer.statistics(graph.model, model), "integers": stated})
+
+
+def integer_kernels(path: Path) -> dict[str, int]:
+    """What multiplies a constant matrix in 8-bit integers in the graph that ONNX Runtime really runs: kernel -> count.
+
+    Any ONNX file will do; it is opened as the backend opens it, and the optimised graph is read back.
+    """
+    import onnx
+
+    from edgetube.runtimes.onnxruntime import optimise
+
+    with tempfile.TemporaryDirectory() as folder:
+        optimised = onnx.load(optimise(path, Path(folder) / "optimised.onnx"), load_external_data=False)
+    matrices = {tensor.name for tensor in optimised.graph.initializer if len(tensor.dims) == 2}
+    kernels = (n.op_type for n in optimised.graph.node if n.op_type in INTEGER_KERNELS and matrices & {*n.input})
+    return dict(Counter(kernels))
+
+
+def evaluate(model: ModelProto) -> Callable[[Mapping[str, Any]], list[Any]]:
+    """Open any graph on the CPU: feeds by input name -> its outputs. Calibration looks at tensors through this."""
+    from edgetube.runtimes.onnxruntime import evaluate as opened
+
+    return opened(model.SerializeToString())

@@ -1,0 +1,109 @@
+"""Targets of OpenVINO: the canonical graph as IR, the pair `model.xml` (operators) and `model.bin` (weights)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgetube.export.base import Built
+from edgetube.targets import Target
+
+if TYPE_CHECKING:
+    import onnx
+
+    from edgetube.calibration.table import Activations, CalibrationTable
+    from edgetube.export.graph import Graph
+
+BUILD_NEEDS = ("torch", "onnx", "onnxscript", "safetensors", "openvino")
+EXTRA = "export,openvino"
+
+TARGETS = (
+    Target(
+        name="openvino-fp32",
+        precision="fp32",
+        backend="openvino",
+        summary="the canonical graph for OpenVINO, computed in float32 throughout",
+        build_needs=BUILD_NEEDS,
+        run_needs=("openvino",),
+        extra=EXTRA,
+        tolerance=1e-4,
+    ),
+    Target(
+        name="openvino-fp16",
+        precision="fp16",
+        backend="openvino",
+        summary="half the size; computed in float16, or in bfloat16 on CPUs that have only that",
+        build_needs=BUILD_NEEDS,
+        run_needs=("openvino",),
+        extra=EXTRA,
+        tolerance=2e-2,
+    ),
+    Target(
+        name="openvino-int8",
+        precision="int8",
+        backend="openvino",
+        summary="linears in 8-bit integers, the rest in bfloat16 where the CPU has it; within the accuracy budget",
+        build_needs=BUILD_NEEDS,
+        run_needs=("openvino",),
+        extra=EXTRA,
+    ),
+)
+
+ACTIVATIONS: Activations = "uint8"
+"""As fast as int8 here, nearer to what the ranges are, exact for pixels, and the calibration is shared."""
+
+INFERENCE_PRECISION = {"fp32": ["f32"], "fp16": ["f16", "bf16", "f32"], "int8": ["bf16", "f32"]}
+"""Types that a target's float arithmetic may run in, best first; the backend takes the first that the device has."""
+
+PRODUCTS = ("FullyConnected", "MatMul", "Convolution")
+"""How the names of layers begin that multiply matrices in OpenVINO's executed graph."""
+
+
+def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:
+    """Write `model.xml` and `model.bin`; weights of the fp16 target are float16 in the file, of the int8 target int8.
+
+    Raises:
+        ParityError: OpenVINO would compute a linear in float that the table quantises.
+    """
+    from edgetube.export import graph as graphs
+
+    path, precisions = folder / "model.xml", INFERENCE_PRECISION[target.precision]
+    if table is not None:
+        return _build_int8(graph, path, table, precisions)
+    convert(graph.model, path, compress=target.precision == "fp16")
+    return Built(path.name, {"graph": graphs.statistics(graph.model), "inference_precision": precisions})
+
+
+def _build_int8(graph: Graph, path: Path, table: CalibrationTable, precisions: list[str]) -> Built:
+    from edgetube.export import integer, quantize
+
+    model = integer.split_products(quantize.qdq(graph.model, table, activations=ACTIVATIONS))
+    convert(model, path, compress=False)
+    kernels = integer_kernels(path, precisions)
+    integer.lint("OpenVINO", integer.products(model), sum(kernels.values()))
+    stated = integer.statement(len(table.quantised), len(table.quantised), kernels)
+    details = {"graph": integer.statistics(graph.model, model), "inference_precision": precisions, "integers": stated}
+    return Built(path.name, details)
+
+
+def integer_kernels(path: Path, precisions: list[str]) -> dict[str, int]:
+    """What multiplies in 8-bit integers in the graph that OpenVINO really runs: kernel and type -> count."""
+    from edgetube.runtimes.openvino import compile_model
+
+    layers = [node.get_rt_info() for node in compile_model(path, precisions).get_runtime_model().get_ops()]
+    kinds = [(str(i["layerType"].astype(str)), str(i["runtimePrecision"].astype(str))) for i in layers]
+    found = (f"{layer} {kind}" for layer, kind in kinds if layer.startswith(PRODUCTS) and kind in ("i8", "u8"))
+    return dict(Counter(found))
+
+
+def convert(model: onnx.ModelProto, path: Path, compress: bool) -> None:
+    """Write a graph as IR; `compress` rounds float32 weights to float16."""
+    from edgetube.export import graph as graphs
+    from edgetube.runtimes.openvino import ov
+
+    with tempfile.TemporaryDirectory() as folder:  # a file, not bytes: weights may exceed one protobuf message
+        source = Path(folder) / "model.onnx"
+        graphs.save(model, source)
+        ov.save_model(ov.Core().read_model(source), path, compress_to_fp16=compress)

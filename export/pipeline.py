@@ -1,0 +1,369 @@
+"""The road from a checkpoint to a bundle, and the proof that stands at its end.
+
+checkpoint -> static rewrite -> canonical ONNX -> the target's own artifact -> proof against the reference -> bundle.
+A bundle is published only when the proof holds; until then it is a hidden folder beside its place.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from typing_extensions import Self
+
+from edgetube import bundle as bundles
+from edgetube import calibration, demo, export, runtimes
+from edgetube.bench import machine, parity
+from edgetube.bench.latency import interleave
+from edgetube.bundle import Bundle
+from edgetube.calibration import Calibrated
+from edgetube.calibration.clips import collect
+from edgetube.calibration.table import Activations, CalibrationTable
+from edgetube.errors import InputError, MissingPackageError, ParityError
+from edgetube.export import graph as graphs
+from edgetube.export import int8, quantize, static
+from edgetube.export.base import Built
+from edgetube.export.graph import Graph
+from edgetube.model import checkpoints
+from edgetube.model.checkpoints import Checkpoint
+from edgetube.progress import Progress, silent
+from edgetube.runtimes.base import Backend
+from edgetube.runtimes.torch import Reference
+from edgetube.targets import Target
+from edgetube.video import Clip
+
+PROOF_CLIPS = 16
+"""Clips of the proof that every export runs: one of noise, the others rendered from photographs."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may say about an export, beside checkpoint and target.
+
+    Attributes:
+        frames, size: another clip than the checkpoint's own; (height, width).
+        image: export the image model (the 2-D tube alone) instead of the video model.
+        batch: clips per call, static in the artifact.
+        head: name of the classifier; the first one by default.
+        lowering: force one of `static.LOWERINGS` instead of timing them.
+        calib: clips that INT8 targets are calibrated on, see `edgetube.datasets.load`; the built-in ones if left out.
+        max_drop: points of top-1 accuracy that INT8 may lose (of agreement, when the clips have no labels).
+        settings: of the target, by name; `edgetube targets --json` lists them.
+    """
+
+    frames: int | None = None
+    size: tuple[int, int] | None = None
+    image: bool = False
+    batch: int = 1
+    head: str | None = None
+    lowering: str | None = None
+    calib: Path | None = None
+    max_drop: float | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.image and self.frames not in (None, 1):
+            raise InputError(f"an image model takes 1 frame; given {self.frames}: leave out one of the two options")
+        if self.batch < 1:
+            raise InputError(f"batch is {self.batch}; expected >= 1")
+        if self.lowering not in (None, *static.LOWERINGS):
+            raise InputError(f"no lowering is called {self.lowering!r}; there are {', '.join(static.LOWERINGS)}")
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise InputError(f"max-drop is {self.max_drop}; expected percentage points, 0 to 100")
+
+
+def export_model(
+    target: str = "onnx-fp32",
+    checkpoint: str | Path | Checkpoint = "demo",
+    out: str | Path = "out",
+    options: Options | None = None,
+    progress: Progress = silent,
+) -> Bundle:
+    """Export one checkpoint to one target; the bundle is `out/<checkpoint>.<target>`.
+
+    Args:
+        target: a name that `edgetube targets` lists.
+        checkpoint: `demo`, `random:NAME`, a `.safetensors` file, or a loaded `Checkpoint`.
+        out: folder of the bundles.
+
+    Returns:
+        The published bundle.
+
+    Raises:
+        InputError: unknown target or impossible options.
+        SpecError: the model cannot exist at this clip shape.
+        CheckpointError: the weights do not fit.
+        MissingPackageError: the target cannot be built here.
+        ParityError: the artifact does not answer like the reference; nothing is published.
+    """
+    return next(export_models([target], checkpoint, out, options, progress))
+
+
+def export_models(
+    targets: Sequence[str],
+    checkpoint: str | Path | Checkpoint = "demo",
+    out: str | Path = "out",
+    options: Options | None = None,
+    progress: Progress = silent,
+) -> Iterator[Bundle]:
+    """Export one checkpoint to several targets, sharing what they share; see `export_model`."""
+    options = options or Options()
+    chosen = [export.target(name).choose(options.settings) for name in targets]
+    for target in chosen:
+        if missing := target.missing(target.build_needs):
+            raise MissingPackageError(f"{target.name} needs {', '.join(missing)}; install with: {target.remedy}")
+    progress("load checkpoint", 0, 1)
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else checkpoints.load(checkpoint)
+    if options.head:
+        loaded = loaded.select(options.head)
+    loaded = loaded.at(1 if options.image else options.frames, options.size)
+    progress("load checkpoint", 1, 1)
+    if any(target.precision == "int8" for target in chosen):
+        int8.sources(loaded, options.calib)
+    with Road(loaded, options, progress) as road:
+        for target in chosen:
+            yield road.export(target, Path(out))
+
+
+class Road:
+    """One checkpoint on its way to any number of targets; traced graphs and reference answers are made once."""
+
+    def __init__(self, checkpoint: Checkpoint, options: Options, progress: Progress) -> None:
+        self.checkpoint = checkpoint
+        self.options = options
+        self.progress = progress
+        self.clips = proof_clips(checkpoint, PROOF_CLIPS)
+        self.reference = self._answers(Reference(checkpoint.model, checkpoint.contract), "reference answers")
+        self.lowering_errors = self._prove_lowerings()
+        self._graphs: dict[tuple[str, bool, int], Graph] = {}
+        self._lowerings: dict[str, dict[str, Any]] = {}
+        self._calibrations: dict[Activations, Calibrated] = {}
+        self._workspace = int8.workspace()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._calibrations.clear()
+        self._workspace.cleanup()
+
+    def export(self, target: Target, out: Path) -> Bundle:
+        """Build, prove and publish one bundle."""
+        place = out / f"{self.checkpoint.name}.{target.name}"
+        with bundles.staging(place) as folder:
+            lowering = self._choose_lowering(target)
+            graph = self._graph(lowering["chosen"])
+            build = self._build_int8 if target.precision == "int8" else self._build
+            bundle, built = build(folder, target, graph)
+            bundles.save_golden(folder, self.clips[0].frames, self.reference.logits[0])
+            bundle = replace(bundle, name=place.name, build={"lowering": lowering, **bundle.build})
+            bundle = self._prove(bundle, target)
+            bundle = self._prove_image(bundle, target) if built.image else bundle
+            if built.deferred and bundle.status != "executed":
+                bundle = replace(bundle, status="deferred")
+            bundles.seal(bundle)
+        return bundles.load(place)
+
+    def _build(self, folder: Path, target: Target, graph: Graph, *table: CalibrationTable) -> tuple[Bundle, Built]:
+        """The target's artifact in `folder`, unproven."""
+        self.progress(f"{target.name}: build", 0, 1)
+        built = export.exporter(target.backend).build(graph, target, folder, *table)
+        self.progress(f"{target.name}: build", 1, 1)
+        return self._describe(folder, target, built), built
+
+    def _build_int8(self, folder: Path, target: Target, graph: Graph) -> tuple[Bundle, Built]:
+        """Calibrate, build, and measure against the float artifact of the same runtime."""
+        calibrated = self._calibrate(int8.activations(target), folder.parent)
+        equalised, table = quantize.apply(calibrated, graph)
+        bundle, built = self._build(folder, target, equalised, table)
+        report = dict(calibrated.report)
+        if runtimes.proof_device(target.name, target.backend) == runtimes.EMULATED:
+            with runtimes.open_bundle(bundle, device=runtimes.EMULATED) as backend:
+                contestant = int8.Contestant(target.name, backend, 0)
+                report |= int8.judge(calibrated, contestant, int8.float_sibling(target).name, self.progress)
+        elif not target.missing(target.run_needs):
+            report |= self._measure_int8(calibrated, bundle, target, graph)
+        table.save(folder / bundles.CALIBRATION)
+        return replace(bundle, build={**bundle.build, "int8": {"summary": int8.summary(report), **report}}), built
+
+    def _measure_int8(self, calibrated: Calibrated, bundle: Bundle, target: Target, graph: Graph) -> dict[str, Any]:
+        sibling = int8.float_sibling(target)
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            plain, _ = self._build(Path(folder), sibling, graph)
+            first, second = (
+                int8.Contestant(
+                    each.target,
+                    stack.enter_context(runtimes.open_bundle(each)),
+                    sum(file.stat().st_size for file in each.path.rglob("*") if file.is_file()),
+                )
+                for each in (bundle, plain)
+            )
+            return int8.measure(calibrated, first, second, self.progress)
+
+    def _calibrate(self, activations: Activations, out: Path) -> Calibrated:
+        """The calibration under a scheme: made once, on the plainest graph, and used for every lowering and batch.
+
+        It is kept in a hidden folder of `out`, for the next export.
+        """
+        if activations not in self._calibrations:
+            folder = Path(self._workspace.name)
+            statistics, judged = (
+                collect(source, self.checkpoint.contract, self.checkpoint.labels, folder, progress=self.progress)
+                for source in int8.sources(self.checkpoint, self.options.calib)
+            )
+            self._calibrations[activations] = calibration.calibrate(
+                self._graph("gather", batch=1).model,
+                statistics,
+                judged,
+                export.evaluator(),
+                activations=activations,
+                workspace=folder,
+                max_drop=self.options.max_drop,
+                cache=out / ".calibration" / f"{self.checkpoint.name}.{activations}",
+                versions=machine.versions(),
+                progress=self.progress,
+            )
+        return self._calibrations[activations]
+
+    def _prove_lowerings(self) -> dict[str, float]:
+        """Every lowering's tokens against the reference tokenizer's, on noise and on a rendered clip."""
+        self.progress("prove lowerings", 0, 1)
+        clips = np.stack([clip.frames for clip in self.clips[:2]])
+        errors = static.tokenizer_errors(self.checkpoint.model, self.checkpoint.contract, clips)
+        self.progress("prove lowerings", 1, 1)
+        return errors
+
+    def _choose_lowering(self, target: Target) -> dict[str, Any]:
+        """The fastest lowering in the target's own runtime, or its stated one where that runtime cannot run here.
+
+        An INT8 target takes that of its float sibling: the tubes are a small part of the work, and the bytes the same.
+        """
+        if target.precision == "int8":
+            target = int8.float_sibling(target)
+        if target.name not in self._lowerings:
+            self._lowerings[target.name] = self._time_lowerings(target)
+        return self._lowerings[target.name]
+
+    def _time_lowerings(self, target: Target) -> dict[str, Any]:
+        record: dict[str, Any] = {"max_abs_error": self.lowering_errors}
+        if self.options.lowering:
+            return record | {"chosen": self.options.lowering, "why": "asked for"}
+        if missing := target.missing(target.run_needs):
+            return record | {"chosen": target.lowering, "why": f"not timed: that needs {', '.join(missing)}"}
+        self.progress(f"{target.name}: time lowerings", 0, 1)
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            calls = {}
+            for name in static.LOWERINGS:
+                part = Path(folder) / name
+                part.mkdir()
+                graph = self._graph(name, tokenizer_only=True)
+                built = export.exporter(target.backend).build(graph, target, part)
+                backend = stack.enter_context(runtimes.open_bundle(self._describe(part, target, built)))
+                calls[name] = partial(backend, self.clips[0].frames[None])
+            timings = interleave(calls, seconds=0.5)
+        self.progress(f"{target.name}: time lowerings", 1, 1)
+        chosen = min(timings, key=lambda name: timings[name].p50_ms)
+        times = {name: timing.to_json() for name, timing in timings.items()}
+        return record | {"chosen": chosen, "why": "fastest here, tokenizer alone", "timings": times}
+
+    def _graph(self, lowering: str, tokenizer_only: bool = False, batch: int | None = None) -> Graph:
+        batch = batch or self.options.batch
+        if (key := (lowering, tokenizer_only, batch)) not in self._graphs:
+            self.progress(f"trace {lowering}", 0, 1)
+            checkpoint = self.checkpoint
+            rewrite = static.StaticTokenizer if tokenizer_only else static.StaticTubeViT
+            module = rewrite(checkpoint.model, checkpoint.contract, lowering, batch=batch)
+            graph = graphs.trace(module, checkpoint.spec, checkpoint.contract, batch)
+            if not tokenizer_only:
+                graph = replace(graph, labels=checkpoint.labels, image=self._image_graph(lowering))
+            self._graphs[key] = graph
+            self.progress(f"trace {lowering}", 1, 1)
+        return self._graphs[key]
+
+    def _image_graph(self, lowering: str) -> Callable[[], Graph] | None:
+        """How to trace the graph of the same weights for one image, when the model accepts images."""
+        if self.checkpoint.spec.is_image or not self.checkpoint.spec.accepts_images:
+            return None
+        image = self.checkpoint.at(1, None)
+
+        def trace() -> Graph:
+            module = static.StaticTubeViT(image.model, image.contract, lowering, batch=self.options.batch)
+            graph = graphs.trace(module, image.spec, image.contract, self.options.batch)
+            return replace(graph, labels=image.labels)
+
+        return trace
+
+    def _describe(self, folder: Path, target: Target, built: Built) -> Bundle:
+        checkpoint = self.checkpoint
+        return Bundle(
+            path=folder,
+            name=folder.name,
+            target=target.name,
+            precision=target.precision,
+            backend=target.backend,
+            spec=checkpoint.spec,
+            contract=checkpoint.contract,
+            labels=checkpoint.labels,
+            batch=self.options.batch,
+            artifact=built.artifact,
+            build=built.details,
+            checkpoint={"name": checkpoint.name, "source": checkpoint.source, "sha256": checkpoint.digest},
+            versions=machine.versions(),
+        )
+
+    def _prove(self, bundle: Bundle, target: Target) -> Bundle:
+        """Run the staged artifact on the proof clips; the bundle with what was measured."""
+        device = runtimes.proof_device(target.name, target.backend)
+        if device is None and (missing := target.missing(target.run_needs)):
+            return replace(bundle, status="built", parity={"note": f"not run here: that needs {', '.join(missing)}"})
+        with runtimes.open_bundle(bundle, device=device) as backend:
+            measured = parity.compare(self.reference, self._answers(backend, f"{target.name}: proof"))
+        check(bundle.name, target, measured)
+        return replace(bundle, status=measured.status, parity=measured.to_json())
+
+    def _prove_image(self, bundle: Bundle, target: Target) -> Bundle:
+        """The proof of an artifact that also answers images, on the first frame of the same clips."""
+        checkpoint = self.checkpoint.at(1, None)
+        images = [replace(clip, frames=clip.frames[:1]) for clip in self.clips]
+        part = replace(bundle, spec=checkpoint.spec, contract=checkpoint.contract)
+        reference = parity.answer(Reference(checkpoint.model, checkpoint.contract), images, checkpoint.labels)
+        with runtimes.open_bundle(part, device=runtimes.proof_device(bundle.target, bundle.backend)) as backend:
+            measured = parity.compare(reference, parity.answer(backend, images, checkpoint.labels))
+        check(f"{bundle.name} for images", target, measured)
+        return replace(bundle, parity={**bundle.parity, "image": measured.to_json()})
+
+    def _answers(self, backend: Backend, stage: str) -> parity.Answers:
+        labels = self.checkpoint.labels
+        return parity.answer(backend, self.clips, labels, stage=stage, total=len(self.clips), progress=self.progress)
+
+
+def check(name: str, target: Target, measured: parity.Parity) -> None:
+    """That an artifact stays within its target's tolerance.
+
+    Raises:
+        ParityError: it does not.
+    """
+    if target.tolerance is not None and not measured.relative_error <= target.tolerance:
+        raise ParityError(
+            f"{name} differs from the reference by {measured.relative_error:.2e} of the largest logit; "
+            f"{target.name} allows {target.tolerance:.0e}; nothing was written"
+        )
+
+
+def proof_clips(checkpoint: Checkpoint, count: int) -> list[Clip]:
+    """The clips that an export is proven on: rendered from photographs, and one of noise, for any contract.
+
+    The first one moves: it becomes the bundle's golden clip. The rendered ones show camera motion; their labels are
+    dropped unless the checkpoint knows all of them.
+    """
+    rendered = list(demo.evaluation(checkpoint.contract, count - 1))
+    if not set(demo.LABELS) <= set(checkpoint.labels):
+        rendered = [replace(clip, label=None) for clip in rendered]
+    noise = np.random.default_rng(0).integers(0, 256, checkpoint.contract.shape, np.uint8)
+    return [rendered[1], Clip("noise", noise), rendered[0], *rendered[2:]]

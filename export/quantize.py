@@ -1,0 +1,106 @@
+"""Plain Q/DQ: a calibrated float graph and its table become ONNX that every runtime understands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgetube.calibration import Calibrated, graphs, numeric
+from edgetube.calibration.table import Activations, CalibrationTable, LinearPlan
+from edgetube.export.graph import Graph
+
+
+def qdq(model: onnx.ModelProto, table: CalibrationTable, *, activations: Activations | None = None) -> onnx.ModelProto:
+    """Q/DQ around the linears that the table quantises; everything else stays as it is.
+
+    A quantised activation has one QuantizeLinear and one DequantizeLinear, whatever reads it; a weight is an int8
+    initializer `<weight>.int8` (K, N) behind a DequantizeLinear along axis 1; biases stay float.
+
+    Args:
+        model: the calibrated float graph.
+        activations: int8 (zero point 0) or uint8; None takes the table's own scheme.
+
+    Raises:
+        InputError: the table is for another graph.
+    """
+    table.check(graphs.digest(model))
+    plans = {plan.weight: plan for plan in table.quantised}
+    readers = [node.name for node in model.graph.node if any(name in plans for name in node.input)]
+    result = graphs.quantise_activations(model, table.ranges, readers, activations or table.activations)
+    graph, known = result.graph, graphs.weights(model)
+    kept = [tensor for tensor in graph.initializer if tensor.name not in plans]
+    pairs = [_weight(plan, np.asarray(known[name], np.float32)) for name, plan in plans.items()]
+    del graph.initializer[:]
+    graph.initializer.extend([*kept, *(tensor for _, tensors in pairs for tensor in tensors)])
+    nodes = [node for node, _ in pairs] + list(graph.node)
+    nodes = [_copy(node) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.value_info.extend(_types(model, table, activations or table.activations))
+    onnx.checker.check_model(result)
+    return result
+
+
+def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
+    new = onnx.NodeProto()
+    new.CopyFrom(node)
+    return new
+
+
+def _weight(plan: LinearPlan, weight: npt.NDArray[np.float32]) -> tuple[onnx.NodeProto, list[TensorProto]]:
+    """The DequantizeLinear that gives the name of the weight back its values, and its integers and scales."""
+    name, scales = plan.weight, np.array(plan.weight_scales, np.float32)
+    tensors = [
+        numpy_helper.from_array(numeric.quantise_weights(weight, scales), f"{name}.int8"),
+        numpy_helper.from_array(scales, f"{name}.scale"),
+        numpy_helper.from_array(np.zeros(len(scales), np.int8), f"{name}.zero_point"),
+    ]
+    inputs = [tensor.name for tensor in tensors]
+    return helper.make_node("DequantizeLinear", inputs, [name], name=f"{name}.dequantize", axis=1), tensors
+
+
+def _types(model: onnx.ModelProto, table: CalibrationTable, activations: Activations) -> list[onnx.ValueInfoProto]:
+    """Types of the tensors that quantisation adds."""
+    known = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    integer = TensorProto.INT8 if activations == "int8" else TensorProto.UINT8
+    found = []
+    for plan in table.quantised:
+        found.append(helper.make_tensor_value_info(plan.weight, TensorProto.FLOAT, shapes[plan.weight]))
+    for name in dict.fromkeys(plan.activation for plan in table.quantised):
+        found.append(helper.make_tensor_value_info(f"{name}.quantized", integer, known[name]))
+        found.append(helper.make_tensor_value_info(graphs.dequantised(name), TensorProto.FLOAT, known[name]))
+    return found
+
+
+def apply(calibrated: Calibrated, graph: Graph) -> tuple[Graph, CalibrationTable]:
+    """Put a calibration into a graph of the same model with any lowering and batch; the table for that graph.
+
+    Tubes whose product is no GEMM in this lowering stay float.
+    """
+    model = graphs.replaced(graph.model, _fitting(calibrated.values, graph.model))
+    here = {linear.name: linear for linear in graphs.linears(model)}
+    plans = tuple(_moved(plan, here.get(plan.name)) for plan in calibrated.table.linears)
+    used = {old.activation: new.activation for old, new in zip(calibrated.table.linears, plans, strict=True)}
+    quantised = {plan.activation for plan in plans if plan.precision == "int8"}
+    ranges = {used[name]: r for name, r in calibrated.table.ranges.items() if used[name] in quantised}
+    table = replace(calibrated.table, model=graphs.digest(model), ranges=ranges, linears=plans)
+    return replace(graph, model=model), table
+
+
+def _fitting(values: Mapping[str, graphs.Array], model: onnx.ModelProto) -> dict[str, graphs.Array]:
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    assert all(shapes.get(name) == value.shape for name, value in values.items()), "another model's values"
+    return dict(values)
+
+
+def _moved(plan: LinearPlan, here: graphs.Linear | None) -> LinearPlan:
+    if here is None:
+        reason = "in this lowering it is a convolution"
+        return replace(plan, precision="float", weight_scales=(), reason=reason)
+    return replace(plan, activation=here.activation, weight=here.weight)

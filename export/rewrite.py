@@ -1,0 +1,152 @@
+"""Rewrites of a typed graph for what one builder or another understands; the answers stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgetube.export import graph as graphs
+
+
+def cast_first(model: onnx.ModelProto) -> onnx.ModelProto:
+    """One Cast directly behind the uint8 input, and everything that moved bytes moving floats.
+
+    For parsers that refuse every other operator on uint8. Moving and casting commute, and a builder fuses the cast into
+    the gather that follows.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    (frames,) = graph.input
+    casts = {node.output[0]: node.input[0] for node in graphs.byte_casts(model)}
+    width = next(node.attribute[0].i for node in graph.node if node.output[0] in casts)
+    first = f"{frames.name}.cast"
+    renamed = {frames.name: first} | {new: first if old == frames.name else old for new, old in casts.items()}
+    nodes = [helper.make_node("Cast", [frames.name], [first], name=first, to=width)]
+    for node in graph.node:
+        if node.output[0] not in casts:
+            node.input[:] = [renamed.get(name, name) for name in node.input]
+            nodes.append(node)
+    shape = [d.dim_value for d in frames.type.tensor_type.shape.dim]
+    types = [helper.make_tensor_value_info(first, width, shape)]
+    for value in graph.value_info:
+        if value.name not in casts:
+            if value.type.tensor_type.elem_type == TensorProto.UINT8:
+                value.type.tensor_type.elem_type = width
+            types.append(value)
+    return _with(result, nodes, types, graph.initializer)
+
+
+def separate_projections(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Queries, keys and values as three products of the same input, instead of one product that is split.
+
+    A builder that sees a split pulls the weight apart itself, and then dequantises it on every call and multiplies in
+    float; three products it multiplies in integers, as one kernel.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    gone: set[str] = set()
+    put: dict[str, list[onnx.NodeProto]] = {}
+    for split in graph.node:
+        add = makers.get(split.input[0])
+        if (
+            split.op_type != "Split"
+            or len(split.input) > 1
+            or add is None
+            or add.op_type != "Add"
+            or add.input[0] not in makers
+        ):
+            continue
+        product = makers[add.input[0]]
+        weight = makers.get(product.input[1]) if product.op_type == "MatMul" else None
+        if weight is None or weight.op_type != "DequantizeLinear":
+            continue
+        put[split.name] = []
+        constants |= _parts(split, add, product, weight, constants, put[split.name])
+        gone |= {add.name, product.name, weight.name}
+    nodes = [new for node in graph.node if node.name not in gone for new in put.get(node.name, [node])]
+    used = {name for node in nodes for name in node.input}
+    kept = {value.name: value for value in graph.value_info}
+    types = [kept[name] for node in nodes for name in node.output if name in kept]
+    types += _new_types([n for new in put.values() for n in new], kept, constants)
+    return _with(result, nodes, types, [t for name, t in constants.items() if name in used])
+
+
+def _parts(
+    split: onnx.NodeProto,
+    add: onnx.NodeProto,
+    product: onnx.NodeProto,
+    weight: onnx.NodeProto,
+    constants: dict[str, TensorProto],
+    nodes: list[onnx.NodeProto],
+) -> dict[str, TensorProto]:
+    """The products that replace a split one: nodes appended to `nodes`; their new constants."""
+    integers, scales, zeros = (numpy_helper.to_array(constants[name]) for name in weight.input)
+    bias = numpy_helper.to_array(constants[add.input[1]])
+    made: dict[str, TensorProto] = {}
+
+    def constant(name: str, values: Any) -> str:
+        made[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        return name
+
+    for i, columns in enumerate(np.split(np.arange(bias.size), len(split.output))):
+        name, part = f"{product.name}.{i}", f"{weight.output[0]}.{i}"
+        inputs = [
+            constant(f"{part}.int8", integers[:, columns]),
+            constant(f"{part}.scale", scales[columns]),
+            constant(f"{part}.zero_point", zeros[columns]),
+        ]
+        nodes += [
+            helper.make_node("DequantizeLinear", inputs, [part], name=f"{part}.dequantize", axis=1),
+            helper.make_node("MatMul", [product.input[0], part], [name], name=name),
+            helper.make_node(
+                "Add", [name, constant(f"{name}.bias", bias[columns])], [split.output[i]], name=f"{name}.add"
+            ),
+        ]
+    return made
+
+
+def _new_types(
+    nodes: Iterable[onnx.NodeProto], kept: dict[str, onnx.ValueInfoProto], constants: dict[str, TensorProto]
+) -> Iterable[onnx.ValueInfoProto]:
+    """Types of the weights and products that `separate_projections` made."""
+    shapes: dict[str, list[int]] = {}
+    for node in nodes:
+        name = node.output[0]
+        if node.op_type == "DequantizeLinear":
+            shapes[name] = list(constants[node.input[0]].dims)
+        elif node.op_type == "MatMul":
+            rows = [d.dim_value for d in kept[node.input[0]].type.tensor_type.shape.dim]
+            shapes[name] = [*rows[:-1], shapes[node.input[1]][-1]]
+    return [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+
+
+def _with(
+    model: onnx.ModelProto,
+    nodes: Iterable[onnx.NodeProto],
+    types: Iterable[onnx.ValueInfoProto],
+    constants: Iterable[TensorProto],
+) -> onnx.ModelProto:
+    """`model` with other contents, checked; what is given may be parts of it."""
+    nodes, types, constants = [[_copy(m) for m in part] for part in (nodes, types, constants)]
+    graph = model.graph
+    del graph.node[:], graph.value_info[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.value_info.extend(types)
+    graph.initializer.extend(constants)
+    graphs.check(model)
+    return model
+
+
+def _copy(message: Any) -> Any:
+    """A message that outlives the list that held it."""
+    new = type(message)()
+    new.CopyFrom(message)
+    return new

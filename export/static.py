@@ -1,0 +1,420 @@
+"""The model rewritten for export: the same answers from raw uint8 frames, in operators that every runtime likes.
+
+A tube is a convolution whose stride exceeds its kernel: most voxels of the clip are never looked at. Each lowering
+moves the bytes that are looked at, and only those, into one matrix per tube; only then are they made float and
+multiplied. Everything that does not depend on the pixels is folded on the way (`docs/lowering.md` has the formulas):
+mean and standard deviation into the weights and biases, biases and positions into one constant per token, resized
+kernels and gates into plain constants, the softmax scale into the query weights. No tensor exceeds rank 5, every
+shape and index is a constant. Letters: B clips, n tokens of a tube, N all tokens, S neighbours of space-to-depth,
+K voxels * colours of a kernel, D width, h heads.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgetube.errors import ParityError, SpecError
+from edgetube.model.tubevit import AttentionPool, Block, TubeViT
+from edgetube.runtimes.torch import normalise
+from edgetube.spec import InputContract, ModelSpec, Triple, TubeSpec
+from edgetube.video import Frames
+
+LOWERINGS: tuple[str, ...] = ("gather", "slice", "conv2d")
+"""How the voxels of a tube reach its GEMM; all give the same tokens."""
+
+
+class Linear(nn.Module):
+    """x @ weight + bias with the weight kept as (K, N), the layout that runtimes pack once and then multiply by."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """`weight` (N, K) and `bias` (N,) as `nn.Linear` has them."""
+        super().__init__()
+        self.register_buffer("weight", weight.detach().float().T.contiguous())
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+def run_length(tube: TubeSpec, width: int) -> int:
+    """Pixels that always travel together on rows of `width` pixels: what `gather` fetches at a time."""
+    return math.gcd(tube.kernel[2], tube.conv_stride[2], tube.offset[2], width)
+
+
+def run_indices(tube: TubeSpec, clip: Triple) -> npt.NDArray[np.int32]:
+    """Which runs of pixels make the tokens: (n * S * kt * kh * kw / run,), in that order, row-major.
+
+    The flat clip is counted in runs of `run_length` pixels.
+    """
+    _, height, width = clip
+    run = run_length(tube, width)
+    rows = []
+    for neighbour in neighbours(tube):
+        starts = [
+            o + s * np.arange(g)[:, None] + np.arange(k)  # (grid, kernel) voxels along one axis
+            for o, s, g, k in zip(neighbour.offset, tube.stride, tube.grid(clip), tube.kernel, strict=True)
+        ]
+        t, h = starts[0][:, None, None, :, None, None], starts[1][None, :, None, None, :, None]
+        w = starts[2][:, ::run][None, None, :, None, None, :]
+        rows.append((((t * height + h) * width + w) // run).reshape(tube.tokens(clip), -1))
+    return np.stack(rows, axis=1).reshape(-1).astype(np.int32)
+
+
+def neighbours(tube: TubeSpec) -> list[TubeSpec]:
+    """A space-to-depth tube as plain tubes, one per neighbour: same kernel and stride, shifted offsets."""
+    (ot, oh, ow), (st, sh, sw) = tube.offset, tube.conv_stride
+    return [
+        TubeSpec(tube.kernel, tube.stride, (ot + dt * st, oh + dh * sh, ow + dw * sw))
+        for dt, dh, dw in itertools.product(*map(range, tube.space_to_depth))
+    ]
+
+
+class Gather(nn.Module):
+    """One constant Gather of whole pixel runs from the flat clip, one Cast, one GEMM."""
+
+    weight: Tensor
+    index: Tensor
+
+    def __init__(self, tube: TubeSpec, clip: Triple, weight: Tensor) -> None:
+        super().__init__()
+        self.run = 3 * run_length(tube, clip[2])  # bytes
+        self.rows, self.merge = tube.tokens(clip), tube.merge
+        self.register_buffer("index", torch.from_numpy(run_indices(tube, clip)))
+        self.register_buffer("weight", gemm_weight(weight))  # (K, D / S)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        batch = frames.shape[0]
+        runs = frames.reshape(batch, -1, self.run).index_select(1, self.index)  # (B, n * S * K / run, run)
+        voxels = runs.reshape(batch, self.rows * self.merge, -1).float()  # (B, n * S, K)
+        return concatenate_neighbours(torch.matmul(voxels, self.weight), self.merge)  # (B, n, D)
+
+
+def gemm_weight(weight: Tensor) -> Tensor:
+    """Convolution kernel (D / S, C, kt, kh, kw) as a matrix (K, D / S), rows in the order of gathered voxels."""
+    return weight.permute(2, 3, 4, 1, 0).flatten(0, 3).contiguous()
+
+
+def concatenate_neighbours(x: Tensor, merge: int) -> Tensor:
+    """Tokens (B, n, D) of convolution outputs (B, n * S, D / S): free, because neighbours are adjacent rows."""
+    return x if merge == 1 else x.reshape(x.shape[0], -1, merge * x.shape[2])
+
+
+def windows(x: Tensor, axis: int, start: int, stride: int, kernel: int, count: int) -> Tensor:
+    """`count` windows of `kernel`, `stride` apart, along `axis`: that axis becomes two, (count, kernel).
+
+    One reshape and one slice where whole strides fit into the axis; where only the last stride sticks out, its
+    window is sliced on its own; windows that overlap are sliced one by one.
+    """
+    size = x.shape[axis]
+    lead = max(0, start + count * stride - size)  # how far to begin early so that the strides end inside
+    if lead <= start and lead + kernel <= stride:
+        strides = x.narrow(axis, start - lead, count * stride).unflatten(axis, (count, stride))
+        return strides.narrow(axis + 1, lead, kernel)
+    if kernel <= stride and count > 1:
+        last = x.narrow(axis, start + (count - 1) * stride, kernel).unsqueeze(axis)
+        return torch.cat([windows(x, axis, start, stride, kernel, count - 1), last], dim=axis)
+    return torch.stack([x.narrow(axis, start + i * stride, kernel) for i in range(count)], dim=axis)
+
+
+def frame_windows(x: Tensor, batch: int, tube: TubeSpec, count: int, late: bool) -> Tensor:
+    """Frames x (B * T, ...) as (B * count * kt, ...), when it is their turn.
+
+    Windows in time that overlap copy frames, so they are cut late, when little of each frame is left.
+    """
+    if late != (tube.kernel[0] > tube.stride[0]):
+        return x
+    cut = windows(x.reshape(batch, x.shape[0] // batch, -1), 1, tube.offset[0], tube.stride[0], tube.kernel[0], count)
+    return cut.reshape(-1, *x.shape[1:])
+
+
+class Slice(nn.Module):
+    """Static slices, one axis after the other, one Cast, one GEMM."""
+
+    weight: Tensor
+
+    def __init__(self, tube: TubeSpec, clip: Triple, weight: Tensor) -> None:
+        super().__init__()
+        self.grid, self.parts = tube.grid(clip), neighbours(tube)
+        self.register_buffer("weight", gemm_weight(weight))  # (K, D / S)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        rows = [self.voxels(frames, part) for part in self.parts]  # S of (B, n, K)
+        voxels = rows[0] if len(rows) == 1 else torch.stack(rows, dim=2).flatten(1, 2)  # (B, n * S, K)
+        return concatenate_neighbours(torch.matmul(voxels.float(), self.weight), len(rows))  # (B, n, D)
+
+    def voxels(self, frames: Tensor, tube: TubeSpec) -> Tensor:
+        """The bytes (B, n, K) that a plain tube looks at."""
+        batch, _, height, width, _ = frames.shape
+        (gt, gh, gw), (kt, kh, kw) = self.grid, tube.kernel
+        (_, oh, ow), (_, sh, sw) = tube.offset, tube.stride
+        x = frame_windows(frames.reshape(-1, height, width * 3), batch, tube, gt, late=False)  # (F, H, W 3)
+        x = windows(x, 1, oh, sh, kh, gh)  # (F, gh, kh, W 3)
+        x = windows(x.reshape(-1, kh, width * 3), 2, 3 * ow, 3 * sw, 3 * kw, gw)  # (F gh, kh, gw, kw 3)
+        x = x.transpose(1, 2).reshape(-1, gh * gw, kh * kw * 3)  # (F, gh gw, kh kw 3)
+        x = frame_windows(x, batch, tube, gt, late=True)  # (B gt kt, gh gw, kh kw 3)
+        x = x.reshape(batch * gt, kt, gh * gw, -1).transpose(1, 2)  # (B gt, gh gw, kt, kh kw 3)
+        return x.reshape(batch, gt * gh * gw, -1)  # (B, n, K)
+
+
+class Conv2d(nn.Module):
+    """The touched voxels squeezed together, a tube's frames folded into channels, one Cast, one 2-D convolution."""
+
+    weight: Tensor
+
+    def __init__(self, tube: TubeSpec, clip: Triple, weight: Tensor) -> None:
+        super().__init__()
+        self.grid, self.parts = tube.grid(clip), neighbours(tube)
+        self.register_buffer("weight", weight.transpose(1, 2).flatten(1, 2).contiguous())  # (D / S, kt * C, kh, kw)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        rows = [self.tokens(frames, part) for part in self.parts]  # S of (B, n, D / S)
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)  # (B, n, D)
+
+    def tokens(self, frames: Tensor, tube: TubeSpec) -> Tensor:
+        """Tokens (B, n, D / S) of a plain tube."""
+        batch, _, height, width, _ = frames.shape
+        (gt, gh, gw), (kt, kh, kw) = self.grid, tube.kernel
+        (_, oh, ow), (_, sh, sw) = tube.offset, tube.stride
+        x = frame_windows(frames.reshape(-1, height, width * 3), batch, tube, gt, late=False)  # (F, H, W 3)
+        x, sh = squeeze(x, 1, oh, sh, kh, gh)  # (F, H', W 3)
+        x, sw = squeeze(x.reshape(x.shape[0], -1, width, 3), 2, ow, sw, kw, gw)  # (F, H', W', 3)
+        x = frame_windows(x, batch, tube, gt, late=True)  # (B gt kt, H', W', 3)
+        x = x.permute(0, 3, 1, 2).reshape(batch * gt, kt * 3, x.shape[1], x.shape[2])  # (B gt, kt C, H', W')
+        y = F.conv2d(x.float(), self.weight, stride=(sh, sw))  # (B gt, D / S, gh, gw)
+        return y.flatten(2).transpose(1, 2).reshape(batch, gt * gh * gw, -1)  # (B, n, D / S)
+
+
+def squeeze(x: Tensor, axis: int, start: int, stride: int, kernel: int, count: int) -> tuple[Tensor, int]:
+    """`axis` reduced to the voxels that a convolution touches, and the stride that it then has."""
+    if kernel < stride:
+        return windows(x, axis, start, stride, kernel, count).flatten(axis, axis + 1), kernel
+    return x.narrow(axis, start, stride * (count - 1) + kernel), stride
+
+
+_TUBES = {"gather": Gather, "slice": Slice, "conv2d": Conv2d}
+
+
+class StaticTokenizer(nn.Module):
+    """Embedded tokens (B, N, D) float32, positions and biases added, of uint8 frames (B, T, H, W, 3).
+
+    Equal to `Tubes` on normalised clips plus the position table. Children are named by the tube's index.
+    """
+
+    output = "tokens"
+    bias: Tensor
+
+    def __init__(self, model: TubeViT, contract: InputContract, lowering: str = "gather", batch: int = 1) -> None:
+        """
+        Raises:
+            SpecError: the lowering is unknown, or the contract's clip or colours are not the model's.
+        """
+        super().__init__()
+        self.spec = lowered_spec(model.spec, contract, lowering)
+        self.contract, self.lowering, self.batch = contract, lowering, batch
+        biases = []
+        for i, grid in zip(self.spec.active, self.spec.grids, strict=True):
+            tube = self.spec.tubes[i]
+            weight, bias = fold(model.tubes.weight(i), model.tubes.biases[i], contract)
+            self.add_module(str(i), _TUBES[lowering](tube, self.spec.clip, weight))
+            biases.append(bias.repeat(tube.merge).expand(math.prod(grid), -1))
+        constant = torch.cat(biases) + model.positions.detach().double()
+        self.register_buffer("bias", constant.float())  # (N, D)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        tokens = [tube(frames) for tube in self.children()]  # each (B, n, D)
+        return (tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)) + self.bias  # (B, N, D)
+
+
+def lowered_spec(spec: ModelSpec, contract: InputContract, lowering: str) -> ModelSpec:
+    """`spec`, when `lowering` can express it on the clips of `contract`.
+
+    Raises:
+        SpecError: it cannot.
+    """
+    if lowering not in LOWERINGS:
+        raise SpecError(f"no lowering is called {lowering!r}; there are {', '.join(LOWERINGS)}")
+    if spec.clip != contract.shape[:3]:
+        raise SpecError(f"the input is {contract.shape[:3]} but the model takes clips {spec.clip}; use Checkpoint.at")
+    if spec.channels != len(contract.mean):
+        raise SpecError(f"the model has {spec.channels} channels; frames (T, H, W, 3) have {len(contract.mean)}")
+    return spec
+
+
+def fold(weight: Tensor, bias: Tensor, contract: InputContract) -> tuple[Tensor, Tensor]:
+    """Kernel (float32) and bias (float64) that take raw 0..255 pixels for ones that take normalised pixels.
+
+    W ((u / 255 - mean) / std) + b  =  W / (255 std) u  +  b - sum(W mean / std)
+    """
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None, None] for v in (contract.mean, contract.std))
+    exact = weight.detach().double() / std
+    return (exact / 255).float(), bias.detach().double() - (exact * mean).sum(dim=(1, 2, 3, 4))
+
+
+class Heads(nn.Module):
+    """(B, N, D) in heads: (B, h, N, D / h), or with `columns` (B, h, D / h, N), the right side of a product."""
+
+    def __init__(self, heads: int, columns: bool = False) -> None:
+        super().__init__()
+        self.heads, self.order = heads, (0, 2, 3, 1) if columns else (0, 2, 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, n, _ = x.shape
+        return x.reshape(batch, n, self.heads, -1).permute(self.order)
+
+
+class MatMul(nn.Module):
+    """a @ b; a module, so that the product has a name in the graph."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.matmul(a, b)
+
+
+class Attention(nn.Module):
+    """Joint self-attention without a tensor above rank 4; 1 / sqrt(D / h) is folded into the query weights."""
+
+    def __init__(self, width: int, heads: int, qkv: nn.Linear, proj: nn.Linear) -> None:
+        super().__init__()
+        scale = torch.ones(3 * width)
+        scale[:width] = (width / heads) ** -0.5
+        self.qkv = Linear(qkv.weight * scale[:, None], qkv.bias * scale)
+        self.q, self.k, self.v = Heads(heads), Heads(heads, columns=True), Heads(heads)
+        self.scores, self.softmax, self.context = MatMul(), nn.Softmax(dim=-1), MatMul()
+        self.proj = Linear(proj.weight, proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).split(x.shape[-1], dim=-1)  # each (B, N, D)
+        weights = self.softmax(self.scores(self.q(q), self.k(k)))  # (B, h, N, N)
+        y = self.context(weights, self.v(v))  # (B, h, N, D / h)
+        return self.proj(y.permute(0, 2, 1, 3).reshape(x.shape))  # (B, N, D)
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, fc1: nn.Linear, fc2: nn.Linear) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = Linear(fc1.weight, fc1.bias), nn.GELU(), Linear(fc2.weight, fc2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class StaticBlock(nn.Module):
+    """Pre-LN encoder block; tanh(alpha) is a constant, and a closed gate (alpha = 0) is no operator at all."""
+
+    gate: Tensor | None
+
+    def __init__(self, block: Block, spec: ModelSpec) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.attn = Attention(spec.width, spec.heads, block.attn.qkv, block.attn.proj)
+        self.mlp = Mlp(block.mlp.fc1, block.mlp.fc2)
+        gate = None if block.alpha is None else torch.tanh(block.alpha.detach())
+        self.register_buffer("gate", gate if gate is not None and gate != 0 else None)
+
+    def forward(self, x: Tensor, z0: Tensor) -> Tensor:
+        y = x + self.attn(self.norm1(x))  # (B, N, D)
+        z = y + self.mlp(self.norm2(y))  # (B, N, D)
+        return z if self.gate is None else z + self.gate * z0  # (B, N, D)
+
+
+class Pool(nn.Module):
+    """Attention pooling as one matrix product; the score's bias cannot change a softmax and is dropped."""
+
+    def __init__(self, score: nn.Linear) -> None:
+        super().__init__()
+        self.score, self.softmax = Linear(score.weight), nn.Softmax(dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.softmax(self.score(x).reshape(x.shape[0], 1, -1))  # (B, 1, N)
+        return torch.matmul(weights, x).flatten(1)  # (B, D)
+
+
+class MeanPool(nn.Module):
+    """Mean of the tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=1)  # (B, D)
+
+
+class StaticTubeViT(nn.Module):
+    """`TubeViT` for export: logits (B, classes) float32 of uint8 frames (B, T, H, W, 3)."""
+
+    output = "logits"
+    positions: Tensor | None
+
+    def __init__(
+        self,
+        model: TubeViT,
+        contract: InputContract,
+        lowering: str = "gather",
+        head: str | None = None,
+        batch: int = 1,
+    ) -> None:
+        """
+        Raises:
+            SpecError: the lowering or the head is unknown, or model and contract do not fit each other.
+        """
+        super().__init__()
+        self.tubes = StaticTokenizer(model, contract, lowering, batch)
+        self.spec, self.contract, self.lowering, self.batch = self.tubes.spec, contract, lowering, batch
+        names = [name for name, _ in self.spec.classifiers]
+        self.head = head or names[0]
+        if self.head not in names:
+            raise SpecError(f"no classifier is called {head!r}; the model has {', '.join(names)}")
+        if batch < 1:
+            raise SpecError(f"batch is {batch}; expected >= 1")
+        self.blocks = nn.ModuleList(StaticBlock(block, self.spec) for block in model.blocks)  # type: ignore[arg-type]
+        self.norm = model.norm
+        self.pool = Pool(model.pool.score) if isinstance(model.pool, AttentionPool) else MeanPool()
+        chosen = model.classifiers[self.head]
+        self.classifiers = nn.ModuleDict({self.head: Linear(chosen.weight, chosen.bias)})  # type: ignore[arg-type]
+        gated = any(block.gate is not None for block in self.blocks)
+        self.register_buffer("positions", model.positions.detach().clone() if gated else None)  # (N, D)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        x = self.tubes(frames)  # (B, N, D)
+        z0 = x if self.positions is None else x - self.positions  # (B, N, D), the bare tokens that gates add
+        for block in self.blocks:
+            x = block(x, z0)  # (B, N, D)
+        return self.classifiers[self.head](self.pool(self.norm(x)))  # (B, classes)
+
+
+def tokenizer_errors(model: TubeViT, contract: InputContract, clips: Frames) -> dict[str, float]:
+    """Largest absolute error of each lowering's tokens, on uint8 clips (B, T, H, W, 3), against the reference.
+
+    The reference tokenizer runs in float64: its own float32 rounding is as large as that of a lowering.
+
+    Raises:
+        SpecError: the clips or the contract do not fit the model.
+        ParityError: a lowering is off by more than `tolerance`.
+    """
+    frames = torch.from_numpy(clips)
+    with torch.no_grad():
+        pixels = normalise(frames, contract).double()
+        expected = copy.deepcopy(model.tubes).double()(pixels) + model.positions.double()
+        errors = {
+            lowering: float((StaticTokenizer(model, contract, lowering)(frames) - expected).abs().max())
+            for lowering in LOWERINGS
+        }
+    allowed = tolerance(float(expected.abs().max()))
+    if wrong := {name: error for name, error in errors.items() if not error <= allowed}:
+        raise ParityError(f"lowerings differ from the reference tokenizer by {wrong}; at most {allowed:.1e}")
+    return errors
+
+
+def tolerance(largest: float) -> float:
+    """Error that a token may have where the largest one is `largest`: 1e-4, or 32 float32 epsilons of it."""
+    return max(1e-4, 32 * torch.finfo(torch.float32).eps * largest)

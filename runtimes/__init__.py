@@ -1,0 +1,72 @@
+"""One file a backend. The folder is the registry; a backend is imported only when it is asked for.
+
+A backend whose runtime exists on some machines only says so in `NEEDS` (where its targets differ, by the first part of
+their names), and may name another backend that evaluates its artifacts anywhere in `EMULATOR`. Its file must import
+without what it needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from edgetube.bundle import Bundle
+from edgetube.errors import BundleError, InputError
+from edgetube.runtimes.base import Backend
+from edgetube.targets import missing
+
+EMULATED: Literal["emulated"] = "emulated"
+"""The device of every artifact that another backend evaluates, wherever it was made to run."""
+
+
+def names() -> frozenset[str]:
+    """Names of the backends: the files of this folder."""
+    return frozenset(m.name for m in pkgutil.iter_modules(__path__)) - {"base"}
+
+
+def open_bundle(bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> Backend:
+    """Open a bundle's artifact with the backend that its manifest names, or on `EMULATED` with that one's emulator.
+
+    Raises:
+        BundleError: this version has no such backend.
+        InputError: `device` is `EMULATED` and nothing emulates the backend.
+        MissingPackageError: the vendor's package is not installed.
+        BackendError: the vendor's runtime refuses the artifact or the device.
+    """
+    if bundle.backend not in names():
+        raise BundleError(
+            f"{bundle.path} needs the backend {bundle.backend!r}; this edgetube has "
+            f"{', '.join(sorted(names()))}: upgrade edgetube"
+        )
+    name = bundle.backend
+    if device == EMULATED:
+        emulator = _stated(name, "EMULATOR")
+        if emulator is None:
+            raise InputError(f"nothing emulates {name}; leave out the device {EMULATED!r}")
+        name, device = emulator, None
+    module = importlib.import_module(f"edgetube.runtimes.{name}")
+    backend: Backend = module.Session(bundle, threads=threads, device=device)
+    if name != bundle.backend:
+        backend.status = EMULATED
+    return backend
+
+
+def proof_device(target: str, backend: str) -> str | None:
+    """Where a target's artifacts are proven here: None for its own device, `EMULATED` where there is none here."""
+    needs, emulator = _stated(backend, "NEEDS"), _stated(backend, "EMULATOR")
+    if isinstance(needs, Mapping):
+        needs = needs[target.partition("-")[0]]
+    return EMULATED if emulator and missing(needs) else None
+
+
+def _stated(backend: str, attribute: str) -> Any:
+    """What a backend's file says of itself; nothing when it cannot be imported for want of the vendor's package."""
+    try:
+        module = importlib.import_module(f"edgetube.runtimes.{backend}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("edgetube"):
+            raise
+        return None
+    return getattr(module, attribute, None)

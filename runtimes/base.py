@@ -1,0 +1,88 @@
+"""The backend protocol: open, run, close. Inputs are checked here, once, so that a backend file stays short."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Self
+
+from edgetube import preprocess
+from edgetube.errors import BackendError
+from edgetube.spec import InputContract
+from edgetube.targets import Status
+from edgetube.video import Frames
+
+Output = npt.NDArray[np.float32]
+
+
+class Backend(ABC):
+    """One opened artifact.
+
+    A subclass opens the artifact in `__init__(bundle, *, threads, device)` and implements `infer` and `release`.
+    Several threads may call one backend: calls are serialised unless the subclass says `thread_safe`.
+    """
+
+    thread_safe: ClassVar[bool] = False
+    status: Status = "executed"
+
+    def __init__(self, contract: InputContract, batch: int) -> None:
+        self.contract = contract
+        self.batch = batch
+        self._lock = threading.Lock()
+        self._open = True
+
+    @abstractmethod
+    def infer(self, clips: Frames) -> Output:
+        """Logits (batch, classes) float32 of exactly `batch` contiguous clips (batch, T, H, W, 3) uint8."""
+
+    def describe(self) -> dict[str, Any]:
+        """What runs it: versions, device, threads; plain JSON."""
+        return {}
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give back what `__init__` took. Called once."""
+
+    def __call__(self, clips: npt.ArrayLike) -> Output:
+        """Logits (B, classes) float32 of clips (B, T, H, W, 3) uint8, any strides, any B.
+
+        The artifact's batch is static: B clips run as ceil(B / batch) calls, the last one filled up by repeating
+        its last clip.
+
+        Raises:
+            InputError: wrong shape or dtype.
+            BackendError: the backend is closed, or the vendor's runtime failed.
+        """
+        frames = preprocess.check(clips, self.contract)
+        outputs = []
+        for start in range(0, len(frames), self.batch):
+            piece = frames[start : start + self.batch]
+            if (short := self.batch - len(piece)) > 0:
+                piece = np.concatenate([piece, piece[-1:].repeat(short, axis=0)])
+            outputs.append(self._infer(piece)[: self.batch - short])
+        return np.concatenate(outputs)
+
+    def _infer(self, piece: Frames) -> Output:
+        if not self._open:
+            raise BackendError("this runtime is closed; open the bundle again")
+        if self.thread_safe:
+            return self.infer(piece)
+        with self._lock:
+            return self.infer(piece)
+
+    def close(self) -> None:
+        """Release the artifact; closing twice is fine."""
+        with self._lock:
+            if self._open:
+                self._open = False
+                self.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

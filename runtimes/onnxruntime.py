@@ -1,0 +1,138 @@
+"""ONNX Runtime: the runtime that every edgetube install has."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+from edgetube.bundle import Bundle
+from edgetube.errors import BackendError, InputError
+from edgetube.runtimes.base import Backend, Output
+from edgetube.video import Frames
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+}
+
+FAILURES = (
+    native.EPFail,
+    native.Fail,
+    native.InvalidArgument,
+    native.InvalidGraph,
+    native.InvalidProtobuf,
+    native.NoModel,
+    native.NoSuchFile,
+    native.NotImplemented,
+    native.RuntimeException,
+)
+
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+class Session(Backend):
+    """An ONNX file in one inference session.
+
+    Args:
+        bundle: a bundle whose artifact is an ONNX file with one input and one output.
+        threads: CPU threads of one call; None leaves it to ONNX Runtime (the physical cores).
+        device: "cpu" (default), "cuda", "directml" or "coreml".
+
+    Raises:
+        InputError: the device is unknown, or this ONNX Runtime was not built for it.
+        BackendError: ONNX Runtime refuses the file.
+    """
+
+    thread_safe = True
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
+        super().__init__(bundle.contract, bundle.batch)
+        options, provider = _options(threads), _provider(device or "cpu")
+        with _mapped(f"cannot open {bundle.artifact_path}"):
+            self.session = ort.InferenceSession(bundle.artifact_path, options, providers=[provider])
+        self.threads = threads
+        self.input = self.session.get_inputs()[0].name
+
+    def infer(self, clips: Frames) -> Output:
+        with _mapped("the session failed"):
+            (output,) = self.session.run(None, {self.input: clips})
+        return np.asarray(output, np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "onnxruntime": ort.__version__,
+            "providers": self.session.get_providers(),
+            "threads": self.threads or "default",
+        }
+
+    def release(self) -> None:
+        del self.session
+
+
+def _options(threads: int | None = None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    if _saturates():  # multiply uint8 by uint8 instead: exact, and 1.4x slower where it is not needed
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _saturates() -> bool:
+    """Whether sums of uint8 times int8 may overflow 16 bits: on x86 without VNNI, and where that cannot be told."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not CPUINFO.is_file() or "vnni" not in CPUINFO.read_text("utf-8", "replace")
+
+
+def optimise(source: Path, optimised: Path) -> Path:
+    """Write the graph that a session really runs, after ONNX Runtime's own rewriting; returns `optimised`."""
+    options = _options()
+    options.optimized_model_filepath = str(optimised)
+    with _mapped(f"cannot open {source}"):
+        ort.InferenceSession(source, options, providers=[PROVIDERS["cpu"]])
+    return optimised
+
+
+def evaluate(model: bytes) -> Callable[[Mapping[str, npt.NDArray[Any]]], list[npt.NDArray[np.float32]]]:
+    """Open any ONNX graph on the CPU: feeds by input name -> its outputs. Q/DQ pairs are computed as they stand."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with _mapped("cannot open a graph"):
+        session = ort.InferenceSession(model, options, providers=[PROVIDERS["cpu"]])
+    outputs = [output.name for output in session.get_outputs()]
+
+    def call(feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
+        with _mapped("the graph failed"):
+            return [np.asarray(value) for value in session.run(outputs, dict(feeds))]
+
+    return call
+
+
+def _provider(device: str) -> str:
+    if device not in PROVIDERS:
+        raise InputError(f"no device is called {device!r} here; ONNX Runtime knows {', '.join(PROVIDERS)}")
+    if PROVIDERS[device] not in (available := ort.get_available_providers()):
+        raise InputError(f"this ONNX Runtime was not built for {device}; it has {', '.join(available)}")
+    return PROVIDERS[device]
+
+
+@contextmanager
+def _mapped(what: str) -> Iterator[None]:
+    try:
+        yield
+    except FAILURES as error:
+        raise BackendError(f"ONNX Runtime {ort.__version__}: {what}: {' '.join(str(error).split())}") from error

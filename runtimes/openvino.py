@@ -1,0 +1,109 @@
+"""OpenVINO: CPUs, GPUs and NPUs of one vendor, and every other x86 or ARM CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgetube.bundle import Bundle
+from edgetube.errors import BackendError, InputError
+from edgetube.runtimes.base import Backend, Output
+from edgetube.video import Frames
+
+
+@contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """As if a package that nobody has imported yet were not installed."""
+    hidden = module not in sys.modules
+    if hidden:
+        sys.modules[module] = None  # type: ignore[assignment]  # what `import` documents for this
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[module]
+
+
+with _absent("openvino_telemetry"):  # else importing openvino reports the import to its vendor
+    import openvino as ov
+
+__all__ = ["Session", "compile_model", "ov"]  # `ov` for whoever needs OpenVINO as quiet as it is here
+
+CAPABILITY = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
+"""What OpenVINO calls a device's ability to compute in a type."""
+
+
+class Session(Backend):
+    """An IR (`model.xml`, `model.bin`) compiled for one device.
+
+    The manifest's `build.inference_precision` lists the types that float arithmetic may run in, best first; the first
+    one that the device can do is taken. OpenVINO's own default is not used: it silently computes in bfloat16.
+
+    Args:
+        bundle: a bundle whose artifact is a model with one input and one output.
+        threads: CPU threads of one call; None leaves it to OpenVINO (the physical cores).
+        device: "cpu" (default), "gpu", "npu", or another one that OpenVINO lists, in any case.
+
+    Raises:
+        InputError: OpenVINO has no such device here.
+        BackendError: OpenVINO refuses the file.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
+        super().__init__(bundle.contract, bundle.batch)
+        precisions = bundle.build.get("inference_precision", ["f32"])
+        with _mapped(f"cannot open {bundle.artifact_path}"):
+            self.compiled = compile_model(bundle.artifact_path, precisions, threads, device or "cpu")
+            self.request = self.compiled.create_infer_request()
+
+    def infer(self, clips: Frames) -> Output:
+        with _mapped("the inference request failed"):
+            # Without a copy, the request reads the caller's frames, and only until it returns.
+            result = self.request.infer([clips], share_inputs=True)
+        return np.array(result[0], np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        with _mapped("the compiled model has no properties"):
+            return {
+                "openvino": ov.__version__,
+                "device": self.compiled.get_property("EXECUTION_DEVICES"),
+                "inference_precision": self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
+                "threads": self.compiled.get_property("INFERENCE_NUM_THREADS"),
+            }
+
+    def release(self) -> None:
+        del self.request, self.compiled
+
+
+def compile_model(
+    path: Path, precisions: list[str], threads: int | None = None, device: str = "cpu"
+) -> ov.CompiledModel:
+    """A model compiled for the latency of one call; see `Session`.
+
+    Raises:
+        InputError: OpenVINO has no such device here.
+        RuntimeError: OpenVINO refuses the file.
+    """
+    core = ov.Core()
+    name = device.upper()
+    if name not in (available := core.available_devices):
+        raise InputError(f"no device is called {device!r} here; OpenVINO finds {', '.join(available).lower()}")
+    able = core.get_property(name, "OPTIMIZATION_CAPABILITIES")
+    precision = next((p for p in precisions if CAPABILITY[p] in able), "f32")
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    if threads is not None:
+        config["INFERENCE_NUM_THREADS"] = threads
+    return core.compile_model(path, name, config)
+
+
+@contextmanager
+def _mapped(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # the one type that OpenVINO raises
+        raise BackendError(f"OpenVINO {ov.__version__}: {what}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,538 @@
+"""TensorRT and TensorRT for RTX: one family of APIs, and the module's name is a parameter.
+
+A bundle holds the strongly typed ONNX graph and perhaps an engine. An engine belongs to one version of the SDK and one
+kind of GPU: where the bundle's does not fit, the device builds its own on the first load and keeps it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import math
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+
+from edgetube import cache, cuda
+from edgetube.bundle import Bundle, sha256
+from edgetube.errors import BackendError, InputError
+from edgetube.runtimes.base import Backend, Output
+from edgetube.targets import GPU, need
+from edgetube.video import Frames
+
+if TYPE_CHECKING:
+    import tensorrt
+
+LOGGER = logging.getLogger("edgetube")
+
+RELEVANT_LINES = 6
+"""How many of the SDK's last warnings and errors an error of ours repeats."""
+
+
+class Vendor(Protocol):
+    """What is used of `tensorrt` and of `tensorrt_rtx`, typed as the stubs of TensorRT have it."""
+
+    __version__: str
+    Builder: type[tensorrt.Builder]
+    BuilderFlag: type[tensorrt.BuilderFlag]
+    HardwareCompatibilityLevel: type[tensorrt.HardwareCompatibilityLevel]
+    ILogger: type[tensorrt.ILogger]
+    IProgressMonitor: type[tensorrt.IProgressMonitor]
+    LayerInformationFormat: type[tensorrt.LayerInformationFormat]
+    MemoryPoolType: type[tensorrt.MemoryPoolType]
+    NetworkDefinitionCreationFlag: type[tensorrt.NetworkDefinitionCreationFlag]
+    OnnxParser: type[tensorrt.OnnxParser]
+    ProfilingVerbosity: type[tensorrt.ProfilingVerbosity]
+    Runtime: type[tensorrt.Runtime]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One of the two SDKs: its module, the pip extra that brings it, and what people call it."""
+
+    module: str
+    extra: str
+    title: str
+
+
+EMULATOR = "onnxruntime"
+
+FAMILIES = {
+    "trt": Family("tensorrt", "tensorrt", "TensorRT"),
+    "rtx": Family("tensorrt_rtx", "rtx", "TensorRT for RTX"),
+}
+"""By the first part of a target's name."""
+
+NEEDS = {name: (family.module, "|".join(cuda.LIBRARIES), GPU) for name, family in FAMILIES.items()}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an engine is built; the exporter writes it to the manifest and the device reads it there.
+
+    Attributes:
+        workspace_mb: most scratch memory of a kernel; None leaves it to the SDK.
+        timing_cache: file of kernel timings to begin with and to keep (TensorRT).
+        version_compatible: the engine also runs on later minor versions (TensorRT).
+        hardware_compatible: "ampere" for every GPU from Ampere on, "same" for every GPU of one compute capability,
+            "" for this GPU alone (TensorRT).
+        capabilities: compute capabilities to build for, ("86", "89"); empty for the GPU that builds (TensorRT for RTX).
+    """
+
+    workspace_mb: int | None = None
+    timing_cache: str = ""
+    version_compatible: bool = False
+    hardware_compatible: str = ""
+    capabilities: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"capabilities": list(self.capabilities)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Settings:
+        return cls(**{**data, "capabilities": tuple(data["capabilities"])})
+
+
+class Sdk:
+    """A loaded SDK and what it said.
+
+    Both SDKs have one logger per process, so there is one object of this class per SDK.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.trt = cast(Vendor, need(family.module, family.extra))
+        self.lines: deque[str] = deque(maxlen=RELEVANT_LINES)
+        self.layers = ""
+        self.log = self._logger()
+
+    @property
+    def version(self) -> str:
+        return str(self.trt.__version__)
+
+    def error(self, what: str) -> BackendError:
+        """An error that says what failed and what the SDK said last."""
+        said = "; ".join(" ".join(line.split()) for line in self.lines) or "it said nothing"
+        self.lines.clear()
+        return BackendError(f"{self.family.title} {self.version}: {what}: {said}")
+
+    def _logger(self) -> tensorrt.ILogger:
+        base, sdk = cast(Any, self.trt.ILogger), self
+        warning = int(self.trt.ILogger.Severity.WARNING)
+
+        class Log(base):  # type: ignore[misc, valid-type]
+            def __init__(self) -> None:
+                base.__init__(self)
+
+            def log(self, severity: tensorrt.ILogger.Severity, msg: str) -> None:
+                if int(severity) <= warning:
+                    sdk.lines.append(msg)
+                elif msg.startswith("Layers:"):  # the builder tells what it made; no GPU is needed to hear it
+                    sdk.layers = msg
+
+        return cast("tensorrt.ILogger", Log())
+
+
+@functools.cache
+def sdk(family: str) -> Sdk:
+    """The SDK of "trt" or "rtx".
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    return Sdk(FAMILIES[family])
+
+
+def build(kit: Sdk, onnx: Path, settings: Settings, tell: Callable[[str, int, int], None] | None = None) -> bytes:
+    """The engine of a strongly typed ONNX file, as the vendor's own tools open it.
+
+    Args:
+        onnx: the file; weights may lie beside it.
+        tell: called with (phase, step, steps) while the SDK works.
+
+    Raises:
+        BackendError: the parser refuses a node, or the builder fails; with the SDK's words.
+    """
+    builder, network, parser = parse(kit, onnx)
+    config = builder.create_builder_config()
+    _configure(kit, config, settings)
+    monitor = _monitor(kit, tell)  # lives as long as the builder uses it
+    if monitor is not None:
+        config.progress_monitor = monitor
+    timings = _load_timings(config, settings)
+    kit.layers = ""
+    plan = cast("tensorrt.IHostMemory | None", builder.build_serialized_network(network, config))
+    if plan is None:
+        raise kit.error(f"cannot build an engine of {onnx.name}")
+    del parser
+    if timings is not None:
+        _replace(Path(settings.timing_cache), bytes(timings.serialize()))
+    return bytes(plan)
+
+
+def parse(kit: Sdk, onnx: Path) -> tuple[tensorrt.Builder, tensorrt.INetworkDefinition, tensorrt.OnnxParser]:
+    """What the SDK's own parser understands of a file; the parser owns the weights and has to live on.
+
+    Raises:
+        BackendError: it refuses a node; says which and why.
+    """
+    builder = kit.trt.Builder(kit.log)
+    network = builder.create_network(_strongly_typed(kit))
+    parser = kit.trt.OnnxParser(network, kit.log)
+    kit.lines.clear()
+    if not parser.parse_from_file(str(onnx)):
+        raise kit.error(f"the parser refuses {onnx.name}{_first_fault(parser)}")
+    return builder, network, parser
+
+
+def _strongly_typed(kit: Sdk) -> int:
+    """The flag that every tensor keeps the type that the graph says; a matter of course where it is gone."""
+    flag = getattr(kit.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    if flag is None and int(kit.version.split(".")[0]) in (8, 9) and kit.family is FAMILIES["trt"]:
+        raise BackendError(
+            f"TensorRT {kit.version} has no strongly typed networks; this graph needs TensorRT 10.0 or newer: "
+            "upgrade it (JetPack 6 has 10.3), or run the onnx-* bundle of this model"
+        )
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _first_fault(parser: tensorrt.OnnxParser) -> str:
+    if not parser.num_errors:
+        return ""
+    fault = parser.get_error(0)
+    return f" at {fault.node_name()} ({fault.node_operator()}): {' '.join(fault.desc().split())}"
+
+
+def _configure(kit: Sdk, config: tensorrt.IBuilderConfig, settings: Settings) -> None:
+    trt = kit.trt
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # what is float32 in the graph is float32
+    if settings.workspace_mb is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mb << 20)
+    if settings.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if settings.hardware_compatible:
+        levels = {"ampere": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
+        level = getattr(trt.HardwareCompatibilityLevel, levels[settings.hardware_compatible], None)
+        if level is None:
+            raise BackendError(f"{kit.family.title} {kit.version} has no {settings.hardware_compatible!r} engines")
+        config.hardware_compatibility_level = level
+    if kit.family is FAMILIES["rtx"]:
+        _target_capabilities(kit, config, settings.capabilities)
+
+
+def _target_capabilities(kit: Sdk, config: Any, capabilities: tuple[str, ...]) -> None:
+    """TensorRT for RTX compiles for named GPUs; nothing of this is in TensorRT's stubs."""
+    known = cast(Any, kit.trt).ComputeCapability.__members__
+    names = [f"SM{capability}" for capability in capabilities] or ["CURRENT"]
+    if unknown := [name for name in names if name not in known]:
+        can = ", ".join(name.removeprefix("SM") for name in known if name.startswith("SM"))
+        raise BackendError(f"{kit.family.title} {kit.version} does not know {', '.join(unknown)}; it builds for {can}")
+    config.num_compute_capabilities = len(names)
+    for i, name in enumerate(names):
+        config.set_compute_capability(known[name], i)
+
+
+def _monitor(kit: Sdk, tell: Callable[[str, int, int], None] | None) -> tensorrt.IProgressMonitor | None:
+    """Phases of the builder, told to `tell`; None where the SDK has no monitor or nobody listens."""
+    base = cast(Any, getattr(kit.trt, "IProgressMonitor", None))
+    if tell is None or base is None:
+        return None
+    listener = tell
+
+    class Monitor(base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+            listener(phase_name, 0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            listener(phase_name, step + 1, self.steps.get(phase_name, 0))
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            steps = self.steps.pop(phase_name, 0)
+            listener(phase_name, steps, steps)
+
+    return cast("tensorrt.IProgressMonitor", Monitor())
+
+
+def _load_timings(config: tensorrt.IBuilderConfig, settings: Settings) -> tensorrt.ITimingCache | None:
+    if not settings.timing_cache:
+        return None
+    path = Path(settings.timing_cache)
+    timings = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    config.set_timing_cache(timings, ignore_mismatch=False)
+    return timings
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+KERNEL = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]+), Inputs: (?P<tensors>.*)")
+DATATYPE = re.compile(r"Datatype: ([^,}\]]+)")
+TYPES = {"int8": "int8", "half": "fp16", "fp16": "fp16", "float": "fp32", "fp32": "fp32", "fp8": "fp8", "bf": "bf16"}
+
+
+def layer_truth(information: str) -> dict[str, Any]:
+    """What an engine really does, from the one-line form of the SDK's layer information.
+
+    Returns:
+        kernels; gemms (type of their first input -> how many), attention (fused kernels), reformats (kernels that only
+        move data), and float_gemms, the ONNX nodes of the products that stayed float where others are in int8.
+    """
+    kernels, attention, reformats = 0, 0, 0
+    gemms: Counter[str] = Counter()
+    floats: list[str] = []
+    for line in information.splitlines():
+        found = KERNEL.match(line.strip())
+        if not found or found["kind"] in ("signal", "wait"):
+            continue
+        kernels += 1
+        name, kind = found["name"].lower(), found["kind"].lower()
+        if "mha" in name or "attention" in name + kind:
+            attention += 1
+        elif "reformat" in name + kind or re.search(r"(tran|resh)\w*move", name):
+            reformats += 1
+        elif re.search(r"gemm|matrix|conv", kind) or re.search(r"gemm|matmul", name) or "Fc" in found["name"]:
+            datatype = _datatype(found["tensors"], dequantises="Cast" in found["name"].partition("Fc")[0])
+            gemms[datatype] += 1
+            if datatype != "int8":
+                floats.append(_product(line) or found["name"])
+    return {
+        "kernels": kernels,
+        "gemms": dict(gemms),
+        "attention": attention,
+        "reformats": reformats,
+        "float_gemms": floats if "int8" in gemms else [],
+    }
+
+
+def _datatype(tensors: str, dequantises: bool) -> str:
+    """What a product multiplies: the type of the first tensor that its kernel reads.
+
+    A fused kernel that casts before it multiplies reads integers and multiplies what they stand for.
+    """
+    types = [_short(word) for word in DATATYPE.findall(tensors)] or ["unknown"]
+    return next((t for t in types if t != "int8"), "float") if dequantises else types[0]
+
+
+def _short(word: str) -> str:
+    return next((short for key, short in TYPES.items() if key in word.lower()), word.lower())
+
+
+def _product(line: str) -> str:
+    """The ONNX node of a product, of all the nodes that were fused into its kernel."""
+    nodes: list[str] = re.findall(r"\[ONNX Layer: (\S+?)\]", line)
+    return next((node for node in nodes if "matmul" in node), nodes[0] if nodes else "")
+
+
+class Session(Backend):
+    """An engine with one context, one stream and its buffers; a clip goes up as uint8.
+
+    Args:
+        bundle: a `trt-*` or `rtx-*` bundle.
+        threads: of no use here: the GPU does the work.
+        device: "cuda" (default) or "cuda:1".
+
+    Raises:
+        InputError: the device is no GPU's name.
+        MissingPackageError: the SDK, or both pycuda and cuda-python, are not installed.
+        BackendError: no driver, no such GPU, or the SDK refuses; with its last words.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
+        super().__init__(bundle.contract, bundle.batch)
+        self.kit = sdk(bundle.target.partition("-")[0])
+        self._taken = ExitStack()
+        with ExitStack() as failed:
+            failed.callback(self.release)
+            self.stream = cuda.open_stream(_index(device), self.kit.family.extra)
+            self._taken.callback(self.stream.close)
+            with self.stream.current():
+                self._load(bundle)
+            failed.pop_all()
+
+    def _load(self, bundle: Bundle) -> None:
+        plan, self.origin = find_engine(self.kit, bundle, self.stream)
+        settings = Settings.from_json(bundle.build["settings"])
+        runtime = self.kit.trt.Runtime(self.kit.log)
+        if settings.version_compatible:
+            runtime.engine_host_code_allowed = True
+        self.kit.lines.clear()
+        engine = cast("tensorrt.ICudaEngine | None", runtime.deserialize_cuda_engine(plan))
+        if engine is None:
+            raise self.kit.error(f"cannot open the engine of {bundle.name} on {self.stream.name}")
+        self.engine = engine
+        compiled = _Compiled(self.kit, cache.folder() / f"{bundle.name}.{_digest(plan)}.jit")
+        self.context = compiled.context(engine)
+        self._allocate()
+        self._enqueue()  # the first call compiles and allocates; only then can work be recorded
+        self.stream.synchronize()
+        compiled.keep()
+        self._run, self.replay = self._record()
+
+    def _allocate(self) -> None:
+        """Buffers for the one input and the one output, on both sides, for good."""
+        self.host: dict[str, cuda.Bytes] = {}
+        self.address: dict[str, int] = {}
+        for i in range(self.engine.num_io_tensors):
+            name = self.engine.get_tensor_name(i)
+            width = 1 if name == "frames" else np.dtype(np.float32).itemsize
+            size = math.prod(self._shape(name)) * width
+            self.host[name], self.address[name] = self.stream.pinned(size), self.stream.device(size)
+            self.context.set_tensor_address(name, self.address[name])
+        self.input = "frames"
+        (self.output,) = set(self.host) - {self.input}
+        self.frames = self.host[self.input].reshape(self.batch, *self.contract.shape)
+        self.logits = self.host[self.output].view(np.float32).reshape(self._shape(self.output))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(cast(Any, self.engine.get_tensor_shape(name)))
+
+    def _enqueue(self) -> None:
+        self.stream.upload(self.address[self.input], self.host[self.input])
+        if not self.context.execute_async_v3(self.stream.handle):
+            raise self.kit.error("cannot run the engine")
+        self.stream.download(self.host[self.output], self.address[self.output])
+
+    def _record(self) -> tuple[Callable[[], None], str]:
+        """One call of a CUDA graph instead of some hundred launches, or the launches, and why."""
+        try:
+            graph = self.stream.capture(self._enqueue)
+        except BackendError as error:
+            LOGGER.warning("launching kernel by kernel: %s", error)
+            return self._enqueue, f"none: {error}"
+        self._taken.callback(self._forget, graph)
+        return graph, "CUDA graph"
+
+    def _forget(self, graph: cuda.Graph) -> None:
+        with self.stream.current():
+            graph.close()
+
+    def infer(self, clips: Frames) -> Output:
+        with self.stream.current():
+            np.copyto(self.frames, clips)
+            self._run()
+            self.stream.synchronize()
+            return np.array(self.logits)
+
+    def describe(self) -> dict[str, Any]:
+        inspector = self.engine.create_engine_inspector()
+        information = inspector.get_engine_information(self.kit.trt.LayerInformationFormat.ONELINE)
+        return {
+            self.kit.family.module: self.kit.version,
+            "device": f"{self.stream.name} ({self.stream.capability})",
+            "driver": f"CUDA {self.stream.driver}, {self.stream.library}",
+            "engine": self.origin,
+            "replay": self.replay,
+            "layers": layer_truth(information),
+        }
+
+    def release(self) -> None:
+        for name in ("context", "engine"):  # before the memory that they use
+            if hasattr(self, name):
+                delattr(self, name)
+        self._taken.close()
+
+
+class _Compiled:
+    """Kernels that TensorRT for RTX compiles on the first call, kept for the next process; elsewhere nothing."""
+
+    def __init__(self, kit: Sdk, path: Path) -> None:
+        self.just_in_time = kit.family is FAMILIES["rtx"]
+        self.path, self.cache = path, cast(Any, None)
+
+    def context(self, engine: tensorrt.ICudaEngine) -> tensorrt.IExecutionContext:
+        if not self.just_in_time:
+            return engine.create_execution_context()
+        config = cast(Any, engine.create_runtime_config())
+        self.cache = config.create_runtime_cache()
+        if self.path.is_file():
+            self.cache.deserialize(self.path.read_bytes())
+        config.set_runtime_cache(self.cache)
+        return engine.create_execution_context(config)
+
+    def keep(self) -> None:
+        if self.cache is not None and not self.path.is_file():
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                _replace(self.path, bytes(self.cache.serialize()))
+            except OSError as error:  # costs the next process its compile time, nothing else
+                LOGGER.warning("cannot keep compiled kernels in %s: %s", self.path, error.strerror)
+
+
+def find_engine(kit: Sdk, bundle: Bundle, gpu: cuda.Stream) -> tuple[bytes, str]:
+    """The engine to run on `gpu`: the bundle's where it fits, else the cache's, else a new one; and which it is."""
+    record = bundle.build.get("engine")
+    misfit = engine_misfit(record, kit, gpu) if record else "the bundle has no engine"
+    if record and not misfit:
+        return (bundle.path / record["file"]).read_bytes(), "the bundle's"
+    settings = Settings.from_json(bundle.build["settings"] | {"capabilities": []})
+    key = engine_key(kit, bundle, gpu, settings)
+
+    def make(path: Path, reason: str) -> None:
+        LOGGER.warning("building the engine of %s for %s (%s; %s)", bundle.name, gpu.name, misfit, reason)
+        path.write_bytes(build(kit, bundle.artifact_path, settings, _report))
+
+    entry = cache.make_once(bundle.name, ".engine", key, make)
+    origin = f"built here: {misfit}; {entry.reason}" if entry.reason else f"built here earlier: {misfit}"
+    return entry.path.read_bytes(), origin
+
+
+def engine_key(kit: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings) -> dict[str, str]:
+    """All that a built engine hangs on."""
+    return {
+        "graph": graph_hash(bundle),
+        kit.family.title: kit.version,
+        "GPU": f"{gpu.name} ({gpu.capability})",
+        "driver": gpu.driver,
+        "settings": ", ".join(f"{k}={v}" for k, v in settings.to_json().items() if v) or "default",
+    }
+
+
+def graph_hash(bundle: Bundle) -> str:
+    """Of the graph and of weights that lie beside it."""
+    files = sorted(bundle.path.glob(f"{bundle.artifact}*"))
+    return " ".join(bundle.files[f.name].sha256 if f.name in bundle.files else sha256(f) for f in files)
+
+
+def engine_misfit(record: Mapping[str, Any], kit: Sdk, gpu: cuda.Stream) -> str:
+    """Why the bundle's engine cannot run here, naming both sides; empty when it can."""
+    if record["version"] != kit.version and not record["version_compatible"]:
+        return f"the bundle's engine is for {kit.family.title} {record['version']}, here is {kit.version}"
+    capabilities = record["capabilities"]
+    if capabilities and gpu.capability.replace(".", "") not in capabilities:
+        return f"the bundle's engine is for compute capability {', '.join(capabilities)}, here is {gpu.capability}"
+    if record["gpu"] and record["gpu"] != gpu.name:
+        return f"the bundle's engine is for {record['gpu']}, here is {gpu.name}"
+    return ""
+
+
+def _report(phase: str, step: int, steps: int) -> None:
+    LOGGER.info("%s: %d of %d", phase, step, steps)
+
+
+def _digest(plan: bytes) -> str:
+    return hashlib.sha256(plan).hexdigest()[:16]
+
+
+def _index(device: str | None) -> int:
+    found = re.fullmatch(r"cuda(?::(\d+))?", device or "cuda")
+    if not found:
+        raise InputError(f"no device is called {device!r} here; expected cuda, or cuda:1 for the second GPU")
+    return int(found[1] or 0)

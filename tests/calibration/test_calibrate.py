@@ -1,0 +1,303 @@
+"""The whole calibration on a small graph with outliers: equal in float, better in int8, the same in any order."""
+
+import numpy as np
+import pytest
+
+from edgetube import export, metrics
+from edgetube.calibration import calibrate, graphs, search
+from edgetube.calibration.cache import Cache
+from edgetube.calibration.clips import collect
+from edgetube.calibration.walk import State, Walk
+from edgetube.datasets import ClipSet, built_in_calibration
+from edgetube.errors import InputError, ParityError
+from edgetube.export.quantize import apply, qdq
+
+SCHEMES = ("int8", "uint8")
+
+
+@pytest.fixture(scope="module")
+def calibrated(hard_graph, clips, tmp_path_factory):
+    """Both schemes, with any loss allowed."""
+    return {
+        scheme: calibrate(
+            hard_graph.model,
+            *clips,
+            export.evaluator(),
+            activations=scheme,
+            workspace=tmp_path_factory.mktemp(scheme),
+            max_drop=100.0,
+        )
+        for scheme in SCHEMES
+    }
+
+
+@pytest.fixture
+def walk(hard_graph, clips, tmp_path):
+    return Walk(hard_graph.model, clips[0], export.evaluator(), "int8", tmp_path)
+
+
+def test_folding_does_not_change_the_float_graph(walk, clips, answer):
+    state = State()
+    walk.choose(state)
+    assert {c.equalisation for c in state.choices.values()} != {"none"}
+    assert any("norm" in name for name in state.values)
+    folded = graphs.replaced(walk.model, state.values)
+    np.testing.assert_allclose(answer(folded, clips[1]), answer(walk.model, clips[1]), atol=2e-4)
+
+
+def test_a_folding_that_changes_the_graph_is_caught(walk, monkeypatch):
+    monkeypatch.setattr("edgetube.calibration.equalize.Equalisation.bias", lambda self, weight, bias: bias + 0.1)
+    with pytest.raises(ParityError, match="folding changed blocks"):
+        walk.choose(State())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_it_is_much_better_than_min_max(calibrated, hard_graph, clips, answer, scheme):
+    exact = answer(hard_graph.model, clips[1])
+    found = calibrated[scheme]
+    equalised, table = apply(found, hard_graph)
+    ours = metrics.sqnr(exact, answer(qdq(equalised.model, table), clips[1]))
+    assert ours > 35
+    assert ours > plain_sqnr(hard_graph.model, table, clips, answer, exact, scheme) + 4
+
+
+def plain_sqnr(model, table, clips, answer, exact, scheme):
+    """Min-max ranges and unclipped weights on the same linears, nothing folded: what a careless export does."""
+    from edgetube.calibration import numeric
+    from edgetube.calibration.table import Range
+
+    known = graphs.weights(model)
+    linears = [linear for linear in graphs.linears(model) if linear.name in {p.name for p in table.quantised}]
+    call = export.evaluator()(graphs.only(model, [linear.activation for linear in linears]))
+    seen = [call({"frames": np.asarray(frames)[None]}) for frames in clips[0].frames]
+    ranges = {
+        linear.activation: Range(
+            min(0.0, min(float(s[i].min()) for s in seen)), max(0.0, max(float(s[i].max()) for s in seen)), "x"
+        )
+        for i, linear in enumerate(linears)
+    }
+    weights = {n.weight: numeric.fake_weights(known[n.weight], numeric.full_scales(known[n.weight])) for n in linears}
+    fake = graphs.replaced(model, weights)
+    fake = graphs.quantise_activations(fake, ranges, [linear.node for linear in linears], scheme)
+    return metrics.sqnr(exact, answer(fake, clips[1]))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_artifact_computes_what_was_simulated(calibrated, hard_graph, clips, answer, scheme):
+    """Int8 weights behind DequantizeLinear give what the search saw with rounded float weights."""
+    equalised, table = apply(calibrated[scheme], hard_graph)
+    written = answer(qdq(equalised.model, table), clips[1])
+    assert calibrated[scheme].report["judged"]["sqnr"] == pytest.approx(
+        metrics.sqnr(answer(hard_graph.model, clips[1]), written), abs=0.5
+    )
+
+
+def test_biases_are_corrected(walk, clips, answer):
+    """The mean output of every corrected linear is that of the float graph, on the clips that were seen."""
+    state = State()
+    walk.choose(state)
+    every = frozenset(linear.name for linear in walk.linears if linear.in_block)
+    fc2 = "blocks.1.mlp.fc2"
+
+    def drift():
+        models = walk.simulated(state, every), graphs.replaced(walk.model, state.values)
+        q, f = (
+            np.stack([call({"frames": np.asarray(x)[None]})[0] for x in clips[0].frames])
+            for call in (export.evaluator()(graphs.only(m, [fc2])) for m in models)
+        )
+        return np.abs((q - f).mean(axis=(0, 1, 2))).max()
+
+    before = drift()
+    walk.correct(state, every)
+    assert drift() < 0.05 * before
+    assert set(state.biases) == {linear.bias for linear in walk.linears if linear.in_block}
+
+
+def test_the_order_of_the_clips_does_not_matter(hard_graph, hard_checkpoint, tmp_path):
+    c = hard_checkpoint
+    source = built_in_calibration(12, c.labels)
+    tables = []
+    for index, items in enumerate((source.items, source.items[::-1])):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        seen = collect(ClipSet("x", items), c.contract, c.labels, folder)
+        walked = Walk(hard_graph.model, seen, export.evaluator(), "uint8", folder)
+        state = State()
+        walked.choose(state)
+        tables.append(state)
+    assert {n: ch.range for n, ch in tables[0].choices.items()} == {n: ch.range for n, ch in tables[1].choices.items()}
+    for name, value in tables[0].values.items():
+        np.testing.assert_array_equal(value, tables[1].values[name])
+
+
+def test_what_is_quantised_and_what_is_not(calibrated):
+    table = calibrated["int8"].table
+    kinds = {plan.name.rpartition(".")[2] for plan in table.quantised}
+    assert {"qkv", "proj", "fc1", "fc2"} <= kinds
+    assert not any("norm" in plan.name or "pool" in plan.name for plan in table.linears)
+    assert len({plan.activation for plan in table.quantised}) == len(table.ranges)
+
+
+def test_a_budget_that_cannot_hold_fails_with_numbers(hard_graph, clips, tmp_path, monkeypatch):
+    verdict = search.Verdict(18, True, 0.5, 1.0, 0.5, 3.0, 50.0, 5.56)
+    monkeypatch.setattr(search, "_try", lambda *_: verdict)
+    with pytest.raises(ParityError, match=r"INT8 loses 50\.00 points of top-1 on 18 clips, 5\.56 allowed with the"):
+        calibrate(hard_graph.model, *clips, export.evaluator(), activations="int8", workspace=tmp_path)
+
+
+def test_the_worst_linears_fall_back_until_the_budget_holds(walk, clips, answer, monkeypatch):
+    state = State()
+    walk.choose(state)
+    judge = search.Judge(clips[1], answer(walk.model, clips[1]), None)
+    sensitive = {"blocks.0.attn.qkv", "blocks.1.mlp.fc2"}
+    holds = search.Verdict(18, True, 1.0, 1.0, 1.0, 40.0, 0.0, 5.56)
+    fails = search.Verdict(18, True, 0.5, 1.0, 0.5, 3.0, 50.0, 5.56)
+    monkeypatch.setattr(search, "_try", lambda w, s, j, q: fails if q & sensitive else holds)
+    ranking = {linear.name: 0.1 for linear in walk.linears} | dict.fromkeys(sensitive, 0.9)
+    monkeypatch.setattr(search, "rank", lambda *_: ranking)
+    found = search.search(walk, state, judge)
+    assert not found.quantised & sensitive
+    assert {name for name, reason in found.reasons.items() if reason.startswith("fell back")} == sensitive
+
+
+def test_the_ranking_finds_the_linear_that_hurts(walk, clips, answer):
+    state = State()
+    walk.choose(state)
+    hurt = "blocks.1.mlp.fc1"
+    choice = state.choices[hurt]
+    state.choices[hurt] = type(choice)(
+        type(choice.range)(choice.range.low / 50, choice.range.high / 50, "bad"), choice.scales, "none", 1, 1, {}
+    )
+    judge = search.Judge(clips[1], answer(walk.model, clips[1]), None)
+    ranking = search.rank(walk, state, judge, frozenset(linear.name for linear in walk.linears))
+    assert max(ranking, key=ranking.get) == hurt
+
+
+class TestJudge:
+    def judge(self, clips, max_drop=None, labelled=True):
+        logits = np.eye(9, dtype=np.float32)[np.maximum(clips.labels, 0)]
+        if not labelled:
+            clips = type(clips)(clips.name, clips.frames, np.full(18, -1), clips.names, clips.sha256)
+        return search.Judge(clips, logits, max_drop), logits
+
+    def test_one_clip_may_change_its_mind(self, clips):
+        judge, logits = self.judge(clips[1])
+        other = logits.copy()
+        assert judge.verdict(other).holds
+        other[0] = np.roll(other[0], 1)
+        verdict = judge.verdict(other)
+        assert verdict.loss == pytest.approx(100 / 18)
+        assert verdict.holds
+        other[1] = np.roll(other[1], 1)
+        assert not judge.verdict(other).holds
+        assert judge.verdict(other).top1 == pytest.approx(16 / 18)
+
+    def test_without_labels_agreement_counts(self, clips):
+        judge, logits = self.judge(clips[1], 12.0, labelled=False)
+        other = logits.copy()
+        other[:2] = np.roll(other[:2], 1, axis=1)
+        verdict = judge.verdict(other)
+        assert verdict.top1 is None
+        assert (verdict.holds, verdict.agreement) == (True, pytest.approx(16 / 18))
+
+
+class TestCache:
+    def run(self, graph, clips, folder, tmp_path, **changed):
+        stages = []
+        options = {"activations": "uint8", "max_drop": 100.0, "versions": {"numpy": "1"}} | changed
+        found = calibrate(
+            graph.model,
+            *clips,
+            export.evaluator(),
+            workspace=tmp_path,
+            cache=folder,
+            progress=lambda stage, *_: stages.append(stage),
+            **options,
+        )
+        return found, set(stages)
+
+    def test_the_same_things_are_not_calibrated_twice(self, hard_graph, clips, tmp_path):
+        first, stages = self.run(hard_graph, clips, tmp_path / "c", tmp_path)
+        assert "calibrate" in stages
+        second, stages = self.run(hard_graph, clips, tmp_path / "c", tmp_path)
+        assert "calibrate" not in stages
+        assert second.table == first.table
+        assert second.report["cached"] is True
+        for name, value in first.values.items():
+            np.testing.assert_array_equal(second.values[name], value)
+
+    @pytest.mark.parametrize(
+        ("changed", "named"),
+        [({"versions": {"numpy": "2"}}, "the tools"), ({"activations": "int8"}, "the scheme")],
+    )
+    def test_a_difference_is_named_and_nothing_is_reused(self, hard_graph, clips, tmp_path, changed, named):
+        self.run(hard_graph, clips, tmp_path / "c", tmp_path)
+        found, stages = self.run(hard_graph, clips, tmp_path / "c", tmp_path, **changed)
+        assert "calibrate" in stages
+        assert f"calibrated again: {named} changed since the last calibration" in found.report["notes"]
+
+    def test_other_clips_are_other_clips(self, hard_graph, clips, tmp_path):
+        self.run(hard_graph, clips, tmp_path / "c", tmp_path)
+        found, _ = self.run(hard_graph, (clips[1], clips[1]), tmp_path / "c", tmp_path)
+        (note,) = found.report["notes"]
+        assert "the clips or their preprocessing" in note
+
+    def test_it_goes_on_where_it_was_interrupted(self, hard_graph, clips, tmp_path, monkeypatch):
+        done, stop = [], Walk._choose_stage
+
+        def interrupted(self, stage, *rest):
+            if stage.name == "blocks.1" and "blocks.1" not in done:
+                done.append(stage.name)
+                raise KeyboardInterrupt
+            done.append(stage.name)
+            return stop(self, stage, *rest)
+
+        monkeypatch.setattr(Walk, "_choose_stage", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            self.run(hard_graph, clips, tmp_path / "c", tmp_path)
+        resumed, _ = self.run(hard_graph, clips, tmp_path / "c", tmp_path)
+        assert done.count("blocks.0") == 1
+        straight, _ = self.run(hard_graph, clips, tmp_path / "other", tmp_path)
+        assert resumed.table.linears == straight.table.linears
+        assert resumed.table.ranges == straight.table.ranges
+
+    def test_a_damaged_cache_is_an_empty_one(self, tmp_path):
+        cache = Cache(tmp_path / "c", {"a": 1})
+        (tmp_path / "c" / "state.npz").write_bytes(b"PK nonsense")
+        (tmp_path / "c" / "table.json").write_text("{")
+        assert cache.state() == State()
+        assert cache.result() is None
+
+
+class TestBadClips:
+    def collect(self, checkpoint, tmp_path, frames, labels=None):
+        from edgetube.video import Clip
+
+        items = []
+        for i, x in enumerate(frames):
+            label = None if labels is None else labels[i]
+            clip = Clip(f"{i}", x, label)
+            items.append(type(built_in_calibration(1, ()).items[0])(f"{i}", label, lambda _, clip=clip: clip))
+        return collect(ClipSet("mine", tuple(items)), checkpoint.contract, checkpoint.labels, tmp_path)
+
+    def test_no_clips(self, hard_checkpoint, tmp_path):
+        with pytest.raises(InputError, match="no clips to calibrate on"):
+            self.collect(hard_checkpoint, tmp_path, [])
+
+    def test_all_black(self, hard_checkpoint, tmp_path, rng):
+        black = np.zeros(hard_checkpoint.contract.shape, np.uint8)
+        with pytest.raises(InputError, match="every clip of mine is one flat colour"):
+            self.collect(hard_checkpoint, tmp_path, [black, black])
+        noise = rng.integers(0, 255, black.shape, np.uint8)
+        (note,) = self.collect(hard_checkpoint, tmp_path, [black, noise]).notes
+        assert "1 of 2 clips are one flat colour" in note
+
+    def test_one_clip_is_a_stated_warning(self, hard_checkpoint, tmp_path, rng):
+        noise = rng.integers(0, 255, hard_checkpoint.contract.shape, np.uint8)
+        (note,) = self.collect(hard_checkpoint, tmp_path, [noise]).notes
+        assert "calibrated on one clip" in note
+
+    def test_more_labels_than_the_head(self, hard_checkpoint, tmp_path, rng):
+        noise = rng.integers(0, 255, (2, *hard_checkpoint.contract.shape), np.uint8)
+        with pytest.raises(InputError, match="mine has 2 labels, among them jump, which the model does not know"):
+            self.collect(hard_checkpoint, tmp_path, noise, ["static", "jump"])

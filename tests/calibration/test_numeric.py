@@ -1,0 +1,62 @@
+"""Fake quantisation against the ONNX reference implementation, scales against brute force."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from edgetube.calibration import numeric
+from edgetube.calibration.table import Range
+
+
+@pytest.mark.parametrize("activations", ["int8", "uint8"])
+def test_activations_are_what_onnx_says(activations, rng):
+    x = (rng.standard_normal((50, 8)) * 3).astype(np.float32)
+    found = Range(-2.5, 4.0, "x")
+    scale, zero = (found.symmetric, 0) if activations == "int8" else found.asymmetric
+    nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"])]
+    nodes += [helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"])]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, x.shape)],
+        [
+            numpy_helper.from_array(np.float32(scale), "s"),
+            numpy_helper.from_array(np.array(zero, np.dtype(activations)), "z"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    (expected,) = ReferenceEvaluator(model).run(None, {"x": x})
+    np.testing.assert_allclose(numeric.fake_activations(x, found, activations), expected, atol=1e-6)
+
+
+def test_full_scales_clip_nothing(rng):
+    weight = rng.standard_normal((30, 5)).astype(np.float32)
+    q = numeric.quantise_weights(weight, numeric.full_scales(weight))
+    assert q.dtype == np.int8
+    np.testing.assert_array_equal(np.abs(q).max(axis=0), 127)
+    assert (
+        np.abs(numeric.fake_weights(weight, numeric.full_scales(weight)) - weight).max() <= np.abs(weight).max() / 253
+    )
+
+
+def test_a_column_of_zeros_stays_zero():
+    weight = np.zeros((4, 2), np.float32)
+    scales = numeric.mse_scales(weight, np.ones(4, np.float32))
+    np.testing.assert_array_equal(numeric.quantise_weights(weight, scales), 0)
+
+
+def test_clipping_is_chosen_by_the_error_at_the_output(rng):
+    weight = (rng.standard_t(2, (400, 6)) * 0.1).astype(np.float32)
+    power = rng.uniform(0.1, 4, 400).astype(np.float32)
+
+    def cost(scales):
+        return (power[:, None] * np.square(numeric.fake_weights(weight, scales) - weight)).sum(axis=0)
+
+    best = numeric.mse_scales(weight, power)
+    full = numeric.full_scales(weight)
+    tried = np.stack([cost((full * np.float32(s)).astype(np.float32)) for s in numeric.CLIPS])
+    np.testing.assert_allclose(cost(best), tried.min(axis=0), rtol=1e-5)
+    assert (cost(best) <= cost(full)).all()

@@ -1,0 +1,106 @@
+"""The table as a document: what is written is what is read, and another vendor's cache text is exact."""
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgetube.calibration.table import CalibrationTable, LinearPlan, Range, digits
+from edgetube.errors import InputError
+
+FLOATS = st.floats(0, 1e6, width=32)
+
+
+@pytest.fixture
+def table():
+    ranges = {"blocks.0.norm1": Range(-1.5, 2.0, "mse"), "blocks.0.mlp.act": Range(-0.17, 3.25, "percentile 99.99")}
+    linears = (
+        LinearPlan(
+            "blocks.0.attn.qkv", "blocks.0.norm1", "blocks.0.attn.qkv.weight", (0.1, 1 / 3), "int8", "none; mse"
+        ),
+        LinearPlan("head", "pool", "head.weight", (), "float", "0.1% of the work"),
+    )
+    scales = tuple(digits(s) for s in linears[0].weight_scales)
+    linears = (LinearPlan(**{**linears[0].__dict__, "weight_scales": scales}), linears[1])
+    return CalibrationTable("a" * 64, {"sha256": "b" * 64, "count": 3}, "uint8", ranges, linears, {"numpy": "2"})
+
+
+def test_a_saved_table_is_the_same_table(table, tmp_path):
+    path = table.save(tmp_path / "calibration.json")
+    assert CalibrationTable.load(path) == table
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_it_is_diffable_one_line_a_tensor(table, tmp_path):
+    lines = table.save(tmp_path / "t.json").read_text().splitlines()
+    (line,) = (line for line in lines if "blocks.0.mlp.act" in line)
+    assert "3.25" in line
+    assert "percentile 99.99" in line
+
+
+@given(low=FLOATS, high=FLOATS)
+def test_scales_are_those_of_the_textbook(low, high):
+    found = Range(-low, high, "x")
+    assert found.symmetric == pytest.approx(max(low, high) / 127, rel=1e-6) or max(low, high) < 1e-30
+    scale, zero = found.asymmetric
+    assert 0 <= zero <= 255
+    if low + high > 1e-30:
+        assert scale == pytest.approx((low + high) / 255, rel=1e-6)
+        for value in (-low, 0.0, high):  # ends and zero come back within half a step
+            q = np.clip(np.rint(value / scale) + zero, 0, 255)
+            assert abs((q - zero) * scale - value) <= 0.51 * scale
+    assert (0 - 0) * scale == 0
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 1), (-1, -0.5), (float("nan"), 1), (-1, float("inf"))])
+def test_impossible_ranges_are_refused(low, high):
+    with pytest.raises(InputError, match="expected finite numbers around zero"):
+        Range(low, high, "x")
+
+
+def test_the_cache_text_by_hand():
+    table = CalibrationTable("m", {}, "int8", {"input": Range(-1.0, 127 * 0.0078125, "x")}, ())
+    assert table.to_cache("8503").splitlines() == ["TRT-8503-EntropyCalibration2", "input: 3c010204"] or (
+        table.to_cache("8503").splitlines()[1] == "input: " + struct.pack(">f", np.float32(1 / 127)).hex()
+    )
+    assert table.to_cache("8503").startswith("TRT-8503-EntropyCalibration2\n")
+
+
+def test_a_cache_of_the_documentation_is_read():
+    found = CalibrationTable.from_cache("TRT-8503-EntropyCalibration2\ndata: 3c010a14\nblocks.0: a: 3f800000\n")
+    assert found["data"].symmetric == struct.unpack(">f", bytes.fromhex("3c010a14"))[0]
+    assert found["blocks.0: a"].high == 127.0
+
+
+def test_the_cache_keeps_every_scale(table):
+    back = CalibrationTable.from_cache(table.to_cache())
+    assert {name: r.symmetric for name, r in back.items()} == {n: r.symmetric for n, r in table.ranges.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "begins with ''"),
+        ("hello\nx: 3c010a14", "begins with 'hello'"),
+        ("TRT-1-EntropyCalibration2\nx: 3c01", "line 2"),
+    ],
+)
+def test_other_texts_are_no_cache(text, message):
+    with pytest.raises(InputError, match=message):
+        CalibrationTable.from_cache(text)
+
+
+def test_a_table_of_another_model_is_refused(table):
+    table.check("a" * 64)
+    with pytest.raises(InputError, match="for the graph aaaaaaaaaaaa, this graph is cccccccccccc"):
+        table.check("c" * 64)
+
+
+def test_no_table_is_an_error_with_the_file(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(InputError, match="not a calibration table"):
+        CalibrationTable.load(tmp_path / "x.json")
+    with pytest.raises(InputError, match=r"none\.json"):
+        CalibrationTable.load(tmp_path / "none.json")

@@ -1,0 +1,96 @@
+"""The fixed position embedding against the formula, one number at a time."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from edgetube.model import positions
+from edgetube.model.tubevit import TubeViT
+from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, TubeSpec, named
+
+
+def spans(tube, axis, size):
+    """First and last voxel of every token along an axis, by sliding the tube until it leaves the clip."""
+    merge = tube.space_to_depth[axis]
+    reach = tube.kernel[axis] - 1 + (merge - 1) * (tube.stride[axis] // merge)
+    first = tube.offset[axis]
+    while first + reach < size:
+        yield first, first + reach
+        first += tube.stride[axis]
+
+
+def by_hand(tubes, clip, width):
+    """Rows of the table, one sine at a time, at the middle between the first and the last voxel of each token."""
+    rows = []
+    for tube in tubes:
+        for times, heights, widths in product(*(list(spans(tube, axis, clip[axis])) for axis in range(3))):
+            row = [0.0] * width
+            for j in range(width // 6):
+                omega = math.exp(-j * math.log(10000) / (width / 6))
+                for place, (first, last) in enumerate((times, widths, heights)):  # t, x, y
+                    row[6 * j + 2 * place] = math.sin((first + last) / 2 * omega)
+                    row[6 * j + 2 * place + 1] = math.cos((first + last) / 2 * omega)
+            rows.append(row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("width", [192, 64, 12, 7, 5])
+@pytest.mark.parametrize("tubes", [PAPER_TUBES, PAPER_TUBES_S2D], ids=["plain", "space-to-depth"])
+def test_values_are_those_of_the_formula_at_the_centres(tubes, width):
+    clip = (32, 64, 96)
+    points = np.concatenate([positions.centres(tube, tube.grid(clip)) for tube in tubes])
+    expected = by_hand(tubes, clip, width)
+    assert len(expected) == sum(tube.tokens(clip) for tube in tubes) > 50
+    np.testing.assert_allclose(positions.embed(points, width), expected, atol=1e-11)
+
+
+def test_the_table_of_a_model_is_the_one_that_it_adds():
+    spec = named("tubevit-ti", 32, (64, 64), classes=2)
+    expected = by_hand(spec.tubes, spec.clip, spec.width)
+    np.testing.assert_allclose(positions.table(spec), expected, atol=1e-11)
+    table = TubeViT(spec).positions
+    assert table.dtype == torch.float32
+    np.testing.assert_allclose(table.numpy(), expected, atol=1e-6)
+
+
+def test_the_first_tokens_by_hand():
+    """8x8x8 at the origin: centre 3.5 everywhere; 16x4x4 at (4, 8, 8): centre (11.5, 9.5, 9.5)."""
+    assert positions.centres(PAPER_TUBES[0], (2, 7, 7))[0].tolist() == [3.5, 3.5, 3.5]
+    assert positions.centres(PAPER_TUBES[1], (3, 7, 7))[[0, 1, 7, 49]].tolist() == [
+        [11.5, 9.5, 9.5],
+        [11.5, 9.5, 41.5],
+        [11.5, 41.5, 9.5],
+        [17.5, 9.5, 9.5],
+    ]
+    row = positions.embed(np.array([[2.0, 3.0, 5.0]]), 6)[0]  # (t, y, x); one frequency, omega = 1
+    np.testing.assert_allclose(row, [f(v) for v in (2, 5, 3) for f in (math.sin, math.cos)], atol=1e-15)
+
+
+@pytest.mark.parametrize("width", [64, 7, 5])
+def test_channels_that_six_does_not_divide_are_untouched(width):
+    table = positions.embed(np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), width)
+    left = 6 * (width // 6)
+    assert left < width
+    assert not table[:, left:].any()
+    assert np.abs(table[:, :left]).min(initial=1.0) > 0
+
+
+def test_an_image_has_the_positions_of_the_first_frame():
+    video = named("tubevit-ti", 32, (64, 64), classes=2)
+    image = video.at(frames=1)
+    np.testing.assert_array_equal(positions.table(image), positions.table(video)[-image.tokens :])
+    assert set(positions.centres(PAPER_TUBES[3], image.grids[0])[:, 0]) == {0.0}
+
+
+def test_two_tokens_of_one_model_never_share_a_position():
+    table = positions.table(named("tubevit-ti", 64))
+    assert len(np.unique(table.round(9), axis=0)) == len(table) == 1176
+
+
+def test_a_tube_s_centre_does_not_depend_on_space_to_depth_where_the_extents_agree():
+    whole = TubeSpec((8, 4, 4), (8, 8, 8))
+    halves = TubeSpec((4, 4, 4), (8, 8, 8), space_to_depth=(2, 1, 1))
+    np.testing.assert_array_equal(positions.centres(whole, (2, 3, 3)), positions.centres(halves, (2, 3, 3)))

@@ -1,0 +1,165 @@
+"""The command line as people and programs use it, through the installed entry point's function."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import edgetube
+from edgetube import cli, demo, video
+
+
+@pytest.fixture
+def edgetube_cli(capsys):
+    """Run a command line; gives (exit code, stdout, stderr)."""
+
+    def run(*args):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(a) for a in args])
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def clip(tmp_path, rng):
+    still = rng.integers(0, 256, (6, 8, 3), np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+    return video.write(tmp_path / "clip.mp4", (np.roll(still, 2 * i, axis=1) for i in range(30)), 20.0)
+
+
+def test_targets(edgetube_cli):
+    code, out, _ = edgetube_cli("targets")
+    assert code == 0
+    assert "onnx-fp32" in out
+    code, out, _ = edgetube_cli("targets", "--json")
+    assert {row["name"] for row in json.loads(out)} >= {"onnx-fp32", "onnx-fp16"}
+
+
+def test_export_then_run_then_doctor(edgetube_cli, tiny_checkpoint, tmp_path, clip):
+    code, out, err = edgetube_cli(
+        "export", "--target", "onnx-fp32", "--checkpoint", tiny_checkpoint, "--out", tmp_path, "--lowering", "gather",
+        "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert "proof: done" in err
+    (row,) = json.loads(out)
+    assert (row["target"], row["status"], row["agreement"]) == ("onnx-fp32", "executed", 1.0)
+
+    code, out, _ = edgetube_cli("run", row["bundle"], clip, "--json")
+    assert code == 0
+    (line,) = [json.loads(line) for line in out.splitlines()]
+    with edgetube.Runtime(row["bundle"]) as rt:
+        expected = rt.predict(clip)
+    assert line["label"] == expected.label
+    assert line["logits"] == pytest.approx(expected.logits)
+    assert {"score", "start", "end", "latency_ms", "scores", "source"} <= set(line)
+
+    code, out, _ = edgetube_cli("doctor", row["bundle"], "--json")
+    assert code == 0
+    assert [check["ok"] for check in json.loads(out)] == [True] * 4
+
+
+def test_stream_prints_one_object_a_window(edgetube_cli, tiny_bundle, clip):
+    code, out, _ = edgetube_cli("run", tiny_bundle, clip, "--stream", "--hop", 2, "--limit", 3, "--json")
+    assert code == 0
+    starts = [json.loads(line)["start"] for line in out.splitlines()]
+    assert starts == pytest.approx([0.0, 0.2, 0.4], abs=0.01)
+
+
+def test_a_folder_gives_a_line_a_file(edgetube_cli, tiny_bundle, clip):
+    shutil.copy(clip, clip.parent / "second.mp4")
+    code, out, _ = edgetube_cli("run", tiny_bundle, clip.parent)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["clip.mp4", "second.mp4"]
+
+
+def test_save_writes_an_annotated_video(edgetube_cli, tiny_bundle, clip, tmp_path):
+    code, _, _ = edgetube_cli("run", tiny_bundle, clip, "--save", tmp_path / "annotated.mp4")
+    assert code == 0
+    before = [frame for _, frame in video.frames(clip)]
+    after = [frame for _, frame in video.frames(tmp_path / "annotated.mp4")]
+    assert len(before) == len(after)
+    changed = np.abs(before[10].astype(int) - after[10]).mean(axis=(1, 2))
+    assert changed[-8:].max() > 4 * changed[:40].mean()
+
+
+def test_inspect_prints_and_draws(edgetube_cli, tiny_bundle, tmp_path):
+    code, out, _ = edgetube_cli("inspect", tiny_bundle)
+    assert code == 0
+    assert "4x8x8" in out
+    code, out, _ = edgetube_cli("inspect", tiny_bundle, "--plot", tmp_path / "tubes.png", "--json")
+    assert code == 0
+    assert json.loads(out)["target"] == "onnx-fp32"
+    assert (tmp_path / "tubes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_parity_of_the_built_in_clips_and_its_gate(edgetube_cli, tiny_bundle):
+    code, out, _ = edgetube_cli("parity", tiny_bundle, "--clips", 9, "--json")
+    assert code == 0
+    row = json.loads(out)["bundles"][0]
+    assert (row["clips"], row["agreement"], row["status"]) == (9, 1.0, "executed")
+    code, _, err = edgetube_cli("parity", tiny_bundle, "--clips", 9, "--min-agreement", 1.1)
+    assert code == 1
+    assert "agree with the reference on less than" in err
+
+
+def test_parity_on_a_folder_of_classes(edgetube_cli, tiny_bundle, clip, tmp_path):
+    for label in ("static", "pan-left"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        shutil.copy(clip, tmp_path / "data" / label / "a.mp4")
+    code, out, _ = edgetube_cli("parity", tiny_bundle, "--data", tmp_path / "data", "--json")
+    assert code == 0
+    assert json.loads(out)["bundles"][0]["labelled"] == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "no/such/bundle", "x.mp4"], "is not a bundle: no such folder"),
+        (["export", "--target", "onnx-fp8"], "no target is called 'onnx-fp8'"),
+        (["export", "--target", "onnx-fp32", "--size", "big"], "--size is 'big'; expected 224 or 224x320"),
+        (["export", "--target", "onnx-fp32", "--input", "sound"], "expected video or image"),
+        (["export", "--target", "onnx-fp32", "--checkpoint", "none.safetensors"], "no checkpoint at none.safetensors"),
+        (["parity", "."], r"it has no edgetube\.json"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(edgetube_cli, args, message):
+    code, out, err = edgetube_cli(*args)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert re.search(message, err)
+
+
+def test_debug_shows_the_traceback(edgetube_cli):
+    code, _, err = edgetube_cli("inspect", "no/such/bundle", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_unknown_options_are_typers_refusal(edgetube_cli):
+    code, _, _ = edgetube_cli("export", "--tarrget", "onnx-fp32")
+    assert code == 2
+
+
+def test_a_broken_bundle_fails_the_doctor_with_exit_code_1(edgetube_cli, tiny_bundle, tmp_path):
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    (copy / "model.onnx").write_bytes(b"x")
+    code, out, _ = edgetube_cli("doctor", copy, "--json")
+    assert code == 1
+    assert [check["ok"] for check in json.loads(out)] == [True, False]
+
+
+@pytest.mark.parametrize("command", ["targets", "export", "run", "inspect", "doctor", "parity"])
+def test_help_has_an_example(edgetube_cli, command):
+    code, out, _ = edgetube_cli(command, "--help")
+    assert code == 0
+    assert f"Example: edgetube {command}" in " ".join(out.split())
+
+
+def test_built_in_labels_are_the_models():
+    assert len(demo.LABELS) == 9

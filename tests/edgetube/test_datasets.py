@@ -1,0 +1,145 @@
+"""Sets of clips from whatever people have, sampled by name and not by order."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from edgetube import datasets, demo, video
+from edgetube.datasets import ClipSet, Item
+from edgetube.errors import InputError
+from edgetube.spec import InputContract
+
+CONTRACT = InputContract(4, 16, 24, fps=10.0)
+
+
+@pytest.fixture
+def clips(rng):
+    return rng.integers(0, 256, (3, 4, 16, 24, 3), np.uint8)
+
+
+def unread(names, labels):
+    return ClipSet("x", tuple(Item(n, label, lambda _: None) for n, label in zip(names, labels, strict=True)))
+
+
+class TestSample:
+    names = tuple(f"clip-{i}" for i in range(40))
+    labels = ("a",) * 30 + ("b",) * 6 + ("c",) * 4
+
+    def test_classes_are_as_equal_as_they_can_be(self):
+        found = unread(self.names, self.labels).sample(15)
+        assert Counter(item.label for item in found.items) == {"a": 6, "b": 5, "c": 4}
+
+    def test_order_does_not_matter_but_the_seed_does(self):
+        first = unread(self.names, self.labels).sample(10)
+        second = unread(self.names[::-1], self.labels[::-1]).sample(10)
+        assert [i.name for i in first.items] == [i.name for i in second.items]
+        assert {i.name for i in first.items} != {i.name for i in unread(self.names, self.labels).sample(10, 1).items}
+
+    def test_a_larger_sample_begins_with_a_smaller_one(self):
+        whole = unread(self.names, self.labels)
+        assert whole.sample(20).items[:7] == whole.sample(7).items
+        assert whole.sample(100).count == 40
+
+
+class TestArrays:
+    def test_a_file_of_many_clips(self, clips, tmp_path):
+        np.savez(tmp_path / "set.npz", clips=clips, labels=np.array(["a", "b", "a"]))
+        found = list(datasets.load(tmp_path / "set.npz").clips(CONTRACT))
+        assert [(c.name, c.label) for c in found] == [("set#00000", "a"), ("set#00001", "b"), ("set#00002", "a")]
+        np.testing.assert_array_equal([c.frames for c in found], clips)
+
+    def test_a_folder_of_arrays_by_class(self, clips, tmp_path):
+        for i, label in enumerate(("run", "walk", "walk")):
+            (tmp_path / label).mkdir(exist_ok=True)
+            np.save(tmp_path / label / f"{i}.npy", clips[i])
+        found = list(datasets.load(tmp_path).clips(CONTRACT))
+        assert [(c.name, c.label) for c in found] == [
+            ("run/0.npy", "run"),
+            ("walk/1.npy", "walk"),
+            ("walk/2.npy", "walk"),
+        ]
+        np.testing.assert_array_equal(found[1].frames, clips[1])
+
+    def test_other_sizes_go_through_the_one_preprocessing(self, rng, tmp_path):
+        np.save(tmp_path / "large.npy", rng.integers(0, 256, (9, 32, 48, 3), np.uint8))
+        (clip,) = datasets.load(tmp_path / "large.npy").clips(CONTRACT)
+        assert clip.frames.shape == CONTRACT.shape
+
+    @pytest.mark.parametrize(
+        ("array", "message"),
+        [
+            (np.full((4, 16, 24, 3), np.nan, np.float32), "NaN or infinite pixels"),
+            (np.zeros((4, 16, 24, 3), np.float32), "bad.npy: the frames are float32; expected uint8"),
+            (np.zeros((4, 16, 24), np.uint8), "bad.npy: the frames have shape"),
+        ],
+    )
+    def test_bad_arrays_are_named(self, array, message, tmp_path):
+        np.save(tmp_path / "bad.npy", array)
+        with pytest.raises(InputError, match=message):
+            list(datasets.load(tmp_path / "bad.npy").clips(CONTRACT))
+
+    def test_labels_must_be_as_many(self, clips, tmp_path):
+        np.savez(tmp_path / "set.npz", clips=clips, labels=np.array(["a"]))
+        with pytest.raises(InputError, match="3 clips and 1 labels"):
+            datasets.load(tmp_path / "set.npz")
+
+    def test_an_archive_of_something_else(self, tmp_path):
+        np.savez(tmp_path / "set.npz", weights=np.zeros(3))
+        with pytest.raises(InputError, match="holds weights; expected an array called frames or clips"):
+            datasets.load(tmp_path / "set.npz")
+
+
+class TestManifest:
+    def test_rows_become_clips(self, clips, tmp_path):
+        video.write(tmp_path / "a.mp4", np.repeat(clips[0], 4, axis=0), 10.0)
+        np.save(tmp_path / "b.npy", clips[1])
+        (tmp_path / "set.csv").write_text("path,label,start\na.mp4,run,0.5\na.mp4,run,\nb.npy,walk,\n")
+        found = list(datasets.load(tmp_path / "set.csv").clips(CONTRACT))
+        assert [(c.name, c.label) for c in found] == [("a.mp4@0.5", "run"), ("a.mp4", "run"), ("b.npy", "walk")]
+        assert found[0].start == pytest.approx(0.5, abs=0.11)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("file\nx.mp4\n", r"columns file; expected path"),
+            ("path\nnone.mp4\n", "line 2: there is no file 'none.mp4'"),
+            ("path\n", "names no clips"),
+            ("path,start\nset.csv,soon\n", "start is 'soon'"),
+        ],
+    )
+    def test_mistakes_are_named(self, text, message, tmp_path):
+        (tmp_path / "set.csv").write_text(text)
+        with pytest.raises(InputError, match=message):
+            datasets.load(tmp_path / "set.csv")
+
+
+def test_a_folder_mixes_videos_and_arrays(clips, tmp_path):
+    video.write(tmp_path / "a.mp4", clips[0], 10.0)
+    np.save(tmp_path / "b.npy", clips[1])
+    assert [c.name for c in datasets.load(tmp_path).clips(CONTRACT)] == ["a.mp4", "b.npy"]
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(InputError, match="no clips at"):
+        datasets.load(tmp_path / "none")
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(InputError, match="not a set of clips"):
+        datasets.load(tmp_path / "x.txt")
+
+
+def test_the_built_in_sets_are_those_of_the_demo():
+    for given, expected in (
+        (datasets.built_in(12, demo.LABELS), demo.evaluation(CONTRACT, 12)),
+        (datasets.built_in_calibration(12, demo.LABELS), demo.calibration(CONTRACT, 12)),
+    ):
+        for a, item, b in zip(given.clips(CONTRACT), given.items, expected, strict=True):
+            assert (a.name, a.label) == (item.name, item.label) == (b.name, b.label)
+            np.testing.assert_array_equal(a.frames, b.frames)
+
+
+def test_labels_of_another_model_are_refused():
+    known = unread(["1", "2"], ["a", None]).known(("a",))
+    assert known.count == 2
+    with pytest.raises(InputError, match="among them z"):
+        unread(["1"], ["z"]).known(("a",))

@@ -1,0 +1,34 @@
+import pytest
+
+from edgetube import errors
+
+CODES = {
+    "EdgetubeError": 2,
+    "InputError": 2,
+    "BundleError": 2,
+    "SpecError": 2,
+    "CheckpointError": 2,
+    "MissingPackageError": 2,
+    "BackendError": 2,
+    "ParityError": 1,
+}
+
+
+def test_the_tree_is_the_one_that_the_module_draws():
+    tree = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert tree == set(CODES)
+    assert all(name in errors.__doc__ for name in CODES)
+
+
+@pytest.mark.parametrize(("name", "code"), CODES.items())
+def test_every_error_is_caught_as_one_and_carries_its_exit_code(name, code):
+    cls = getattr(errors, name)
+    assert issubclass(cls, errors.EdgetubeError)
+    with pytest.raises(errors.EdgetubeError, match=r"^what is wrong$") as caught:
+        raise cls("what is wrong")
+    assert caught.value.exit_code == code
+
+
+def test_callers_who_know_only_the_standard_library_catch_the_usual_types():
+    assert issubclass(errors.SpecError, ValueError)
+    assert issubclass(errors.MissingPackageError, ImportError)

@@ -1,0 +1,176 @@
+"""`edgetube.Runtime` as a camera app uses it."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import edgetube
+from edgetube import preprocess, video
+from edgetube.errors import BackendError, BundleError, InputError, ParityError
+from edgetube.export import pipeline
+from edgetube.model import checkpoints
+from edgetube.runtimes.torch import normalise
+
+
+@pytest.fixture(scope="module")
+def rt(tiny_bundle):
+    with edgetube.Runtime(tiny_bundle) as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return checkpoints.load(tiny_checkpoint)
+
+
+@pytest.fixture
+def clips(rng, rt):
+    return rng.integers(0, 256, (3, *rt.contract.shape), np.uint8)
+
+
+def reference(model, clips):
+    """The definition, written out: PyTorch on normalised pixels."""
+    with torch.no_grad():
+        return model.model(normalise(torch.from_numpy(np.ascontiguousarray(clips)), model.contract)).numpy()
+
+
+def test_logits_are_pytorchs(rt, model, clips):
+    np.testing.assert_allclose(rt(clips), reference(model, clips), atol=1e-5)
+    assert rt(clips).dtype == np.float32
+
+
+@pytest.mark.parametrize("view", ["reversed", "transposed", "strided"])
+def test_any_strides(rt, model, clips, view):
+    if view == "reversed":
+        odd = clips[:, ::-1, :, ::-1]
+    elif view == "transposed":
+        odd = np.ascontiguousarray(clips.transpose(0, 1, 4, 2, 3)).transpose(0, 1, 3, 4, 2)
+    else:
+        odd = clips.repeat(2, axis=2)[:, :, ::2]
+    assert not odd.flags.c_contiguous
+    np.testing.assert_allclose(rt(odd), reference(model, odd), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c[:, :4], r"\(3, 4, 32, 48, 3\); expected .*\(8, 32, 48, 3\)"),
+        (lambda c: c.astype(np.float32), "float32"),
+        (lambda c: c[0, 0], "expected"),
+        (lambda c: c[..., :2], "expected"),
+    ],
+)
+def test_wrong_shape_or_dtype_says_given_and_expected(rt, clips, change, message):
+    with pytest.raises(InputError, match=message):
+        rt(change(clips))
+
+
+def test_prediction_is_the_softmax_of_the_logits(rt, model, clips):
+    prediction = rt.predict(clips[0], top_k=3)
+    expected = torch.from_numpy(reference(model, clips[:1])[0]).softmax(0)
+    best = expected.argsort(descending=True)[:3]
+    assert list(prediction.scores) == [rt.labels[i] for i in best]
+    assert prediction.label == rt.labels[best[0]]
+    np.testing.assert_allclose(list(prediction.scores.values()), expected[best], atol=1e-5)
+    assert len(prediction.logits) == len(rt.labels)
+    assert prediction.latency_ms > 0
+
+
+def test_predict_preprocesses_frames_of_any_size(rt, rng):
+    frames = rng.integers(0, 256, (20, 90, 70, 3), np.uint8)
+    prepared = preprocess.prepare(frames, rt.contract, 30.0)
+    assert rt.predict(frames, fps=30.0).logits == pytest.approx(rt(prepared[None])[0].tolist(), abs=1e-6)
+
+
+def test_file_and_array_answer_the_same(rt, tmp_path, rng):
+    still = rng.integers(0, 256, (6, 8, 3), np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+    frames = [np.roll(still, 3 * i, axis=1) for i in range(24)]
+    path = video.write(tmp_path / "clip.mp4", iter(frames), 20.0)
+    clip = video.load(path, rt.contract)
+    prediction = rt.predict(path)
+    assert prediction.logits == pytest.approx(rt(clip.frames[None])[0].tolist(), abs=1e-6)
+    assert prediction.end - prediction.start == pytest.approx(rt.contract.frames / rt.contract.fps, abs=0.1)
+
+
+def test_threads_share_one_runtime(rt, clips):
+    expected = rt(clips)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: rt(clips), range(16)):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_closed_runtime_says_so(tiny_bundle, clips):
+    runtime = edgetube.Runtime(tiny_bundle, threads=1)
+    runtime.close()
+    runtime.close()
+    with pytest.raises(BackendError, match="closed"):
+        runtime(clips)
+
+
+def test_bad_options_are_refused(tiny_bundle, rt, clips):
+    with pytest.raises(InputError, match="threads is 0"):
+        edgetube.Runtime(tiny_bundle, threads=0)
+    with pytest.raises(InputError, match="no device is called 'abacus'"):
+        edgetube.Runtime(tiny_bundle, device="abacus")
+    with pytest.raises(InputError, match="not built for cuda"):
+        edgetube.Runtime(tiny_bundle, device="cuda")
+    with pytest.raises(InputError, match="top_k is 0"):
+        rt.predict(clips[0], top_k=0)
+    with pytest.raises(InputError, match=r"stream\(0\)"):
+        rt.predict(0)
+
+
+def test_a_tampered_bundle_is_refused(tiny_bundle, tmp_path):
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    data = bytearray((copy / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "model.onnx").write_bytes(data)
+    with pytest.raises(BundleError, match=r"model\.onnx is not the file that was proven"):
+        edgetube.Runtime(copy)
+
+
+def test_an_artifact_that_is_none_is_the_vendors_refusal_in_one_line(tiny_bundle, tmp_path):
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    (copy / "model.onnx").write_bytes(b"this is no graph")
+    with pytest.raises(BackendError, match=r"ONNX Runtime .*cannot open .*model\.onnx") as caught:
+        edgetube.Runtime(copy, verify=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_golden_clip(rt, tiny_bundle, tmp_path):
+    assert rt.check() < 1e-4
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    frames, logits = rt.bundle.golden()
+    np.savez(copy / "golden.npz", frames=frames, logits=logits + 0.1)
+    with edgetube.Runtime(copy, verify=False) as other, pytest.raises(ParityError, match="golden clip"):
+        other.check()
+
+
+def test_stream_slides_a_window(rt, rng):
+    frames = rng.integers(0, 256, (14, 32, 48, 3), np.uint8)
+    found = list(rt.stream(iter(frames), hop=3))
+    assert len(found) == 3
+    for i, prediction in enumerate(found):
+        assert prediction.logits == pytest.approx(rt(frames[None, 3 * i : 3 * i + 8])[0].tolist(), abs=1e-6)
+        assert prediction.start == pytest.approx(0.3 * i)
+        assert prediction.end == pytest.approx(0.3 * i + 0.8)
+
+
+def test_batches_of_another_size_run_in_pieces(tiny_checkpoint, tmp_path, clips, rt):
+    options = pipeline.Options(batch=2, lowering="gather")
+    batched = pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, options)
+    with edgetube.Runtime(batched) as two:
+        np.testing.assert_allclose(two(clips), rt(clips), atol=1e-5)
+
+
+def test_the_image_model_takes_images(tiny_checkpoint, tmp_path, rng, model):
+    options = pipeline.Options(image=True, lowering="gather")
+    bundle = pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, options)
+    image = rng.integers(0, 256, (32, 48, 3), np.uint8)
+    with edgetube.Runtime(bundle.path) as image_rt:
+        assert image_rt.predict(image).logits == pytest.approx(
+            reference(model, image[None, None])[0].tolist(), abs=1e-5
+        )

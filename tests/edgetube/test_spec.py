@@ -1,0 +1,301 @@
+"""Geometry and arithmetic of a spec against counts made another way, its refusals, and JSON."""
+
+import json
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgetube.errors import SpecError
+from edgetube.spec import (
+    PAPER_TUBES,
+    PAPER_TUBES_S2D,
+    SIZES,
+    InputContract,
+    ModelSpec,
+    Prediction,
+    TubeSpec,
+    named,
+)
+
+SMALL = ModelSpec(
+    tubes=(TubeSpec((2, 4, 4), (2, 4, 4)), TubeSpec((1, 8, 8), (4, 8, 8))),
+    frames=4,
+    size=(16, 16),
+    width=12,
+    depth=1,
+    heads=2,
+    classifiers=(("motion", 3),),
+)
+
+triples = st.tuples(*[st.integers(1, 6)] * 3)
+
+
+@st.composite
+def tubes(draw):
+    merge = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 2), (1, 1, 3)]))
+    stride = tuple(s * m for s, m in zip(draw(triples), merge, strict=True))
+    offset = tuple(v - 1 for v in draw(triples))
+    return TubeSpec(draw(triples), stride, offset, merge)
+
+
+@st.composite
+def models(draw):
+    chosen = tuple(draw(st.lists(tubes(), min_size=1, max_size=3)))
+    least = [max(axis) for axis in zip(*(tube.minimum() for tube in chosen), strict=True)]
+    frames, height, width = (low + draw(st.integers(0, 8)) for low in least)
+    depth = draw(st.integers(1, 3))
+    names = draw(st.lists(st.sampled_from(["a", "kinetics-400", "ssv2"]), min_size=1, max_size=3, unique=True))
+    return ModelSpec(
+        tubes=chosen,
+        frames=max(frames, 2),
+        size=(height, width),
+        width=24 * draw(st.integers(1, 3)),
+        depth=depth,
+        heads=draw(st.sampled_from([1, 2, 3, 4])),
+        classifiers=tuple((name, draw(st.integers(1, 9))) for name in names),
+        mlp_ratio=draw(st.sampled_from([1.0, 2.5, 4.0])),
+        kernel=draw(st.none() | triples),
+        pool=draw(st.sampled_from(["attention", "mean"])),
+        positions=draw(st.sampled_from(["fixed", "stored"])),
+        gates=tuple(draw(st.sets(st.integers(0, depth - 1)))),
+        norm_eps=draw(st.sampled_from([1e-6, 1e-5])),
+    )
+
+
+def positions_that_fit(tube: TubeSpec, axis: int, size: int) -> int:
+    """Count tokens along an axis by sliding: every voxel of every neighbour of a token lies inside the clip."""
+    finer = tube.stride[axis] // tube.space_to_depth[axis]
+    count, start = 0, tube.offset[axis]
+    while all(
+        start + neighbour * finer + k < size
+        for neighbour in range(tube.space_to_depth[axis])
+        for k in range(tube.kernel[axis])
+    ):
+        count, start = count + 1, start + tube.stride[axis]
+    return count
+
+
+class TestTokens:
+    @pytest.mark.parametrize("tubes", [PAPER_TUBES, PAPER_TUBES_S2D], ids=["plain", "space-to-depth"])
+    def test_the_paper_s_tubes_give_98_147_98_and_196_tokens(self, tubes):
+        assert [tube.tokens((32, 224, 224)) for tube in tubes] == [98, 147, 98, 196]
+        assert [tube.grid((32, 224, 224)) for tube in tubes] == [(2, 7, 7), (3, 7, 7), (2, 7, 7), (1, 14, 14)]
+
+    @pytest.mark.parametrize(("frames", "tokens"), [(32, 539), (20, 392), (64, 1176), (1, 196)])
+    @pytest.mark.parametrize("name", ["tubevit-b", "tubevit-b-s2d"])
+    def test_a_model_s_tokens_by_number_of_frames(self, name, frames, tokens):
+        assert named(name, frames).tokens == tokens
+
+    @given(tubes(), triples)
+    def test_the_formula_counts_the_places_where_a_token_fits(self, tube, clip):
+        clip = tuple(6 * size for size in clip)
+        assert tube.grid(clip) == tuple(positions_that_fit(tube, axis, size) for axis, size in enumerate(clip))
+
+    @given(tubes())
+    def test_the_minimum_holds_one_token_and_one_voxel_less_holds_none(self, tube):
+        low = tube.minimum()
+        assert tube.tokens(low) == 1
+        for axis in range(3):
+            assert tube.tokens(tuple(v - (i == axis) for i, v in enumerate(low))) == 0
+
+    def test_without_its_first_tubes_a_model_is_an_image_model(self):
+        image = named("tubevit-ti").at(frames=1)
+        assert (image.is_image, image.active, image.grids) == (True, (3,), ((1, 14, 14),))
+
+    @pytest.mark.parametrize(
+        "tube",
+        [TubeSpec((1, 4, 4), (1, 4, 4), (1, 0, 0)), TubeSpec((1, 4, 4), (2, 4, 4), space_to_depth=(2, 1, 1))],
+        ids=["late", "two frames"],
+    )
+    def test_a_flat_tube_that_needs_a_second_frame_makes_no_image_tokens(self, tube):
+        assert not tube.is_2d
+        assert not replace(SMALL, tubes=(tube,)).accepts_images
+
+
+class TestArithmetic:
+    """Multiply-accumulates in units of 1e9; the published figures leave the tokenizer out."""
+
+    @pytest.mark.parametrize(("size", "macs"), [("ti", 4.2), ("s", 14.1), ("b", 51.1), ("l", 177), ("h", 363)])
+    def test_encoder(self, size, macs):
+        spec = named(f"tubevit-{size}")
+        assert (spec.macs() - spec.tokenizer_macs()) / 1e9 == pytest.approx(macs, rel=0.02)
+
+    def test_tokenizer_and_image(self):
+        spec = named("tubevit-b")
+        assert spec.tokenizer_macs() / 1e9 == pytest.approx(0.45, rel=0.02)
+        assert spec.at(frames=1).macs() / 1e9 == pytest.approx(17.4, rel=0.02)
+
+    def test_space_to_depth_costs_the_same(self):
+        assert named("tubevit-b-s2d").macs() == named("tubevit-b").macs()
+
+    @pytest.mark.parametrize(("tubes", "share"), [(PAPER_TUBES, 0.105), (PAPER_TUBES_S2D, 0.175)])
+    def test_share_of_the_voxels_that_the_tubes_touch(self, tubes, share):
+        touched = set()
+        for tube in tubes:
+            grid, finer = tube.grid((32, 224, 224)), tube.conv_stride
+            per_axis = [
+                {
+                    tube.offset[a] + tube.stride[a] * i + finer[a] * n + k
+                    for i in range(grid[a])
+                    for n in range(tube.space_to_depth[a])
+                    for k in range(tube.kernel[a])
+                }
+                for a in range(3)
+            ]
+            touched.update(product(*per_axis))
+        assert len(touched) / (32 * 224 * 224) == pytest.approx(share, abs=0.0005)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("name", ["kernel", "stride", "offset", "space_to_depth"])
+    @pytest.mark.parametrize("value", [(1, 2), (1, 2, -1), (1, 2, 2.5), 4, None, ("1", "2", "3")])
+    def test_a_tube_of_anything_but_three_integers(self, name, value):
+        with pytest.raises(SpecError, match=rf"tube {name} is .*; expected three integers >= [01]"):
+            TubeSpec(**{"kernel": (1, 1, 1), "stride": (2, 2, 2)} | {name: value})
+
+    def test_zero_is_an_offset_but_no_size(self):
+        assert TubeSpec((1, 1, 1), (1, 1, 1), (0, 0, 0)).offset == (0, 0, 0)
+        with pytest.raises(SpecError, match="kernel"):
+            TubeSpec((0, 1, 1), (1, 1, 1))
+
+    @pytest.mark.parametrize(("axis", "merge"), [("time", (3, 1, 1)), ("height", (1, 3, 1)), ("width", (1, 1, 3))])
+    def test_a_stride_that_space_to_depth_does_not_divide(self, axis, merge):
+        with pytest.raises(SpecError, match=f"tube 4x4x4: the {axis} stride 8 is not divisible by space_to_depth 3"):
+            TubeSpec((4, 4, 4), (8, 8, 8), space_to_depth=merge)
+
+    @pytest.mark.parametrize(
+        ("clip", "message"),
+        [
+            ((19, 224, 224), r"tube 1 \(16x4x4, offset \(4, 8, 8\)\) does not fit: time is 19, minimum 20"),
+            ((32, 27, 224), r"tube 2 \(4x12x12, .*\) does not fit: height is 27, minimum 28"),
+            ((32, 224, 15), r"tube 2 .*: width is 15, minimum 28"),
+        ],
+    )
+    def test_a_clip_that_a_tube_does_not_fit_names_tube_axis_and_minimum(self, clip, message):
+        with pytest.raises(SpecError, match=message):
+            named("tubevit-ti", clip[0], clip[1:])
+
+    def test_the_smallest_clip_that_is_named_is_accepted(self):
+        spec = named("tubevit-ti", 20, (28, 28))
+        assert spec.grids == ((1, 1, 1), (1, 1, 1), (2, 1, 1), (1, 1, 1))  # the 4-frame tube also sits at 16..19
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"tubes": ()}, "at least one tube"),
+            ({"frames": 0}, "frames is 0; expected >= 1"),
+            ({"size": (16, 0)}, r"size is \(16, 0\); expected \(height, width\), both >= 1"),
+            ({"depth": 0}, "depth is 0"),
+            ({"heads": 5}, "width 12 is not divisible by 5 attention heads"),
+            ({"mlp_ratio": 0.0}, "mlp_ratio 0.0"),
+            ({"norm_eps": 0.0}, "norm_eps 0.0"),
+            ({"kernel": (0, 8, 8)}, r"shared kernel is \(0, 8, 8\)"),
+            ({"pool": "max"}, "pool is 'max'; this version knows attention, mean"),
+            ({"positions": "learned"}, "positions is 'learned'; this version knows fixed, stored"),
+            ({"classifiers": ()}, "expected at least one"),
+            ({"classifiers": (("a", 0),)}, "classes >= 1"),
+            ({"classifiers": (("a", 2), ("a", 3))}, "distinct names"),
+            ({"classifiers": (("kinetics.400", 2),)}, "cannot be names of tensors"),
+            ({"gates": (1,)}, r"gates \[1\] are outside the 1 blocks"),
+            (
+                {"tubes": (TubeSpec((2, 4, 4), (4, 4, 4), space_to_depth=(1, 1, 4)),), "width": 6},
+                "width 6 is not divisible by the 4 neighbours of tube 2x4x4",
+            ),
+            ({"frames": 1, "tubes": (TubeSpec((2, 4, 4), (2, 4, 4)),)}, "an image needs a 2-D tube .* are 2x4x4"),
+        ],
+    )
+    def test_a_model_that_cannot_be(self, change, message):
+        with pytest.raises(SpecError, match=message):
+            replace(SMALL, **change)
+
+    @pytest.mark.parametrize("name", ["tubevit-xl", "tubevit-b-s2d-s2d", "tubevit-b-s2dx", ""])
+    def test_an_unknown_name_lists_the_known_ones(self, name):
+        with pytest.raises(SpecError, match="there are tubevit-ti, tubevit-s, tubevit-b, tubevit-l, tubevit-h"):
+            named(name)
+
+    def test_zero_frames_are_not_taken_for_the_model_s_own(self):
+        with pytest.raises(SpecError, match="frames is 0"):
+            SMALL.at(frames=0)
+        with pytest.raises(SpecError, match="expected sizes >= 1"):
+            InputContract(4, 16, 16).at(frames=0)
+
+    def test_stored_positions_belong_to_one_clip(self):
+        stored = replace(SMALL, positions="stored")
+        assert stored.at(frames=4) == stored
+        assert not stored.accepts_images
+        with pytest.raises(SpecError, match=r"positions for clip \(4, 16, 16\); it cannot run on \(6, 16, 16\)"):
+            stored.at(frames=6)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"frames": 0}, "expected sizes >= 1"),
+            ({"fps": 0.0}, "fps is 0.0"),
+            ({"fps": float("nan")}, "fps is nan"),
+            ({"mean": (0.5,)}, "expected three of each"),
+            ({"std": (1.0, 0.0, 1.0)}, "std > 0"),
+            ({"resize": "letterbox"}, "input resize is 'letterbox'; this version knows short-side, stretch"),
+            ({"crop": "random"}, "input crop is 'random'"),
+            ({"color": "BGR"}, "input color is 'BGR'; this version knows RGB"),
+        ],
+    )
+    def test_an_input_that_cannot_be(self, change, message):
+        with pytest.raises(SpecError, match=message):
+            replace(InputContract(4, 16, 16), **change)
+
+
+class TestJson:
+    """Everything survives a file: a round trip through JSON text gives an equal object."""
+
+    @given(tubes())
+    def test_tube(self, tube):
+        assert TubeSpec.from_json(json.loads(json.dumps(tube.to_json()))) == tube
+
+    @given(models())
+    def test_model(self, spec):
+        assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+    @given(
+        st.builds(
+            InputContract,
+            frames=st.integers(1, 64),
+            height=st.integers(1, 512),
+            width=st.integers(1, 512),
+            fps=st.none() | st.floats(0.1, 120),
+            mean=st.tuples(*[st.floats(0, 1)] * 3),
+            std=st.tuples(*[st.floats(0.01, 1)] * 3),
+            resize=st.sampled_from(["short-side", "stretch"]),
+        )
+    )
+    def test_input(self, contract):
+        assert InputContract.from_json(json.loads(json.dumps(contract.to_json()))) == contract
+
+    def test_prediction(self):
+        prediction = Prediction("pan-left", 0.9, {"pan-left": 0.9, "static": 0.1}, (2.5, 0.5), 1.0, 2.0, 3.5)
+        assert Prediction.from_json(json.loads(json.dumps(prediction.to_json()))) == prediction
+
+    @pytest.mark.parametrize(
+        "value", [SMALL.tubes[0], SMALL, InputContract(4, 16, 16)], ids=lambda value: type(value).__name__
+    )
+    def test_an_unknown_field_is_refused_by_name(self, value):
+        with pytest.raises(SpecError, match=f"{type(value).__name__} has no field dropout; it has "):
+            type(value).from_json(value.to_json() | {"dropout": 0.1})
+
+
+def test_the_named_sizes():
+    assert SIZES == {
+        "tubevit-ti": (192, 12, 3),
+        "tubevit-s": (384, 12, 6),
+        "tubevit-b": (768, 12, 12),
+        "tubevit-l": (1024, 24, 16),
+        "tubevit-h": (1280, 32, 16),
+    }
+
+
+def test_the_same_preprocessing_for_another_clip():
+    contract = InputContract(8, 64, 80, fps=15.0, mean=(0.1, 0.2, 0.3))
+    assert contract.at(frames=16, size=(32, 48)) == replace(contract, frames=16, height=32, width=48)
+    assert contract.at() == contract

@@ -1,0 +1,60 @@
+"""What is said to be missing is missing."""
+
+import sys
+
+import pytest
+
+from edgetube import targets
+
+
+class Driver:
+    def __init__(self, starts=0, gpus=1):
+        self.starts, self.gpus = starts, gpus
+
+    def cuInit(self, _):
+        return self.starts
+
+    def cuDeviceGetCount(self, pointer):
+        pointer._obj.value = self.gpus
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    targets._gpus.cache_clear()
+    yield
+    targets._gpus.cache_clear()
+
+
+def test_modules():
+    assert targets.missing(("json", "abacus", "abacus.beads", "os.path")) == ("abacus", "abacus.beads")
+
+
+def test_one_of_two_is_enough():
+    assert targets.missing(("abacus|json",)) == ()
+    assert targets.missing(("abacus|quipu",)) == ("abacus or quipu",)
+
+
+def test_a_folder_of_type_stubs_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "stubbed").mkdir()
+    (tmp_path / "stubbed" / "__init__.pyi").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not targets.installed("stubbed")
+
+
+@pytest.mark.parametrize(
+    ("driver", "there"), [(Driver(), True), (Driver(gpus=0), False), (Driver(starts=100), False), (None, False)]
+)
+def test_a_gpu_is_there_when_its_driver_says_so(monkeypatch, driver, there):
+    def load(_):
+        if driver is None:
+            raise OSError("libcuda.so.1: cannot open shared object file")
+        return driver
+
+    monkeypatch.setattr(targets.ctypes, "CDLL", load)
+    assert (targets.missing((targets.GPU,)) == ()) is there
+
+
+def test_platforms():
+    here = {"linux": "Linux", "darwin": "macOS", "win32": "Windows"}[sys.platform]
+    assert targets.missing(tuple(targets.PLATFORMS)) == tuple(name for name in targets.PLATFORMS if name != here)

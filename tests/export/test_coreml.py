@@ -1,0 +1,329 @@
+"""Core ML packages: every way to build one converts, answers like PyTorch, and is what Apple's tools expect."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+
+import edgetube
+from edgetube import bundle as bundles
+from edgetube import export, metrics, mlpackage, runtimes
+from edgetube.bundle import Bundle
+from edgetube.errors import BundleError, InputError, MissingPackageError, SpecError
+from edgetube.export import coreml, mlprogram, pipeline, static
+from edgetube.export import graph as graphs
+from edgetube.model import checkpoints
+from edgetube.runtimes import mil
+from edgetube.runtimes.torch import Reference
+
+ct = pytest.importorskip("coremltools")
+
+FP16 = export.target("coreml-fp16")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint):
+    return checkpoints.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def traced(checkpoint):
+    """The tiny model's graph by lowering, batch and kind of input."""
+    known = {}
+
+    def trace(lowering="gather", batch=1, image=False):
+        if (lowering, batch, image) not in known:
+            part = checkpoint.at(1, None) if image else checkpoint
+            module = static.StaticTubeViT(part.model, part.contract, lowering, batch=batch)
+            graph = graphs.trace(module, part.spec, part.contract, batch)
+            companion = None if image else lambda: trace(lowering, batch, image=True)
+            known[lowering, batch, image] = dataclasses.replace(graph, labels=part.labels, image=companion)
+        return known[lowering, batch, image]
+
+    return trace
+
+
+def evaluate(folder, graph, clips, function=None):
+    """Logits of the package in `folder` for clips (batch, T, H, W, 3)."""
+    program = mil.Program(mlpackage.load(folder / "model.mlpackage"), function)
+    return program({"frames": clips})["logits"]
+
+
+@pytest.fixture(scope="module")
+def clips(checkpoint):
+    return np.random.default_rng(5).integers(0, 256, (2, *checkpoint.contract.shape), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint, clips):
+    return Reference(checkpoint.model, checkpoint.contract)(clips)
+
+
+def error(got, reference):
+    return np.abs(got - reference[: len(got)]).max() / max(1, np.abs(reference).max())
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("lowering", static.LOWERINGS)
+def test_every_lowering_in_every_layout(tmp_path, traced, clips, reference, lowering, layout):
+    graph = traced(lowering, batch=2)
+    coreml.build(graph, FP16.choose({"layout": layout}), tmp_path)
+    assert error(evaluate(tmp_path, graph, clips), reference) < FP16.tolerance
+
+
+@pytest.mark.parametrize("precision", ["fp16", "w8", "w4"])
+@pytest.mark.parametrize("deployment", ["iOS16", "iOS17", "iOS18"])
+def test_every_precision_for_every_system(tmp_path, traced, clips, reference, precision, deployment, monkeypatch):
+    monkeypatch.setattr(coreml, "SMALL", 64)  # the tiny model's weights are all small
+    target = export.target(f"coreml-{precision}").choose({"deployment": deployment})
+    coreml.build(traced("gather"), target, tmp_path)
+    package = mlpackage.load(tmp_path / "model.mlpackage")
+    assert package.version == {"iOS16": 7, "iOS17": 8, "iOS18": 9}[deployment]
+    kinds = {operation.kind for operation in package.functions["main"].operations}
+    integers = "constexpr_blockwise_shift_scale" if deployment == "iOS18" else "constexpr_affine_dequantize"
+    expected = {"fp16": set(), "w8": {integers}, "w4": {integers, "constexpr_lut_to_dense"}}[precision]
+    assert {kind for kind in kinds if kind.startswith("constexpr")} == expected
+    assert error(evaluate(tmp_path, traced("gather"), clips[:1]), reference[:1]) < target.tolerance
+
+
+def test_layouts_compute_the_same(tmp_path, traced, clips):
+    """They differ by the order of float16 sums alone."""
+    answers = []
+    for layout in ("rows", "columns"):
+        folder = tmp_path / layout
+        folder.mkdir()
+        coreml.build(traced("conv2d"), FP16.choose({"layout": layout}), folder)
+        answers.append(evaluate(folder, traced("conv2d"), clips[:1]))
+    np.testing.assert_allclose(*answers, atol=5e-3)
+    kinds = [o.kind for o in mlpackage.load(tmp_path / "columns" / "model.mlpackage").functions["main"].operations]
+    blocks, heads = 2, 2
+    assert kinds.count("einsum") == blocks * heads * 2
+    assert kinds.count("matmul") == 1  # the pooling
+    assert kinds.count("linear") == 1  # the classifier
+
+
+def test_no_tensor_exceeds_rank_5_and_all_types_are_core_mls(tmp_path, traced):
+    for layout in ("rows", "columns"):
+        for lowering in static.LOWERINGS:
+            folder = tmp_path / f"{layout}-{lowering}"
+            folder.mkdir()
+            coreml.build(traced(lowering), FP16.choose({"layout": layout}), folder)
+            function = mlpackage.load(folder / "model.mlpackage").functions["main"]
+            types = [kind for operation in function.operations for _, kind in operation.outputs]
+            assert max(len(kind.shape) for kind in types) <= 5
+            assert {kind.dtype for kind in types} <= {"fp16", "fp32", "int32", "bool", "string", "dictionary"}
+
+
+def test_frames_may_be_integers(tmp_path, traced, clips, reference):
+    coreml.build(traced("slice"), FP16.choose({"input": "int32"}), tmp_path)
+    package = mlpackage.load(tmp_path / "model.mlpackage")
+    assert package.functions["main"].inputs["frames"].dtype == "int32"
+    assert error(evaluate(tmp_path, traced("slice"), clips[:1]), reference[:1]) < FP16.tolerance
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_pinned_tensors_are_computed_in_float32(tmp_path, traced, clips, reference, layout):
+    pins = ["blocks.*.norm?", "blocks.1.attn.scores", "blocks.0.mlp.fc1", "logits"]
+    target = FP16.choose({"fp32": ",".join(pins), "layout": layout})
+    coreml.build(traced("gather"), target, tmp_path)
+    function = mlpackage.load(tmp_path / "model.mlpackage").functions["main"]
+    wide = {name for o in function.operations for name, kind in o.outputs if kind.dtype == "fp32"}
+    assert {"blocks_0_norm1", "blocks_1_norm2", "blocks_0_mlp_fc1", "logits"} <= wide
+    assert not any("fc2" in name and "weight" in name for name in wide)
+    assert error(evaluate(tmp_path, traced("gather"), clips[:1]), reference[:1]) < FP16.tolerance
+
+
+def test_a_pin_that_matches_nothing_is_refused(tmp_path, traced):
+    with pytest.raises(InputError, match=r"fp32='blocks\.9\.\*' matches no tensor of the graph; it has tubes"):
+        coreml.build(traced(), FP16.choose({"fp32": "blocks.9.*"}), tmp_path)
+
+
+def test_an_unknown_operator_is_refused_by_name(tmp_path, traced):
+    model = onnx.ModelProto()
+    model.CopyFrom(traced().model)
+    next(node for node in model.graph.node if node.op_type == "Gelu").op_type = "Mish"
+    with pytest.raises(SpecError, match=r"no translation for the operator Mish; there are Add, Cast, Concat"):
+        coreml.build(dataclasses.replace(traced(), model=model), FP16, tmp_path)
+
+
+def test_a_weight_beyond_float16_is_refused(tmp_path, traced):
+    model = onnx.ModelProto()
+    model.CopyFrom(traced().model)
+    weight = next(w for w in model.graph.initializer if w.name == "blocks.1.mlp.fc2.weight")
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1e8), weight.name))
+    with pytest.raises(SpecError, match=r"blocks\.1\.mlp\.fc2\.weight reaches .*float16 ends at 65504"):
+        coreml.build(dataclasses.replace(traced(), model=model), FP16, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layout": "diagonal"}, "layout is 'diagonal'; expected one of rows, columns"),
+        ({"colour": "red"}, "coreml-fp16 has no setting 'colour'; it has deployment, layout"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        FP16.choose(settings)
+
+
+def test_two_functions_need_a_system_that_knows_them(tmp_path, traced):
+    with pytest.raises(InputError, match="needs deployment=iOS18"):
+        coreml.build(traced(), FP16.choose({"functions": "video+image"}), tmp_path)
+    both = FP16.choose({"functions": "video+image", "deployment": "iOS18"})
+    with pytest.raises(InputError, match="needs a video model that accepts images"):
+        coreml.build(traced(image=True), both, tmp_path)
+
+
+def test_video_and_image_share_their_weights(tmp_path, traced, checkpoint, clips, reference):
+    folders = {}
+    for name, settings in {"one": {}, "both": {"functions": "video+image"}}.items():
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        coreml.build(traced(), FP16.choose({"deployment": "iOS18", **settings}), folders[name])
+
+    def weights(folder):
+        (file,) = folder.rglob("weight.bin")
+        return file.stat().st_size
+
+    package = mlpackage.load(folders["both"] / "model.mlpackage")
+    assert (set(package.functions), package.default) == ({"video", "image"}, "video")
+    positions = 2 * checkpoint.spec.at(frames=1).tokens * checkpoint.spec.width  # float16, the image's own
+    assert weights(folders["both"]) - weights(folders["one"]) < 2 * positions + 1024
+    image = checkpoint.at(1, None)
+    expected = Reference(image.model, image.contract)(clips[:1, :1])
+    assert error(evaluate(folders["both"], traced(), clips[:1, :1], "image"), expected) < FP16.tolerance
+    assert error(evaluate(folders["both"], traced(), clips[:1], "video"), reference[:1]) < FP16.tolerance
+    spec = ct.models.MLModel(str(folders["both"] / "model.mlpackage"), skip_model_load=True).get_spec()
+    assert spec.description.metadata.author == "edgetube"
+
+
+def test_apples_tools_read_it_and_xcode_has_something_to_show(tmp_path, traced, checkpoint):
+    from coremltools.converters.mil.frontend.milproto import load
+
+    coreml.build(traced(), FP16, tmp_path)
+    path = tmp_path / "model.mlpackage"
+    model = ct.models.MLModel(str(path), skip_model_load=True)
+    spec = model.get_spec()
+    program = load.load(spec, spec.specificationVersion, model.weights_dir)
+    program.validate()
+    ours = mlpackage.load(path).functions["main"].operations
+    assert [o.op_type for o in program.functions["main"].operations if o.op_type != "const"] == [
+        o.kind for o in ours if o.kind != "const"
+    ]
+    description = spec.description
+    assert description.input[0].shortDescription.startswith("RGB frames")
+    assert list(description.input[0].type.multiArrayType.shape) == [1, *checkpoint.contract.shape]
+    assert {o.name for o in description.output} == {"logits", "label", "label_probs"}
+    assert (description.predictedFeatureName, description.predictedProbabilitiesName) == ("label", "label_probs")
+    metadata = mlpackage.load(path).metadata
+    assert metadata["author"] == "edgetube"
+    assert metadata["version"] == edgetube.__version__
+    assert '"frames": 8' in metadata["edgetube.input"]
+
+
+def test_the_class_scores_are_the_softmax_of_the_logits(tmp_path, traced, checkpoint, clips):
+    coreml.build(traced(), FP16, tmp_path)
+    answers = mil.Program(mlpackage.load(tmp_path / "model.mlpackage"))({"frames": clips[:1]})
+    scores = metrics.softmax(answers["logits"][0])
+    assert list(answers["label_probs"]) == list(checkpoint.labels)
+    np.testing.assert_allclose(list(answers["label_probs"].values()), scores, rtol=1e-5)
+    assert answers["label"] == checkpoint.labels[int(scores.argmax())]
+
+
+def test_it_is_quiet(tmp_path, traced, capfd):
+    both = FP16.choose({"functions": "video+image", "deployment": "iOS18"})
+    coreml.build(traced(), both, tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint, tmp_path_factory) -> Bundle:
+    """A published bundle of both functions; nobody may write in it."""
+    settings = {"functions": "video+image", "deployment": "iOS18"}
+    options = pipeline.Options(settings=settings)
+    return pipeline.export_model("coreml-fp16", tiny_checkpoint, tmp_path_factory.mktemp("out"), options)
+
+
+def test_a_bundle_is_proven_by_the_evaluator_and_says_so(bundle):
+    device = runtimes.proof_device("coreml")
+    assert bundle.status == bundle.parity["status"] == ("executed" if device is None else "emulated")
+    assert bundle.parity["image"]["clips"] == bundle.parity["clips"] == pipeline.PROOF_CLIPS
+    assert bundle.parity["agreement"] == 1
+    assert bundle.build["settings"]["functions"] == "video+image"
+    assert bundle.build["lowering"]["chosen"] in static.LOWERINGS
+    if device:
+        assert bundle.build["lowering"]["chosen"] == "conv2d"
+        assert "not timed" in bundle.build["lowering"]["why"]
+
+
+def test_the_runtime_emulates_when_it_is_asked_to(bundle, checkpoint, clips, reference):
+    with edgetube.Runtime(bundle.path, device="emulated") as rt:
+        assert error(rt(clips), reference) < FP16.tolerance
+        assert "evaluator" in rt.describe()
+        assert rt.check() < 0.05
+
+
+def test_elsewhere_it_says_what_is_missing_and_how_to_emulate(bundle, monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    with pytest.raises(MissingPackageError, match=r"runs on macOS, which is not here.*device 'emulated'"):
+        edgetube.Runtime(bundle.path)
+
+
+def test_what_nothing_emulates(tiny_bundle):
+    with pytest.raises(InputError, match="nothing emulates onnxruntime"):
+        edgetube.Runtime(tiny_bundle, device="emulated")
+
+
+def test_a_bundle_with_a_corrupted_weight_file_is_refused(bundle, tmp_path):
+    copy = shutil.copytree(bundle.path, tmp_path / "copy")
+    (weights,) = copy.rglob("weight.bin")
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(BundleError, match=r"weight\.bin is not the file that was proven"):
+        bundles.load(copy)
+
+
+def test_targets_say_that_they_run_on_macos(monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    assert "macOS" in FP16.missing(FP16.run_needs)
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert "macOS" not in FP16.missing(FP16.run_needs)
+
+
+def test_palettes_are_the_best_sixteen_numbers(rng):
+    """Against a k-means that somebody else wrote, started at the same kind of place, and no worse than it."""
+    cluster = pytest.importorskip("sklearn.cluster")
+    weights = (rng.normal(size=(64, 96)) * 0.02).astype(np.float32)
+    lut, indices = coreml.palette(weights)
+    assert lut.dtype == np.float16
+    assert indices.max() == 15
+    ours = np.square(lut[indices].astype(np.float32) - weights).sum()
+    theirs = cluster.KMeans(16, n_init=10, random_state=0).fit(weights.reshape(-1, 1)).inertia_
+    assert ours <= theirs * 1.02
+    nearest = np.abs(weights[..., None] - lut.astype(np.float32)).argmin(-1)
+    np.testing.assert_array_equal(
+        np.abs(lut[indices].astype(np.float32) - weights), np.abs(lut[nearest].astype(np.float32) - weights)
+    )
+
+
+def test_palettes_of_few_numbers_are_exact():
+    weights = np.array([[0.0, 1.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0]], np.float32)
+    lut, indices = coreml.palette(weights)
+    np.testing.assert_allclose(lut[indices], weights, atol=1e-3)
+
+
+def test_integers_are_half_a_step_away(rng):
+    weights = rng.normal(size=(8, 50)).astype(np.float32) * np.logspace(-3, 1, 8, dtype=np.float32)[:, None]
+    scales = coreml.channel_scales(weights)
+    back = coreml.quantise(weights, scales) * scales[:, None]
+    assert (np.abs(back - weights) <= scales[:, None] * 0.54).all()  # the scale itself is rounded to float16
+
+
+def test_every_operator_of_the_canonical_graphs_is_translated(traced):
+    seen = {node.op_type for low in static.LOWERINGS for node in traced(low).model.graph.node}
+    assert seen <= set(mlprogram.Lowering.operators())
+    assert len(seen) > 12

@@ -1,0 +1,121 @@
+"""INT8 on the road: calibrated on real clips only, measured against float, and published only within the budget."""
+
+import json
+
+import numpy as np
+import pytest
+
+from edgetube import bundle as bundles
+from edgetube import export, runtimes
+from edgetube.calibration.search import Verdict
+from edgetube.calibration.table import CalibrationTable
+from edgetube.errors import InputError, ParityError
+from edgetube.export import int8, pipeline
+from edgetube.model import checkpoints
+
+GATHER = pipeline.Options(lowering="gather")
+
+
+@pytest.fixture(autouse=True)
+def few_clips(monkeypatch):
+    monkeypatch.setattr(int8, "STATISTICS", 9)
+    monkeypatch.setattr(int8, "JUDGED", 36)
+
+
+@pytest.fixture
+def arrays(tiny_checkpoint, tmp_path, rng):
+    """Clips of a user's own."""
+    contract = checkpoints.load(tiny_checkpoint).contract
+    path = tmp_path / "mine.npz"
+    np.savez(path, clips=rng.integers(0, 256, (6, *contract.shape), np.uint8))
+    return path
+
+
+def test_the_bundle_says_whether_it_was_worth_it(tiny_checkpoint, tmp_path):
+    bundle = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, GATHER)
+    report = bundle.build["int8"]
+    assert report["against"] == "onnx-fp32"
+    assert report["accuracy"]["clips"] == report["judged"]["clips"] == 36
+    assert report["clips"]["count"] == 9
+    assert report["speedup"] == pytest.approx(report["float_p50_ms"] / report["p50_ms"])
+    assert ("faster than onnx-fp32" if report["speedup"] >= 1 else "SLOWER") in report["summary"]
+    json.dumps(bundle.to_json())
+    table = CalibrationTable.load(bundle.path / bundles.CALIBRATION)
+    assert table.clips["sha256"] == report["clips"]["sha256"]
+    assert {plan.precision for plan in table.linears} == {"int8", "float"}
+    assert bundle.artifact_bytes == (bundle.path / "model.onnx").stat().st_size
+
+
+def test_a_second_export_uses_the_calibration_again(tiny_checkpoint, tmp_path):
+    stages = []
+    for _ in range(2):
+        bundle = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, GATHER, lambda *s: stages.append(s[0]))
+    assert bundle.build["int8"]["cached"] is True
+    assert stages[len(stages) - stages[::-1].index("load checkpoint") :].count("calibrate") == 0
+    assert stages.count("calibrate") > 0
+
+
+def test_a_budget_that_does_not_hold_leaves_the_good_artifact(tiny_checkpoint, tmp_path, monkeypatch):
+    good = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, GATHER)
+    before = (good.path / "model.onnx").read_bytes()
+    verdict = Verdict(36, True, 0.1, 0.9, 0.2, 1.0, 80.0, 2.8)
+    monkeypatch.setattr("edgetube.calibration.search.Judge.verdict", lambda *_: verdict)
+    with pytest.raises(ParityError, match=r"loses 80\.00 points of top-1 on 36 clips, 2\.80 allowed; nothing was writ"):
+        pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, GATHER)
+    assert (good.path / "model.onnx").read_bytes() == before
+    bundles.load(good.path)
+
+
+def test_own_clips_are_used_and_named(tiny_checkpoint, tmp_path, arrays):
+    options = pipeline.Options(lowering="gather", calib=arrays, max_drop=100.0)
+    bundle = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path / "out", options)
+    report = bundle.build["int8"]
+    assert report["clips"]["name"] == str(arrays)
+    assert report["accuracy"]["top1"] is None
+    assert report["accuracy"]["clips"] == 6
+
+
+def test_a_model_of_something_else_needs_clips(tiny_checkpoint, tmp_path):
+    other = checkpoints.load(tiny_checkpoint).select("other")
+    with pytest.raises(InputError, match="INT8 needs clips of what tiny is for, 128 or more; give --calib"):
+        pipeline.export_model("onnx-int8", other, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clips_of_other_labels_are_refused(tiny_checkpoint, tmp_path):
+    contract = checkpoints.load(tiny_checkpoint).contract
+    np.savez(tmp_path / "x.npz", clips=np.zeros((1, *contract.shape), np.uint8), labels=np.array(["jump"]))
+    with pytest.raises(InputError, match="which the model does not know"):
+        pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, pipeline.Options(calib=tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize("drop", [-1, 101])
+def test_impossible_budgets_are_refused(drop):
+    with pytest.raises(InputError, match="expected percentage points"):
+        pipeline.Options(max_drop=drop)
+
+
+def test_two_targets_of_one_scheme_share_a_calibration(tiny_checkpoint, tmp_path):
+    stages = []
+    names = [t.name for t in export.targets().values() if t.precision == "int8" and not t.missing(t.build_needs)]
+    list(pipeline.export_models(names, tiny_checkpoint, tmp_path, GATHER, lambda *s: stages.append(s)))
+    schemes = {int8.activations(export.target(name)) for name in names}
+    assert sum(s == ("calibrate", 0, 4) for s in stages) == len(schemes)
+
+
+def test_batches_of_two(tiny_checkpoint, tmp_path, rng):
+    options = pipeline.Options(lowering="gather", batch=2)
+    bundle = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, options)
+    frames = rng.integers(0, 256, (3, *bundle.contract.shape), np.uint8)
+    with runtimes.open_bundle(bundle) as backend:
+        assert backend(frames).shape == (3, len(bundle.labels))
+
+
+def test_slower_is_called_slower():
+    accuracy = {"clips": 10, "agreement": 1.0, "top1": None, "top1_float": None}
+    report = {"judged": accuracy, "fallbacks": {"a": "fell back: x"}, "macs_share": 0.9, "against": "x-fp32"}
+    slow = int8.summary(report | {"speedup": 0.5, "size_ratio": 0.3})
+    assert slow.startswith("SLOWER, 0.50x the speed of x-fp32, 0.30x its size")
+    assert "1 linears fell back" in slow
+    assert int8.summary(report | {"speedup": 2.0, "size_ratio": 0.3}).startswith("2.00x faster than x-fp32")
+    assert int8.summary(report).startswith("not run here; simulated")

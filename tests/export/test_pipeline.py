@@ -1,0 +1,129 @@
+"""The road end to end: what is published was proven, what fails leaves nothing."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import edgetube
+from edgetube import bundle as bundles
+from edgetube import export
+from edgetube.errors import InputError, MissingPackageError, ParityError, SpecError
+from edgetube.export import onnxruntime as exporter
+from edgetube.export import pipeline, static
+from edgetube.model import checkpoints
+from edgetube.runtimes.torch import Reference
+
+GATHER = pipeline.Options(lowering="gather")
+
+
+def test_every_target_that_can_be_built_here_answers_like_pytorch(tiny_checkpoint, tmp_path, rng):
+    names = [t.name for t in export.targets().values() if not t.missing(t.build_needs + t.run_needs)]
+    assert {"onnx-fp32", "onnx-fp16"} <= set(names)
+    checkpoint = checkpoints.load(tiny_checkpoint)
+    reference = Reference(checkpoint.model, checkpoint.contract)
+    clips = rng.integers(0, 256, (2, *checkpoint.contract.shape), np.uint8)
+    for bundle in pipeline.export_models(names, tiny_checkpoint, tmp_path, GATHER):
+        with edgetube.Runtime(bundle) as rt:
+            error = np.abs(rt(clips) - reference(clips)).max()
+        tolerance = export.target(bundle.target).tolerance or 0.1  # INT8 has a budget of accuracy, not of logits
+        assert error <= tolerance * max(1, np.abs(reference(clips)).max())
+        assert bundle.status == "executed"
+
+
+def test_the_manifest_says_what_was_chosen_and_measured(tiny_bundle, tiny_checkpoint):
+    bundle = bundles.load(tiny_bundle)
+    assert bundle.name == "tiny.onnx-fp32"
+    assert bundle.checkpoint["source"] == str(tiny_checkpoint)
+    assert bundle.checkpoint["sha256"] == bundles.sha256(tiny_checkpoint)
+    assert bundle.build["lowering"]["chosen"] == "gather"
+    assert set(bundle.build["lowering"]["max_abs_error"]) == set(static.LOWERINGS)
+    assert bundle.parity["clips"] == pipeline.PROOF_CLIPS
+    assert bundle.parity["max_abs_error"] < 1e-4
+    assert bundle.versions["torch"] == torch.__version__
+    json.dumps(bundle.to_json())
+
+
+def test_the_lowering_is_chosen_by_time_and_the_times_are_kept(tiny_checkpoint, tmp_path):
+    bundle = pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path)
+    lowering = bundle.build["lowering"]
+    times = {name: timing["p50_ms"] for name, timing in lowering["timings"].items()}
+    assert set(times) == set(static.LOWERINGS)
+    assert lowering["chosen"] == min(times, key=times.get)
+
+
+def test_another_clip_shape_and_classifier(tiny_checkpoint, tmp_path, rng):
+    options = pipeline.Options(frames=12, size=(40, 40), head="other", lowering="gather")
+    bundle = pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, options)
+    assert bundle.contract.shape == (12, 40, 40, 3)
+    assert bundle.labels == ("no", "yes")
+    moved = checkpoints.of_bundle(bundle)
+    clips = rng.integers(0, 256, (1, 12, 40, 40, 3), np.uint8)
+    with edgetube.Runtime(bundle) as rt:
+        np.testing.assert_allclose(rt(clips), Reference(moved.model, moved.contract)(clips), atol=1e-5)
+
+
+def test_a_wrong_artifact_is_not_published(tiny_checkpoint, tmp_path, monkeypatch):
+    right = exporter.build
+
+    def wrong(graph, target, folder):
+        built = right(graph, target, folder)
+        model = onnx.load(folder / "model.onnx")
+        weight = next(w for w in model.graph.initializer if w.name == "blocks.1.mlp.fc2.weight")
+        values = onnx.numpy_helper.to_array(weight) * np.float32(1.01)
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+        onnx.save(model, folder / "model.onnx")
+        return built
+
+    monkeypatch.setattr(exporter, "build", wrong)
+    with pytest.raises(ParityError, match=r"tiny\.onnx-fp32 differs from the reference by .* nothing was written"):
+        pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, GATHER)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_lowering_stops_the_export(tiny_checkpoint, tmp_path, monkeypatch):
+    right = static.gemm_weight
+    monkeypatch.setattr(static, "gemm_weight", lambda weight: right(weight).flip(0))
+    with pytest.raises(ParityError, match=r"lowerings differ .*'gather': .*'slice': .*at most 1\.0e-04"):
+        pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, GATHER)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named_with_its_pip_line(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(export.target("onnx-fp32")), "missing", lambda *_: ("onnxscript",))
+    with pytest.raises(MissingPackageError, match=r"needs onnxscript; install with: pip install 'edgetube\[export\]'"):
+        pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch": 0}, InputError, "batch is 0"),
+        ({"lowering": "magic"}, InputError, "no lowering is called 'magic'"),
+        ({"image": True, "frames": 8}, InputError, "an image model takes 1 frame; given 8"),
+        ({"frames": 3}, SpecError, r"tube 0 \(4x8x8.* time is 3, minimum 6"),
+        ({"size": (8, 48)}, SpecError, "height is 8, minimum 16"),
+        ({"head": "cats"}, InputError, "no classifier 'cats'; it has motion, other"),
+    ],
+)
+def test_impossible_options_are_refused(tiny_checkpoint, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, pipeline.Options(**options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_target_lists_those_there_are(tmp_path):
+    with pytest.raises(InputError, match=r"'onnx-fp8'; there are .*onnx-fp16, onnx-fp32"):
+        pipeline.export_model("onnx-fp8", out=tmp_path)
+
+
+def test_progress_is_told_and_ends(tiny_checkpoint, tmp_path):
+    told = []
+    pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, GATHER, lambda *step: told.append(step))
+    stages = dict.fromkeys(stage for stage, _, _ in told)
+    assert next(iter(stages)) == "load checkpoint"
+    for stage in stages:
+        done, total = [(d, t) for s, d, t in told if s == stage][-1]
+        assert done == total > 0

@@ -1,0 +1,86 @@
+"""Q/DQ graphs: what is in them, and that a table only fits its own graph."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from edgetube import calibration, datasets, export
+from edgetube.calibration.clips import collect
+from edgetube.errors import InputError
+from edgetube.export import graph as graphs
+from edgetube.export import quantize, static
+from edgetube.model import checkpoints
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint):
+    return checkpoints.load(tiny_checkpoint).select("motion")
+
+
+def traced(checkpoint, lowering="gather", batch=1):
+    module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering, batch=batch)
+    return graphs.trace(module, checkpoint.spec, checkpoint.contract, batch)
+
+
+@pytest.fixture(scope="module")
+def calibrated(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("q")
+    source = datasets.built_in_calibration(12, checkpoint.labels)
+    clips = collect(source, checkpoint.contract, checkpoint.labels, folder)
+    model = traced(checkpoint).model
+    options = {"activations": "uint8", "workspace": folder, "max_drop": 100.0}
+    return calibration.calibrate(model, clips, clips, export.evaluator(), **options)
+
+
+@pytest.mark.parametrize("activations", ["int8", "uint8"])
+def test_only_linears_are_quantised_with_one_pair_a_tensor(checkpoint, calibrated, activations):
+    graph, table = quantize.apply(calibrated, traced(checkpoint))
+    model = quantize.qdq(graph.model, table, activations=activations)
+    makers = {name: node for node in model.graph.node for name in node.output}
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["QuantizeLinear"] == len(table.ranges)
+    for node in model.graph.node:
+        read = [makers[name].op_type for name in node.input if name in makers]
+        if node.op_type == "MatMul" and read == ["DequantizeLinear"] * 2:
+            scale, zero = (weights[name] for name in makers[node.input[0]].input[1:])
+            assert numpy_helper.to_array(zero).dtype == np.dtype(activations)
+            assert scale.data_type == onnx.TensorProto.FLOAT
+            assert weights[makers[node.input[1]].input[0]].data_type == onnx.TensorProto.INT8
+        elif node.op_type not in ("DequantizeLinear", "QuantizeLinear"):
+            assert "DequantizeLinear" not in read, f"{node.name} reads integers"
+    assert not any(t.name.endswith(".bias") and t.data_type != onnx.TensorProto.FLOAT for t in model.graph.initializer)
+
+
+def test_the_int8_weights_take_a_quarter(checkpoint, calibrated):
+    graph, table = quantize.apply(calibrated, traced(checkpoint))
+    model = quantize.qdq(graph.model, table)
+    names = {plan.weight for plan in table.quantised}
+    before = sum(len(t.raw_data) for t in graph.model.graph.initializer if t.name in names)
+    after = sum(len(t.raw_data) for t in model.graph.initializer if t.name.endswith(".int8"))
+    assert after * 4 == before > 0
+
+
+@pytest.mark.parametrize("lowering", static.LOWERINGS)
+def test_one_calibration_serves_every_lowering_and_batch(checkpoint, calibrated, lowering, rng):
+    graph, table = quantize.apply(calibrated, traced(checkpoint, lowering, 2))
+    call = export.evaluator()(quantize.qdq(graph.model, table))
+    same, table1 = quantize.apply(calibrated, traced(checkpoint))
+    expected = export.evaluator()(quantize.qdq(same.model, table1))
+    clips = np.stack([c.frames for c in datasets.built_in(2, ()).clips(checkpoint.contract)])
+    (got,) = call({"frames": clips})
+    each = np.concatenate([expected({"frames": clip[None]})[0] for clip in clips])
+    np.testing.assert_allclose(got, each, atol=0.05 if lowering == "conv2d" else 1e-3)
+    tubes = {plan.precision for plan in table.linears if plan.name.startswith("tubes")}
+    if lowering == "conv2d":
+        assert tubes == {"float"}
+
+
+def test_a_table_of_another_model_is_refused(checkpoint, calibrated):
+    graph, table = quantize.apply(calibrated, traced(checkpoint))
+    with pytest.raises(InputError, match="a table does not carry over"):
+        quantize.qdq(traced(checkpoint).model, table)
+    assert quantize.qdq(graph.model, table)

@@ -1,0 +1,85 @@
+"""One suite for every backend: what `edgetube.runtimes.base` promises, whoever keeps it."""
+
+import numpy as np
+import pytest
+
+from edgetube import export, runtimes
+from edgetube.errors import BackendError, BundleError, InputError
+from edgetube.export import pipeline
+from edgetube.model import checkpoints
+from edgetube.runtimes.torch import Reference
+
+TARGETS = export.targets()
+
+
+@pytest.fixture(scope="module", params=sorted({t.backend for t in TARGETS.values()}))
+def opened(request, tiny_checkpoint, tmp_path_factory):
+    """The first target of each backend, exported at batch 2 and opened."""
+    target = next(t for t in TARGETS.values() if t.backend == request.param and t.tolerance is not None)
+    device = runtimes.proof_device(target.backend)
+    if missing := target.missing(target.build_needs + (() if device else target.run_needs)):
+        pytest.skip(f"{target.name} needs {', '.join(missing)}: {target.remedy}")
+    options = pipeline.Options(batch=2, lowering="gather")
+    bundle = pipeline.export_model(target.name, tiny_checkpoint, tmp_path_factory.mktemp("out"), options)
+    with runtimes.open_bundle(bundle, device=device) as backend:
+        yield backend, target
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_clips_answers_like_pytorch(opened, tiny_checkpoint, count, rng):
+    backend, target = opened
+    checkpoint = checkpoints.load(tiny_checkpoint)
+    clips = rng.integers(0, 256, (count, *checkpoint.contract.shape), np.uint8)
+    expected = Reference(checkpoint.model, checkpoint.contract)(clips)
+    got = backend(clips)
+    assert got.dtype == np.float32
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= target.tolerance * max(1, np.abs(expected).max())
+
+
+def test_input_is_neither_changed_nor_kept(opened, rng):
+    backend, _ = opened
+    clips = rng.integers(0, 256, (2, *backend.contract.shape), np.uint8)
+    before = clips.copy()
+    first = backend(clips).copy()
+    np.testing.assert_array_equal(clips, before)
+    clips[:] = 0
+    np.testing.assert_array_equal(backend(before), first)
+
+
+def test_wrong_input_is_refused_before_the_vendor_sees_it(opened):
+    backend, _ = opened
+    with pytest.raises(InputError, match="float64"):
+        backend(np.zeros((1, *backend.contract.shape)))
+    with pytest.raises(InputError, match="expected"):
+        backend(np.zeros((1, 2, 3, 4, 3), np.uint8))
+
+
+def test_it_says_what_runs_it(opened):
+    backend, _ = opened
+    assert backend.describe()
+
+
+def test_closing_is_final(tiny_bundle, rng):
+    from edgetube import bundle as bundles
+
+    backend = runtimes.open_bundle(bundles.load(tiny_bundle))
+    clips = np.zeros((1, *backend.contract.shape), np.uint8)
+    backend(clips)
+    backend.close()
+    with pytest.raises(BackendError, match="closed"):
+        backend(clips)
+
+
+def test_a_bundle_of_an_unknown_backend_says_to_upgrade(tiny_bundle):
+    from dataclasses import replace
+
+    from edgetube import bundle as bundles
+
+    with pytest.raises(BundleError, match=r"needs the backend 'abacus'; this edgetube has .*: upgrade"):
+        runtimes.open_bundle(replace(bundles.load(tiny_bundle), backend="abacus"))
+
+
+def test_base_is_not_a_backend():
+    assert "base" not in runtimes.names()
+    assert {"onnxruntime", "torch"} <= runtimes.names()

@@ -1,0 +1,84 @@
+"""What is OpenVINO's own; what every backend promises is in `test_conformance.py`."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from edgetube import bundle as bundles
+from edgetube import runtimes
+from edgetube.errors import BackendError, InputError
+from edgetube.export import pipeline
+
+ov = pytest.importorskip("openvino")
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_checkpoint, tmp_path_factory):
+    """Bundles of the float targets by precision."""
+    options, out = pipeline.Options(lowering="gather"), tmp_path_factory.mktemp("out")
+    made = pipeline.export_models(["openvino-fp32", "openvino-fp16"], tiny_checkpoint, out, options)
+    return {bundle.precision: bundle for bundle in made}
+
+
+def test_float32_is_computed_in_float32_whatever_the_cpu_prefers(exported):
+    with runtimes.open_bundle(exported["fp32"]) as backend:
+        assert backend.describe()["inference_precision"] == "f32"
+    assert exported["fp32"].parity["max_abs_error"] < 1e-4
+
+
+def test_half_precision_takes_the_first_type_that_the_device_has(exported):
+    capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    expected = next(p for p, able in (("f16", "FP16"), ("bf16", "BF16"), ("f32", "FP32")) if able in capabilities)
+    names = {"f16": "float16", "bf16": "bfloat16", "f32": "f32"}
+    with runtimes.open_bundle(exported["fp16"]) as backend:
+        assert names[backend.describe()["inference_precision"]] == names[expected]
+
+
+def test_half_precision_halves_the_weights(exported):
+    sizes = {precision: (bundle.path / "model.bin").stat().st_size for precision, bundle in exported.items()}
+    assert 0.45 < sizes["fp16"] / sizes["fp32"] < 0.62  # indices of the gather stay whole numbers
+
+
+def test_threads_and_device_are_said(exported):
+    with runtimes.open_bundle(exported["fp32"], threads=1, device="CPU") as backend:
+        assert backend.describe()["threads"] == 1
+        assert backend.describe()["device"] == ["CPU"]
+
+
+def test_unknown_device(exported):
+    with pytest.raises(InputError, match=r"no device is called 'abacus' here; OpenVINO finds .*cpu"):
+        runtimes.open_bundle(exported["fp32"], device="abacus")
+
+
+def test_a_file_that_is_no_model_is_one_line(exported, tmp_path):
+    (tmp_path / "model.xml").write_text("<net")
+    with pytest.raises(BackendError, match=r"^OpenVINO \S+: cannot open .*model\.xml: [^\n]+$"):
+        runtimes.open_bundle(replace(exported["fp32"], path=tmp_path))
+
+
+def test_weights_that_are_missing_are_one_line(exported, tmp_path):
+    (tmp_path / "model.xml").write_bytes(exported["fp32"].artifact_path.read_bytes())
+    with pytest.raises(BackendError, match=r"^OpenVINO \S+: cannot open [^\n]+$"):
+        runtimes.open_bundle(replace(exported["fp32"], path=tmp_path))
+
+
+def test_the_bundle_opens_from_its_folder_alone(exported, tmp_path, rng):
+    moved = tmp_path / "moved"
+    exported["fp32"].path.rename(moved)
+    try:
+        frames, logits = bundles.load(moved).golden()
+        with runtimes.open_bundle(bundles.load(moved)) as backend:
+            np.testing.assert_allclose(backend(frames[None])[0], logits, atol=1e-4)
+    finally:
+        moved.rename(exported["fp32"].path)
+
+
+def test_importing_the_backend_tells_nobody(tmp_path):
+    """OpenVINO's own import writes an identifier to the home folder and reports to its vendor."""
+    code = "import edgetube.runtimes.openvino, sys; assert 'openvino_telemetry' not in sys.modules"
+    environment = {"HOME": str(tmp_path), "PATH": "", "USERPROFILE": str(tmp_path)}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []

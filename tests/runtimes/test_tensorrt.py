@@ -1,0 +1,502 @@
+"""The runtime of engines. Without a GPU: the road from bundle to logits over doubles whose arithmetic is ONNX
+Runtime's, so that what is copied where is checked by the answer. With one: the tests marked `gpu`.
+"""
+
+import sys
+import threading
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+import edgetube
+from edgetube import bundle as bundles
+from edgetube import cache, cuda, export
+from edgetube.errors import BackendError, InputError, MissingPackageError
+from edgetube.export import pipeline
+from edgetube.model import checkpoints
+from edgetube.runtimes import tensorrt as runtime
+from edgetube.runtimes.torch import Reference
+from edgetube.targets import installed
+
+GATHER = pipeline.Options(lowering="gather")
+
+
+class HostStream(cuda.Stream):
+    """A stream whose GPU is the host's memory; it runs what is queued when it is synchronised."""
+
+    library = "host"
+    opened = 0
+
+    def __init__(self, index, can_capture=True, name="RTX 4070", capability="8.9"):
+        HostStream.opened += 1
+        self.name, self.capability, self.driver, self.handle = name, capability, "12.4", 77
+        self.can_capture = can_capture
+        self.memory, self.queue, self.depth, self.closed, self.recording = {}, [], 0, False, None
+
+    def current(self):
+        stream = self
+
+        class Current:
+            def __enter__(self):
+                stream.depth += 1
+
+            def __exit__(self, *_):
+                stream.depth -= 1
+
+        return Current()
+
+    def device(self, size):
+        assert self.depth
+        address = 4096 * (len(self.memory) + 1)
+        self.memory[address] = np.zeros(size, np.uint8)
+        return address
+
+    def pinned(self, size):
+        assert self.depth
+        return np.zeros(size, np.uint8)
+
+    def put(self, work):
+        assert self.depth
+        (self.queue if self.recording is None else self.recording).append(work)
+
+    def upload(self, address, host):
+        self.put(lambda: self.memory[address].__setitem__(slice(None), host))
+
+    def download(self, host, address):
+        self.put(lambda: host.__setitem__(slice(None), self.memory[address]))
+
+    def synchronize(self):
+        assert self.depth
+        for work in self.queue:
+            work()
+        self.queue.clear()
+
+    def capture(self, work):
+        if not self.can_capture:
+            raise BackendError("CUDA cannot record a CUDA graph: error 901 of the driver")
+        self.recording = recorded = []
+        work()
+        self.recording = None
+
+        class Graph:
+            launches = 0
+
+            def __call__(graph):
+                graph.launches += 1
+                self.queue.extend(recorded)
+
+            def close(graph):
+                assert not self.closed
+
+        return Graph()
+
+    def close(self):
+        assert not self.depth
+        self.closed = True
+
+
+def vendor(version="10.3.0", opens=True, runs=True):
+    """A module like tensorrt whose engines are ONNX files; it keeps what it was asked to build."""
+    trt = ModuleType("tensorrt")
+    trt.__version__, trt.built, trt.flags = version, [], []
+
+    class Logger:
+        Severity = SimpleNamespace(WARNING=2)
+
+        def __init__(self):
+            pass
+
+    class Context:
+        def __init__(self, engine):
+            self.engine, self.addresses = engine, {}
+
+        def set_tensor_address(self, name, address):
+            self.addresses[name] = address
+            return True
+
+        def execute_async_v3(self, handle):
+            assert handle == 77
+            if not runs:
+                trt.logger.log(1, "IExecutionContext::enqueueV3: Error Code 1: Cuda Runtime\n(illegal address)")
+                return False
+            stream, session = trt.stream, self.engine.session
+
+            def work():
+                spec = session.get_inputs()[0]
+                clips = stream.memory[self.addresses["frames"]].reshape(spec.shape)
+                (logits,) = session.run(None, {"frames": clips})
+                stream.memory[self.addresses["logits"]][:] = logits.reshape(-1).view(np.uint8)
+
+            stream.put(work)
+            return True
+
+    class Engine:
+        num_io_tensors = 2
+
+        def __init__(self, plan):
+            self.session = ort.InferenceSession(plan, providers=["CPUExecutionProvider"])
+
+        def get_tensor_name(self, i):
+            return ("logits", "frames")[i]
+
+        def get_tensor_shape(self, name):
+            return {t.name: t.shape for t in [*self.session.get_inputs(), *self.session.get_outputs()]}[name]
+
+        def create_execution_context(self, config=None):
+            return Context(self)
+
+        def create_engine_inspector(self):
+            line = "Name: m, LayerType: gemm, Inputs: [ { Name: x, Datatype: Half } ], Metadata: [ONNX Layer: a.matmul]"
+            return SimpleNamespace(get_engine_information=lambda form: f"Layers:\n{line}\n")
+
+    class Runtime:
+        def __init__(self, logger):
+            trt.logger = logger
+
+        def deserialize_cuda_engine(self, plan):
+            if opens:
+                return Engine(plan)
+            trt.logger.log(1, "Error Code 6: The engine plan file is generated on an incompatible device")
+            return None
+
+    trt.ILogger, trt.Runtime = Logger, Runtime
+    trt.LayerInformationFormat = SimpleNamespace(ONELINE=0)
+    return trt
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with a GPU, TensorRT and pycuda: all three doubles, and a builder that writes the graph's bytes."""
+    monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
+    here = SimpleNamespace(trt=vendor(), stream={}, builds=[])
+
+    def use(**changes):
+        here.trt = vendor(**changes)
+        monkeypatch.setitem(sys.modules, "tensorrt", here.trt)
+        here.trt.__spec__ = None
+        runtime.sdk.cache_clear()
+
+    def open_stream(index, extra):
+        here.trt.stream = HostStream(index, **here.stream)
+        return here.trt.stream
+
+    def build(kit, path, settings, tell=None):
+        here.builds.append((kit.version, settings))
+        return path.read_bytes()
+
+    use()
+    here.use = use
+    monkeypatch.setattr(cuda, "open_stream", open_stream)
+    monkeypatch.setattr(runtime, "build", build)
+    yield here
+    runtime.sdk.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def deferred(tiny_checkpoint, tmp_path_factory):
+    """A trt-fp16 bundle without an engine, two clips a call."""
+    target = export.target("trt-fp16")
+    if not target.missing(target.run_needs):
+        pytest.skip("this machine builds the engine when it exports")
+    options = replace(GATHER, batch=2)
+    return pipeline.export_model("trt-fp16", tiny_checkpoint, tmp_path_factory.mktemp("trt"), options)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_clips_go_up_and_logits_come_down(machine, deferred, tiny_checkpoint, count, rng):
+    checkpoint = checkpoints.load(tiny_checkpoint)
+    clips = rng.integers(0, 256, (count, *deferred.contract.shape), np.uint8)
+    expected = Reference(checkpoint.model, checkpoint.contract)(clips)
+    with edgetube.Runtime(deferred) as rt:
+        np.testing.assert_allclose(rt(clips), expected, atol=2e-2)
+        assert rt.describe()["replay"] == "CUDA graph"
+    assert machine.trt.stream.closed
+
+
+def test_the_first_load_builds_and_the_next_ones_do_not(machine, deferred, caplog):
+    with edgetube.Runtime(deferred) as rt:
+        assert rt.describe()["engine"] == "built here: the bundle has no engine; first load on this machine"
+    assert "building the engine of tiny.trt-fp16 for RTX 4070" in caplog.text
+    with edgetube.Runtime(deferred) as rt:
+        assert rt.describe()["engine"] == "built here earlier: the bundle has no engine"
+    assert len(machine.builds) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": "10.7.0"}, "TensorRT 10.3.0 -> 10.7.0"),
+        ({"name": "Orin", "capability": "8.7"}, r"GPU RTX 4070 (8.9) -> Orin (8.7)"),
+        ({"driver": "13.0"}, "driver 12.4 -> 13.0"),
+        ({"settings": {"workspace_mb": 64}}, "settings default -> workspace_mb=64"),
+    ],
+)
+def test_what_changed_is_said_and_built_anew(machine, deferred, change, said, monkeypatch):
+    edgetube.Runtime(deferred).close()
+    if "version" in change:
+        machine.use(version=change["version"])
+    elif "name" in change:
+        machine.stream = change
+    elif "driver" in change:
+        original = HostStream.__init__
+
+        def newer(self, *arguments, **names):
+            original(self, *arguments, **names)
+            self.driver = change["driver"]
+
+        monkeypatch.setattr(HostStream, "__init__", newer)
+    else:
+        settings = deferred.build["settings"] | change["settings"]
+        deferred = replace(deferred, build={**deferred.build, "settings": settings})
+    with edgetube.Runtime(deferred) as rt:
+        assert rt.describe()["engine"].endswith(f"changed: {said}")
+    assert len(machine.builds) == 2
+
+
+def test_another_graph_under_the_same_name_builds_anew(machine, deferred):
+    edgetube.Runtime(deferred).close()
+    record = replace(deferred.files["model.onnx"], sha256="0" * 64)
+    other = replace(deferred, files={**deferred.files, "model.onnx": record})
+    with edgetube.Runtime(other, verify=False) as rt:
+        assert "changed: graph " in rt.describe()["engine"]
+
+
+class TestTheBundlesOwnEngine:
+    @pytest.fixture
+    def record(self):
+        return {
+            "file": "model.onnx",  # the double opens ONNX files
+            "version": "10.3.0",
+            "version_compatible": False,
+            "capabilities": [],
+            "gpu": "RTX 4070",
+        }
+
+    def test_it_is_used_where_it_fits(self, machine, deferred, record):
+        with edgetube.Runtime(replace(deferred, build={**deferred.build, "engine": record})) as rt:
+            assert rt.describe()["engine"] == "the bundle's"
+        assert machine.builds == []
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"version": "10.7.0"}, "the bundle's engine is for TensorRT 10.7.0, here is 10.3.0"),
+            ({"gpu": "Orin"}, "the bundle's engine is for Orin, here is RTX 4070"),
+            ({"capabilities": ["86", "120"]}, "for compute capability 86, 120, here is 8.9"),
+        ],
+    )
+    def test_else_both_sides_are_named_and_one_is_built(self, machine, deferred, record, change, said):
+        with edgetube.Runtime(replace(deferred, build={**deferred.build, "engine": record | change})) as rt:
+            assert said in rt.describe()["engine"]
+        assert len(machine.builds) == 1
+
+    @pytest.mark.parametrize(
+        "change", [{"version": "10.7.0", "version_compatible": True}, {"gpu": ""}, {"capabilities": ["86", "89"]}]
+    )
+    def test_what_was_built_to_travel_travels(self, machine, deferred, record, change):
+        with edgetube.Runtime(replace(deferred, build={**deferred.build, "engine": record | change})) as rt:
+            assert rt.describe()["engine"] == "the bundle's"
+
+
+def test_without_a_cuda_graph_it_runs_and_says_so(machine, deferred, rng, caplog):
+    machine.stream = {"can_capture": False}
+    clips = rng.integers(0, 256, (1, *deferred.contract.shape), np.uint8)
+    with edgetube.Runtime(deferred) as rt:
+        first = rt(clips)
+        np.testing.assert_array_equal(first, rt(clips))
+        assert rt.describe()["replay"].startswith("none: CUDA cannot record")
+    assert "kernel by kernel" in caplog.text
+
+
+def test_no_call_allocates(machine, deferred, rng):
+    clips = rng.integers(0, 256, (2, *deferred.contract.shape), np.uint8)
+    with edgetube.Runtime(deferred) as rt:
+        before = len(machine.trt.stream.memory)
+        for _ in range(3):
+            rt(clips)
+        assert len(machine.trt.stream.memory) == before == 2
+
+
+def test_several_runtimes_in_one_process_and_threads(machine, deferred, rng):
+    clips = rng.integers(0, 256, (4, 1, *deferred.contract.shape), np.uint8)
+    with edgetube.Runtime(deferred) as rt:
+        expected = [rt(clip) for clip in clips]
+        got = [None] * len(clips)
+
+        def ask(i):
+            got[i] = rt(clips[i])
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(clips))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    np.testing.assert_array_equal(np.stack(got), np.stack(expected))
+    opened = HostStream.opened
+    with edgetube.Runtime(deferred), edgetube.Runtime(deferred):
+        assert HostStream.opened == opened + 2
+
+
+def test_an_engine_that_does_not_open_says_what_the_sdk_said(machine, deferred):
+    machine.use(opens=False)
+    with pytest.raises(BackendError, match=r"TensorRT 10\.3\.0: cannot open .* on RTX 4070: .*incompatible device$"):
+        edgetube.Runtime(deferred)
+    assert machine.trt.stream.closed
+
+
+def test_a_call_that_fails_says_what_the_sdk_said(machine, deferred):
+    machine.use(runs=False)
+    with pytest.raises(BackendError, match=r"cannot run the engine: .*Cuda Runtime \(illegal address\)"):
+        edgetube.Runtime(deferred)
+    assert machine.trt.stream.closed
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu", "cuda:x"])
+def test_an_unknown_device(machine, deferred, device):
+    with pytest.raises(InputError, match=f"no device is called '{device}' here; expected cuda"):
+        edgetube.Runtime(deferred, device=device)
+
+
+def test_a_missing_sdk_says_the_pip_line(deferred):
+    if installed("tensorrt"):
+        pytest.skip("TensorRT is installed")
+    runtime.sdk.cache_clear()
+    with pytest.raises(MissingPackageError, match=r"pip install 'edgetube\[tensorrt\]'"):
+        edgetube.Runtime(deferred)
+
+
+class TestLayerTruth:
+    TEXT = """Layers:
+Name: __myl_Cast_0, LayerType: kgen, Inputs: [ { Name: frames, Dimensions: [1,2], Datatype: UInt8 }], Outputs: []
+Name: s_1, LayerType: signal, Inputs: [], Outputs: []
+Name: q_2, LayerType: gemm, Inputs: [ { Name: x, Dimensions: [1], Datatype: Int8 }], Metadata: [ONNX Layer: q.matmul]
+Name: __myl_FcAdd_3, LayerType: runtime_fusion, Inputs: [ { Name: y, Datatype: Half }], Metadata: [ONNX Layer: fc1]\
+[ONNX Layer: fc1.matmul]
+Name: __myl_CastMulFc_6, LayerType: runtime_fusion, Inputs: [ { Name: y, Datatype: Int8 }, { Name: w, Datatype: Half }]
+Name: CaskGemm, LayerType: CaskGemmMatrixMultiply, Inputs: [ { Name: z, Format/Datatype: Row major linear FP32 }]
+Name: _gemm_mha_v2_4, LayerType: kgen, Inputs: [ { Name: q, Datatype: Half }]
+Name: __myl_AddReshTranReshMove_5, LayerType: kgen, Inputs: [ { Name: q, Datatype: Half }]
+Name: Reformatting CopyNode for Input, LayerType: Reformat, Inputs: [ { Name: q, Datatype: Half }]
+Bindings: frames
+"""
+
+    def test_counts(self):
+        assert runtime.layer_truth(self.TEXT) == {
+            "kernels": 8,
+            "gemms": {"int8": 1, "fp16": 2, "fp32": 1},
+            "attention": 1,
+            "reformats": 2,
+            "float_gemms": ["fc1.matmul", "__myl_CastMulFc_6", "CaskGemm"],
+        }
+
+    def test_nothing_was_told(self):
+        assert runtime.layer_truth("")["kernels"] == 0
+
+
+@pytest.mark.parametrize(("version", "works"), [("8.6.1", False), ("9.3.0", False), ("10.0.1", True), ("11.0.0", True)])
+def test_versions_of_typed_networks(monkeypatch, version, works):
+    trt = vendor(version=version)
+    trt.__spec__ = None
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    flags = {"STRONGLY_TYPED": 1} if version.startswith("10") else {}
+    trt.NetworkDefinitionCreationFlag = SimpleNamespace(**flags)
+    kit = runtime.Sdk(runtime.FAMILIES["trt"])
+    if works:
+        assert runtime._strongly_typed(kit) == (2 if flags else 0)
+    else:
+        with pytest.raises(BackendError, match=r"needs TensorRT 10\.0 or newer"):
+            runtime._strongly_typed(kit)
+
+
+def test_the_names_that_are_used_are_real():
+    kit = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
+    for name in runtime.Vendor.__annotations__:
+        assert hasattr(kit, name), name
+    for owner, names in {
+        kit.Builder: ["create_network", "create_builder_config", "build_serialized_network"],
+        kit.IBuilderConfig: ["progress_monitor", "profiling_verbosity", "set_compute_capability", "set_timing_cache"],
+        kit.ICudaEngine: ["create_execution_context", "create_runtime_config", "create_engine_inspector"],
+        kit.IExecutionContext: ["execute_async_v3", "set_tensor_address"],
+        kit.IRuntimeConfig: ["create_runtime_cache", "set_runtime_cache"],
+        kit.IRuntimeCache: ["serialize", "deserialize"],
+        kit.Runtime: ["deserialize_cuda_engine", "engine_host_code_allowed"],
+    }.items():
+        assert not [name for name in names if not hasattr(owner, name)]
+
+
+def test_the_builder_reports_its_phases(tiny_checkpoint, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
+    bundle = pipeline.export_model("rtx-fp16", tiny_checkpoint, tmp_path, GATHER)
+    told = []
+    settings = runtime.Settings(workspace_mb=256, capabilities=("86",))
+    runtime.build(runtime.sdk("rtx"), bundle.artifact_path, settings, lambda *step: told.append(step))
+    assert told
+    assert all(0 <= step <= steps for _, step, steps in told)
+
+
+def gpu_targets():
+    return [t.name for t in export.targets().values() if t.backend == "tensorrt"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", gpu_targets())
+class TestOnAGpu:
+    @pytest.fixture
+    def bundle(self, name, tmp_path, monkeypatch):
+        target = export.target(name)
+        if missing := target.missing(target.run_needs):
+            pytest.skip(f"{name} cannot run here: that needs {', '.join(missing)}")
+        monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
+        return pipeline.export_model(name, "demo", tmp_path / "out", GATHER)
+
+    def test_it_answers_like_pytorch_and_says_what_ran(self, bundle, rng):
+        checkpoint = checkpoints.load("demo")
+        clips = rng.integers(0, 256, (3, *bundle.contract.shape), np.uint8)
+        expected = Reference(checkpoint.model, checkpoint.contract)(clips)
+        assert bundle.status == "executed"
+        with edgetube.Runtime(bundle) as rt:
+            error = np.abs(rt(clips) - expected).max()
+            described = rt.describe()
+        assert error <= (export.target(bundle.target).tolerance or 0.1) * max(1, np.abs(expected).max())
+        assert described["replay"] == "CUDA graph"
+        assert described["layers"]["kernels"] > 0
+
+    def test_an_engine_built_on_the_first_load_is_kept(self, bundle):
+        bare = replace(bundle, build={k: v for k, v in bundle.build.items() if k != "engine"})
+        with edgetube.Runtime(bare) as rt:
+            assert rt.describe()["engine"].startswith("built here: the bundle has no engine")
+        with edgetube.Runtime(bare) as rt:
+            assert rt.describe()["engine"] == "built here earlier: the bundle has no engine"
+        assert list(cache.folder().glob("*.engine"))
+
+    def test_two_runtimes_in_two_threads(self, bundle, rng):
+        clips = rng.integers(0, 256, (8, 1, *bundle.contract.shape), np.uint8)
+        with edgetube.Runtime(bundle) as first, edgetube.Runtime(bundle) as second:
+            expected = [first(clip) for clip in clips]
+            got = {}
+
+            def ask(rt, part):
+                got.update({i: rt(clips[i]) for i in part})
+
+            threads = [
+                threading.Thread(target=ask, args=pair) for pair in ((first, range(0, 8, 2)), (second, range(1, 8, 2)))
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        for i, logits in got.items():
+            np.testing.assert_allclose(logits, expected[i], atol=1e-3)
+        assert len(got) == 8
+
+    def test_the_golden_clip(self, bundle):
+        with edgetube.Runtime(bundle) as rt:
+            rt.check()
+
+
+def test_bundle_round_trip_keeps_the_settings(deferred):
+    again = bundles.load(deferred.path)
+    assert runtime.Settings.from_json(again.build["settings"]) == runtime.Settings()

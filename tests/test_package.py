@@ -1,0 +1,220 @@
+"""What the package promises as a whole: its public names, a light import, closed rooms, and what is in the wheel."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import edgetube
+from edgetube import export, runtimes
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("edgetube", "export", "runtimes", "calibration", "bench")
+
+PUBLIC = [
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "EdgetubeError",
+    "InputContract",
+    "InputError",
+    "MissingPackageError",
+    "ModelSpec",
+    "ParityError",
+    "Prediction",
+    "Runtime",
+    "SpecError",
+    "TubeSpec",
+    "__version__",
+    "export_model",
+]
+
+HEAVY = {
+    "coremltools",
+    "matplotlib",
+    "onnx",
+    "onnxscript",
+    "openvino",
+    "rich",
+    "safetensors",
+    "tensorrt",
+    "torch",
+    "typer",
+}
+
+VENDORS = {"onnxruntime", "openvino", "tensorrt", "coreml"}
+"""What a backend's file is called; the vendor's packages have names that begin with it."""
+
+NOT_SOURCE = (".git", ".venv", "build", "dist", "out", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+
+
+def run(code: str) -> str:
+    """Standard output of `code` in a fresh interpreter."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/").stdout
+
+
+def sources() -> list[Path]:
+    """The modules that are installed, as they lie in the repository: all but the scripts of `bench/`."""
+    bench = [path for path in (ROOT / "bench").glob("*.py") if '"__main__"' not in path.read_text("utf-8")]
+    return bench + [path for room in ROOMS if room != "bench" for path in (ROOT / room).rglob("*.py")]
+
+
+class TestNames:
+    def test_the_public_names(self):
+        assert sorted(edgetube.__all__) == sorted(PUBLIC)
+        assert dir(edgetube) == edgetube.__all__
+
+    @pytest.mark.parametrize("name", PUBLIC)
+    def test_each_is_there(self, name):
+        value = getattr(edgetube, name)
+        assert isinstance(value, str) if name == "__version__" else callable(value)
+
+    def test_a_name_that_is_not_there(self):
+        with pytest.raises(AttributeError, match="module 'edgetube' has no attribute 'Runtimes'"):
+            edgetube.Runtimes  # noqa: B018
+
+    def test_the_verb_does_not_hide_the_package(self):
+        edgetube.export_model  # noqa: B018
+        assert edgetube.export is export
+
+    def test_the_version_is_the_distribution_s(self):
+        assert edgetube.__version__ == metadata.version("edgetube")
+
+
+class TestLightness:
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "import edgetube",
+            "import edgetube; edgetube.Runtime",
+            "import edgetube.runtimes.onnxruntime",
+            "from edgetube import export; export.targets()",
+        ],
+    )
+    def test_a_device_loads_nothing_heavy(self, code):
+        loaded = json.loads(run(f"{code}; import sys, json; print(json.dumps(sorted(sys.modules)))"))
+        assert "edgetube" in loaded
+        assert not HEAVY & {name.partition(".")[0] for name in loaded}
+
+    def test_the_bare_package_loads_no_arrays_and_no_video(self):
+        loaded = json.loads(run("import edgetube, sys, json; print(json.dumps(sorted(sys.modules)))"))
+        assert not {"numpy", "av", "onnxruntime"} & set(loaded)
+
+    def test_the_names_that_would_be_caught_are_real(self):
+        """The check above sees what is loaded: the exporter does load torch."""
+        loaded = json.loads(
+            run("import edgetube; edgetube.export_model; import sys, json; print(json.dumps([*sys.modules]))")
+        )
+        assert {"torch", "onnx"} <= set(loaded)
+
+
+def words_of(path: Path) -> set[str]:
+    """Identifiers, imported modules and strings of a source file; comments and docstrings are prose and stay out."""
+    tree = ast.parse(path.read_text("utf-8"))
+    prose = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Constant(value=str(text)) if id(node) not in prose:
+                found.add(text)
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
+                found.add(name)
+            case ast.ImportFrom(module=str(name)):
+                found.add(name)
+    return found
+
+
+def backends_named_in(path: Path) -> set[str]:
+    text = "\n".join(words_of(path)).lower()
+    return {vendor for vendor in VENDORS if vendor in text}
+
+
+class TestRooms:
+    def test_a_backend_is_named_by_its_own_two_files_only(self):
+        """A backend's file may name another vendor, as ONNX Runtime names its execution providers."""
+        others = [path for path in sources() if not (path.parts[-2] in ("export", "runtimes") and path.stem in VENDORS)]
+        named = {path.relative_to(ROOT).as_posix(): backends_named_in(path) for path in others}
+        assert {path: sorted(vendors) for path, vendors in named.items() if vendors} == {}
+
+    def test_a_stranger_would_be_seen(self, tmp_path):
+        for own in (ROOT / "export" / "onnxruntime.py", ROOT / "runtimes" / "onnxruntime.py"):
+            assert "onnxruntime" in backends_named_in(own)
+        for line in ("import coremltools as ct", "x = 'openvino.xml'", "from tensorrt import Builder", "x.onnxruntime"):
+            (tmp_path / "stranger.py").write_text(f'"""Prose: TensorRT, OpenVINO."""\n{line}  # coreml\n')
+            assert len(backends_named_in(tmp_path / "stranger.py")) == 1, line
+
+    def test_the_folders_are_the_registry(self):
+        exporters = {p.stem for p in (ROOT / "export").glob("*.py")}
+        assert runtimes.names() == {p.stem for p in (ROOT / "runtimes").glob("*.py")} - {"__init__", "base"}
+        assert {target.backend for target in export.targets().values()} == exporters & runtimes.names() != set()
+        assert all(name == target.name for name, target in export.targets().items())
+
+    def test_modules_are_imported_by_their_installed_names(self):
+        """`import export` would load a second copy of the package."""
+        for path in [*sources(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]:
+            roots = set()
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.Import):
+                    roots |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    assert node.level == 0, f"{path}: a relative import"
+                    roots.add(str(node.module).partition(".")[0])
+            assert not roots & set(ROOMS[1:]), path
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """Names in the wheel and in the sdist, built from a copy: a build leaves files in its source tree."""
+    source, dist = tmp_path_factory.mktemp("build") / "source", tmp_path_factory.mktemp("dist")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as file:
+        inside = {name.partition("/")[2] for name in file.getnames()}
+    return set(zipfile.ZipFile(wheel).namelist()), inside
+
+
+@pytest.mark.slow
+class TestDistributions:
+    """What a stranger gets: everything that is needed to run is in the wheel, everything else in the sdist."""
+
+    def test_the_wheel_has_every_module_under_its_installed_name(self, names):
+        expected = set()
+        for path in sources():
+            relative = path.relative_to(ROOT).as_posix()
+            expected.add(relative if relative.startswith("edgetube/") else f"edgetube/{relative}")
+        modules = {name for name in names[0] if name.endswith(".py")}
+        assert modules == expected
+        assert "edgetube/bench/parity.py" in modules
+        assert "edgetube/bench/train_demo.py" not in modules
+
+    def test_the_wheel_has_the_built_in_model_and_clips(self, names):
+        data = {p.relative_to(ROOT).as_posix() for p in (ROOT / "edgetube" / "demo").rglob("*") if p.is_file()}
+        data = {name for name in data if "__pycache__" not in name and not name.endswith(".py")}
+        assert data <= names[0]
+        assert {"edgetube/py.typed"} <= names[0]
+        assert any(name.startswith("edgetube/demo/photos/") for name in names[0])
+
+    def test_the_sdist_has_tests_documents_and_scripts(self, names):
+        folders = [*ROOMS, "tests", "docs", ".ci"]
+        files = [
+            p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file() and p.parts[-2] != "__pycache__"
+        ]
+        top = {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.py"}
+        expected = top | {".importlinter"} | {p.relative_to(ROOT).as_posix() for p in files}
+        assert expected - names[1] == set()
+        assert "tests/test_package.py" in expected
