@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,7 @@ class Session(Backend):
     """
 
     thread_safe = True
-    status: ClassVar[Status] = "emulated"
+    status: Status = "emulated"
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
         if device is not None:

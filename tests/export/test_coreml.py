@@ -248,7 +248,7 @@ def bundle(tiny_checkpoint, tmp_path_factory) -> Bundle:
 
 
 def test_a_bundle_is_proven_by_the_evaluator_and_says_so(bundle):
-    device = runtimes.proof_device("coreml")
+    device = runtimes.proof_device(bundle.target, bundle.backend)
     assert bundle.status == bundle.parity["status"] == ("executed" if device is None else "emulated")
     assert bundle.parity["image"]["clips"] == bundle.parity["clips"] == pipeline.PROOF_CLIPS
     assert bundle.parity["agreement"] == 1

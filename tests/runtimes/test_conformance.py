@@ -16,7 +16,7 @@ TARGETS = export.targets()
 def opened(request, tiny_checkpoint, tmp_path_factory):
     """The first target of each backend, exported at batch 2 and opened."""
     target = next(t for t in TARGETS.values() if t.backend == request.param and t.tolerance is not None)
-    device = runtimes.proof_device(target.backend)
+    device = runtimes.proof_device(target.name, target.backend)
     if missing := target.missing(target.build_needs + (() if device else target.run_needs)):
         pytest.skip(f"{target.name} needs {', '.join(missing)}: {target.remedy}")
     options = pipeline.Options(batch=2, lowering="gather")
