@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from edgetube.bench import machine, parity
 from edgetube.bench.latency import interleave
 from edgetube.bundle import Bundle
 from edgetube.calibration import Calibrated
-from edgetube.calibration.clips import collect
+from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.table import Activations, CalibrationTable
 from edgetube.errors import InputError, MissingPackageError, ParityError
 from edgetube.export import graph as graphs
@@ -213,10 +213,7 @@ class Road:
         """
         if activations not in self._calibrations:
             folder = Path(self._workspace.name)
-            statistics, judged = (
-                collect(source, self.checkpoint.contract, self.checkpoint.labels, folder, progress=self.progress)
-                for source in int8.sources(self.checkpoint, self.options.calib)
-            )
+            statistics, judged = self._calibration_clips
             self._calibrations[activations] = calibration.calibrate(
                 self._graph("gather", batch=1).model,
                 statistics,
@@ -230,6 +227,16 @@ class Road:
                 progress=self.progress,
             )
         return self._calibrations[activations]
+
+    @cached_property
+    def _calibration_clips(self) -> tuple[Clips, Clips]:
+        """Those that ranges come from, and those that judge; read once."""
+        folder, checkpoint = Path(self._workspace.name), self.checkpoint
+        statistics, judged = (
+            collect(source, checkpoint.contract, checkpoint.labels, folder, progress=self.progress)
+            for source in int8.sources(checkpoint, self.options.calib)
+        )
+        return statistics, judged
 
     def _prove_lowerings(self) -> dict[str, float]:
         """Every lowering's tokens against the reference tokenizer's, on noise and on a rendered clip."""
