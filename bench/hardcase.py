@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from peers import quantisers
+from edgetube.bench.peers import quantisers
 from torch.nn import functional as F
 
 from edgetube import calibration, export, metrics, video
