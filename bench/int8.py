@@ -69,7 +69,9 @@ def clips(checkpoint: Checkpoint, count: int, folder: Path) -> Path:
     return path
 
 
-def export(checkpoint: Checkpoint, names: tuple[str, ...], folder: Path, options: pipeline.Options) -> dict[str, Bundle]:
+def export(
+    checkpoint: Checkpoint, names: tuple[str, ...], folder: Path, options: pipeline.Options
+) -> dict[str, Bundle]:
     """Bundles by target; those that the folder holds already are taken as they are."""
     there = {name: folder / f"{checkpoint.name}.{name}" for name in names}
     if missing := [name for name, path in there.items() if not path.exists()]:
@@ -249,9 +251,7 @@ def speed_text(found: Mapping[str, Any]) -> str:
     for goal in found["goals"]:
         lines.append(f"| {goal['name']} | {goal['other']} | {goal['asked']:.1f}x | {goal['ratio']:.2f}x |")
     rates = ", ".join(f"{runtime} {rate:.0f}" for runtime, rate in found["product"]["gops"].items())
-    reached = ", ".join(
-        f"{name} {r['gops']:.0f} ({r['share']:.0%})" for name, r in found["product"]["reached"].items()
-    )
+    reached = ", ".join(f"{name} {r['gops']:.0f} ({r['share']:.0%})" for name, r in found["product"]["reached"].items())
     lines += ["", f"GOP/s of one int8 product {tuple(found['product']['shape'])}: {rates}; of a whole clip: {reached}"]
     return "\n".join(lines)
 

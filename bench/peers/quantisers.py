@@ -105,7 +105,9 @@ def open_xml(path: Path, precision: str = "f32") -> Callable[[np.ndarray], list[
     """clip -> outputs, in OpenVINO; arithmetic outside of the integers in `precision`, or in OpenVINO's "default"."""
     from edgetube.runtimes.openvino import ov
 
-    hints = {"PERFORMANCE_HINT": "LATENCY"} | ({} if precision == "default" else {"INFERENCE_PRECISION_HINT": precision})
+    hints = {"PERFORMANCE_HINT": "LATENCY"} | (
+        {} if precision == "default" else {"INFERENCE_PRECISION_HINT": precision}
+    )
     request = ov.Core().compile_model(path, "CPU", hints).create_infer_request()
     return lambda clip: [np.array(value) for value in request.infer([clip[None]], share_inputs=True).values()]
 
