@@ -63,7 +63,7 @@ def sources(checkpoint: Checkpoint, given: Path | None) -> tuple[ClipSet, ClipSe
 
 
 def activations(target: Target) -> Activations:
-    """The scheme that a target's exporter asks for with its `activations`; int8 without a zero point if it is silent."""
+    """The scheme that a target's exporter asks for in `activations`; int8 without a zero point if it is silent."""
     ask: Callable[[Target], Activations] = getattr(export.exporter(target.backend), "activations", lambda _: "int8")
     return ask(target)
 

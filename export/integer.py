@@ -1,8 +1,9 @@
 """A calibrated graph in integer kernels: what a runtime would have to find by fusing Q/DQ is stated outright.
 
 For runtimes that know the `com.microsoft` operators. A linear is one MatMulIntegerToFloat (8-bit activations times
-8-bit weights with a scale per column, plus the float bias), attention one MultiHeadAttention in float32. Tubes multiply the bytes of the frames as they are: a pixel is a uint8 with scale 1, so only weights are
-rounded. Nothing is left to pattern matching, so nothing falls back to float behind anybody's back.
+8-bit weights with a scale per column, plus the float bias), attention one MultiHeadAttention in float32. Tubes multiply
+the bytes of the frames as they are: a pixel is a uint8 with scale 1, so only weights are rounded. Nothing is left to
+pattern matching, so nothing falls back to float behind anybody's back.
 """
 
 from __future__ import annotations
