@@ -5,6 +5,9 @@
     TARGETS: tuple[Target, ...]
     def build(graph: Graph, target: Target, folder: Path) -> Built: ...
 
+A file with INT8 targets takes their calibration table as a fourth argument, and may say which scheme it wants:
+`def activations(target: Target) -> Activations`; int8 without a zero point otherwise.
+
 The file is imported to list the targets, so it imports torch, onnx and the vendor's package inside `build`.
 """
 
