@@ -107,7 +107,7 @@ def targets(as_json: Json = False) -> None:
     for t in known:
         table.add_row(t.name, _yes(t.missing(t.build_needs)), _yes(t.missing(t.run_needs)), t.summary)
     out.print(table)
-    for remedy in sorted({t.remedy for t in known if t.missing(t.build_needs + t.run_needs)}):
+    for remedy in sorted({t.remedy for t in known} - {""}):
         out.print(f"to install what is missing: [bold]{escape(remedy)}[/]", highlight=False)
 
 
