@@ -55,8 +55,8 @@ $(STUBS)/stamp: $(VENV)/dev.stamp
 	@touch $@
 
 bench: $(VENV)/dev.stamp ## the timings of docs/benchmarks.md; wants a quiet machine
-	$(BIN)/python bench/tokenizer.py
-	$(BIN)/python bench/static_vs_conv3d.py
+	$(BIN)/python bench/tokenizer.py --json bench/results/tokenizer.json
+	$(BIN)/python bench/static_vs_conv3d.py --json bench/results/static_vs_conv3d.json
 
 wheel: $(VENV)/dev.stamp ## sdist and wheel in dist/
 	rm -rf dist build/lib

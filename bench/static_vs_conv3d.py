@@ -1,6 +1,6 @@
 """What the static rewrite brings over the model as it was trained, on this machine.
 
-    python bench/static_vs_conv3d.py [--checkpoint random:tubevit-b] [--json docs/benchmarks.json]
+    python bench/static_vs_conv3d.py [--checkpoint random:tubevit-b] [--json bench/results/static_vs_conv3d.json]
 
 1. The cost of `edgetube export --target onnx-fp32` as a user pays it: seconds and peak memory of a fresh process,
    lowerings proven and timed, artifact proven on 16 clips.
@@ -18,33 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
-import torch
+from peers import naive
 
 from edgetube import Runtime, demo
 from edgetube import bundle as bundles
 from edgetube.bench.latency import interleave
 from edgetube.bench.machine import describe
 from edgetube.model import checkpoints
-from edgetube.model.checkpoints import Checkpoint
-from edgetube.runtimes.torch import Reference, normalise
-
-
-class Naive(torch.nn.Module):
-    """The reference behind the same uint8 input, as one would export it by hand."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__()
-        self.model, self.contract = checkpoint.model, checkpoint.contract
-
-    def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        return self.model(normalise(frames, self.contract))
+from edgetube.runtimes.torch import Reference
 
 
 def export(source: str, out: Path) -> dict[str, Any]:
@@ -55,15 +41,6 @@ def export(source: str, out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     unit = 1 if platform.system() == "Darwin" else 1024
     return {"seconds": seconds, "peak_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9}
-
-
-def naive_session(checkpoint: Checkpoint, frames: np.ndarray, folder: Path) -> ort.InferenceSession:
-    """ONNX Runtime on `torch.onnx.export` of the reference, defaults throughout."""
-    path = folder / "naive.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(Naive(checkpoint), (torch.from_numpy(frames),), path, dynamo=True, verbose=False)
-    return ort.InferenceSession(path)
 
 
 def main() -> None:
@@ -77,7 +54,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cost = export(args.checkpoint, Path(folder))
         bundle = bundles.load(Path(folder) / f"{checkpoint.name}.onnx-fp32")
-        session = naive_session(checkpoint, frames, Path(folder))
+        naive.export(naive.Model(checkpoint), frames, Path(folder) / "naive.onnx")
+        session = ort.InferenceSession(Path(folder) / "naive.onnx")
         reference = Reference(checkpoint.model, checkpoint.contract)
         with Runtime(bundle) as rt:
             calls = {

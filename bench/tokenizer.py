@@ -1,6 +1,6 @@
 """The tokenizer alone, from uint8 frames to embedded tokens: every lowering against the Conv3d that it replaces.
 
-    python bench/tokenizer.py [--checkpoint random:tubevit-b] [--threads 2] [--json FILE]
+    python bench/tokenizer.py [--checkpoint random:tubevit-b] [--threads 2] [--json bench/results/tokenizer.json]
 
 The contestants take turns in blocks of calls. The first calls of a block are not counted: the threads of the
 runtime that ran before spin on the cores for a while after its last call.
@@ -12,7 +12,6 @@ import argparse
 import json
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -23,14 +22,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-from torch import Tensor, nn
+from peers import naive
+from torch import nn
 
 from edgetube import demo
 from edgetube.bench.machine import describe
 from edgetube.export import graph, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
-from edgetube.runtimes.torch import normalise
 
 NAIVE = "Conv3d"
 SETTLE = 3
@@ -39,22 +38,9 @@ SETTLE = 3
 Call = Callable[[], np.ndarray]
 
 
-class Naive(nn.Module):
-    """What the lowerings replace: cast, normalise, transpose, one Conv3d per tube, positions added."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__()
-        self.tubes, self.contract = checkpoint.model.tubes, checkpoint.contract
-        self.register_buffer("positions", checkpoint.model.positions)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        tokens: Tensor = self.tubes(normalise(frames, self.contract)) + self.positions
-        return tokens
-
-
 def contestants(checkpoint: Checkpoint, frames: np.ndarray, threads: int, folder: Path) -> dict[tuple[str, str], Call]:
     """(runtime, lowering) -> a call that tokenizes `frames` (1, T, H, W, 3)."""
-    modules: dict[str, nn.Module] = {NAIVE: Naive(checkpoint).eval()}
+    modules: dict[str, nn.Module] = {NAIVE: naive.Tokenizer(checkpoint).eval()}
     for lowering in static.LOWERINGS:
         modules[lowering] = static.StaticTokenizer(checkpoint.model, checkpoint.contract, lowering).eval()
     calls: dict[tuple[str, str], Call] = {}
@@ -63,9 +49,7 @@ def contestants(checkpoint: Checkpoint, frames: np.ndarray, threads: int, folder
         if isinstance(module, static.StaticTokenizer):
             graph.save(graph.trace(module, checkpoint.spec, checkpoint.contract).model, path)
         else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                torch.onnx.export(module, (torch.from_numpy(frames),), path, dynamo=True, verbose=False)
+            naive.export(module, frames, path)
         calls["ONNX Runtime", name] = in_onnxruntime(path, frames, threads)
         if find_spec("openvino"):
             calls["OpenVINO", name] = in_openvino(path, frames, threads)

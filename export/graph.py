@@ -72,7 +72,7 @@ def trace(module: StaticTubeViT | StaticTokenizer, spec: ModelSpec, contract: In
         SpecError: the traced graph is not static, or has a tensor above rank 5.
     """
     frames = torch.zeros(batch, *contract.shape, dtype=torch.uint8)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.onnx.export(
             module.eval(),
             (frames,),
@@ -102,7 +102,7 @@ def trace(module: StaticTubeViT | StaticTokenizer, spec: ModelSpec, contract: In
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporter's remarks about its own dependencies."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
