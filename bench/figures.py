@@ -210,7 +210,12 @@ def _svg(draw: Draw, width: float, height: float, wide: bool, label: str) -> str
     matplotlib = need("matplotlib", "report")
     figures = need("matplotlib.figure", "report")
     # Letters stay letters; names of clip paths differ between the drawings of a page, and repeat between runs.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": f"{label} {wide}", "font.size": 9.5, "font.family": "sans-serif"}
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": f"{label} {wide}",
+        "font.size": 9.5,
+        "font.family": "sans-serif",
+    }
     with matplotlib.rc_context(settings):
         figure = figures.Figure((width, height))
         draw(figure, wide)
