@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -31,7 +32,8 @@ from edgetube.bench.latency import Timing, interleave
 from edgetube.bench.peers import quantisers
 from edgetube.bundle import Bundle
 from edgetube.calibration import graphs
-from edgetube.export import pipeline
+from edgetube.export import graph as canonical
+from edgetube.export import pipeline, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.torch import Reference
@@ -79,12 +81,21 @@ def export(
     return {name: bundles.load(path) for name, path in there.items()}
 
 
+def traced(checkpoint: Checkpoint, lowering: str, folder: Path) -> Path:
+    """The float graph in another lowering, as a file; made once."""
+    path = folder / f"{checkpoint.name}.{lowering}.onnx"
+    if not path.exists():
+        module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering)
+        canonical.save(canonical.trace(module, checkpoint.spec, checkpoint.contract).model, path)
+    return path
+
+
 def quantise(source: Path, calibration: Path, names: list[str], folder: Path, prefix: str) -> dict[str, Path]:
     """The peers' files by name; those that the folder holds already are taken as they are."""
     found = {}
     for name in names:
         peer, suffix = quantisers.PEERS[name]
-        found[name] = folder / f"{prefix}.{'-'.join(name.split()).replace(',', '').lower()}{suffix}"
+        found[name] = folder / f"{prefix}.{re.sub('[^a-z0-9_]+', '-', name.lower()).strip('-')}{suffix}"
         if not found[name].exists():
             peer(source, list(np.load(calibration)["clips"]), found[name])
     return found
@@ -144,10 +155,10 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     given = clips(checkpoint, args.clips, folder)
     options = pipeline.Options(calib=given, max_drop=100.0, lowering="gather")
     ours = export(checkpoint, TARGETS, folder, options)
-    sliced = export(checkpoint, ("onnx-fp32",), folder / "slice", pipeline.Options(lowering="slice"))["onnx-fp32"]
+    sliced = traced(checkpoint, "slice", folder)
     peers = quantise(ours["onnx-fp32"].artifact_path, given, list(quantisers.PEERS), folder, checkpoint.name)
     (nncf,) = (name for name in peers if name.startswith(NNCF))
-    slow = quantise(sliced.artifact_path, given, [nncf], folder / "slice", checkpoint.name)
+    slow = quantise(sliced, given, [nncf], folder, f"{checkpoint.name}.slice")
     frames = demo.golden(checkpoint.contract).frames[None]
     with ExitStack() as stack:
         calls: dict[str, Call] = {EAGER: partial(Reference(checkpoint.model, checkpoint.contract), frames)}
