@@ -154,7 +154,7 @@ class TestForReal:
         assert set(bundle.files) == {"model.onnx", "model.engine", "golden.npz"}
         assert (bundle.path / "model.engine").read_bytes().startswith(b"vtrt")
         layers = bundle.build["layers"]
-        assert layers["attention"] == bundle.spec.depth
+        assert layers["attention"] == {"fp16": bundle.spec.depth}
         assert set(layers["gemms"]) == {"fp16"}
         bundles.load(bundle.path)
 

@@ -183,7 +183,7 @@ def machine(monkeypatch, tmp_path):
         here.trt.stream = HostStream(index, **here.stream)
         return here.trt.stream
 
-    def build(kit, path, settings, tell=None):
+    def build(kit, path, settings, tell=None, calibrator=None):
         here.builds.append((kit.version, settings))
         return path.read_bytes()
 
@@ -387,7 +387,7 @@ Bindings: frames
         assert runtime.layer_truth(self.TEXT) == {
             "kernels": 8,
             "gemms": {"int8": 1, "fp16": 2, "fp32": 1},
-            "attention": 1,
+            "attention": {"fp16": 1},
             "reformats": 2,
             "float_gemms": ["fc1.matmul", "__myl_CastMulFc_6", "CaskGemm"],
         }
@@ -413,7 +413,7 @@ def test_versions_of_typed_networks(monkeypatch, version, works):
 
 def test_the_names_that_are_used_are_real():
     kit = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
-    for name in runtime.Vendor.__annotations__:
+    for name in set(runtime.Vendor.__annotations__) - {"IInt8EntropyCalibrator2"}:  # TensorRT 8 to 10 alone
         assert hasattr(kit, name), name
     for owner, names in {
         kit.Builder: ["create_network", "create_builder_config", "build_serialized_network"],
