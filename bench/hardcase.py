@@ -23,12 +23,12 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from peers import quantisers
 from torch.nn import functional as F
 
 from edgetube import calibration, export, metrics, video
 from edgetube.bench import machine
 from edgetube.bench.latency import interleave
+from edgetube.bench.peers import quantisers
 from edgetube.calibration.clips import Clips, collect
 from edgetube.datasets import ClipSet, Item
 from edgetube.export import graph as graphs

@@ -125,11 +125,14 @@ def products(model: onnx.ModelProto) -> dict[str, tuple[str, str]]:
 def macs(model: onnx.ModelProto) -> dict[str, int]:
     """Multiply-accumulates of every linear, by its name."""
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
-    sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    return {
-        found.name: int(np.prod(shapes[found.activation][:-1])) * int(np.prod(sizes[found.weight]))
-        for found in linears(model)
-    }
+    rows = {found.name: int(np.prod(shapes[found.activation][:-1])) for found in linears(model)}
+    return {name: rows[name] * size for name, size in sizes(model).items()}
+
+
+def sizes(model: onnx.ModelProto) -> dict[str, int]:
+    """Weights of every linear, by its name."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    return {found.name: int(np.prod(shapes[found.weight])) for found in linears(model)}
 
 
 def stages(model: onnx.ModelProto) -> tuple[Stage, ...]:

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from edgetube import __version__, datasets, export, health, video
 from edgetube import bundle as bundles
+from edgetube.bench import latency
 from edgetube.bundle import Bundle
 from edgetube.errors import EdgetubeError, InputError, ParityError
 from edgetube.progress import Progress
@@ -107,7 +108,7 @@ def targets(as_json: Json = False) -> None:
     for t in known:
         table.add_row(t.name, _yes(t.missing(t.build_needs)), _yes(t.missing(t.run_needs)), t.summary)
     out.print(table)
-    for remedy in sorted({t.remedy for t in known if t.missing(t.build_needs + t.run_needs)}):
+    for remedy in sorted({t.remedy for t in known} - {""}):
         out.print(f"to install what is missing: [bold]{escape(remedy)}[/]", highlight=False)
 
 
@@ -289,6 +290,66 @@ def parity(
         raise ParityError(f"{', '.join(low)} agree with the reference on less than {min_agreement:.1%} of the clips")
 
 
+@app.command()
+def bench(
+    bundle: Annotated[list[Path], typer.Argument(help="Bundles; they take turns, each in a process of its own.")],
+    threads: Annotated[
+        str | None, typer.Option(help="CPU threads, a row for each: 1,2,4; the runtime chooses when left out.")
+    ] = None,
+    device: Device = None,
+    seconds: Annotated[float, typer.Option(help="Counted calls of each row.")] = 5.0,
+    starts: Annotated[int, typer.Option(help="Cold starts of each row.")] = 3,
+    camera_fps: Annotated[
+        float | None, typer.Option(help="Also pace each bundle by a camera of so many frames per second.")
+    ] = None,
+    camera_size: Annotated[str, typer.Option(help="Height and width of the camera's frames.")] = "480x640",
+    camera_seconds: Annotated[float, typer.Option(help="How long the camera runs.")] = 10.0,
+    hop: Annotated[int | None, typer.Option(help="Frames between two predictions behind the camera.")] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Also time the PyTorch model that the bundles were made from.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Time bundles: latency, throughput, cold start, memory, and how far from the machine's limit they are.
+
+    Example: edgetube bench out/demo.onnx-fp32 out/demo.onnx-int8 --threads 1,2 --camera-fps 30
+    """
+    options = latency.Options(
+        _counts_of(threads), device, seconds, starts, camera_fps, _size(camera_size) or (480, 640), hop,
+        camera_seconds, reference,
+    )  # fmt: skip
+    found = [bundles.load(path) for path in bundle]
+    with _progress() as progress:
+        document = latency.measure(found, options, progress)
+    if as_json:
+        _print_json(document)
+        return
+    table = _table("bundle", "threads", "p50 ms", "p90", "p99", "clips/s", "prepare", "cold start", "memory", "of peak")
+    for row in document["bundles"]:
+        if row["p50_ms"] is None:
+            table.add_row(row["name"], row["status"])
+            continue
+        table.add_row(
+            row["name"], str(row["threads"] or "default"),
+            f"{row['p50_ms']:.2f} ±{row['noise']:.1%}", f"{row['p90_ms']:.2f}", f"{row['p99_ms']:.2f}",
+            f"{row['throughput']:.1f}", f"{row['preprocess_ms']:.1f} ms", f"{row['cold_start_ms']:.0f} ms",
+            f"{row['peak_mb']:.0f} MB" if row["peak_mb"] else "-", _percent(row["peak_share"]),
+        )  # fmt: skip
+    out.print(table)
+    if camera_fps is not None:
+        table = _table(f"camera, {camera_fps:g} fps", "p50 ms", "p99", "due", "late", "late frames", "dropped", "idle")
+        for row in document["bundles"]:
+            if paced := row["camera"]:
+                table.add_row(
+                    row["name"], f"{paced['p50_ms']:.1f}", f"{paced['p99_ms']:.1f}", f"{paced['due_ms']:.0f}",
+                    f"{paced['late']} of {paced['predictions']}", str(paced["late_frames"]),
+                    f"{paced['dropped_frames']} of {paced['frames']}", _percent(paced["idle_share"]),
+                )  # fmt: skip
+        out.print(table)
+    for note in latency.notes(document):
+        err.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+
+
 def _predictions(
     rt: Runtime, source: video.Source, live: bool, hop: int | None, top_k: int, limit: int | None
 ) -> Iterator[Prediction]:
@@ -341,6 +402,15 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if len(parts) > 2 or not all(part.isdigit() for part in parts):
         raise InputError(f"--size is {text!r}; expected 224 or 224x320 (height x width)")
     return int(parts[0]), int(parts[-1])
+
+
+def _counts_of(text: str | None) -> tuple[int | None, ...]:
+    """Thread counts: "1,2" -> (1, 2); left out -> the runtime's own choice."""
+    if text is None:
+        return (None,)
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise InputError(f"--threads is {text!r}; expected numbers like 1,2,4")
+    return tuple(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 def _bundle_row(b: Bundle) -> dict[str, Any]:

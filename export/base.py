@@ -5,7 +5,9 @@
     TARGETS: tuple[Target, ...]
     def build(graph: Graph, target: Target, folder: Path) -> Built: ...
 
-An exporter of int8 targets may have a second function, `wishes(graph, target) -> Wishes`.
+A file with INT8 targets takes their calibration table as a fourth argument, and may say which scheme it wants:
+`def activations(target: Target) -> Activations`; int8 without a zero point otherwise. What else it wants of the
+calibration it says in `def wishes(graph: Graph, target: Target) -> Wishes`.
 
 The file is imported to list the targets, so it imports torch, onnx and the vendor's package inside `build`.
 """

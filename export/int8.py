@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,9 +65,9 @@ def sources(checkpoint: Checkpoint, given: Path | None) -> tuple[ClipSet, ClipSe
 
 
 def activations(target: Target) -> Activations:
-    """The scheme that a target's exporter asks for with `ACTIVATIONS`; int8 without a zero point if it is silent."""
-    scheme: Activations = getattr(export.exporter(target.backend), "ACTIVATIONS", "int8")
-    return scheme
+    """The scheme that a target's exporter asks for in `activations`; int8 without a zero point if it is silent."""
+    ask: Callable[[Target], Activations] = getattr(export.exporter(target.backend), "activations", lambda _: "int8")
+    return ask(target)
 
 
 def wishes(graph: Graph, target: Target) -> Wishes:

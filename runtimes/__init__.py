@@ -2,14 +2,14 @@
 
 A backend whose runtime exists on some machines only says so in `NEEDS` (where its targets differ, by the first part of
 their names), and may name another backend that evaluates its artifacts anywhere in `EMULATOR`. Its file must import
-without what it needs.
+without what it needs. With a function `product` it takes part in measuring how fast a machine can multiply.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from edgetube.bundle import Bundle
@@ -59,6 +59,13 @@ def proof_device(target: str, backend: str) -> str | None:
     if isinstance(needs, Mapping):
         needs = needs[target.partition("-")[0]]
     return EMULATED if emulator and missing(needs) else None
+
+
+def products(precision: str, size: int, threads: int | None) -> dict[str, Callable[[], object]]:
+    """By backend, a call that multiplies two matrices (size, size) in a precision; without those that cannot."""
+    stated = {name: _stated(name, "product") for name in sorted(names())}
+    calls = {name: product(precision, size, threads) for name, product in stated.items() if product}
+    return {name: call for name, call in calls.items() if call}
 
 
 def _stated(backend: str, attribute: str) -> Any:

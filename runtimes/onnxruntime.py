@@ -122,6 +122,44 @@ def evaluate(model: bytes) -> Callable[[Mapping[str, npt.NDArray[Any]]], list[np
     return call
 
 
+def product(precision: str, size: int, threads: int | None) -> Callable[[], object] | None:
+    """A call that multiplies two matrices (size, size) on the CPU, for `runtimes.products`; float32 and int8 only.
+
+    The graph is written by hand (onnx.proto, field by field): a device has no package for that.
+    """
+    kinds = {"fp32": ("MatMul", 1, np.float32, 1, np.float32), "int8": ("MatMulInteger", 2, np.uint8, 3, np.int8)}
+    if precision not in kinds:
+        return None
+    operator, kind, dtype, weight_kind, weight_dtype = kinds[precision]
+    weight = np.ones((size, size), weight_dtype)
+    shape = _field(2, *[_field(1, _field(1, size))] * 2)
+    frames = _field(1, b"a") + _field(2, _field(1, _field(1, kind), shape))
+    result = _field(1, b"c") + _field(2, _field(1, _field(1, 1 if precision == "fp32" else 6), shape))
+    constant = _field(1, size) * 2 + _field(2, weight_kind) + _field(8, b"b") + _field(9, weight.tobytes())
+    node = _field(1, b"a") + _field(1, b"b") + _field(2, b"c") + _field(4, operator.encode())
+    graph = _field(1, node) + _field(2, b"g") + _field(5, constant) + _field(11, frames) + _field(12, result)
+    model = _field(1, 8) + _field(8, _field(1, b"") + _field(2, 17)) + _field(7, graph)
+    session = ort.InferenceSession(model, _options(threads), providers=[PROVIDERS["cpu"]])
+    feed = {"a": np.ones((size, size), dtype)}
+    return lambda: session.run(None, feed)
+
+
+def _field(number: int, *values: bytes | int) -> bytes:
+    """One field of a protobuf message: a number, or the joined bytes of a string or of a message."""
+    if isinstance(values[0], int):
+        return _varint(number << 3) + _varint(values[0])
+    content = b"".join(value for value in values if isinstance(value, bytes))
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
 def _provider(device: str) -> str:
     if device not in PROVIDERS:
         raise InputError(f"no device is called {device!r} here; ONNX Runtime knows {', '.join(PROVIDERS)}")

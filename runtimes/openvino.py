@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,33 @@ def compile_model(
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     return core.compile_model(path, name, config)
+
+
+def product(precision: str, size: int, threads: int | None) -> Callable[[], object] | None:
+    """A call that multiplies two matrices (size, size) on the CPU, for `runtimes.products`; no weight-only ones.
+
+    "fp16" is computed in bfloat16 where the CPU has that and no float16; None where it has neither.
+    """
+    wanted = {"fp32": ["f32"], "fp16": ["f16", "bf16"], "int8": ["f32"]}
+    able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if not any(CAPABILITY[kind] in able for kind in wanted.get(precision, [])):
+        return None
+    from openvino import opset13 as ops
+
+    frames = ops.parameter([size, size], np.float32)
+    left, right = frames, ops.constant(np.ones((size, size), np.float32))
+    if precision == "int8":
+        low, high = np.float32(-128 / 127), np.float32(1)
+        left = ops.fake_quantize(left, np.float32(0), high, np.float32(0), high, 256)
+        right = ops.fake_quantize(right, low, high, low, high, 256)
+    model = ov.Model([ops.matmul(left, right, False, True)], [frames])
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    config["INFERENCE_PRECISION_HINT"] = next(kind for kind in wanted[precision] if CAPABILITY[kind] in able)
+    if threads is not None:
+        config["INFERENCE_NUM_THREADS"] = threads
+    request = ov.Core().compile_model(model, "CPU", config).create_infer_request()
+    feed = [np.ones((size, size), np.float32)]
+    return lambda: request.infer(feed, share_inputs=True)
 
 
 @contextmanager

@@ -115,6 +115,16 @@ def test_parity_on_a_folder_of_classes(edgetube_cli, tiny_bundle, clip, tmp_path
     assert json.loads(out)["bundles"][0]["labelled"] == 2
 
 
+@pytest.mark.slow
+def test_bench_prints_tables_and_notes(edgetube_cli, tiny_bundle):
+    options = ("--seconds", 0.1, "--starts", 1, "--camera-fps", 40, "--camera-seconds", 0.5, "--camera-size", "48x64")
+    code, out, err = edgetube_cli("bench", tiny_bundle, *options)
+    assert code == 0
+    assert len(re.findall(r"tiny\.onnx-fp32 ", out)) == 2
+    assert "camera, 40 fps" in out
+    assert "turns: done" in err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -123,6 +133,8 @@ def test_parity_on_a_folder_of_classes(edgetube_cli, tiny_bundle, clip, tmp_path
         (["export", "--target", "onnx-fp32", "--size", "big"], "--size is 'big'; expected 224 or 224x320"),
         (["export", "--target", "onnx-fp32", "--input", "sound"], "expected video or image"),
         (["export", "--target", "onnx-fp32", "--checkpoint", "none.safetensors"], "no checkpoint at none.safetensors"),
+        (["bench", ".", "--threads", "many"], "--threads is 'many'; expected numbers like 1,2,4"),
+        (["bench", ".", "--camera-fps", "0"], "camera-fps is 0.0; expected more than 0"),
         (["parity", "."], r"it has no edgetube\.json"),
     ],
 )
@@ -154,7 +166,7 @@ def test_a_broken_bundle_fails_the_doctor_with_exit_code_1(edgetube_cli, tiny_bu
     assert [check["ok"] for check in json.loads(out)] == [True, False]
 
 
-@pytest.mark.parametrize("command", ["targets", "export", "run", "inspect", "doctor", "parity"])
+@pytest.mark.parametrize("command", ["targets", "export", "run", "inspect", "doctor", "parity", "bench"])
 def test_help_has_an_example(edgetube_cli, command):
     code, out, _ = edgetube_cli(command, "--help")
     assert code == 0

@@ -12,7 +12,7 @@ from edgetube import bundle as bundles
 from edgetube import export, metrics, mlpackage, runtimes
 from edgetube.bundle import Bundle
 from edgetube.errors import BundleError, InputError, MissingPackageError, SpecError
-from edgetube.export import coreml, mlprogram, pipeline, static
+from edgetube.export import coreml, mlprogram, mlweights, pipeline, static
 from edgetube.export import graph as graphs
 from edgetube.model import checkpoints
 from edgetube.runtimes import mil
@@ -76,7 +76,7 @@ def test_every_lowering_in_every_layout(tmp_path, traced, clips, reference, lowe
 @pytest.mark.parametrize("precision", ["fp16", "w8", "w4"])
 @pytest.mark.parametrize("deployment", ["iOS16", "iOS17", "iOS18"])
 def test_every_precision_for_every_system(tmp_path, traced, clips, reference, precision, deployment, monkeypatch):
-    monkeypatch.setattr(coreml, "SMALL", 64)  # the tiny model's weights are all small
+    monkeypatch.setattr(mlweights, "SMALL", 64)  # the tiny model's weights are all small
     target = export.target(f"coreml-{precision}").choose({"deployment": deployment})
     coreml.build(traced("gather"), target, tmp_path)
     package = mlpackage.load(tmp_path / "model.mlpackage")
@@ -298,7 +298,7 @@ def test_palettes_are_the_best_sixteen_numbers(rng):
     """Against a k-means that somebody else wrote, started at the same kind of place, and no worse than it."""
     cluster = pytest.importorskip("sklearn.cluster")
     weights = (rng.normal(size=(64, 96)) * 0.02).astype(np.float32)
-    lut, indices = coreml.palette(weights)
+    lut, indices = mlweights.palette(weights)
     assert lut.dtype == np.float16
     assert indices.max() == 15
     ours = np.square(lut[indices].astype(np.float32) - weights).sum()
@@ -312,14 +312,14 @@ def test_palettes_are_the_best_sixteen_numbers(rng):
 
 def test_palettes_of_few_numbers_are_exact():
     weights = np.array([[0.0, 1.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0]], np.float32)
-    lut, indices = coreml.palette(weights)
+    lut, indices = mlweights.palette(weights)
     np.testing.assert_allclose(lut[indices], weights, atol=1e-3)
 
 
 def test_integers_are_half_a_step_away(rng):
     weights = rng.normal(size=(8, 50)).astype(np.float32) * np.logspace(-3, 1, 8, dtype=np.float32)[:, None]
-    scales = coreml.channel_scales(weights)
-    back = coreml.quantise(weights, scales) * scales[:, None]
+    scales = mlweights.channel_scales(weights)
+    back = mlweights.quantise(weights, scales) * scales[:, None]
     assert (np.abs(back - weights) <= scales[:, None] * 0.54).all()  # the scale itself is rounded to float16
 
 

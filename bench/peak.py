@@ -1,0 +1,54 @@
+"""How fast could this machine multiply? The best rate that any runtime here reaches on one large product of matrices.
+
+A model's own rate is read against it. It is no theoretical number: nobody's library reaches that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import get_args
+
+import numpy as np
+
+from edgetube import runtimes
+from edgetube.bench.worker import Lap, Subject
+from edgetube.targets import Precision
+
+OPENER = "edgetube.bench.peak:open_products"
+
+SIZE = 1024
+"""Rows and columns of both matrices: 1.07 GMAC, and the three of them fit into a last-level cache."""
+
+SECONDS, LEAST = 0.4, 5
+"""How long each product is repeated, and how often at least; the fastest call counts."""
+
+
+def open_products(lap: Lap, threads: int | None) -> Subject:
+    """Measures when it is opened; `about["peak"]` has a line for each precision that can be computed here."""
+    best: dict[str, tuple[float, str]] = {}
+    for precision in get_args(Precision):
+        products = runtimes.products(precision, SIZE, threads)
+        if precision == "fp32":
+            matrices = np.random.default_rng(0).standard_normal((2, SIZE, SIZE), np.float32)
+            products["numpy"] = partial(np.matmul, *matrices)
+        if products:
+            best[precision] = max((rate(call), name) for name, call in products.items())
+    lines = [
+        {"precision": precision, "threads": threads, "gmacs_per_s": gmacs, "by": name}
+        for precision, (gmacs, name) in best.items()
+    ]
+    return Subject(lambda: None, about={"peak": lines})
+
+
+def rate(product: Callable[[], object]) -> float:
+    """1e9 multiply-accumulates a second of one product of `SIZE`."""
+    product()
+    taken: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while len(taken) < LEAST or time.perf_counter() < end:
+        start = time.perf_counter()
+        product()
+        taken.append(time.perf_counter() - start)
+    return SIZE**3 / min(taken) / 1e9

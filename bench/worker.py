@@ -1,0 +1,199 @@
+"""One contestant in a process of its own: it opens, says how long that took, then runs in the turns that it is given.
+
+The parent is `edgetube.bench.latency.Process`. Orders and answers are JSON, one a line; what a vendor's library prints
+goes to stderr. Nothing but the standard library is imported before the clock of the cold start runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from edgetube.errors import EdgetubeError
+
+if TYPE_CHECKING:
+    from edgetube.bundle import Bundle
+    from edgetube.runtime import Runtime
+    from edgetube.video import Frames
+
+Lap = Callable[[str], None]
+"""Called with the name of the stage of the cold start that has just ended; "" for what is not part of it."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a contestant is.
+
+    Attributes:
+        call: one inference, of a batch that is ready.
+        prepare: the preprocessing of one clip, from a camera's frames to what `call` takes; None leaves it out.
+        runtime: for what only a runtime can do, the stream of a camera.
+        about: what runs it, plain JSON.
+    """
+
+    call: Callable[[], object]
+    prepare: Callable[[], object] | None = None
+    runtime: Runtime | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def bundle(lap: Lap, path: str, threads: int | None, device: str | None, camera: tuple[int, int]) -> Subject:
+    """Open a bundle as a camera app does; `camera` is the (height, width) of the frames that are preprocessed."""
+    from edgetube.runtime import Runtime
+
+    lap("import")
+    rt = Runtime(path, threads=threads, device=device)
+    lap("load")
+    clips, prepare = _inputs(rt.bundle, camera)
+    lap("")
+    return Subject(lambda: rt(clips), prepare, rt, rt.describe())
+
+
+def reference(lap: Lap, path: str, camera: tuple[int, int]) -> Subject:
+    """Open the PyTorch model that a bundle was made from; `OMP_NUM_THREADS` says its threads."""
+    from edgetube import bundle as bundles
+    from edgetube.model import checkpoints
+    from edgetube.runtimes.torch import Reference
+
+    lap("import")
+    found = bundles.load(path)
+    checkpoint = checkpoints.of_bundle(found)
+    model = Reference(checkpoint.model, checkpoint.contract)
+    lap("load")
+    clips, prepare = _inputs(found, camera)
+    lap("")
+    return Subject(lambda: model(clips), prepare, None, model.describe())
+
+
+def _inputs(found: Bundle, camera: tuple[int, int]) -> tuple[Frames, Callable[[], object]]:
+    """A batch that is ready, and the preprocessing of one clip of a camera's frames."""
+    from edgetube import preprocess
+    from edgetube.bench.camera import enlarge
+
+    golden = found.golden()[0]
+    raw = enlarge(golden, camera)
+    return golden[None].repeat(found.batch, axis=0), lambda: preprocess.prepare(raw, found.contract)
+
+
+SETTLE = 0.05
+"""Seconds of calls at the start of a turn that are not counted: caches and cores are still the contestant's before."""
+
+WINDOW, STEADY = 5, 0.05
+"""Warm-up ends when the medians of the last `WINDOW` calls and of the `WINDOW` before differ by less than `STEADY`."""
+
+
+def warm(subject: Subject, seconds: float) -> dict[str, Any]:
+    """Call until the times are steady, at most for `seconds`; how many calls that took, and whether they are."""
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while not (done := steady(taken)) and time.perf_counter() < end:
+        taken.append(_timed(subject.call))
+    return {"calls": len(taken), "steady": done, "peak_mb": peak_mb()}
+
+
+def steady(taken: list[float]) -> bool:
+    """Whether the last calls took as long as those before; see `WINDOW`."""
+    if len(taken) < 2 * WINDOW:
+        return False
+    before, last = sorted(taken[-2 * WINDOW : -WINDOW])[WINDOW // 2], sorted(taken[-WINDOW:])[WINDOW // 2]
+    return abs(last - before) < STEADY * before
+
+
+def turn(subject: Subject, seconds: float, least: int) -> dict[str, Any]:
+    """Milliseconds of at least `least` calls in about `seconds`; `calls` also counts those to settle."""
+    settled, end = 0, time.perf_counter() + SETTLE
+    while settled == 0 or time.perf_counter() < end:
+        subject.call()
+        settled += 1
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(taken) < least or time.perf_counter() < end:
+        taken.append(_timed(subject.call))
+    return {"ms": taken, "calls": settled + len(taken)}
+
+
+def prepare(subject: Subject, least: int) -> dict[str, Any]:
+    """Milliseconds of `least` preprocessed clips; the first one is not counted."""
+    if subject.prepare is None:
+        return {"ms": []}
+    subject.prepare()
+    return {"ms": [_timed(subject.prepare) for _ in range(least)]}
+
+
+def camera(subject: Subject, **paced: Any) -> dict[str, Any] | None:
+    """What `edgetube.bench.camera.pace` measures; None for what has no stream."""
+    from edgetube.bench import camera as cameras
+
+    return None if subject.runtime is None else cameras.pace(subject.runtime, **paced)
+
+
+ORDERS: dict[str, Callable[..., Any]] = {"warm": warm, "turn": turn, "prepare": prepare, "camera": camera}
+
+
+def main() -> None:
+    """Serve one contestant until stdin ends; the first argument says which, see `Process`."""
+    began = time.monotonic()
+    order = json.loads(sys.argv[1])
+    answers = _answers()
+    laps = {"start": (began - order["spawned"]) * 1e3}
+    mark = time.perf_counter()
+
+    def lap(stage: str) -> None:
+        nonlocal mark
+        now = time.perf_counter()
+        if stage:
+            laps[stage] = laps.get(stage, 0.0) + (now - mark) * 1e3
+        mark = time.perf_counter()
+
+    def say(answer: Any) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    module, _, function = order["opener"].partition(":")
+    try:
+        subject: Subject = getattr(importlib.import_module(module), function)(lap, **order["given"])
+        subject.call()
+        lap("first")
+    except EdgetubeError as error:
+        say({"error": str(error), "kind": type(error).__name__})
+        return
+    say({"laps": laps, "about": subject.about})
+    for line in sys.stdin:
+        request = json.loads(line)
+        say(ORDERS[request.pop("do")](subject, **request))
+
+
+def _answers() -> TextIO:
+    """The real stdout; what anybody else prints goes to stderr from now on."""
+    private = os.dup(1)
+    os.dup2(2, 1)
+    return os.fdopen(private, "w", encoding="utf-8")
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def peak_mb() -> float | None:
+    """Largest resident memory of this process so far, 1e6 bytes; None where the system does not tell.
+
+    Not `getrusage` on Linux: its number is inherited from the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        return int(fields["VmHWM"].split()[0]) * 1024 / 1e6
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -1,0 +1,75 @@
+"""Energy meters, on counters that the tests turn."""
+
+import stat
+import time
+
+import pytest
+
+from edgetube.bench import energy
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    zone = tmp_path / "powercap" / "intel-rapl:0"
+    zone.mkdir(parents=True)
+    (zone / "max_energy_range_uj").write_text("1000000\n")
+    (zone / "energy_uj").write_text("900000\n")
+    core = zone.parent / "intel-rapl:0:0"  # a part of the package: counted twice if it were read
+    core.mkdir()
+    (core / "energy_uj").write_text("1\n")
+    monkeypatch.setattr(energy, "POWERCAP", zone.parent)
+    return zone / "energy_uj"
+
+
+def test_rapl_counts_joules_also_when_the_counter_starts_again(package):
+    assert energy.source() == {"source": "RAPL, 1 package(s)", "reason": None}
+    with energy.meter() as meter:
+        assert meter.joules() == 0
+        package.write_text("950000\n")
+        assert meter.joules() == pytest.approx(0.05)
+        package.write_text("20000\n")
+        assert meter.joules() == pytest.approx(0.12)
+
+
+def test_a_counter_that_may_not_be_read_is_a_reason(package, monkeypatch):
+    def refuse(self):
+        raise PermissionError
+
+    monkeypatch.setattr(type(package), "read_text", refuse)
+    found = energy.source()
+    assert found["source"] is None
+    assert "root" in found["reason"]
+    assert type(energy.meter()) is energy.Meter
+
+
+def test_a_machine_without_counters_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path / "none")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert energy.source()["source"] is None
+    assert "no tegrastats" in energy.source()["reason"]
+    with energy.meter() as meter:
+        assert meter.joules() == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "RAM 2103/7471MB CPU [4%@729] VDD_IN 5000mW/4182mW VDD_CPU_GPU_CV 538mW/538mW",
+        "RAM 1903/3964MB GR3D_FREQ 0% POM_5V_IN 5000/2104 POM_5V_GPU 0/0",
+    ],
+)
+def test_tegrastats_is_power_times_time(tmp_path, monkeypatch, line):
+    command = tmp_path / "tegrastats"
+    command.write_text(f"#!/bin/sh\nwhile :; do echo '{line}'; sleep 0.02; done\n")
+    command.chmod(command.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path / "none")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert energy.source()["source"] == "tegrastats"
+    with energy.meter() as meter:
+        deadline = time.perf_counter() + 10
+        while meter.joules() == 0 and time.perf_counter() < deadline:
+            time.sleep(0.02)
+        start, before = time.perf_counter(), meter.joules()
+        time.sleep(0.2)
+        used, seconds = meter.joules() - before, time.perf_counter() - start
+    assert used == pytest.approx(5.0 * seconds, rel=0.05)
