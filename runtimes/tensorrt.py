@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 import re
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -610,9 +611,11 @@ def find_engine(kit: Sdk, bundle: Bundle, gpu: cuda.Stream) -> tuple[bytes, str]
     key = engine_key(kit, bundle, gpu, settings)
 
     def make(path: Path, reason: str) -> None:
+        began = time.monotonic()
         LOGGER.warning("building the engine of %s for %s (%s; %s)", bundle.name, gpu.name, misfit, reason)
         legacy = calibrator(kit, bundle.path, settings, gpu, bundle.batch)
-        path.write_bytes(build(kit, bundle.path / settings.source, settings, _report, legacy))
+        path.write_bytes(build(kit, bundle.path / settings.source, settings, _Report(), legacy))
+        LOGGER.warning("built in %.0f s; kept in %s", time.monotonic() - began, path.parent)
 
     entry = cache.make_once(bundle.name, ".engine", key, make)
     origin = f"built here: {misfit}; {entry.reason}" if entry.reason else f"built here earlier: {misfit}"
@@ -648,8 +651,19 @@ def engine_misfit(record: Mapping[str, Any], kit: Sdk, gpu: cuda.Stream) -> str:
     return ""
 
 
-def _report(phase: str, step: int, steps: int) -> None:
-    LOGGER.info("%s: %d of %d", phase, step, steps)
+class _Report:
+    """The SDK's progress as log lines, one every few seconds: a build has thousands of steps, and can take minutes."""
+
+    EVERY = 2.0
+
+    def __init__(self) -> None:
+        self.began = self.said = time.monotonic()
+
+    def __call__(self, phase: str, step: int, steps: int) -> None:
+        now = time.monotonic()
+        if now - self.said >= self.EVERY:
+            self.said = now
+            LOGGER.info("%.0f s: %s, %d of %d", now - self.began, phase, step, steps)
 
 
 def _digest(plan: bytes) -> str:
