@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    logging.basicConfig(format="%(message)s")  # to stderr: an engine that is built on the first load takes minutes
+    logging.getLogger("edgetube").setLevel(logging.INFO)
     try:
         app(args=[a for a in argv if a != "--debug"], prog_name="edgetube")
     except EdgetubeError as error:

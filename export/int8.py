@@ -17,6 +17,8 @@ from edgetube.calibration import Calibrated
 from edgetube.calibration.table import Activations
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
+from edgetube.export.base import Wishes
+from edgetube.export.graph import Graph
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.progress import Progress, track
 from edgetube.runtimes.base import Backend
@@ -66,6 +68,13 @@ def activations(target: Target) -> Activations:
     """The scheme that a target's exporter asks for in `activations`; int8 without a zero point if it is silent."""
     ask: Callable[[Target], Activations] = getattr(export.exporter(target.backend), "activations", lambda _: "int8")
     return ask(target)
+
+
+def wishes(graph: Graph, target: Target) -> Wishes:
+    """What a target's exporter wants of the calibration; nothing if it is silent."""
+    state = getattr(export.exporter(target.backend), "wishes", None)
+    found: Wishes = state(graph, target) if state else Wishes()
+    return found
 
 
 def float_sibling(target: Target) -> Target:
