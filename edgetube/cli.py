@@ -272,7 +272,7 @@ def parity(
         Path | None, typer.Option(help="A bundle to compare with; the PyTorch model if left out.")
     ] = None,
     min_agreement: Annotated[float, typer.Option(help="Gate: share of clips with the same answer.")] = 0.99,
-    min_cosine: Annotated[float | None, typer.Option(help="Gate: cosine of the logits, worst clip.")] = None,
+    min_cosine: Annotated[float, typer.Option(help="Gate: cosine of the logits on the worst clip.")] = 0.98,
     max_drop: Annotated[float | None, typer.Option(help="Gate: points of top-1 lost.")] = None,
     max_class_drop: Annotated[float | None, typer.Option(help="Gate: points of top-1 lost by a class.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, nats.")] = None,
