@@ -71,11 +71,11 @@ def pareto(rows: Sequence[Row], quality: str, title: str) -> str:
     points = [row for row in rows if row["p50_ms"] is not None and row[quality] is not None]
 
     def draw(figure: Figure, wide: bool) -> None:
-        axes = _axes(figure, (0.62, 0.62, 0.2, 0.2))
+        axes = _axes(figure, (0.62, 0.52, 0.15, 0.1))
         times, values = [row["p50_ms"] for row in points], [100 * row[quality] for row in points]
         reach = max(max(values) - min(values), 1.0)
-        axes.set(xscale="log", ylim=(min(values) - 0.35 * reach, max(values) + 0.35 * reach))
-        axes.set_xlim(min(times) / 1.35, max(times) * (1.5 if wide else 2.4))
+        axes.set(xscale="log", ylim=(min(values) - 0.3 * reach, max(values) + 0.45 * reach))
+        axes.set_xlim(min(times) / 1.35, max(times) * 1.35)
         front = sorted((row["p50_ms"], 100 * row[quality]) for row in points if _unbeaten(row, points, quality))
         axes.step(*zip(*front, strict=True), where="post", color=SOFT, linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
         for row in points:
@@ -102,7 +102,7 @@ def _unbeaten(row: Row, rows: Sequence[Row], quality: str) -> bool:
 def sizes(rows: Sequence[Row]) -> str:
     """Megabytes of every artifact."""
     look = styles(rows)
-    known = [row for row in rows if row["size_mb"] is not None]
+    known = [row for row in rows if row["target"] and row["size_mb"] is not None]
 
     def draw(figure: Figure, wide: bool) -> None:
         axes = _axes(figure, (1.3, 0.1, 0.55, 0.05))
@@ -147,8 +147,9 @@ def heat(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
         axes.grid(False)
         axes.spines[:].set_visible(False)
 
-    wide_cell, narrow_cell = 0.3, (NARROW - 1.4) / count
-    return both(draw, wide_cell * count + 1.2, narrow_cell * count + 1.2, "agreement between targets in per cent")
+    wide, cell = min(WIDE, 1.4 + 0.6 * count), (NARROW - 1.4) / count
+    label = "agreement between targets in per cent"
+    return both(draw, 0.32 * count + 1.2, cell * count + 1.2, label, wide)
 
 
 def layers(rows: Sequence[Row], curves: Sequence[Row]) -> str:
@@ -200,10 +201,10 @@ def _group(layer: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ the paper
 
 
-def both(draw: Draw, high: float, high_narrow: float, label: str) -> str:
+def both(draw: Draw, high: float, high_narrow: float, label: str, width: float = WIDE) -> str:
     """The drawing for wide pages and the one for narrow pages; the style sheet shows one of them."""
-    wide, narrow = _svg(draw, WIDE, high, True, label), _svg(draw, NARROW, high_narrow, False, label)
-    return f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
+    wide, narrow = _svg(draw, width, high, True, label), _svg(draw, NARROW, high_narrow, False, label)
+    return f'<div class="wide" style="max-width: {100 * width:.0f}px">{wide}</div><div class="narrow">{narrow}</div>'
 
 
 def _svg(draw: Draw, width: float, height: float, wide: bool, label: str) -> str:
@@ -263,27 +264,26 @@ def _log_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside points, moved up or down until none covers another; a moved one is joined to its point."""
-    inches = axes.figure.get_size_inches() * 72
-    box = axes.get_position()
-    pixels = [(float(x), float(y)) for x, y in axes.transData.transform([(x, y) for x, y, _ in points])]
-    scale = 72 / axes.figure.dpi
-    bottom, top = box.y0 * inches[1], box.y1 * inches[1]
-    taken: list[tuple[float, float, float]] = []
-    high = 11.0  # points, from one line to the next
-    for index in sorted(range(len(points)), key=lambda i: -pixels[i][1]):
-        x, y = (value * scale for value in pixels[index])
-        name = points[index][2]
-        left, right = x + 9, x + 9 + 5.4 * len(name)
-        moves = sorted((k * high / 2 for k in range(-40, 41)), key=abs)
+    """Names above points, moved up or down until none covers another or a point; a moved one is joined."""
+    scale = 72 / axes.figure.dpi  # from pixels to points, which is what the letters are measured in
+    corners = axes.transAxes.transform([(0, 0), (1, 1)]) * scale
+    (left, bottom), (right, top) = corners.tolist()
+    places = [(float(x) * scale, float(y) * scale) for x, y in axes.transData.transform([(x, y) for x, y, _ in points])]
+    high, taken = 11.5, [(x - 7, x + 7, y) for x, y in places]
+    for (x, y), (value, height, name) in sorted(zip(places, points, strict=True)):
+        half = 2.75 * len(name)
+        middle = min(max(x, left + half), right - half)
+        moves = [sign * (high + step * high / 2) for step in range(30) for sign in (1, -1)]
         free = (
             y + move for move in moves
-            if bottom + 4 < y + move < top - 2
-            and all(abs(y + move - other) >= high or right < start or end < left for start, end, other in taken)
+            if bottom + 8 < y + move < top
+            and all(abs(y + move - at) >= high - 1 or middle + half < start or end < middle - half
+                    for start, end, at in taken)
         )  # fmt: skip
-        at = next(free, y)
-        taken.append((left, right, at))
+        at = next(free, y + high)
+        taken.append((middle - half, middle + half, at))
         axes.annotate(
-            name, (points[index][0], points[index][1]), (9, at - y), textcoords="offset points", color=INK, size=9,
-            va="center", arrowprops={"arrowstyle": "-", "color": LINE, "lw": 0.8} if abs(at - y) > high else None,
+            name, (value, height), (middle - x, at - y), textcoords="offset points", color=INK, size=9,
+            va="center", ha="center",
+            arrowprops={"arrowstyle": "-", "color": SOFT, "lw": 0.6} if abs(at - y) > 1.6 * high else None,
         )  # fmt: skip

@@ -191,7 +191,7 @@ def html(report: Report) -> str:
     curves = [curve for curve in parity["layers"] if curve["curve"]]
     drawings = {
         "pareto": safe(figures.pareto(plotted, quality, title)) if both_known else "",
-        "sizes": safe(figures.sizes([row for row in rows if row["target"]])),
+        "sizes": safe(figures.sizes(rows)),
         "heat": safe(figures.heat([short.get(n, n) for n in agreement["names"]], agreement["matrix"])),
         "layers": safe(figures.layers(rows, curves)) if curves else "",
     }

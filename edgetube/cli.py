@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -397,6 +398,64 @@ def bench(
         out.print(table)
     for note in latency.notes(document):
         err.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+
+
+@app.command(name="report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="The folder of the bundles, as export --out wrote it.")],
+    page: Annotated[Path | None, typer.Option("--out", help="The page; report.html in the folder if left out.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of clips, one sub-folder a class, .csv manifest, .npy or .npz; else built-in clips."),
+    ] = None,
+    clips: Annotated[int, typer.Option(help="How many of the built-in clips.")] = 126,
+    min_agreement: Annotated[float, typer.Option(help="Gate: share of clips with the same answer.")] = 0.98,
+    seconds: Annotated[float, typer.Option(help="Counted calls of each bundle.")] = 3.0,
+    camera_fps: Annotated[
+        float | None, typer.Option(help="Also pace each bundle by a camera of so many frames per second.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table for a README or a review.")] = False,
+) -> None:
+    """One page about all bundles of a folder: right, fast, and at what cost. Exit 1 when a gate fails.
+
+    What is measured is kept beside the bundles, and measured again when anything that it depends on has changed.
+
+    Example: edgetube report out --out report.html
+    """
+    reports = need("edgetube.bench.report", "report")
+    harness, looking = need("edgetube.bench.parity", "export"), need("edgetube.bench.layers", "export")
+    found = reports.find(folder)
+    source = datasets.load(data) if data else datasets.built_in(clips, found[0].labels)
+    gates = harness.Gates(min_agreement=min_agreement)
+    options = latency.Options((threads,), seconds=seconds, camera_fps=camera_fps, reference=True)
+    with _progress() as progress:
+
+        def prove() -> dict[str, Any]:
+            comparison = harness.measure(found, source, threads=threads, progress=progress)
+            curves = looking.curves(found, source.sample(4), progress=progress)
+            proven: dict[str, Any] = comparison.to_json(gates.judge(comparison), [c.to_json() for c in curves], None)
+            return proven
+
+        asked = {"data": str(data), "clips": [item.name for item in source.items], "gate": min_agreement}
+        proven = reports.kept(folder, "parity", found, asked | {"threads": threads}, prove)
+        timed = reports.kept(folder, "bench", found, asdict(options), lambda: latency.measure(found, options, progress))
+    contract = found[0].contract
+    made = reports.assemble(
+        proven, timed, lambda name, count: harness.strip(source, name, contract, count),
+        [shlex.join(["edgetube", *sys.argv[1:]])],
+    )  # fmt: skip
+    where = reports.save(reports.html(made), page or folder / "report.html")
+    if as_json:
+        _print_json(made.to_json())
+    elif as_markdown:
+        out.file.write(reports.markdown(made))
+    else:
+        out.print(escape(reports.headline(made)), highlight=False, soft_wrap=True)
+    err.print(f"wrote {where}", highlight=False, soft_wrap=True)
+    if failed := [row["name"] for row in made.rows if row["verdict"] == "differs"]:
+        raise ParityError(f"{', '.join(failed)} agree with the reference on less than {min_agreement:.1%} of the clips")
 
 
 def _predictions(
