@@ -230,6 +230,7 @@ def _inline(text: str, label: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px; font-family: var(--font)", text)
+    text = re.sub(r"font-family: '[^;\"]+", "font-family: var(--font)", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     width, height = (float(value) for value in re.findall(r' (?:width|height)="([\d.]+)pt"', text)[:2])

@@ -450,7 +450,7 @@ def report_command(
     if as_json:
         _print_json(made.to_json())
     elif as_markdown:
-        out.file.write(reports.markdown(made))
+        print(reports.markdown(made), end="")  # noqa: T201
     else:
         out.print(escape(reports.headline(made)), highlight=False, soft_wrap=True)
     err.print(f"wrote {where}", highlight=False, soft_wrap=True)

@@ -80,7 +80,8 @@ def test_every_lowering_in_every_layout(tmp_path, traced, clips, reference, lowe
 @pytest.mark.parametrize("deployment", ["iOS16", "iOS17", "iOS18"])
 def test_every_precision_for_every_system(tmp_path, traced, clips, reference, precision, deployment, monkeypatch):
     monkeypatch.setattr(mlweights, "SMALL", 64)  # the tiny model's weights are all small
-    target = export.target(f"coreml-{precision}").choose({"deployment": deployment})
+    layout = "columns" if deployment == "iOS18" else "rows"
+    target = export.target(f"coreml-{precision}").choose({"deployment": deployment, "layout": layout})
     coreml.build(traced("gather"), target, tmp_path)
     package = mlpackage.load(tmp_path / "model.mlpackage")
     assert package.version == {"iOS16": 7, "iOS17": 8, "iOS18": 9}[deployment]
@@ -164,13 +165,15 @@ def rendered(checkpoint):
     ids=["rows", "integers", "columns"],
 )
 def test_int8_computes_what_the_table_says(tmp_path, traced, calibrated, rendered, lowering, settings):
-    """Against ONNX Runtime on the Q/DQ graph of the same table; both are as far from float as they are from zero."""
+    """Against ONNX Runtime on the Q/DQ graph of the same table: far nearer to it than to the graph in floating point."""
     graph, table = quantize.apply(calibrated, traced(lowering))
     built = coreml.build(graph, INT8.choose(settings), tmp_path, table)
     oracle = export.evaluator()(quantize.qdq(graph.model, table, activations="int8"))
+    plain = export.evaluator()(graph.model)
     expected = np.concatenate([oracle({"frames": clip[None]})[0] for clip in rendered])
+    unquantised = np.concatenate([plain({"frames": clip[None]})[0] for clip in rendered])
     got = np.concatenate([evaluate(tmp_path, graph, clip[None]) for clip in rendered])
-    assert metrics.sqnr(expected, got) > 35
+    assert metrics.sqnr(expected, got) > metrics.sqnr(expected, unquantised) + 15
     assert sum(built.details["integers"].values()) == len(table.quantised)
 
 
