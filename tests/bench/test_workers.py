@@ -30,7 +30,9 @@ def make(index, folder, times, parent, contract):
 
 def clip_set(folder, count, deadly=None):
     deaths = deadly or {}
-    items = [Item(f"clip {i}", None, partial(make, i, str(folder), deaths.get(i, 0), os.getpid())) for i in range(count)]
+    items = [
+        Item(f"clip {i}", None, partial(make, i, str(folder), deaths.get(i, 0), os.getpid())) for i in range(count)
+    ]
     return ClipSet("made up", tuple(items))
 
 
