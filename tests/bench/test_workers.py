@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def make(index, folder, times, parent, contract):
 
 def clip_set(folder, count, deadly=None):
     deaths = deadly or {}
-    items = [Item(f"clip {i}", None, partial(make, i, str(folder), deaths.get(i, 0), os.getpid())) for i in range(count)]
+    items = [
+        Item(f"clip {i}", None, partial(make, i, str(folder), deaths.get(i, 0), os.getpid())) for i in range(count)
+    ]
     return ClipSet("made up", tuple(items))
 
 
@@ -83,15 +86,16 @@ def test_no_workers_are_refused(bundle, tmp_path):
         parity.measure([bundle], clip_set(tmp_path, 1), run=partial(workers.in_processes, workers=0))
 
 
-@pytest.fixture
-def cluster(monkeypatch):
+@pytest.fixture(scope="module")
+def cluster():
     """A Ray of two workers on this machine."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'edgetube[ray]'")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
 
 
 @pytest.mark.slow
@@ -119,5 +123,5 @@ class TestRay:
 @pytest.mark.slow
 def test_no_cluster_is_one_line():
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'edgetube[ray]'")
-    with pytest.raises(InputError, match="no Ray cluster at 127.0.0.1:1; "):
+    with pytest.raises(InputError, match=r"no Ray cluster at 127\.0\.0\.1:1: "):
         list(workers.on_cluster(panel.Panel((), None, ()), [], address="127.0.0.1:1"))
