@@ -115,8 +115,8 @@ class TestRay:
             parity.measure([bundle], clip_set(tmp_path, 4, {2: 99}), run=run, threads=1)
 
     def test_an_error_of_ours_comes_back_as_it_is(self, bundle, cluster):
+        source = ClipSet("x", (Item("gone", None, _gone),))
         with pytest.raises(InputError, match="gone is not there any more"):
-            source = ClipSet("x", (Item("gone", None, _gone),))
             parity.measure([bundle], source, run=partial(workers.on_cluster, address=cluster))
 
 
