@@ -124,9 +124,13 @@ def export_naive(work: Path, own: Path) -> None:
 
 def quantise(function: str, file: str, work: Path, own: Path) -> None:
     """One of `quantisers` on the naive export."""
+    import onnx
     import quantisers
 
     export_naive(work, own)
+    model = onnx.load(own / ONNX)
+    del model.graph.value_info[:]  # the exporter's shapes of some transposed weights are those before the transpose
+    onnx.save(model, own / ONNX)
     getattr(quantisers, function)(own / ONNX, calibration(work), own / file)
     for file in own.glob(f"{ONNX}*"):
         file.unlink()
@@ -216,6 +220,9 @@ def litert(work: Path, own: Path) -> Call:
 
 
 def build_bundle(target: str, work: Path, own: Path) -> None:
+    """Export it, unless a bundle was brought along (`--bundles`)."""
+    if (own / "bundle").is_dir():
+        return
     from edgetube.export import pipeline
 
     # Random weights have no accuracy to lose: time is measured here, so INT8 need not search for its budget.
