@@ -21,8 +21,8 @@ class Browser:
 
     def __init__(self, profile: Path) -> None:
         down, up = os.pipe(), os.pipe()
-        line = [str(COMMAND), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-                "--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]  # fmt: skip
+        line = [str(COMMAND), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        line += ["--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
         # It reads from descriptor 3 and writes to 4.
         place = (
             "import fcntl, os, sys; ends = [fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3]]; "
