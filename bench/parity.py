@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgetube import datasets
 from edgetube.bench import compare as comparing
 from edgetube.bench import machine, panel, workers
 from edgetube.bench.compare import ClassRow, Parity, Quarter, Rows, WorstClip
@@ -35,6 +37,7 @@ __all__ = [
     "answer",
     "compare",
     "measure",
+    "reopen",
     "strip",
 ]
 
@@ -361,8 +364,25 @@ def strip(source: ClipSet, name: str, contract: InputContract, count: int = 8) -
     Raises:
         InputError: the set has no such clip.
     """
-    frames: Frames = source.item(name).read(contract).frames
-    return frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
+    frames = source.item(name).read(contract).frames
+    picked: Frames = frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
+    return picked
+
+
+def reopen(document: Mapping[str, Any], labels: tuple[str, ...]) -> ClipSet:
+    """The clips that a document of `edgetube parity --json` is about, for `strip`.
+
+    Args:
+        labels: of the bundles.
+
+    Raises:
+        InputError: they are not where they were.
+    """
+    data = document["data"]
+    if document["video"] is not None:
+        named = {clip["name"] for bundle in document["bundles"] for clip in bundle["worst"]}
+        return datasets.windows(Path(data["source"]), sorted(float(name.removesuffix("s")) for name in named))
+    return datasets.built_in(data["clips"], labels) if data["source"] is None else datasets.load(data["source"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- gates

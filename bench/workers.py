@@ -8,6 +8,7 @@ tried, and that a clip that ends every process that touches it is named.
 from __future__ import annotations
 
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -29,6 +30,9 @@ Runner = Callable[[Panel, Iterable[Job]], Results]
 
 ALONE = 2
 """How often a clip that was being worked on when a process died is tried again, alone, before it is blamed."""
+
+CONNECT_S = 10.0
+"""Seconds that a cluster may take to answer at all."""
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """What libraries of linear algebra read once, when they are loaded."""
@@ -147,8 +151,9 @@ def on_cluster(panel: Panel, jobs: Iterable[Job], *, address: str) -> Results:
     ray = need("ray", "ray")
     if not ray.is_initialized():
         try:
+            _reach(address)
             ray.init(address=address, log_to_driver=False, logging_level="error")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"no Ray cluster at {address}: {' '.join(str(error).split())}; start one with: ray start"
             ) from error
@@ -174,6 +179,17 @@ def on_cluster(panel: Panel, jobs: Iterable[Job], *, address: str) -> Results:
             again.extend(job.singles())
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
+
+
+def _reach(address: str) -> None:
+    """That somebody listens at `[ray://]host:port`; Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
 
 
 _opened: dict[str, Opened] = {}

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,16 @@ from edgetube.calibration import graphs, search
 from edgetube.calibration.cache import Cache
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import Array, Open
+from edgetube.calibration.observers import Histogram, least_squares
 from edgetube.calibration.search import Found, Judge
-from edgetube.calibration.table import Activations, CalibrationTable, LinearPlan, digits
+from edgetube.calibration.table import Activations, CalibrationTable, LinearPlan, Range, digits
 from edgetube.calibration.walk import State, Walk
-from edgetube.progress import Progress, silent
+from edgetube.progress import Progress, silent, track
 
-__all__ = ["Calibrated", "calibrate"]
+__all__ = ["Calibrated", "calibrate", "observe"]
+
+OBSERVED_CLIPS = 32
+"""Clips that ranges of single tensors come from: they settle long before output errors do."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,30 @@ def calibrate(
     )
     kept.save_result(values, table, report)
     return Calibrated(values, table, judge, report)
+
+
+def observe(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    clips: Clips,
+    open_graph: Open,
+    activations: Activations,
+    progress: Progress = silent,
+) -> dict[str, Range]:
+    """Ranges of any tensors of a graph with batch 1: those with the least squared error on the clips.
+
+    A softmax is between 0 and 1, whatever the clips.
+    """
+    known = {out for node in model.graph.node if node.op_type == "Softmax" for out in node.output}
+    seen = {name: Histogram() for name in tensors if name not in known}
+    call = open_graph(graphs.only(model, list(seen)))
+    (frames,) = (value.name for value in model.graph.input)
+    for index in track(range(min(len(clips), OBSERVED_CLIPS)), "observe", OBSERVED_CLIPS, progress):
+        for histogram, values in zip(seen.values(), call({frames: clips.frames[index : index + 1]}), strict=True):
+            histogram.add(values)
+    found = {name: least_squares(histogram, activations) for name, histogram in seen.items()}
+    rounded = {name: Range(digits(r.low), digits(r.high), r.method) for name, r in found.items()}
+    return {name: rounded.get(name, Range(0.0, 1.0, "softmax")) for name in tensors}
 
 
 def _key(

@@ -92,6 +92,6 @@ def _notes(source: str, names: tuple[str, ...], flat: list[str]) -> tuple[str, .
 
 
 def spool(folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
-    """An array in a file of its own in `folder`; it goes when the folder goes."""
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".raw", delete=False) as file:
-        return np.memmap(file.name, dtype=dtype, mode="w+", shape=shape)
+    """An array in a file of its own in `folder`; its place on the disk is free again when nobody holds the array."""
+    with tempfile.TemporaryFile(dir=folder, suffix=".raw") as file:
+        return np.memmap(file, dtype=dtype, mode="w+", shape=shape)

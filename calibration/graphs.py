@@ -112,14 +112,27 @@ def linears(model: onnx.ModelProto) -> tuple[Linear, ...]:
     return tuple(found)
 
 
+def products(model: onnx.ModelProto) -> dict[str, tuple[str, str]]:
+    """The products of two activations in the encoder, queries by keys and attention by values: node -> operands."""
+    constant = {tensor.name for tensor in model.graph.initializer}
+    return {
+        node.name: (node.input[0], node.input[1])
+        for node in model.graph.node
+        if node.op_type == "MatMul" and BLOCK.match(node.name) and not constant & set(node.input)
+    }
+
+
 def macs(model: onnx.ModelProto) -> dict[str, int]:
     """Multiply-accumulates of every linear, by its name."""
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
-    sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    return {
-        found.name: int(np.prod(shapes[found.activation][:-1])) * int(np.prod(sizes[found.weight]))
-        for found in linears(model)
-    }
+    rows = {found.name: int(np.prod(shapes[found.activation][:-1])) for found in linears(model)}
+    return {name: rows[name] * size for name, size in sizes(model).items()}
+
+
+def sizes(model: onnx.ModelProto) -> dict[str, int]:
+    """Weights of every linear, by its name."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    return {found.name: int(np.prod(shapes[found.weight])) for found in linears(model)}
 
 
 def stages(model: onnx.ModelProto) -> tuple[Stage, ...]:
@@ -180,7 +193,8 @@ def only(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
 def quantise_activations(
     model: onnx.ModelProto, tensors: Mapping[str, Range], nodes: Iterable[str], activations: Activations
 ) -> onnx.ModelProto:
-    """A copy in which the MatMuls called `nodes` read their activation through QuantizeLinear, DequantizeLinear.
+    """A copy in which the MatMuls called `nodes` read the activations in `tensors` through QuantizeLinear,
+    DequantizeLinear.
 
     One pair per tensor, whatever the number of readers; other readers of the tensor keep the float value.
 
@@ -194,13 +208,14 @@ def quantise_activations(
     made: set[str] = set()
     ordered: list[onnx.NodeProto] = []
     for node in graph.node:
-        name = node.input[0] if node.input else ""
-        if node.name in readers and name in tensors:
+        for index, name in enumerate(node.input if node.name in readers else ()):
+            if name not in tensors:
+                continue
             if name not in made:
                 made.add(name)
                 ordered.extend(_pair(name))
                 graph.initializer.extend(_parameters(name, tensors[name], activations))
-            node.input[0] = dequantised(name)
+            node.input[index] = dequantised(name)
         ordered.append(node)
     ordered = [_copied(node) for node in ordered]
     del graph.node[:]

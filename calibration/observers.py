@@ -83,8 +83,13 @@ def candidates(seen: Histogram, activations: Activations) -> Iterator[Range]:
         tail = (1 - percent / 100) / 2
         low, high = seen.quantile(tail) - seen.width, seen.quantile(1 - tail)
         yield Range(min(0.0, max(low, seen.low)), max(0.0, min(high, seen.high)), f"percentile {percent}")
-    yield _search(seen, activations, "mse")
+    yield least_squares(seen, activations)
     yield _search(seen, activations, "entropy")
+
+
+def least_squares(seen: Histogram, activations: Activations) -> Range:
+    """The clipped range with the least expected squared error."""
+    return _search(seen, activations, "mse")
 
 
 def _search(seen: Histogram, activations: Activations, method: str) -> Range:

@@ -23,8 +23,8 @@ Array = npt.NDArray[np.float32]
 MAX_DROP, MAX_DISAGREEMENT = 0.5, 1.0
 """Budgets in points: of top-1 accuracy where the clips have labels, else of clips with another answer."""
 
-WORTH = 0.02
-"""Share of the work from which a linear outside of the blocks is quantised."""
+WORTH = 0.005
+"""Share of the work or of the weights from which a linear outside of the blocks is quantised."""
 
 LEAST = 0.5
 """Share of the linears' work that must be left in int8 for the artifact to be called that."""
@@ -114,12 +114,12 @@ def search(walk: Walk, state: State, judge: Judge) -> Found:
     Raises:
         ParityError: the budget does not hold even with half of the work in floating point.
     """
-    work = graphs.macs(walk.model)
-    total = sum(work.values())
+    work, sizes = graphs.macs(walk.model), graphs.sizes(walk.model)
+    of_work, of_weights = sum(work.values()), sum(sizes.values())
     reasons = {
-        linear.name: f"{work[linear.name] / total:.1%} of the work"
-        for linear in walk.linears
-        if not linear.in_block and work[linear.name] < WORTH * total
+        name: f"{work[name] / of_work:.1%} of the work, {sizes[name] / of_weights:.1%} of the weights"
+        for name in (linear.name for linear in walk.linears if not linear.in_block)
+        if max(work[name] / of_work, sizes[name] / of_weights) < WORTH
     }
     admitted = frozenset(work) - frozenset(reasons)
     verdict = _try(walk, state, judge, admitted)

@@ -36,6 +36,7 @@ SCHEMA = 1
 MANIFEST = "edgetube.json"
 GOLDEN = "golden.npz"
 CALIBRATION = "calibration.json"
+CLIPS = "calibration.npy"
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Bundle:
     @property
     def artifact_bytes(self) -> int:
         """Size of the raw artifact on disk, external weight files included."""
-        return sum(record.bytes for name, record in self.files.items() if name not in (GOLDEN, CALIBRATION))
+        return sum(record.bytes for name, record in self.files.items() if name not in (GOLDEN, CALIBRATION, CLIPS))
 
     def golden(self) -> tuple[Frames, npt.NDArray[np.float32]]:
         """The golden clip (T, H, W, 3) uint8 and the reference's logits for it (classes,) float32.

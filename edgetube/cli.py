@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 import traceback
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    logging.basicConfig(format="%(message)s")  # to stderr: an engine that is built on the first load takes minutes
+    logging.getLogger("edgetube").setLevel(logging.INFO)
     try:
         app(args=[a for a in argv if a != "--debug"], prog_name="edgetube")
     except EdgetubeError as error:
@@ -110,7 +113,7 @@ def targets(as_json: Json = False) -> None:
     for t in known:
         table.add_row(t.name, _yes(t.missing(t.build_needs)), _yes(t.missing(t.run_needs)), t.summary)
     out.print(table)
-    for remedy in sorted({t.remedy for t in known if t.missing(t.build_needs + t.run_needs)}):
+    for remedy in sorted({t.remedy for t in known} - {""}):
         out.print(f"to install what is missing: [bold]{escape(remedy)}[/]", highlight=False)
 
 
@@ -270,7 +273,7 @@ def parity(
         Path | None, typer.Option(help="A bundle to compare with; the PyTorch model if left out.")
     ] = None,
     min_agreement: Annotated[float, typer.Option(help="Gate: share of clips with the same answer.")] = 0.99,
-    min_cosine: Annotated[float | None, typer.Option(help="Gate: cosine of the logits, worst clip.")] = None,
+    min_cosine: Annotated[float, typer.Option(help="Gate: cosine of the logits on the worst clip.")] = 0.98,
     max_drop: Annotated[float | None, typer.Option(help="Gate: points of top-1 lost.")] = None,
     max_class_drop: Annotated[float | None, typer.Option(help="Gate: points of top-1 lost by a class.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, nats.")] = None,

@@ -5,6 +5,10 @@
     TARGETS: tuple[Target, ...]
     def build(graph: Graph, target: Target, folder: Path) -> Built: ...
 
+A file with INT8 targets takes their calibration table as a fourth argument, and may say which scheme it wants:
+`def activations(target: Target) -> Activations`; int8 without a zero point otherwise. What else it wants of the
+calibration it says in `def wishes(graph: Graph, target: Target) -> Wishes`.
+
 The file is imported to list the targets, so it imports torch, onnx and the vendor's package inside `build`.
 """
 
@@ -24,9 +28,24 @@ class Built:
         details: what was chosen and counted, plain JSON, for the manifest's "build".
         image: the artifact also answers single images, from the same weights.
         deferred: the device completes the artifact on its first load.
+        notes: what a person should know about an int8 artifact, in words; shown after the export.
     """
 
     artifact: str
     details: Mapping[str, Any] = field(default_factory=dict)
     image: bool = False
     deferred: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What an exporter wants of a calibration, beside the linears in the table.
+
+    Attributes:
+        tensors: names in the graph whose ranges the table should have too.
+        clips: how many clips the bundle carries to the device, in `edgetube.bundle.CLIPS`: (N, T, H, W, 3) uint8.
+    """
+
+    tensors: tuple[str, ...] = ()
+    clips: int = 0

@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import numpy as np
-import numpy.typing as npt
-
-from edgetube import __version__
-from edgetube.errors import InputError, SpecError
+from edgetube import __version__, mlpackage
+from edgetube.errors import InputError
 from edgetube.export.base import Built
+from edgetube.mlpackage import Ref
 from edgetube.runtimes.coreml import NEEDS as RUN_NEEDS
 from edgetube.targets import Setting, Target
 
 if TYPE_CHECKING:
+    from edgetube.calibration.table import Activations, CalibrationTable, LinearPlan, Range
     from edgetube.export.graph import Graph
-
-Array = npt.NDArray[Any]
 
 SETTINGS = (
     Setting(
@@ -46,7 +43,14 @@ SETTINGS = (
 )
 
 
-def _target(precision: Any, summary: str, tolerance: float) -> Target:
+INT8_SETTINGS = (
+    Setting("deployment", "iOS17", "oldest system that opens the package (iOS17: macOS 14)", ("iOS17", "iOS18")),
+    *(setting for setting in SETTINGS if setting.name not in ("deployment", "functions")),
+)
+"""Older systems do not quantise activations, and the ranges of an image's are not those of a video's."""
+
+
+def _target(precision: Any, summary: str, tolerance: float | None) -> Target:
     return Target(
         name=f"coreml-{precision}",
         precision=precision,
@@ -57,22 +61,19 @@ def _target(precision: Any, summary: str, tolerance: float) -> Target:
         extra="export,coreml",
         lowering="conv2d",
         tolerance=tolerance,
-        settings=SETTINGS,
+        settings=INT8_SETTINGS if precision == "int8" else SETTINGS,
     )
 
 
 TARGETS = (
     _target("fp16", "float16, for the neural engine and the GPU", 2e-2),
-    _target("w8", "weights in int8, computed in float16: half the size", 1e-1),
-    _target("w4", "weights in 16-entry palettes, computed in float16: a quarter of the size", 1.0),
+    _target("w8", "weights in int8, computed in float16: half the size", 5e-2),
+    _target("w4", "weights in 16-entry palettes, computed in float16: a quarter of the size", 0.35),
+    _target("int8", "linears in int8, weights and activations, for A17 Pro, M4 and later; calibrated on clips", None),
 )
 
-SMALL = 2048
-"""Weights of fewer elements stay float16: compressing them saves nothing and costs accuracy."""
-
-PALETTE = 16
-GROUP = 16
-"""Output channels that share a palette, from iOS 18 on, or a divisor; before, a weight has one palette."""
+ACTIVATIONS: Activations = "int8"
+"""Symmetric: the only kind of activation that Core ML's own tools make, and so that its engine is known to fuse."""
 
 NOTES = {
     "frames": "RGB frames (clip, time, height, width, colour), whole numbers 0 to 255, not normalised",
@@ -83,14 +84,17 @@ NOTES = {
 }
 
 
-def build(graph: Graph, target: Target, folder: Path) -> Built:
+def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:
     """Write `model.mlpackage`.
 
+    Args:
+        table: of the int8 target: which linears compute in integers, and their scales.
+
     Raises:
-        InputError: settings that exclude each other, or a pin that matches nothing.
+        InputError: settings that exclude each other, a pin that matches nothing, or a table for another graph.
         SpecError: an operator that has no translation, or a number beyond float16.
     """
-    both = target.setting("functions") == "video+image"
+    both = target.chosen.get("functions") == "video+image"
     if both and target.setting("deployment") != "iOS18":
         raise InputError("functions=video+image needs deployment=iOS18: older systems know one function a package")
     if both and graph.image is None:
@@ -102,8 +106,29 @@ def build(graph: Graph, target: Target, folder: Path) -> Built:
         if both and graph.image is not None:
             _save_both(graph, graph.image(), target, path)
         else:
-            _save(_convert(graph, target), graph, path)
-    return Built(path.name, {"settings": {s.name: target.setting(s.name) for s in target.settings}}, image=both)
+            _save(_convert(graph, target, table), graph, path)
+    details: dict[str, Any] = {"settings": {s.name: target.setting(s.name) for s in target.settings}}
+    if table is not None:
+        details["integers"] = integer_products(path)
+    return Built(path.name, details, image=both)
+
+
+def integer_products(path: Path) -> dict[str, int]:
+    """The products of a saved package whose both sides are int8: operation -> count.
+
+    They are read back from the file. Whether a device multiplies the integers, or what they stand for, is its choice.
+    """
+    operations = mlpackage.load(path).functions["main"].operations
+    makers = {name: operation.kind for operation in operations for name, _ in operation.outputs}
+    found: Counter[str] = Counter()
+    for operation in operations:
+        x, weight = (
+            makers.get(refs[0].name, "") if isinstance(refs[0], Ref) else ""
+            for refs in (operation.inputs.get(side, ("",)) for side in ("x", "weight"))
+        )
+        if x == "dequantize" and weight.startswith("constexpr_"):
+            found[operation.kind] += 1
+    return dict(found)
 
 
 @contextmanager
@@ -122,13 +147,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _convert(graph: Graph, target: Target) -> Any:
+def _convert(graph: Graph, target: Target, table: CalibrationTable | None = None) -> Any:
     """The package in memory, one function `main`."""
     import coremltools as ct
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, types
 
     from edgetube.export.mlprogram import EngineLowering, Lowering
+    from edgetube.export.mlweights import Storage
 
     deployment = getattr(ct.target, target.setting("deployment"))
     lowering = EngineLowering if target.setting("layout") == "columns" else Lowering
@@ -139,7 +165,9 @@ def _convert(graph: Graph, target: Target) -> Any:
     frames = mb.placeholder(shape=(graph.batch, *graph.contract.shape), dtype=kind)
     program = Program()
     with Function({"frames": frames}, opset_version=deployment) as function:
-        translation = lowering(mb, graph.model, _weights(mb, target), pins)
+        blocks = target.setting("deployment") == "iOS18"
+        storage = Storage(mb, target.precision, blocks, _plans(graph, table))
+        translation = lowering(mb, graph.model, storage.weight, pins, storage.activation)
         narrow = translation.run(function.inputs["frames"])
         answer = mb.cast(x=narrow, dtype="fp32", name=output) if narrow.dtype != types.fp32 else narrow
         if classify:
@@ -203,86 +231,15 @@ def _save_both(video: Graph, image: Graph, target: Target, path: Path) -> None:
         model.save(str(path))
 
 
-def _weights(mb: Any, target: Target) -> Callable[[str, Array, str], Any]:
-    """How the target stores the weight (output channels first) of a matrix product."""
-    from edgetube.export.mlprogram import label, narrow
-
-    blocks = target.setting("deployment") == "iOS18"
-
-    def plain(name: str, array: Array, _: str) -> Any:
-        return mb.const(val=narrow(name, array, "fp16"), name=label(name))
-
-    def integers(name: str, array: Array, activation: str) -> Any:
-        if array.size < SMALL:
-            return plain(name, array, activation)
-        scales = channel_scales(array)
-        data = quantise(array, scales)
-        if blocks:
-            scale = scales.reshape(-1, *[1] * (array.ndim - 1)).astype(np.float16)
-            return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=label(name))
-        return mb.constexpr_affine_dequantize(
-            quantized_data=data,
-            scale=scales.astype(np.float16),
-            zero_point=np.int8(0),
-            axis=np.int32(0),
-            name=label(name),
-        )
-
-    def palettes(name: str, array: Array, activation: str) -> Any:
-        if not name.startswith("blocks."):  # the ends of the model: few weights, and errors that nothing evens out
-            return integers(name, array, activation)
-        if not blocks:
-            lut, indices = palette(array)
-            packed = indices.reshape(-1, 2) @ np.array([1, PALETTE], np.uint8)
-            shape = np.array(array.shape, np.uint32)
-            return mb.constexpr_lut_to_dense(lut=lut, indices=packed, shape=shape, name=label(name))
-        from coremltools.converters.mil.mil.types import np_uint4_dtype
-
-        groups = [palette(rows) for rows in np.split(array, len(array) // math.gcd(len(array), GROUP))]
-        lut = np.stack([lut for lut, _ in groups]).reshape(len(groups), *[1] * (array.ndim - 1), PALETTE, 1)
-        indices = np.concatenate([indices for _, indices in groups]).astype(np_uint4_dtype)
-        return mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=label(name))
-
-    return {"fp16": plain, "w8": integers, "w4": palettes}[target.precision]
-
-
-def channel_scales(array: Array) -> Array:
-    """The scale (O,) float32 with which each output channel of (O, ...) fills int8 symmetrically.
+def _plans(graph: Graph, table: CalibrationTable | None) -> dict[str, tuple[LinearPlan, Range]]:
+    """What a table says of the weights that it quantises, and of what they multiply.
 
     Raises:
-        SpecError: a scale exceeds what float16 holds.
+        InputError: the table is for another graph.
     """
-    largest = np.abs(array).reshape(len(array), -1).max(axis=1)
-    scales = np.where(largest > 0, largest / 127, 1).astype(np.float16)
-    if not (np.isfinite(scales).all() and (scales > 0).all()):
-        raise SpecError(f"weights from {largest.min():.3g} to {largest.max():.3g} a channel: float16 has no such scale")
-    return scales.astype(np.float32)
+    if table is None:
+        return {}
+    from edgetube.calibration import graphs
 
-
-def quantise(array: Array, scales: Array) -> Array:
-    """The nearest int8 of each weight (O, ...), with one scale (O,) a channel."""
-    steps = array / scales.reshape(-1, *[1] * (array.ndim - 1))
-    return np.clip(np.rint(steps), -127, 127).astype(np.int8)
-
-
-def palette(array: Array, steps: int = 50) -> tuple[Array, Array]:
-    """The 16 float16 numbers that stand for an array with the least squared error, and each element's index.
-
-    Lloyd's iteration on the sorted numbers: a cluster is a range, its mean a difference of cumulative sums.
-    """
-    flat = np.sort(array.astype(np.float64), axis=None)
-    sums = np.concatenate([[0.0], np.cumsum(flat)])
-    # Where a normal distribution has its 16 best levels: at the quantiles of one that is wider by sqrt(3).
-    tails = np.sinh(np.linspace(-1.6, 1.6, PALETTE)) / np.sinh(1.6)
-    centres = flat.mean() + tails * 2.7 * flat.std()
-    for _ in range(steps):
-        edges = np.searchsorted(flat, (centres[1:] + centres[:-1]) / 2)
-        edges = np.concatenate([[0], edges, [len(flat)]])
-        counts = np.diff(edges)
-        moved = np.where(counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), centres)
-        if np.array_equal(moved, centres):
-            break
-        centres = moved
-    lut = centres.astype(np.float16)
-    bounds = (lut[1:].astype(np.float32) + lut[:-1].astype(np.float32)) / 2
-    return lut, np.searchsorted(bounds, array).astype(np.uint8)
+    table.check(graphs.digest(graph.model))
+    return {plan.weight: (plan, table.ranges[plan.activation]) for plan in table.quantised}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from edgetube.calibration import Calibrated
 from edgetube.calibration.table import Activations
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
+from edgetube.export.base import Wishes
+from edgetube.export.graph import Graph
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.progress import Progress, track
 from edgetube.runtimes.base import Backend
@@ -63,9 +65,16 @@ def sources(checkpoint: Checkpoint, given: Path | None) -> tuple[ClipSet, ClipSe
 
 
 def activations(target: Target) -> Activations:
-    """The scheme that a target's exporter asks for with `ACTIVATIONS`; int8 without a zero point if it is silent."""
-    scheme: Activations = getattr(export.exporter(target.backend), "ACTIVATIONS", "int8")
-    return scheme
+    """The scheme that a target's exporter asks for in `activations`; int8 without a zero point if it is silent."""
+    ask: Callable[[Target], Activations] = getattr(export.exporter(target.backend), "activations", lambda _: "int8")
+    return ask(target)
+
+
+def wishes(graph: Graph, target: Target) -> Wishes:
+    """What a target's exporter wants of the calibration; nothing if it is silent."""
+    state = getattr(export.exporter(target.backend), "wishes", None)
+    found: Wishes = state(graph, target) if state else Wishes()
+    return found
 
 
 def float_sibling(target: Target) -> Target:

@@ -1,9 +1,9 @@
 """A calibrated graph in integer kernels: what a runtime would have to find by fusing Q/DQ is stated outright.
 
-For runtimes that know the `com.microsoft` operators. A linear is one MatMulIntegerToFloat (uint8 activations with a
-zero point times int8 weights with a scale per column, plus the float bias), attention one MultiHeadAttention in
-float32. Tubes multiply the bytes of the frames as they are: a pixel is a uint8 with scale 1, so only weights are
-rounded. Nothing is left to pattern matching, so nothing falls back to float behind anybody's back.
+For runtimes that know the `com.microsoft` operators. A linear is one MatMulIntegerToFloat (8-bit activations times
+8-bit weights with a scale per column, plus the float bias), attention one MultiHeadAttention in float32. Tubes multiply
+the bytes of the frames as they are: a pixel is a uint8 with scale 1, so only weights are rounded. Nothing is left to
+pattern matching, so nothing falls back to float behind anybody's back.
 """
 
 from __future__ import annotations
@@ -32,14 +32,20 @@ TO_COLUMNS = [0, 2, 3, 1]
 """(B, N, h, D / h) to (B, h, D / h, N)."""
 
 
-def native(model: onnx.ModelProto, table: CalibrationTable) -> onnx.ModelProto:
+def native(model: onnx.ModelProto, table: CalibrationTable, *, unsigned_weights: bool = False) -> onnx.ModelProto:
     """The calibrated float graph in integer kernels; linears that the table keeps in float stay as they are.
+
+    Activations are of the table's scheme.
+
+    Args:
+        unsigned_weights: write the same weights as uint8 with zero point 128. Where uint8 times int8 is summed in
+            16 bits that saturate (x86 without VNNI), uint8 times uint8 is summed in 32.
 
     Raises:
         InputError: the table is for another graph.
     """
     table.check(graphs.digest(model))
-    nodes, tensors = _Linears(model, table).rewrite()
+    nodes, tensors = _Linears(model, table, unsigned_weights).rewrite()
     nodes = _fuse_attention(nodes, graphs.weights(model))
     return _model(model, nodes, tensors)
 
@@ -47,8 +53,9 @@ def native(model: onnx.ModelProto, table: CalibrationTable) -> onnx.ModelProto:
 class _Linears:
     """Linears one by one; what they share (quantised activations, zero points) is made once."""
 
-    def __init__(self, model: onnx.ModelProto, table: CalibrationTable) -> None:
-        self.model, self.ranges = model, table.ranges
+    def __init__(self, model: onnx.ModelProto, table: CalibrationTable, unsigned_weights: bool) -> None:
+        self.model, self.ranges, self.scheme = model, table.ranges, table.activations
+        self.unsigned_weights = unsigned_weights
         self.plans = {plan.name: plan for plan in table.quantised}
         self.weights = graphs.weights(model)
         self.producers = _producers(model.graph.node)
@@ -90,27 +97,29 @@ class _Linears:
     def _activation(self, name: str) -> list[str]:
         """Names of a tensor's integers, scale and zero point; pixels are integers already."""
         if name not in self.quantised:
-            scale, zero = self.ranges[name].asymmetric
-            cast = self.producers.get(name)
-            pixels = (scale, zero) == (1.0, 0) and cast is not None and cast.op_type == "Cast"
-            integers = cast.input[0] if pixels and cast is not None else f"{name}.quantized"
+            found, cast = self.ranges[name], self.producers.get(name)
+            integers, scale, zero = f"{name}.quantized", *found.asymmetric
+            zero_point: np.generic = np.uint8(zero)
+            if (scale, zero) == (1.0, 0) and cast is not None and cast.op_type == "Cast":
+                integers = cast.input[0]
+            elif self.scheme == "int8":
+                scale, zero_point = found.symmetric, np.int8(0)
             self.quantised[name] = [
                 integers,
                 self._constant(f"{name}.scale", np.float32(scale)),
-                self._constant(f"{name}.zero_point", np.uint8(zero)),
+                self._constant(f"{name}.zero_point", zero_point),
             ]
         return self.quantised[name]
 
     def _weight(self, plan: LinearPlan, name: str, scale: str, zero: str) -> list[str]:
         scales = np.array(plan.weight_scales, np.float32)
         integers = numeric.quantise_weights(np.asarray(self.weights[name], np.float32), scales)
-        return [
-            self._constant(f"{name}.int8", integers),
-            scale,
-            self._constant(f"{name}.scale", scales),
-            zero,
-            "",  # the weights' zero point is 0
-        ]
+        if self.unsigned_weights:
+            unsigned = (integers.astype(np.int16) + 128).astype(np.uint8)
+            kept, weight_zero = self._constant(f"{name}.uint8", unsigned), self._constant("zero_point", np.uint8(128))
+        else:
+            kept, weight_zero = self._constant(f"{name}.int8", integers), ""  # 0
+        return [kept, scale, self._constant(f"{name}.scale", scales), zero, weight_zero]
 
     def _constant(self, name: str, value: npt.ArrayLike) -> str:
         self.tensors[name] = numpy_helper.from_array(np.asarray(value), name)

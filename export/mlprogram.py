@@ -25,8 +25,12 @@ Array = npt.NDArray[Any]
 Var = Any
 """A value of the program under construction; the builder's own type."""
 
-Weight = Callable[[str, Array, str], Var]
-"""(name, float32 weight with its output channels first, tensor that it multiplies) -> constant of the program."""
+Weight = Callable[[str, Array, float], Var]
+"""(name, float32 weight with its output channels first, unit) -> constant of the program. What it multiplies is smaller
+by `unit` than in the graph, and the weight is given larger by as much: `PIXEL_SCALE` for pixels, 1 for all others."""
+
+Activation = Callable[[str, Var, float], Var]
+"""(name of the weight, what it is to multiply, unit as above) -> what it multiplies instead."""
 
 
 class Lowering:
@@ -37,7 +41,7 @@ class Lowering:
         model: a canonical graph.
         weight: makes the constant of a matrix; decides its precision.
         pins: globs of tensor names (`blocks.3.norm1`, `blocks.*.norm?`); what makes them computes in float32.
-        quantise: what is done to the input of a linear layer, by default nothing.
+        quantise: what is done to the input of a linear layer that computes in float16, by default nothing.
 
     Raises:
         InputError: a pin matches no tensor.
@@ -50,9 +54,9 @@ class Lowering:
         model: onnx.ModelProto,
         weight: Weight,
         pins: Sequence[str] = (),
-        quantise: Callable[[str, Var], Var] | None = None,
+        quantise: Activation | None = None,
     ) -> None:
-        self.mb, self.weight, self.quantise = mb, weight, quantise or (lambda _, x: x)
+        self.mb, self.weight, self.quantise = mb, weight, quantise or (lambda _, x, __: x)
         self.nodes, self.output = list(model.graph.node), model.graph.output[0].name
         if unknown := sorted({node.op_type for node in self.nodes} - set(self.operators())):
             raise SpecError(
@@ -65,8 +69,8 @@ class Lowering:
             for name in node.input:
                 self.uses[name].append(node)
         self.pinned = self._pinned(pins)
-        casts = [node.output[0] for node in self.nodes if node.op_type == "Cast"]
-        self.scaled = {name for cast in casts for node in self.uses[cast] for name in node.input[1:]}
+        self.pixels = {node.output[0] for node in self.nodes if node.op_type == "Cast"}
+        self.scaled = {name for pixels in self.pixels for node in self.uses[pixels] for name in node.input[1:]}
         self.values: dict[str, Var] = {}
         self.narrowed: dict[tuple[str, str], Var] = {}
         self.matrices: dict[tuple[str, str], Var] = {}
@@ -213,7 +217,7 @@ class Lowering:
         """x @ W + b in one operation; W is stored (outputs, inputs)."""
         bias, end = self._bias(node)
         width = self.width(node, end)
-        x = self.quantise(node.input[0], self.take(node.input[0], width))
+        x = self.activation(node, self.take(node.input[0], width))
         weight = self.matrix(node, np.ascontiguousarray(self.array(node.input[1]).T), width)
         arguments = {} if bias is None else {"bias": narrow(bias, self.array(bias), width)}
         value = self.mb.linear(x=x, weight=weight, name=self.label(end.output[0]), **arguments)
@@ -228,12 +232,20 @@ class Lowering:
                     return name, users[0]
         return None, node
 
+    def activation(self, node: onnx.NodeProto, x: Var) -> Var:
+        """What a product multiplies: quantised as the target says, unless the product is pinned."""
+        return x if width_of(x) == "fp32" else self.quantise(node.input[1], x, self.unit(node))
+
+    def unit(self, node: onnx.NodeProto) -> float:
+        """By how much the input of a product is smaller than in the graph."""
+        return float(graphs.PIXEL_SCALE) if node.input[0] in self.pixels else 1.0
+
     def matrix(self, node: onnx.NodeProto, array: Array, width: str) -> Var:
         """The weight of a product: compressed as the target says, or plain float32 where the product is pinned."""
         name = node.input[1]
         if (name, width) not in self.matrices:  # the neighbours of a space-to-depth tube share one
             wide = width == "fp32"
-            matrix = self.mb.const(val=array, name=label(name)) if wide else self.weight(name, array, node.input[0])
+            matrix = self.mb.const(val=array, name=label(name)) if wide else self.weight(name, array, self.unit(node))
             self.matrices[name, width] = matrix
         return self.matrices[name, width]
 
@@ -327,7 +339,7 @@ class EngineLowering(Lowering):
             return
         bias, end = self._bias(node)
         width = self.width(node, end)
-        x = self.quantise(node.input[0], self.column(node.input[0], width))
+        x = self.activation(node, self.column(node.input[0], width))
         weight = self.matrix(node, np.ascontiguousarray(self.array(node.input[1]).T)[:, :, None, None], width)
         arguments = {} if bias is None else {"bias": narrow(bias, self.array(bias), width)}
         value = self.mb.conv(x=x, weight=weight, pad_type="valid", name=self.label(end.output[0]), **arguments)

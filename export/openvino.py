@@ -51,14 +51,16 @@ TARGETS = (
     ),
 )
 
-ACTIVATIONS: Activations = "uint8"
-"""As fast as int8 here, nearer to what the ranges are, exact for pixels, and the calibration is shared."""
-
 INFERENCE_PRECISION = {"fp32": ["f32"], "fp16": ["f16", "bf16", "f32"], "int8": ["bf16", "f32"]}
 """Types that a target's float arithmetic may run in, best first; the backend takes the first that the device has."""
 
 PRODUCTS = ("FullyConnected", "MatMul", "Convolution")
 """How the names of layers begin that multiply matrices in OpenVINO's executed graph."""
+
+
+def activations(target: Target) -> Activations:
+    """As fast as int8 here, nearer to what the ranges are, exact for pixels, and the calibration is shared."""
+    return "uint8"
 
 
 def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:
@@ -79,7 +81,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
 def _build_int8(graph: Graph, path: Path, table: CalibrationTable, precisions: list[str]) -> Built:
     from edgetube.export import integer, quantize
 
-    model = integer.split_products(quantize.qdq(graph.model, table, activations=ACTIVATIONS))
+    model = integer.split_products(quantize.qdq(graph.model, table))
     convert(model, path, compress=False)
     kernels = integer_kernels(path, precisions)
     integer.lint("OpenVINO", integer.products(model), sum(kernels.values()))

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from edgetube.bench import machine, parity
 from edgetube.bench.latency import interleave
 from edgetube.bundle import Bundle
 from edgetube.calibration import Calibrated
-from edgetube.calibration.clips import collect
-from edgetube.calibration.table import Activations, CalibrationTable
+from edgetube.calibration.clips import Clips, collect
+from edgetube.calibration.table import Activations, CalibrationTable, Range
 from edgetube.errors import InputError, MissingPackageError, ParityError
 from edgetube.export import graph as graphs
 from edgetube.export import int8, quantize, static
@@ -179,10 +179,14 @@ class Road:
 
     def _build_int8(self, folder: Path, target: Target, graph: Graph) -> tuple[Bundle, Built]:
         """Calibrate, build, and measure against the float artifact of the same runtime."""
+        wishes = int8.wishes(graph, target)  # refuses what cannot be before the long work begins
         calibrated = self._calibrate(int8.activations(target), folder.parent)
         equalised, table = quantize.apply(calibrated, graph)
+        table = replace(table, ranges={**table.ranges, **self._observe(wishes.tensors, calibrated)})
+        if wishes.clips:
+            np.save(folder / bundles.CLIPS, self._calibration_clips[0].frames[: wishes.clips])
         bundle, built = self._build(folder, target, equalised, table)
-        report = dict(calibrated.report)
+        report = {**calibrated.report, "notes": [*calibrated.report["notes"], *built.notes]}
         if runtimes.proof_device(target.name, target.backend) == runtimes.EMULATED:
             with runtimes.open_bundle(bundle, device=runtimes.EMULATED) as backend:
                 contestant = int8.Contestant(target.name, backend, 0)
@@ -200,7 +204,7 @@ class Road:
                 int8.Contestant(
                     each.target,
                     stack.enter_context(runtimes.open_bundle(each)),
-                    sum(file.stat().st_size for file in each.path.rglob("*") if file.is_file()),
+                    sum(f.stat().st_size for f in each.path.rglob("*") if f.is_file() and f.name != bundles.CLIPS),
                 )
                 for each in (bundle, plain)
             )
@@ -213,10 +217,7 @@ class Road:
         """
         if activations not in self._calibrations:
             folder = Path(self._workspace.name)
-            statistics, judged = (
-                collect(source, self.checkpoint.contract, self.checkpoint.labels, folder, progress=self.progress)
-                for source in int8.sources(self.checkpoint, self.options.calib)
-            )
+            statistics, judged = self._calibration_clips
             self._calibrations[activations] = calibration.calibrate(
                 self._graph("gather", batch=1).model,
                 statistics,
@@ -230,6 +231,24 @@ class Road:
                 progress=self.progress,
             )
         return self._calibrations[activations]
+
+    def _observe(self, tensors: Sequence[str], calibrated: Calibrated) -> dict[str, Range]:
+        """The ranges of more tensors, in the calibrated float graph."""
+        if not tensors:
+            return {}
+        plain, table = quantize.apply(calibrated, self._graph("gather", batch=1))
+        clips, _ = self._calibration_clips
+        return calibration.observe(plain.model, tensors, clips, export.evaluator(), table.activations, self.progress)
+
+    @cached_property
+    def _calibration_clips(self) -> tuple[Clips, Clips]:
+        """Those that ranges come from, and those that judge; read once."""
+        folder, checkpoint = Path(self._workspace.name), self.checkpoint
+        statistics, judged = (
+            collect(source, checkpoint.contract, checkpoint.labels, folder, progress=self.progress)
+            for source in int8.sources(checkpoint, self.options.calib)
+        )
+        return statistics, judged
 
     def _prove_lowerings(self) -> dict[str, float]:
         """Every lowering's tokens against the reference tokenizer's, on noise and on a rendered clip."""

@@ -16,7 +16,8 @@ from edgetube.export.graph import Graph
 
 
 def qdq(model: onnx.ModelProto, table: CalibrationTable, *, activations: Activations | None = None) -> onnx.ModelProto:
-    """Q/DQ around the linears that the table quantises; everything else stays as it is.
+    """Q/DQ around the linears that the table quantises, and around those products of two activations for whose
+    operands it has ranges; everything else stays as it is.
 
     A quantised activation has one QuantizeLinear and one DequantizeLinear, whatever reads it; a weight is an int8
     initializer `<weight>.int8` (K, N) behind a DequantizeLinear along axis 1; biases stay float.
@@ -31,6 +32,7 @@ def qdq(model: onnx.ModelProto, table: CalibrationTable, *, activations: Activat
     table.check(graphs.digest(model))
     plans = {plan.weight: plan for plan in table.quantised}
     readers = [node.name for node in model.graph.node if any(name in plans for name in node.input)]
+    readers += [name for name, operands in graphs.products(model).items() if set(operands) <= set(table.ranges)]
     result = graphs.quantise_activations(model, table.ranges, readers, activations or table.activations)
     graph, known = result.graph, graphs.weights(model)
     kept = [tensor for tensor in graph.initializer if tensor.name not in plans]
@@ -72,7 +74,7 @@ def _types(model: onnx.ModelProto, table: CalibrationTable, activations: Activat
     found = []
     for plan in table.quantised:
         found.append(helper.make_tensor_value_info(plan.weight, TensorProto.FLOAT, shapes[plan.weight]))
-    for name in dict.fromkeys(plan.activation for plan in table.quantised):
+    for name in table.ranges:
         found.append(helper.make_tensor_value_info(f"{name}.quantized", integer, known[name]))
         found.append(helper.make_tensor_value_info(graphs.dequantised(name), TensorProto.FLOAT, known[name]))
     return found

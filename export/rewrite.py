@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,6 +40,42 @@ def cast_first(model: onnx.ModelProto) -> onnx.ModelProto:
                 value.type.tensor_type.elem_type = width
             types.append(value)
     return _with(result, nodes, types, graph.initializer)
+
+
+def opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A float32 graph in opset 17, for parsers of 2023: GELU as x (1 + erf(x / sqrt 2)) / 2, which is what it is.
+
+    LayerNormalization, the newest operator that is left, came with opset 17.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    nodes: list[onnx.NodeProto] = []
+    types = list(graph.value_info)
+    known = {value.name: value for value in types}
+    halves = {"gelu.half": 0.5, "gelu.root": math.sqrt(0.5), "gelu.one": 1.0}
+    constants = [numpy_helper.from_array(np.array(value, np.float32), name) for name, value in halves.items()]
+    for node in graph.node:
+        if node.op_type == "Split":
+            del node.attribute[[a.name for a in node.attribute].index("num_outputs")]
+        if node.op_type != "Gelu":
+            nodes.append(node)
+            continue
+        (x,), (out,) = node.input, node.output
+        steps = [
+            ("Mul", [x, "gelu.root"], f"{out}.scaled"),
+            ("Erf", [f"{out}.scaled"], f"{out}.erf"),
+            ("Add", [f"{out}.erf", "gelu.one"], f"{out}.plus"),
+            ("Mul", [x, "gelu.half"], f"{out}.halved"),
+            ("Mul", [f"{out}.halved", f"{out}.plus"], out),
+        ]
+        nodes += [helper.make_node(kind, inputs, [name], name=name) for kind, inputs, name in steps]
+        shape = [d.dim_value for d in known[out].type.tensor_type.shape.dim]
+        types += [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for _, _, name in steps[:-1]]
+    del result.opset_import[:]
+    result.opset_import.append(helper.make_opsetid("", 17))
+    result.ir_version = 8
+    return _with(result, nodes, types, [*graph.initializer, *constants])
 
 
 def separate_projections(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -7,42 +7,67 @@ builds it on the first load. TensorRT for RTX compiles for named GPUs on any mac
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgetube import cuda
 from edgetube.errors import InputError
-from edgetube.export.base import Built
+from edgetube.export.base import Built, Wishes
 from edgetube.runtimes import tensorrt as runtime
 from edgetube.runtimes.tensorrt import Sdk, Settings
 from edgetube.targets import Precision, Setting, Target, installed
 
 if TYPE_CHECKING:
+    import onnx
+
     from edgetube.calibration.table import CalibrationTable
     from edgetube.export.graph import Graph
+    from edgetube.spec import ModelSpec
 
 NEEDS = ("torch", "onnx", "onnxscript", "safetensors")
 RTX_NEEDS = (*NEEDS, "tensorrt_rtx")
 
 WORKSPACE = Setting("workspace", "", "MiB of scratch memory that a kernel may take; the SDK chooses when left out")
 DLA = Setting("dla", "", "refused: this model cannot run there")
-TRT_SETTINGS = (
-    WORKSPACE,
-    Setting("timing-cache", "", "file of kernel timings to begin with and to keep"),
-    Setting("version-compatible", "no", "the engine also runs on later minor versions", ("no", "yes")),
-    Setting(
-        "hardware-compatible",
-        "no",
-        "the engine also runs on every GPU from Ampere on, or on all of the same compute capability",
-        ("no", "ampere", "same"),
+ATTENTION = Setting(
+    "attention",
+    "fp16",
+    "int8 also multiplies queries, keys and values in integers; at most 512 tokens",
+    ("fp16", "int8"),
+)
+SETTINGS = {
+    "trt": (
+        WORKSPACE,
+        Setting("timing-cache", "", "file of kernel timings to begin with and to keep"),
+        Setting("version-compatible", "no", "the engine also runs on later minor versions", ("no", "yes")),
+        Setting(
+            "hardware-compatible",
+            "no",
+            "the engine also runs on every GPU from Ampere on, or on all of the same compute capability",
+            ("no", "ampere", "same"),
+        ),
+        Setting(
+            "legacy",
+            "no",
+            "for TensorRT 8.6 to 10: a network without types, int8 by TensorRT's own calibrator",
+            ("no", "yes"),
+        ),
+        DLA,
     ),
-    DLA,
-)
-RTX_SETTINGS = (
-    WORKSPACE,
-    Setting("capabilities", "86,89,120", "compute capabilities to build for: Ampere, Ada and Blackwell desktops"),
-    DLA,
-)
+    "rtx": (
+        WORKSPACE,
+        Setting("capabilities", "86,89,120", "compute capabilities to build for: Ampere, Ada and Blackwell desktops"),
+        DLA,
+    ),
+}
+
+FUSED_TOKENS, FUSED_HEADS = 512, (16, 32, 64)
+"""The most tokens, and the head sizes, for which attention in int8 is one kernel. Built by TensorRT for RTX 1.7:
+at 392 tokens each block's attention is one kernel of int8, at 539 it falls apart into GEMMs and copies."""
+
+LEGACY_CLIPS = 32
+"""Clips that a bundle carries to the device for TensorRT's own calibrator; 4.8 MB each at 32x224x224."""
 
 
 def _target(name: str, summary: str, tolerance: float | None) -> Target:
@@ -57,7 +82,7 @@ def _target(name: str, summary: str, tolerance: float | None) -> Target:
         run_needs=runtime.NEEDS[family],
         extra=runtime.FAMILIES[family].extra,
         tolerance=tolerance,
-        settings=RTX_SETTINGS if rtx else TRT_SETTINGS,
+        settings=SETTINGS[family] + ((ATTENTION,) if precision == "int8" else ()),
     )
 
 
@@ -89,47 +114,137 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
 
     family = target.name.partition("-")[0]
     chosen = parse_settings(target)
-    model = graph.model
+    typed = plain = graph.model
+    notes: list[str] = []
     if table is not None:
-        model = qdq(model, table, activations="int8")
+        typed = rewrite.separate_projections(qdq(plain, table, activations="int8"))
         (folder / CACHE).write_text(table.to_cache(), "ascii")
-        model = rewrite.separate_projections(model)
-    model = rewrite.cast_first(model if target.precision == "fp32" else graphs.half(model))
-    path = folder / "model.onnx"
-    graphs.save(model, path)
+        if target.setting("attention") != "int8" and (note := attention_note(graph.spec)):
+            notes.append(note)
+    typed = rewrite.cast_first(typed if target.precision == "fp32" else graphs.half(typed))
+    graphs.save(typed, folder / "model.onnx")
+    if chosen.legacy:
+        chosen = replace(chosen, layers=layer_precisions(plain, chosen.legacy, table))
+        graphs.save(rewrite.opset_17(rewrite.cast_first(plain)), folder / runtime.LEGACY)
+        if table is not None:
+            notes.append(LEGACY_NOTE)
     details: dict[str, Any] = {
-        "graph": graphs.statistics(model),
+        "graph": graphs.statistics(typed),
         "settings": chosen.to_json(),
         "command": command(family, chosen),
     }
-    if engine := _engine(path, chosen, target):
+    if engine := _engine(folder, chosen, target, graph.batch):
         details |= engine
         if table is not None:
             details["layers"]["fell_back"] = fell_back(details["layers"], table)
     else:
-        details |= _validate(path)
-    return Built(path.name, details, deferred="engine" not in details)
+        details |= _validate(folder / chosen.source)
+    return Built("model.onnx", details, deferred="engine" not in details, notes=tuple(notes))
 
 
-def _engine(path: Path, chosen: Settings, target: Target) -> dict[str, Any]:
+LEGACY_NOTE = (
+    "legacy: the proof is of the typed graph; TensorRT's calibrator chooses ranges of its own on the device, "
+    "so run edgetube doctor and edgetube parity there"
+)
+
+
+def wishes(graph: Graph, target: Target) -> Wishes:
+    """What int8 wants to know beside the linears: the operands of attention, and clips for TensorRT's own calibrator.
+
+    Raises:
+        InputError: a setting that this model cannot have.
+    """
+    from edgetube.calibration import graphs
+
+    chosen = parse_settings(target)
+    tensors: tuple[str, ...] = ()
+    if target.setting("attention") == "int8":
+        if refusal := attention_refusal(graph.spec):
+            raise InputError(refusal)
+        operands = [name for pair in graphs.products(graph.model).values() for name in pair]
+        tensors = tuple(dict.fromkeys(operands))
+    return Wishes(tensors, LEGACY_CLIPS if chosen.legacy else 0)
+
+
+def attention_refusal(spec: ModelSpec) -> str:
+    """Why attention in int8 would not be one kernel; empty when it would."""
+    head = spec.width // spec.heads
+    if head not in FUSED_HEADS:
+        known = ", ".join(map(str, FUSED_HEADS))
+        return f"attention=int8 needs heads of {known} channels, this model's have {head}: leave attention at fp16"
+    if spec.tokens > FUSED_TOKENS:
+        return (
+            f"attention=int8 needs at most {FUSED_TOKENS} tokens, this clip gives {spec.tokens}: leave attention at "
+            f"fp16{_or(shorter(spec))}"
+        )
+    return ""
+
+
+def attention_note(spec: ModelSpec) -> str:
+    """That a shorter clip would allow attention in int8, and what it costs; empty when there is none, or no need."""
+    if spec.tokens <= FUSED_TOKENS or spec.width // spec.heads not in FUSED_HEADS or not (choice := shorter(spec)):
+        return ""
+    return (
+        f"attention stays in fp16: in int8 it is one kernel up to {FUSED_TOKENS} tokens only, this clip gives "
+        f"{spec.tokens}; to have it, {choice}"
+    )
+
+
+def shorter(spec: ModelSpec) -> str:
+    """In words: the shortest clip that every tube fits, as an option with its costs; empty if that is no remedy."""
+    shortest = max(spec.tubes[i].minimum()[0] for i in spec.active)
+    if shortest >= spec.frames or spec.positions == "stored":
+        return ""
+    preset = spec.at(shortest)
+    if preset.tokens > FUSED_TOKENS:
+        return ""
+    return (
+        f"export with --frames {preset.frames} --set attention=int8 ({preset.tokens} tokens): that sees "
+        f"{preset.frames} of {spec.frames} frames and does {preset.macs() / spec.macs():.0%} of the multiplications, "
+        "and its accuracy has to be measured anew"
+    )
+
+
+def _or(choice: str) -> str:
+    return f", or {choice}" if choice else ""
+
+
+def layer_precisions(
+    model: onnx.ModelProto, precision: str, table: CalibrationTable | None
+) -> tuple[tuple[str, str], ...]:
+    """What each layer of a network without types computes in, by the name of its ONNX node; "*" is all others.
+
+    LayerNorm and softmax accumulate in fp32, and nothing but the linears of the table is in int8: a layer left to
+    TensorRT would be quantised as soon as that is faster.
+    """
+    if precision == "fp32":
+        return ()
+    wide = [(node.name, "fp32") for node in model.graph.node if node.op_type in ("LayerNormalization", "Softmax")]
+    weights = {plan.weight for plan in table.quantised} if table else set()
+    linears = [(node.name, "int8") for node in model.graph.node if weights & set(node.input)]
+    return (("*", "fp16"), *wide, *linears)
+
+
+def _engine(folder: Path, chosen: Settings, target: Target, batch: int) -> dict[str, Any]:
     """The manifest's record of the engine that was written beside the graph; empty when none can be built here."""
     family = target.name.partition("-")[0]
     if family == "rtx":
-        return _write(runtime.sdk(family), path, chosen, None)
+        return _write(runtime.sdk(family), folder, chosen, None, batch)
     if target.missing(target.run_needs):
         return {}
     kit = runtime.sdk(family)
     gpu = cuda.open_stream(0, kit.family.extra)
     try:
         with gpu.current():
-            return _write(kit, path, chosen, gpu)
+            return _write(kit, folder, chosen, gpu, batch)
     finally:
         gpu.close()
 
 
-def _write(kit: Sdk, path: Path, chosen: Settings, gpu: cuda.Stream | None) -> dict[str, Any]:
-    engine = path.with_name("model.engine")
-    engine.write_bytes(runtime.build(kit, path, chosen))
+def _write(kit: Sdk, folder: Path, chosen: Settings, gpu: cuda.Stream | None, batch: int) -> dict[str, Any]:
+    engine = folder / "model.engine"
+    calibrator = runtime.calibrator(kit, folder, chosen, gpu, batch) if gpu is not None else None
+    engine.write_bytes(runtime.build(kit, folder / chosen.source, chosen, calibrator=calibrator))
     capabilities = list(chosen.capabilities)
     if gpu is not None and chosen.hardware_compatible == "same":
         capabilities = [gpu.capability.replace(".", "")]
@@ -173,7 +288,7 @@ def parse_settings(target: Target) -> Settings:
     if workspace and not (workspace.isdigit() and int(workspace)):
         raise InputError(f"workspace is {workspace!r}; expected MiB, a number above 0")
     megabytes = int(workspace) if workspace else None
-    if target.settings == RTX_SETTINGS:
+    if target.name.startswith("rtx-"):
         capabilities = target.setting("capabilities").split(",")
         if not all(c.isdigit() for c in capabilities):
             raise InputError(f"capabilities is {','.join(capabilities)!r}; expected numbers with commas: 86,89,120")
@@ -184,14 +299,25 @@ def parse_settings(target: Target) -> Settings:
         timing_cache=target.setting("timing-cache"),
         version_compatible=target.setting("version-compatible") == "yes",
         hardware_compatible="" if hardware == "no" else hardware,
+        legacy=target.precision if target.setting("legacy") == "yes" else "",
     )
+
+
+LEGACY_FLAGS = {"fp32": (), "fp16": ("--fp16",), "int8": ("--fp16", "--int8", f"--calib={CACHE}")}
+"""What `trtexec` of TensorRT 8.6 to 10 is told of a network without types."""
 
 
 def command(family: str, chosen: Settings) -> str:
     """The line of the vendor's own tool that builds the same engine, to be run in the bundle's folder."""
-    line = ["tensorrt_rtx" if family == "rtx" else "trtexec", "--onnx=model.onnx", "--saveEngine=model.engine"]
+    tool = "tensorrt_rtx" if family == "rtx" else "trtexec"
+    line = [tool, f"--onnx={chosen.source}", "--saveEngine=model.engine"]
     if family == "rtx":
         line.append(f"--computeCapabilities={','.join(chosen.capabilities)}")
+    elif chosen.legacy:
+        line += ["--noTF32", "--profilingVerbosity=detailed", *LEGACY_FLAGS[chosen.legacy]]
+        if chosen.layers:
+            layers = ",".join(f"{name}:{precision}" for name, precision in chosen.layers)
+            line += ["--precisionConstraints=obey", f"--layerPrecisions={layers}"]
     else:
         line += ["--stronglyTyped", "--noTF32", "--profilingVerbosity=detailed"]
     if chosen.workspace_mb is not None:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 import re
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from edgetube import cache, cuda
-from edgetube.bundle import Bundle, sha256
+from edgetube.bundle import CLIPS, Bundle, sha256
 from edgetube.errors import BackendError, InputError
 from edgetube.runtimes.base import Backend, Output
 from edgetube.targets import GPU, need
@@ -43,14 +44,19 @@ class Vendor(Protocol):
     Builder: type[tensorrt.Builder]
     BuilderFlag: type[tensorrt.BuilderFlag]
     HardwareCompatibilityLevel: type[tensorrt.HardwareCompatibilityLevel]
+    IInt8EntropyCalibrator2: type[tensorrt.IInt8EntropyCalibrator2]
     ILogger: type[tensorrt.ILogger]
     IProgressMonitor: type[tensorrt.IProgressMonitor]
     LayerInformationFormat: type[tensorrt.LayerInformationFormat]
+    LayerType: type[tensorrt.LayerType]
     MemoryPoolType: type[tensorrt.MemoryPoolType]
     NetworkDefinitionCreationFlag: type[tensorrt.NetworkDefinitionCreationFlag]
     OnnxParser: type[tensorrt.OnnxParser]
     ProfilingVerbosity: type[tensorrt.ProfilingVerbosity]
     Runtime: type[tensorrt.Runtime]
+    float16: tensorrt.DataType
+    float32: tensorrt.DataType
+    int8: tensorrt.DataType
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ class Family:
 
 
 EMULATOR = "onnxruntime"
+
+LEGACY = "legacy.onnx"
+"""In the bundle: the graph for TensorRT 8.6 to 10 without typed networks."""
 
 FAMILIES = {
     "trt": Family("tensorrt", "tensorrt", "TensorRT"),
@@ -84,6 +93,8 @@ class Settings:
         hardware_compatible: "ampere" for every GPU from Ampere on, "same" for every GPU of one compute capability,
             "" for this GPU alone (TensorRT).
         capabilities: compute capabilities to build for, ("86", "89"); empty for the GPU that builds (TensorRT for RTX).
+        legacy: "" for a strongly typed network; else the precision of one without types (TensorRT 8.6 to 10).
+        layers: of a legacy network, (layer, "fp32" | "fp16" | "int8"); "*" is every other one.
     """
 
     workspace_mb: int | None = None
@@ -91,13 +102,21 @@ class Settings:
     version_compatible: bool = False
     hardware_compatible: str = ""
     capabilities: tuple[str, ...] = ()
+    legacy: str = ""
+    layers: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def source(self) -> str:
+        """The file in the bundle that the engine is built from."""
+        return LEGACY if self.legacy else "model.onnx"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"capabilities": list(self.capabilities)}
+        return asdict(self) | {"capabilities": list(self.capabilities), "layers": [list(pair) for pair in self.layers]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Settings:
-        return cls(**{**data, "capabilities": tuple(data["capabilities"])})
+        layers = tuple((name, precision) for name, precision in data["layers"])
+        return cls(**{**data, "capabilities": tuple(data["capabilities"]), "layers": layers})
 
 
 class Sdk:
@@ -150,19 +169,28 @@ def sdk(family: str) -> Sdk:
     return Sdk(FAMILIES[family])
 
 
-def build(kit: Sdk, onnx: Path, settings: Settings, tell: Callable[[str, int, int], None] | None = None) -> bytes:
-    """The engine of a strongly typed ONNX file, as the vendor's own tools open it.
+def build(
+    kit: Sdk,
+    onnx: Path,
+    settings: Settings,
+    tell: Callable[[str, int, int], None] | None = None,
+    calibrator: tensorrt.IInt8Calibrator | None = None,
+) -> bytes:
+    """The engine of an ONNX file, as the vendor's own tools open it.
 
     Args:
-        onnx: the file; weights may lie beside it.
+        onnx: the file, strongly typed unless the settings say legacy; weights may lie beside it.
         tell: called with (phase, step, steps) while the SDK works.
+        calibrator: of a legacy int8 network.
 
     Raises:
         BackendError: the parser refuses a node, or the builder fails; with the SDK's words.
     """
-    builder, network, parser = parse(kit, onnx)
+    builder, network, parser = parse(kit, onnx, typed=not settings.legacy)
     config = builder.create_builder_config()
     _configure(kit, config, settings)
+    if settings.legacy:
+        _configure_legacy(kit, config, network, settings, calibrator)
     monitor = _monitor(kit, tell)  # lives as long as the builder uses it
     if monitor is not None:
         config.progress_monitor = monitor
@@ -177,14 +205,19 @@ def build(kit: Sdk, onnx: Path, settings: Settings, tell: Callable[[str, int, in
     return bytes(plan)
 
 
-def parse(kit: Sdk, onnx: Path) -> tuple[tensorrt.Builder, tensorrt.INetworkDefinition, tensorrt.OnnxParser]:
+def parse(
+    kit: Sdk, onnx: Path, typed: bool = True
+) -> tuple[tensorrt.Builder, tensorrt.INetworkDefinition, tensorrt.OnnxParser]:
     """What the SDK's own parser understands of a file; the parser owns the weights and has to live on.
+
+    Args:
+        typed: every tensor keeps the type that the file says; only TensorRT 8.6 to 10 know networks without types.
 
     Raises:
         BackendError: it refuses a node; says which and why.
     """
     builder = kit.trt.Builder(kit.log)
-    network = builder.create_network(_strongly_typed(kit))
+    network = builder.create_network(_strongly_typed(kit) if typed else _without_types(kit))
     parser = kit.trt.OnnxParser(network, kit.log)
     kit.lines.clear()
     if not parser.parse_from_file(str(onnx)):
@@ -198,9 +231,20 @@ def _strongly_typed(kit: Sdk) -> int:
     if flag is None and int(kit.version.split(".")[0]) in (8, 9) and kit.family is FAMILIES["trt"]:
         raise BackendError(
             f"TensorRT {kit.version} has no strongly typed networks; this graph needs TensorRT 10.0 or newer: "
-            "upgrade it (JetPack 6 has 10.3), or run the onnx-* bundle of this model"
+            "upgrade it (JetPack 6 has 10.3), or export with --set legacy=yes"
         )
     return 0 if flag is None else 1 << int(flag)
+
+
+def _without_types(kit: Sdk) -> int:
+    flags = kit.trt.NetworkDefinitionCreationFlag
+    if not hasattr(kit.trt, "IInt8EntropyCalibrator2"):
+        raise BackendError(
+            f"{kit.family.title} {kit.version} knows typed networks only; this bundle was exported with legacy=yes, "
+            "which is for TensorRT 8.6 to 10: export without it"
+        )
+    explicit = getattr(flags, "EXPLICIT_BATCH", None)  # a matter of course, and without effect, from 10.0 on
+    return 0 if explicit is None else 1 << int(explicit)
 
 
 def _first_fault(parser: tensorrt.OnnxParser) -> str:
@@ -226,6 +270,84 @@ def _configure(kit: Sdk, config: tensorrt.IBuilderConfig, settings: Settings) ->
         config.hardware_compatibility_level = level
     if kit.family is FAMILIES["rtx"]:
         _target_capabilities(kit, config, settings.capabilities)
+
+
+def _configure_legacy(
+    kit: Sdk,
+    config: tensorrt.IBuilderConfig,
+    network: tensorrt.INetworkDefinition,
+    settings: Settings,
+    calibrator: tensorrt.IInt8Calibrator | None,
+) -> None:
+    """Precisions of a network without types: what `trtexec --layerPrecisions --precisionConstraints=obey` sets."""
+    flags = kit.trt.BuilderFlag
+    if settings.legacy != "fp32":
+        config.set_flag(flags.FP16)
+        config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
+    if settings.legacy == "int8":
+        config.set_flag(flags.INT8)
+        if calibrator is not None:
+            config.int8_calibrator = calibrator
+    kinds = {"fp32": kit.trt.float32, "fp16": kit.trt.float16, "int8": kit.trt.int8}
+    chosen = dict(settings.layers)
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        others = None if _moves_integers(kit, layer) else chosen.get("*")
+        if precision := chosen.get(layer.name, others):
+            layer.precision = kinds[precision]
+            if precision == "fp32":
+                layer.set_output_type(0, kinds[precision])
+
+
+def _moves_integers(kit: Sdk, layer: tensorrt.ILayer) -> bool:
+    """Whether a layer's values are shapes, indices, bytes or constants, which have no precision to choose."""
+    floats = (kit.trt.float32, kit.trt.float16)
+    outputs = [layer.get_output(i).dtype for i in range(layer.num_outputs)]
+    return layer.type == kit.trt.LayerType.CONSTANT or not all(kind in floats for kind in outputs)
+
+
+def calibrator(
+    kit: Sdk, folder: Path, settings: Settings, gpu: cuda.Stream, batch: int
+) -> tensorrt.IInt8Calibrator | None:
+    """TensorRT's own calibrator over the clips in a bundle's folder; None where the settings need none.
+
+    What it finds is kept on this machine for the same graph, clips and version of TensorRT, and for nothing else.
+    Called inside `gpu.current()`; its buffers live as long as the stream.
+    """
+    if settings.legacy != "int8":
+        return None
+    base = cast(Any, kit.trt.IInt8EntropyCalibrator2)
+    clips = np.load(folder / CLIPS, mmap_mode="r")
+    key = f"{sha256(folder / LEGACY)}{sha256(folder / CLIPS)}{kit.version}"
+    kept = cache.folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.calibration"
+
+    class Calibrator(base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.next = 0
+            size = batch * clips[0].nbytes
+            self.host, self.address = gpu.pinned(size), gpu.device(size)
+
+        def get_batch_size(self) -> int:
+            return batch
+
+        def get_batch(self, names: list[str]) -> list[int]:
+            some = clips[self.next : self.next + batch]
+            if len(some) < batch:
+                return []
+            self.host[:] = some.reshape(-1)
+            gpu.upload(self.address, self.host)
+            gpu.synchronize()
+            self.next += batch
+            return [self.address]
+
+        def read_calibration_cache(self) -> bytes | None:
+            return kept.read_bytes() if kept.is_file() else None
+
+        def write_calibration_cache(self, cache: Any) -> None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            _replace(kept, bytes(cache))
+
+    return cast("tensorrt.IInt8Calibrator", Calibrator())
 
 
 def _target_capabilities(kit: Sdk, config: Any, capabilities: tuple[str, ...]) -> None:
@@ -292,11 +414,13 @@ def layer_truth(information: str) -> dict[str, Any]:
     """What an engine really does, from the one-line form of the SDK's layer information.
 
     Returns:
-        kernels; gemms (type of their first input -> how many), attention (fused kernels), reformats (kernels that only
-        move data), and float_gemms, the ONNX nodes of the products that stayed float where others are in int8.
+        kernels; gemms and attention, which are fused kernels (type of their first input -> how many), reformats
+        (kernels that only move data), and float_gemms, the ONNX nodes of the products that stayed float where others
+        are in int8.
     """
-    kernels, attention, reformats = 0, 0, 0
+    kernels, reformats = 0, 0
     gemms: Counter[str] = Counter()
+    attention: Counter[str] = Counter()
     floats: list[str] = []
     for line in information.splitlines():
         found = KERNEL.match(line.strip())
@@ -305,7 +429,7 @@ def layer_truth(information: str) -> dict[str, Any]:
         kernels += 1
         name, kind = found["name"].lower(), found["kind"].lower()
         if "mha" in name or "attention" in name + kind:
-            attention += 1
+            attention[_datatype(found["tensors"], dequantises=False)] += 1
         elif "reformat" in name + kind or re.search(r"(tran|resh)\w*move", name):
             reformats += 1
         elif re.search(r"gemm|matrix|conv", kind) or re.search(r"gemm|matmul", name) or "Fc" in found["name"]:
@@ -316,7 +440,7 @@ def layer_truth(information: str) -> dict[str, Any]:
     return {
         "kernels": kernels,
         "gemms": dict(gemms),
-        "attention": attention,
+        "attention": dict(attention),
         "reformats": reformats,
         "float_gemms": floats if "int8" in gemms else [],
     }
@@ -444,7 +568,8 @@ class Session(Backend):
         }
 
     def release(self) -> None:
-        for name in ("context", "engine"):  # before the memory that they use
+        # Before the stream that they belong to, and what uses memory before the memory.
+        for name in ("context", "engine", "frames", "logits", "host"):
             if hasattr(self, name):
                 delattr(self, name)
         self._taken.close()
@@ -486,8 +611,11 @@ def find_engine(kit: Sdk, bundle: Bundle, gpu: cuda.Stream) -> tuple[bytes, str]
     key = engine_key(kit, bundle, gpu, settings)
 
     def make(path: Path, reason: str) -> None:
+        began = time.monotonic()
         LOGGER.warning("building the engine of %s for %s (%s; %s)", bundle.name, gpu.name, misfit, reason)
-        path.write_bytes(build(kit, bundle.artifact_path, settings, _report))
+        legacy = calibrator(kit, bundle.path, settings, gpu, bundle.batch)
+        path.write_bytes(build(kit, bundle.path / settings.source, settings, _Report(), legacy))
+        LOGGER.warning("built in %.0f s; kept in %s", time.monotonic() - began, path.parent)
 
     entry = cache.make_once(bundle.name, ".engine", key, make)
     origin = f"built here: {misfit}; {entry.reason}" if entry.reason else f"built here earlier: {misfit}"
@@ -497,7 +625,7 @@ def find_engine(kit: Sdk, bundle: Bundle, gpu: cuda.Stream) -> tuple[bytes, str]
 def engine_key(kit: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings) -> dict[str, str]:
     """All that a built engine hangs on."""
     return {
-        "graph": graph_hash(bundle),
+        "graph": graph_hash(bundle, settings.source),
         kit.family.title: kit.version,
         "GPU": f"{gpu.name} ({gpu.capability})",
         "driver": gpu.driver,
@@ -505,9 +633,9 @@ def engine_key(kit: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings) -
     }
 
 
-def graph_hash(bundle: Bundle) -> str:
-    """Of the graph and of weights that lie beside it."""
-    files = sorted(bundle.path.glob(f"{bundle.artifact}*"))
+def graph_hash(bundle: Bundle, source: str) -> str:
+    """Of the graph and of weights that lie beside it, and of the clips that it is calibrated on here."""
+    files = sorted([*bundle.path.glob(f"{source}*"), *bundle.path.glob(CLIPS)])
     return " ".join(bundle.files[f.name].sha256 if f.name in bundle.files else sha256(f) for f in files)
 
 
@@ -523,8 +651,19 @@ def engine_misfit(record: Mapping[str, Any], kit: Sdk, gpu: cuda.Stream) -> str:
     return ""
 
 
-def _report(phase: str, step: int, steps: int) -> None:
-    LOGGER.info("%s: %d of %d", phase, step, steps)
+class _Report:
+    """The SDK's progress as log lines, one every few seconds: a build has thousands of steps, and can take minutes."""
+
+    EVERY = 2.0
+
+    def __init__(self) -> None:
+        self.began = self.said = time.monotonic()
+
+    def __call__(self, phase: str, step: int, steps: int) -> None:
+        now = time.monotonic()
+        if now - self.said >= self.EVERY:
+            self.said = now
+            LOGGER.info("%.0f s: %s, %d of %d", now - self.began, phase, step, steps)
 
 
 def _digest(plan: bytes) -> str:

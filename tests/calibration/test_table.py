@@ -61,11 +61,15 @@ def test_impossible_ranges_are_refused(low, high):
 
 
 def test_the_cache_text_by_hand():
-    table = CalibrationTable("m", {}, "int8", {"input": Range(-1.0, 127 * 0.0078125, "x")}, ())
-    assert table.to_cache("8503").splitlines() == ["TRT-8503-EntropyCalibration2", "input: 3c010204"] or (
-        table.to_cache("8503").splitlines()[1] == "input: " + struct.pack(">f", np.float32(1 / 127)).hex()
+    """Scales that are powers of two have a float32 that can be written down: sign, exponent + 127, no fraction."""
+    ranges = {"input": Range(-127.0, 1.0, "x"), "blocks.0": Range(-3.0, 127 * 2.0**-7, "x")}
+    table = CalibrationTable("m", {}, "int8", ranges | {"third": Range(-0.25, 127 * 3 * 2.0**-6, "x")}, ())
+    assert table.to_cache("8503") == (
+        "TRT-8503-EntropyCalibration2\n"
+        "input: 3f800000\n"  # 1 = 0 01111111 000...
+        "blocks.0: 3cc18306\n"  # 3 / 127, rounded to the nearest float32
+        "third: 3d400000\n"  # 3 / 64 = 1.5 * 2 ** -5 = 0 01111010 100...
     )
-    assert table.to_cache("8503").startswith("TRT-8503-EntropyCalibration2\n")
 
 
 def test_a_cache_of_the_documentation_is_read():

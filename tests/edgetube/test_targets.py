@@ -58,3 +58,23 @@ def test_a_gpu_is_there_when_its_driver_says_so(monkeypatch, driver, there):
 def test_platforms():
     here = {"linux": "Linux", "darwin": "macOS", "win32": "Windows"}[sys.platform]
     assert targets.missing(tuple(targets.PLATFORMS)) == tuple(name for name in targets.PLATFORMS if name != here)
+
+
+@pytest.mark.parametrize(
+    ("build", "run", "remedy"),
+    [
+        (("json",), ("json",), ""),
+        (("abacus",), ("json",), "pip install 'edgetube[beads]'"),
+        (("json",), ("abacus|quipu",), "pip install 'edgetube[beads]'"),
+        (("json",), ("Atlantis",), ""),
+        (("json",), (targets.GPU, "abacus"), ""),
+        (("abacus",), ("Atlantis", "abacus"), "pip install 'edgetube[beads]'"),
+    ],
+    ids=["all there", "to build", "to run", "no such system here", "no GPU for the package", "to build at least"],
+)
+def test_a_remedy_is_what_pip_can_bring(monkeypatch, build, run, remedy):
+    """A pip line brings neither a Mac nor a GPU, and a package that runs on one of these only is of no use without."""
+    monkeypatch.setitem(targets.PLATFORMS, "Atlantis", "atlantis")
+    monkeypatch.setattr(targets.ctypes, "CDLL", lambda _: Driver(gpus=0))
+    target = targets.Target("x-fp32", "fp32", "x", "for the test", build, run, extra="beads")
+    assert target.remedy == remedy

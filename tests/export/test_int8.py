@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 
 from edgetube import bundle as bundles
@@ -42,7 +43,8 @@ def test_the_bundle_says_whether_it_was_worth_it(tiny_checkpoint, tmp_path):
     json.dumps(bundle.to_json())
     table = CalibrationTable.load(bundle.path / bundles.CALIBRATION)
     assert table.clips["sha256"] == report["clips"]["sha256"]
-    assert {plan.precision for plan in table.linears} == {"int8", "float"}
+    assert {plan.name for plan in table.linears if plan.precision == "float"} == set(report["fallbacks"])
+    assert {plan.precision for plan in table.linears if plan.name.startswith("blocks")} == {"int8"}
     assert bundle.artifact_bytes == (bundle.path / "model.onnx").stat().st_size
 
 
@@ -109,6 +111,22 @@ def test_batches_of_two(tiny_checkpoint, tmp_path, rng):
     frames = rng.integers(0, 256, (3, *bundle.contract.shape), np.uint8)
     with runtimes.open_bundle(bundle) as backend:
         assert backend(frames).shape == (3, len(bundle.labels))
+
+
+@pytest.mark.parametrize(
+    ("cpu", "activations", "weights"), [("x86", "UINT8", "UINT8"), ("arm", "INT8", "INT8"), ("any", "UINT8", "INT8")]
+)
+def test_the_form_for_a_processor_is_asked_for(tiny_checkpoint, tmp_path, cpu, activations, weights):
+    options = pipeline.Options(lowering="gather", settings={"cpu": cpu})
+    bundle = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, options)
+    assert bundle.build["integers"]["cpu"] == cpu
+    assert bundle.parity["agreement"] > 0.9
+    graph = onnx.load(bundle.artifact_path).graph
+    kinds = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
+    (kernel,) = (
+        n for n in graph.node if n.op_type == "MatMulIntegerToFloat" and n.input[1].startswith("blocks.0.mlp.fc1")
+    )
+    assert (kinds[kernel.input[4]], kinds[kernel.input[1]]) == (activations, weights)
 
 
 def test_slower_is_called_slower():

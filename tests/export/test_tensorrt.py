@@ -5,21 +5,27 @@ TensorRT for RTX needs no GPU to parse and to build, so nothing here is a double
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import TensorProto
 
 from edgetube import bundle as bundles
-from edgetube import export
+from edgetube import demo, export
+from edgetube.calibration import graphs as seen
+from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
 from edgetube.errors import BackendError, InputError
 from edgetube.export import graph as graphs
-from edgetube.export import pipeline, rewrite, static
+from edgetube.export import pipeline, quantize, rewrite, static
 from edgetube.export import tensorrt as exporter
 from edgetube.model import checkpoints
+from edgetube.model.tubevit import TubeViT
 from edgetube.runtimes import tensorrt as runtime
+from edgetube.spec import InputContract, ModelSpec, TubeSpec, named
 from edgetube.targets import installed
 
 GATHER = pipeline.Options(lowering="gather")
@@ -78,13 +84,17 @@ class TestSettings:
             ("trt-fp16", {"hardware_compatible": "same"}, "--hardwareCompatibilityLevel=sameComputeCapability"),
             ("rtx-fp16", {}, "--computeCapabilities=86,89,120"),
             ("rtx-fp16", {"capabilities": "75"}, "--computeCapabilities=75"),
+            ("trt-fp32", {"legacy": "yes"}, "--noTF32 --profilingVerbosity=detailed --skipInference"),
+            ("trt-fp16", {"legacy": "yes"}, "--fp16"),
+            ("trt-int8", {"legacy": "yes"}, "--fp16 --int8 --calib=calibration.cache"),
         ],
     )
     def test_each_is_in_the_line_of_the_vendor_s_tool(self, target, settings, words):
         chosen = exporter.parse_settings(with_settings(target, **settings))
         line = exporter.command(target[:3], chosen)
         tool = {"trt": "trtexec", "rtx": "tensorrt_rtx"}[target[:3]]
-        assert line.startswith(f"{tool} --onnx=model.onnx --saveEngine=model.engine ")
+        graph = "legacy" if "legacy" in settings else "model"
+        assert line.startswith(f"{tool} --onnx={graph}.onnx --saveEngine=model.engine ")
         assert f" {words} " in f"{line} "
         assert runtime.Settings.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
 
@@ -103,6 +113,9 @@ class TestSettings:
             ("trt-fp16", {"version_compatible": "maybe"}, "version-compatible is 'maybe'; expected one of no, yes"),
             ("trt-fp16", {"hardware_compatible": "turing"}, "expected one of no, ampere, same"),
             ("rtx-fp16", {"capabilities": "8.6"}, r"capabilities is '8\.6'"),
+            ("rtx-fp16", {"attention": "int8"}, "rtx-fp16 has no setting 'attention'"),
+            ("rtx-int8", {"attention": "fp8"}, "attention is 'fp8'; expected one of fp16, int8"),
+            ("rtx-int8", {"legacy": "yes"}, "rtx-int8 has no setting 'legacy'"),
         ],
     )
     def test_impossible_ones_are_refused(self, target, settings, message):
@@ -124,6 +137,137 @@ def test_without_a_gpu_the_bundle_is_whole_but_for_the_engine(name, tiny_checkpo
     assert bundle.build["command"].startswith("trtexec --onnx=model.onnx")
     if installed("tensorrt_rtx"):
         assert bundle.build["parsed_by"].startswith("TensorRT for RTX 1.")
+
+
+class TestAttention:
+    """Attention in int8 is one kernel up to 512 tokens and for heads of 16, 32 or 64 channels."""
+
+    def test_at_539_tokens_it_is_refused_and_the_shorter_clip_is_named_with_its_cost(self):
+        spec = named("tubevit-b")
+        refusal = exporter.attention_refusal(spec)
+        assert "needs at most 512 tokens, this clip gives 539" in refusal
+        assert "--frames 20 --set attention=int8 (392 tokens)" in refusal
+        share = named("tubevit-b", frames=20).macs() / spec.macs()
+        assert 0.6 < share < 0.8
+        assert f"sees 20 of 32 frames and does {share:.0%} of the multiplications" in refusal
+        assert exporter.attention_refusal(spec.at(20)) == ""
+
+    def test_the_export_says_so_without_being_asked(self):
+        note = exporter.attention_note(named("tubevit-ti"))
+        assert note.startswith("attention stays in fp16: in int8 it is one kernel up to 512 tokens only")
+        assert "--frames 20" in note
+        assert exporter.attention_note(named("tubevit-ti", frames=20)) == ""
+
+    def test_where_no_shorter_clip_helps_none_is_proposed(self):
+        stored = replace(named("tubevit-b"), positions="stored")
+        assert "--frames" not in exporter.attention_refusal(stored)
+        assert exporter.attention_note(stored) == ""
+
+    def test_other_head_sizes_are_refused(self, tiny_checkpoint):
+        graph = traced(checkpoints.load(tiny_checkpoint))
+        with pytest.raises(InputError, match="needs heads of 16, 32, 64 channels, this model's have 12"):
+            exporter.wishes(graph, with_settings("rtx-int8", attention="int8"))
+
+    def test_operands_are_queries_keys_softmax_and_values_of_every_block(self):
+        graph = traced(small_checkpoint())
+        wished = exporter.wishes(graph, with_settings("trt-int8", attention="int8")).tensors
+        names = ("q", "k", "softmax", "v")
+        assert sorted(wished) == sorted(f"blocks.{i}.attn.{name}" for i in range(2) for name in names)
+        assert exporter.wishes(graph, export.target("trt-int8")).tensors == ()
+
+    def test_an_export_quantises_both_products_and_still_answers(self, tmp_path, few_clips):
+        options = replace(GATHER, settings={"attention": "int8"}, calib=few_clips, max_drop=100.0)
+        bundle = pipeline.export_model("trt-int8", small_checkpoint(), tmp_path, options)
+        model = onnx.load(bundle.artifact_path)
+        makers = {name: node.op_type for node in model.graph.node for name in node.output}
+        products = [n for n in model.graph.node if n.name.endswith((".scores", ".context"))]
+        assert len(products) == 4
+        assert {makers[name] for node in products for name in node.input} == {"DequantizeLinear"}
+        table = CalibrationTable.load(bundle.path / bundles.CALIBRATION)
+        assert table.ranges["blocks.0.attn.softmax"] == Range(0.0, 1.0, "softmax")
+        ranges = CalibrationTable.from_cache((bundle.path / exporter.CACHE).read_text())
+        assert ranges["blocks.1.attn.q"].symmetric == table.ranges["blocks.1.attn.q"].symmetric
+        assert bundle.parity["max_abs_error"] < 0.1 * max(1, bundle.parity["max_abs_logit"])
+        if installed("tensorrt_rtx"):
+            kit = runtime.sdk("rtx")
+            runtime.build(kit, bundle.artifact_path, runtime.Settings(capabilities=("89",)))
+            assert runtime.layer_truth(kit.layers)["attention"] == {"int8": 2}
+
+
+class TestLegacy:
+    """For TensorRT 8.6 to 10: nothing here can run it; what is written is checked by other readers."""
+
+    def test_the_graph_is_of_2023_and_means_the_same(self, graph, rng):
+        old = rewrite.opset_17(rewrite.cast_first(graph.model))
+        assert [entry.version for entry in old.opset_import] == [17]
+        assert "Gelu" not in {node.op_type for node in old.graph.node}
+        clips = rng.integers(0, 256, (2, *graph.contract.shape), np.uint8)
+        before, after = (export.evaluator()(m)({"frames": clips})[0] for m in (graph.model, old))
+        np.testing.assert_allclose(after, before, atol=1e-5)
+
+    def test_the_bundle_carries_graph_clips_and_ranges(self, legacy_bundle):
+        clips = np.load(legacy_bundle.path / bundles.CLIPS)
+        assert clips.shape == (12, *legacy_bundle.contract.shape)  # all there are
+        assert clips.dtype == np.uint8
+        assert {runtime.LEGACY, exporter.CACHE, bundles.CLIPS} <= set(legacy_bundle.files)
+        assert any(
+            note.startswith("legacy: the proof is of the typed graph") for note in legacy_bundle.build["int8"]["notes"]
+        )
+        settings = runtime.Settings.from_json(legacy_bundle.build["settings"])
+        assert (settings.legacy, settings.source) == ("int8", "legacy.onnx")
+
+    def test_layer_norm_and_softmax_are_fp32_the_linears_int8_and_the_rest_fp16(self, legacy_bundle):
+        layers = dict(runtime.Settings.from_json(legacy_bundle.build["settings"]).layers)
+        old = onnx.load(legacy_bundle.path / runtime.LEGACY)
+        assert set(layers) - {"*"} <= {node.name for node in old.graph.node}
+        assert layers["*"] == "fp16"
+        assert layers["blocks.0.norm1"] == layers["blocks.1.attn.softmax"] == "fp32"
+        assert layers["blocks.1.mlp.fc2.matmul"] == "int8"
+        assert "blocks.0.attn.scores" not in layers
+        assert (
+            f"--layerPrecisions=*:fp16,{','.join(f'{k}:{v}' for k, v in layers.items() if k != '*')}"
+            in (legacy_bundle.build["command"])
+        )
+
+    def test_a_real_parser_takes_it(self, legacy_bundle):
+        pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
+        _, network, parser = runtime.parse(runtime.sdk("rtx"), legacy_bundle.path / runtime.LEGACY)
+        names = {network.get_layer(i).name for i in range(network.num_layers)}
+        assert set(dict(legacy_bundle.build["settings"]["layers"])) - {"*"} <= names
+        del parser
+
+    def test_an_sdk_without_calibrators_says_what_to_do(self, legacy_bundle):
+        pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
+        with pytest.raises(BackendError, match=r"knows typed networks only; .*legacy=yes.*export without it"):
+            runtime.build(runtime.sdk("rtx"), legacy_bundle.path / runtime.LEGACY, runtime.Settings(legacy="int8"))
+
+
+@pytest.fixture(scope="module")
+def few_clips(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clips") / "clips.npy"
+    np.save(path, np.stack([clip.frames for clip in demo.evaluation(small_checkpoint().contract, 12)]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def legacy_bundle(tmp_path_factory, few_clips):
+    options = replace(GATHER, settings={"legacy": "yes"}, calib=few_clips, max_drop=100.0)
+    return pipeline.export_model("trt-int8", small_checkpoint(), tmp_path_factory.mktemp("legacy"), options)
+
+
+def small_checkpoint():
+    """Random weights with heads of 16 channels; its labels are the built-in ones."""
+    tubes = (TubeSpec((4, 8, 8), (4, 16, 16)), TubeSpec((1, 16, 16), (8, 16, 16)))
+    spec = ModelSpec(tubes, 8, (32, 32), 32, 2, 2, (("motion", len(demo.LABELS)),))
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = TubeViT(spec).eval()
+    return checkpoints.Checkpoint("small", model, InputContract(8, 32, 32, fps=10.0), demo.LABELS, "", {})
+
+
+def traced(checkpoint):
+    module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, "gather")
+    return graphs.trace(module, checkpoint.spec, checkpoint.contract)
 
 
 @needs_rtx
@@ -154,7 +298,7 @@ class TestForReal:
         assert set(bundle.files) == {"model.onnx", "model.engine", "golden.npz"}
         assert (bundle.path / "model.engine").read_bytes().startswith(b"vtrt")
         layers = bundle.build["layers"]
-        assert layers["attention"] == bundle.spec.depth
+        assert layers["attention"] == {"fp16": bundle.spec.depth}
         assert set(layers["gemms"]) == {"fp16"}
         bundles.load(bundle.path)
 
@@ -171,35 +315,81 @@ class TestForReal:
         assert "\n" not in str(caught.value)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("checkpoint", ["demo", "random:tubevit-ti"])
     @pytest.mark.parametrize("capability", ["86", "89", "120"])
-    def test_real_models_for_each_generation(self, checkpoint, capability, tmp_path, real_graphs):
-        path, depth = real_graphs(checkpoint)
+    @pytest.mark.parametrize("precision", ["fp16", "int8"])
+    @pytest.mark.parametrize("checkpoint", ["demo", "random:tubevit-ti"])
+    def test_real_models_for_each_generation(self, checkpoint, precision, capability, real_graphs):
+        real = real_graphs(checkpoint, precision)
         kit = runtime.sdk("rtx")
-        plan = runtime.build(kit, path, runtime.Settings(capabilities=(capability,)))
-        assert len(plan) > path.stat().st_size * 0.9
+        plan = runtime.build(kit, real.path, runtime.Settings(capabilities=(capability,)))
+        assert plan.startswith(b"vtrt")
+        assert len(plan) > real.path.stat().st_size * 0.9
         truth = runtime.layer_truth(kit.layers)
-        assert truth["attention"] == depth
-        assert set(truth["gemms"]) == {"fp16"}
-        assert sum(truth["gemms"].values()) >= 4 * depth
+        assert truth["attention"] == {"fp16": real.depth}
+        if precision == "fp16":
+            assert set(truth["gemms"]) == {"fp16"}
+            assert truth["gemms"]["fp16"] >= 4 * real.depth
+        else:
+            assert truth["gemms"]["int8"] >= 4 * real.depth
+            assert exporter.fell_back(truth, real.table) == []
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("frames", "tokens"), [(20, 392), (32, 539)])
+    def test_why_attention_in_int8_ends_at_512_tokens(self, frames, tokens, real_graphs):
+        """When the longer one becomes one kernel too, a newer builder can do without the rule."""
+        real = real_graphs("random:tubevit-ti", "int8", frames, attention=True)
+        kit = runtime.sdk("rtx")
+        runtime.build(kit, real.path, runtime.Settings(capabilities=("89",)))
+        assert real.tokens == tokens
+        assert runtime.layer_truth(kit.layers)["attention"] == ({"int8": real.depth} if tokens <= 512 else {})
 
 
 @pytest.fixture(scope="module")
-def real_graphs(tmp_path_factory):
-    """The typed fp16 graph of a checkpoint on disk, made once, and the model's depth."""
+def real_graphs(tmp_path_factory, rng_of_module):
+    """The typed graph of a checkpoint on disk, made once; int8 with the extremes of one clip of noise as ranges."""
     made = {}
 
-    def make(name):
-        if name not in made:
-            checkpoint = checkpoints.load(name)
-            module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, "gather")
-            traced = graphs.trace(module, checkpoint.spec, checkpoint.contract)
-            path = tmp_path_factory.mktemp("real") / "model.onnx"
-            graphs.save(rewrite.cast_first(graphs.half(traced.model)), path)
-            made[name] = path, checkpoint.spec.depth
-        return made[name]
+    def make(name, precision, frames=None, attention=False):
+        key = name, precision, frames, attention
+        if key in made:
+            return made[key]
+        checkpoint = checkpoints.load(name).at(frames, None)
+        model, table = traced(checkpoint).model, None
+        if precision == "int8":
+            clip = rng_of_module.integers(0, 256, (1, *checkpoint.contract.shape), np.uint8)
+            table = extremes(model, clip, attention)
+            model = rewrite.separate_projections(quantize.qdq(model, table))
+        path = tmp_path_factory.mktemp("real") / "model.onnx"
+        graphs.save(rewrite.cast_first(graphs.half(model)), path)
+        made[key] = SimpleNamespace(path=path, depth=checkpoint.spec.depth, tokens=checkpoint.spec.tokens, table=table)
+        return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def rng_of_module():
+    return np.random.default_rng(0)
+
+
+def extremes(model, clip, attention):
+    """A table of every linear: builders only look at where the scales are, not at what they are."""
+    linears, weights = seen.linears(model), seen.weights(model)
+    names = dict.fromkeys(linear.activation for linear in linears)
+    if attention:
+        names |= dict.fromkeys(name for pair in seen.products(model).values() for name in pair)
+    values = export.evaluator()(seen.only(model, list(names)))({"frames": clip})
+    ranges = {
+        name: Range(min(0.0, float(v.min())), max(0.0, float(v.max())), "extremes")
+        for name, v in zip(names, values, strict=True)
+    }
+    plans = tuple(
+        LinearPlan(
+            linear.name, linear.activation, linear.weight, tuple(np.abs(weights[linear.weight]).max(0) / 127), "int8"
+        )
+        for linear in linears
+    )
+    return CalibrationTable(seen.digest(model), {}, "int8", ranges, plans)
 
 
 def test_the_graph_keeps_layer_norm_and_softmax_in_fp32(graph):

@@ -18,7 +18,7 @@ def opened(request, tiny_checkpoint, tmp_path_factory):
     target = next(t for t in TARGETS.values() if t.backend == request.param and t.tolerance is not None)
     device = runtimes.proof_device(target.name, target.backend)
     if missing := target.missing(target.build_needs + (() if device else target.run_needs)):
-        pytest.skip(f"{target.name} needs {', '.join(missing)}: {target.remedy}")
+        pytest.skip(f"{target.name} needs {', '.join(missing)} {target.remedy}")
     options = pipeline.Options(batch=2, lowering="gather")
     bundle = pipeline.export_model(target.name, tiny_checkpoint, tmp_path_factory.mktemp("out"), options)
     with runtimes.open_bundle(bundle, device=device) as backend:

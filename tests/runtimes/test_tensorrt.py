@@ -13,7 +13,8 @@ import pytest
 
 import edgetube
 from edgetube import bundle as bundles
-from edgetube import cache, cuda, export
+from edgetube import cache, cuda, datasets, export
+from edgetube.bench import parity
 from edgetube.errors import BackendError, InputError, MissingPackageError
 from edgetube.export import pipeline
 from edgetube.model import checkpoints
@@ -183,7 +184,7 @@ def machine(monkeypatch, tmp_path):
         here.trt.stream = HostStream(index, **here.stream)
         return here.trt.stream
 
-    def build(kit, path, settings, tell=None):
+    def build(kit, path, settings, tell=None, calibrator=None):
         here.builds.append((kit.version, settings))
         return path.read_bytes()
 
@@ -220,6 +221,7 @@ def test_the_first_load_builds_and_the_next_ones_do_not(machine, deferred, caplo
     with edgetube.Runtime(deferred) as rt:
         assert rt.describe()["engine"] == "built here: the bundle has no engine; first load on this machine"
     assert "building the engine of tiny.trt-fp16 for RTX 4070" in caplog.text
+    assert "built in 0 s; kept in" in caplog.text
     with edgetube.Runtime(deferred) as rt:
         assert rt.describe()["engine"] == "built here earlier: the bundle has no engine"
     assert len(machine.builds) == 1
@@ -387,7 +389,7 @@ Bindings: frames
         assert runtime.layer_truth(self.TEXT) == {
             "kernels": 8,
             "gemms": {"int8": 1, "fp16": 2, "fp32": 1},
-            "attention": 1,
+            "attention": {"fp16": 1},
             "reformats": 2,
             "float_gemms": ["fc1.matmul", "__myl_CastMulFc_6", "CaskGemm"],
         }
@@ -411,9 +413,131 @@ def test_versions_of_typed_networks(monkeypatch, version, works):
             runtime._strongly_typed(kit)
 
 
+class Recorder:
+    """Stands for any object of TensorRT 8 to 10 and records what is called and set: full TensorRT needs its GPU."""
+
+    def __init__(self, **known):
+        self.__dict__.update(known, calls=[])
+
+    def __setattr__(self, name, value):
+        self.calls.append((name, value))
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.calls.append((name, *arguments))
+
+
+def old_vendor(layers):
+    """A module like TensorRT 8.6's: networks without types, precision flags and calibrators."""
+    trt = vendor(version="8.6.1")
+
+    class Calibrator:
+        def __init__(self):
+            self.base_was_initialised = True
+
+    trt.float32, trt.float16, trt.int8, trt.int32 = "fp32", "fp16", "int8", "int32"
+    trt.IInt8EntropyCalibrator2 = Calibrator
+    trt.BuilderFlag = SimpleNamespace(FP16="FP16", INT8="INT8", TF32="TF32", OBEY_PRECISION_CONSTRAINTS="OBEY")
+    trt.NetworkDefinitionCreationFlag = SimpleNamespace(EXPLICIT_BATCH=0)
+    trt.LayerType = SimpleNamespace(CONSTANT="constant")
+    trt.ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
+    trt.config = Recorder()
+    trt.network = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
+
+    def create_network(flags):
+        trt.flags.append(flags)
+        return trt.network
+
+    trt.Builder = lambda log: SimpleNamespace(
+        create_network=create_network,
+        create_builder_config=lambda: trt.config,
+        build_serialized_network=lambda network, config: b"plan",
+    )
+    trt.OnnxParser = lambda network, log: SimpleNamespace(parse_from_file=lambda path: True)
+    return trt
+
+
+def layer(name, kind="matmul", dtype="fp32"):
+    return Recorder(name=name, type=kind, num_outputs=1, get_output=lambda i: SimpleNamespace(dtype=dtype))
+
+
+class TestLegacy:
+    """TensorRT 8.6 to 10 without typed networks, as far as calls can tell; types are checked against the stubs."""
+
+    LAYERS = (("*", "fp16"), ("norm", "fp32"), ("fc.matmul", "int8"))
+
+    @pytest.fixture
+    def kit(self, monkeypatch):
+        layers = [
+            layer("norm"), layer("fc.matmul"), layer("scores"), layer("weights", kind="constant"),
+            layer("gather", dtype="int32"),
+        ]  # fmt: skip
+        trt = old_vendor(layers)
+        trt.__spec__ = None
+        trt.recorded = layers
+        monkeypatch.setitem(sys.modules, "tensorrt", trt)
+        return runtime.Sdk(runtime.FAMILIES["trt"])
+
+    @pytest.mark.parametrize(
+        ("precision", "flags"), [("fp32", []), ("fp16", ["FP16", "OBEY"]), ("int8", ["FP16", "OBEY", "INT8"])]
+    )
+    def test_flags(self, kit, precision, flags, tmp_path):
+        settings = runtime.Settings(legacy=precision)
+        assert runtime.build(kit, tmp_path / "legacy.onnx", settings, calibrator="ours") == b"plan"
+        assert kit.trt.flags == [1]  # an explicit batch, and no types
+        calls = kit.trt.config.calls
+        assert ("clear_flag", "TF32") in calls
+        assert [call[1] for call in calls if call[0] == "set_flag"] == flags
+        assert (("int8_calibrator", "ours") in calls) == (precision == "int8")
+
+    def test_each_layer_computes_in_what_it_was_given(self, kit, tmp_path):
+        runtime.build(kit, tmp_path / "legacy.onnx", runtime.Settings(legacy="int8", layers=self.LAYERS))
+        norm, linear, scores, weights, gather = (layer.calls for layer in kit.trt.recorded)
+        assert norm == [("precision", "fp32"), ("set_output_type", 0, "fp32")]
+        assert linear == [("precision", "int8")]
+        assert scores == [("precision", "fp16")]
+        assert weights == gather == []
+
+    def test_the_calibrator_gives_every_clip_once_and_keeps_what_tensorrt_found(self, kit, tmp_path, monkeypatch, rng):
+        monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
+        clips = rng.integers(0, 256, (5, 2, 4, 4, 3), np.uint8)
+        np.save(tmp_path / bundles.CLIPS, clips)
+        (tmp_path / runtime.LEGACY).write_bytes(b"graph")
+        gpu = HostStream(0)
+
+        def make(version="8.6.1"):
+            kit.trt.__version__ = version
+            return runtime.calibrator(kit, tmp_path, runtime.Settings(legacy="int8"), gpu, batch=2)
+
+        with gpu.current():
+            calibrator = make()
+            assert calibrator.base_was_initialised
+            assert calibrator.get_batch_size() == 2
+            assert calibrator.read_calibration_cache() is None
+            for start in (0, 2):
+                (address,) = calibrator.get_batch(["frames"])
+                np.testing.assert_array_equal(gpu.memory[address], clips[start : start + 2].reshape(-1))
+            assert calibrator.get_batch(["frames"]) == []
+            calibrator.write_calibration_cache(memoryview(b"TRT-8601-EntropyCalibration2"))
+            assert make().read_calibration_cache() == b"TRT-8601-EntropyCalibration2"
+            assert make("10.3.0").read_calibration_cache() is None
+            clips[0, 0, 0, 0, 0] += 1
+            np.save(tmp_path / bundles.CLIPS, clips)
+            assert make().read_calibration_cache() is None
+
+    @pytest.mark.parametrize("precision", ["", "fp16"])
+    def test_others_need_no_calibrator(self, kit, tmp_path, precision):
+        assert runtime.calibrator(kit, tmp_path, runtime.Settings(legacy=precision), HostStream(0), 1) is None
+
+    def test_tensorrt_11_says_what_to_do(self, kit, tmp_path):
+        del kit.trt.IInt8EntropyCalibrator2
+        kit.trt.__version__ = "11.0.0"
+        with pytest.raises(BackendError, match=r"TensorRT 11\.0\.0 knows typed networks only"):
+            runtime.build(kit, tmp_path / "legacy.onnx", runtime.Settings(legacy="fp16"))
+
+
 def test_the_names_that_are_used_are_real():
     kit = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
-    for name in runtime.Vendor.__annotations__:
+    for name in set(runtime.Vendor.__annotations__) - {"IInt8EntropyCalibrator2"}:  # TensorRT 8 to 10 alone
         assert hasattr(kit, name), name
     for owner, names in {
         kit.Builder: ["create_network", "create_builder_config", "build_serialized_network"],
@@ -437,6 +561,16 @@ def test_the_builder_reports_its_phases(tiny_checkpoint, tmp_path):
     assert all(0 <= step <= steps for _, step, steps in told)
 
 
+def test_a_long_build_says_where_it_is_but_not_at_every_step(monkeypatch, caplog):
+    clock = iter([0.0, 0.5, 1.0, 2.5, 3.0, 5.0])
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    caplog.set_level("INFO", "edgetube")
+    report = runtime._Report()
+    for step in range(5):
+        report("Building engine", step, 5)
+    assert [r.message for r in caplog.records] == ["2 s: Building engine, 2 of 5", "5 s: Building engine, 4 of 5"]
+
+
 def gpu_targets():
     return [t.name for t in export.targets().values() if t.backend == "tensorrt"]
 
@@ -450,7 +584,7 @@ class TestOnAGpu:
         if missing := target.missing(target.run_needs):
             pytest.skip(f"{name} cannot run here: that needs {', '.join(missing)}")
         monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
-        return pipeline.export_model(name, "demo", tmp_path / "out", GATHER)
+        return export_here(name, tmp_path / "out", GATHER)
 
     def test_it_answers_like_pytorch_and_says_what_ran(self, bundle, rng):
         checkpoint = checkpoints.load("demo")
@@ -495,6 +629,40 @@ class TestOnAGpu:
     def test_the_golden_clip(self, bundle):
         with edgetube.Runtime(bundle) as rt:
             rt.check()
+
+    def test_the_evaluation_set(self, bundle):
+        source = datasets.built_in(252, bundle.labels)
+        ((_, measured),) = parity.measure([bundle], source.clips, total=source.count)
+        assert measured.status == "executed"
+        assert measured.agreement >= 0.99
+        assert measured.top1 >= measured.top1_reference - 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["trt-fp32", "trt-fp16", "trt-int8"])
+def test_on_a_gpu_networks_without_types(name, tmp_path, monkeypatch):
+    target = export.target(name)
+    if missing := target.missing(target.run_needs):
+        pytest.skip(f"{name} cannot run here: that needs {', '.join(missing)}")
+    if int((version := runtime.sdk("trt").version).split(".")[0]) > 10:
+        pytest.skip(f"TensorRT {version} knows typed networks only")
+    monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
+    bundle = export_here(name, tmp_path / "out", replace(GATHER, settings={"legacy": "yes"}))
+    assert bundle.status == "executed"
+    with edgetube.Runtime(bundle) as rt:
+        assert (rt.describe()["layers"]["gemms"].get("int8", 0) > 0) == (name == "trt-int8")
+
+
+def export_here(name, out, options):
+    """A bundle of the built-in model; skipped with the SDK's own words where it does not take this GPU."""
+    gpu = cuda.open_stream(0, "rtx")
+    gpu.close()
+    try:
+        return pipeline.export_model(name, "demo", out, options)
+    except BackendError as error:
+        if name.startswith("rtx") and gpu.capability in ("9.0", "10.0"):  # in no list of TensorRT for RTX
+            pytest.skip(f"{gpu.name} ({gpu.capability}): {error}")
+        raise
 
 
 def test_bundle_round_trip_keeps_the_settings(deferred):

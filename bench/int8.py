@@ -1,0 +1,381 @@
+"""Is INT8 worth it on this machine? edgetube's bundles against their float siblings and against other quantisers.
+
+    python bench/int8.py speed --checkpoint random:tubevit-b --folder out/int8 [--json docs/int8.json]
+    python bench/int8.py accuracy --folder out/int8 [--json docs/int8.json]
+    python bench/int8.py memory --checkpoint random:tubevit-b --clips 512 [--json docs/int8.json]
+
+`speed`: latency of one clip, all contestants in turns in one process, and the rate at which this machine multiplies
+8-bit integers, measured in the same turns. The peers quantise the graph of our own float bundle on the clips that our
+calibration sees. `accuracy`: the built-in model on labelled clips that no calibration has seen. `memory`: the most that
+this process ever held while it calibrated the first blocks. What `--folder` holds already is not made again: make it
+with `--seconds 0`, then measure when the machine is quiet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import resource
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from edgetube import bundle as bundles
+from edgetube import datasets, demo, runtimes
+from edgetube import export as exporting
+from edgetube.bench import machine, parity
+from edgetube.bench.latency import Timing, interleave
+from edgetube.bench.peers import quantisers
+from edgetube.bundle import Bundle
+from edgetube.calibration import graphs
+from edgetube.calibration.clips import Clips, spool
+from edgetube.calibration.walk import State, Walk
+from edgetube.export import graph as canonical
+from edgetube.export import pipeline, static
+from edgetube.model import checkpoints
+from edgetube.model.checkpoints import Checkpoint
+from edgetube.runtimes.torch import Reference
+
+EAGER, NNCF, NNCF_SLICE, BEST_ORT = "PyTorch eager", "NNCF", "NNCF, slice-based graph", "best ORT recipe"
+TARGETS = ("onnx-fp32", "onnx-int8", "openvino-fp32", "openvino-fp16", "openvino-int8")
+PEAK = {"ONNX Runtime": "int8 product, ONNX Runtime", "OpenVINO": "int8 product, OpenVINO"}
+RUNTIME = {"onnx-int8": "ONNX Runtime", "openvino-int8": "OpenVINO"}
+
+GOALS = (
+    ("openvino-int8", NNCF, 1.1),
+    ("openvino-int8", NNCF_SLICE, 1.1),
+    ("openvino-int8", "openvino-fp32", 3.0),
+    ("onnx-int8", "onnx-fp32", 2.0),
+    ("onnx-int8", EAGER, 4.8),
+    ("onnx-int8", BEST_ORT, 1.3),
+)
+"""Who should be faster than whom, and by how much, for TubeViT-B."""
+
+PRODUCT = (2048, 3072, 3072)
+"""(M, K, N) of the product whose rate stands for what the machine can do: large, yet its weights stay in the cache."""
+
+Call = Callable[[], object]
+
+
+# ------------------------------------------------------------------------------------------------------------ making
+
+
+def clips(checkpoint: Checkpoint, count: int, folder: Path) -> Path:
+    """Built-in calibration clips as an array file; made once."""
+    path = folder / f"{checkpoint.name}.clips.npz"
+    if not path.exists():
+        found = [clip.frames for clip in datasets.built_in_calibration(count, ()).clips(checkpoint.contract)]
+        np.savez(path, clips=np.stack(found))
+    return path
+
+
+def export(
+    checkpoint: Checkpoint, names: tuple[str, ...], folder: Path, options: pipeline.Options
+) -> dict[str, Bundle]:
+    """Bundles by target; those that the folder holds already are taken as they are."""
+    there = {name: folder / f"{checkpoint.name}.{name}" for name in names}
+    if missing := [name for name, path in there.items() if not path.exists()]:
+        list(pipeline.export_models(missing, checkpoint, folder, options))
+    return {name: bundles.load(path) for name, path in there.items()}
+
+
+def traced(checkpoint: Checkpoint, lowering: str, folder: Path) -> Path:
+    """The float graph in another lowering, as a file; made once."""
+    path = folder / f"{checkpoint.name}.{lowering}.onnx"
+    if not path.exists():
+        module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering)
+        canonical.save(canonical.trace(module, checkpoint.spec, checkpoint.contract).model, path)
+    return path
+
+
+def quantise(source: Path, calibration: Path, names: list[str], folder: Path, prefix: str) -> dict[str, Path]:
+    """The peers' files by name; those that the folder holds already are taken as they are."""
+    found = {}
+    for name in names:
+        peer, suffix = quantisers.PEERS[name]
+        found[name] = folder / f"{prefix}.{re.sub('[^a-z0-9_]+', '-', name.lower()).strip('-')}{suffix}"
+        if not found[name].exists():
+            peer(source, list(np.load(calibration)["clips"]), found[name])
+    return found
+
+
+def product(folder: Path) -> dict[str, Path]:
+    """One product of uint8 with int8 for each runtime, in the form that it computes in integers."""
+    rows, inner, columns = PRODUCT
+    rng = np.random.default_rng(0)
+    weight = numpy_helper.from_array(rng.integers(-127, 128, (inner, columns), np.int8), "w")
+    scale = numpy_helper.from_array(np.full(columns, 1e-3, np.float32), "s")
+    one = numpy_helper.from_array(np.float32(1), "one")
+    zeros = [numpy_helper.from_array(np.uint8(0), "z"), numpy_helper.from_array(np.zeros(columns, np.int8), "wz")]
+    ends = (
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [1, rows, inner])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, rows, columns])],
+    )
+    integer = [helper.make_node("MatMulIntegerToFloat", ["x", "w", "one", "s", "z", ""], ["y"], domain="com.microsoft")]
+    pairs = [
+        helper.make_node("DequantizeLinear", ["x", "one", "z"], ["a"]),
+        helper.make_node("DequantizeLinear", ["w", "s", "wz"], ["b"], axis=1),
+        helper.make_node("MatMul", ["a", "b"], ["y"]),
+    ]
+    paths = {}
+    for runtime, nodes in (("ONNX Runtime", integer), ("OpenVINO", pairs)):
+        used = {name for node in nodes for name in node.input}
+        constants = [tensor for tensor in (weight, scale, one, *zeros) if tensor.name in used]
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(
+            helper.make_graph(nodes, "product", *ends, constants), opset_imports=opsets, ir_version=9
+        )
+        paths[runtime] = folder / f"product.{runtime.split()[0].lower()}.onnx"
+        onnx.save(model, paths[runtime])
+    return paths
+
+
+def products(folder: Path) -> dict[str, Call]:
+    """Calls that multiply once."""
+    from edgetube.runtimes.openvino import compile_model
+
+    paths = product(folder)
+    x = np.random.default_rng(1).integers(0, 256, (1, *PRODUCT[:2]), np.uint8)
+    session = ort.InferenceSession(paths["ONNX Runtime"], providers=["CPUExecutionProvider"])
+    request = compile_model(paths["OpenVINO"], ["bf16", "f32"]).create_infer_request()
+    return {
+        PEAK["ONNX Runtime"]: partial(session.run, None, {"x": x}),
+        PEAK["OpenVINO"]: partial(request.infer, [x], share_inputs=True),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- measuring
+
+
+def speed(args: argparse.Namespace) -> dict[str, Any]:
+    """Every contestant on one clip of one checkpoint."""
+    checkpoint, folder = checkpoints.load(args.checkpoint), args.folder
+    given = clips(checkpoint, args.clips, folder)
+    options = pipeline.Options(calib=given, max_drop=100.0, lowering="gather")
+    ours = export(checkpoint, TARGETS, folder, options)
+    sliced = traced(checkpoint, "slice", folder)
+    peers = quantise(ours["onnx-fp32"].artifact_path, given, list(quantisers.PEERS), folder, checkpoint.name)
+    (nncf,) = (name for name in peers if name.startswith(NNCF))
+    slow = quantise(sliced, given, [nncf], folder, f"{checkpoint.name}.slice")
+    frames = demo.golden(checkpoint.contract).frames[None]
+    with ExitStack() as stack:
+        calls: dict[str, Call] = {EAGER: partial(Reference(checkpoint.model, checkpoint.contract), frames)}
+        for name, bundle in ours.items():
+            calls[name] = partial(stack.enter_context(runtimes.open_bundle(bundle)), frames)
+        for name, path in {**peers, NNCF_SLICE: slow[nncf]}.items():
+            calls[NNCF if name == nncf else name] = partial(quantisers.open_model(path, "default"), frames[0])
+        calls |= products(folder)
+        timings = interleave(calls, seconds=args.seconds, minimum=args.turns)
+    sizes = {name: bundle.artifact_bytes for name, bundle in ours.items()}
+    sizes |= {NNCF if n == nncf else n: quantisers.size(path) for n, path in peers.items()}
+    sizes[NNCF_SLICE] = quantisers.size(slow[nncf])
+    work = sum(graphs.macs(onnx.load(ours["onnx-fp32"].artifact_path)).values())
+    return {
+        "machine": machine.describe(),
+        "checkpoint": checkpoint.name,
+        "clip": list(checkpoint.contract.shape),
+        "linear_gmac": work / 1e9,
+        "int8_linears": {name: ours[name].build["integers"] for name in RUNTIME},
+        "rows": rows(timings, sizes),
+        "goals": goals(timings),
+        "product": product_rates(timings, work),
+    }
+
+
+def rows(timings: Mapping[str, Timing], sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """One row for each contestant: its times, the speed against PyTorch eager, and the bytes that it needs."""
+    eager = timings[EAGER].p50_ms
+    return [
+        {"name": name, **timing.to_json(), "against_eager": eager / timing.p50_ms, "bytes": sizes.get(name)}
+        for name, timing in timings.items()
+        if name not in PEAK.values()
+    ]
+
+
+def goals(timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
+    """Ratios of medians beside the ratios that were asked for."""
+    recipes = [name for name in timings if name.startswith("ORT ")]
+    best = min(recipes, key=lambda name: timings[name].p50_ms)
+    found = []
+    for name, other, asked in GOALS:
+        other = best if other == BEST_ORT else other
+        found.append(
+            {"name": name, "other": other, "asked": asked, "ratio": timings[other].p50_ms / timings[name].p50_ms}
+        )
+    return found
+
+
+def product_rates(timings: Mapping[str, Timing], work: int) -> dict[str, Any]:
+    """Rates in 10^9 multiplications and additions a second, and the share of the best of them that bundles reach.
+
+    Args:
+        work: multiply-accumulates of the model's linears; attention's are not counted, though they take time.
+    """
+    size = 2 * int(np.prod(PRODUCT))
+    rates = {runtime: size / timings[name].p50_ms / 1e6 for runtime, name in PEAK.items()}
+    best = max(rates.values())
+    reached = {name: 2 * work / timings[name].p50_ms / 1e6 for name in RUNTIME}
+    return {
+        "shape": list(PRODUCT),
+        "gops": rates,
+        "reached": {name: {"gops": rate, "share": rate / best} for name, rate in reached.items()},
+    }
+
+
+def accuracy(args: argparse.Namespace) -> dict[str, Any]:
+    """The built-in model in integers, in both runtimes, on clips whose photographs no calibration has seen."""
+    checkpoint = checkpoints.load("demo")
+    made = export(checkpoint, tuple(RUNTIME), args.folder, pipeline.Options())
+    source = partial(demo.evaluation, count=args.clips)
+    measured = parity.measure(list(made.values()), source, total=args.clips)
+    return {
+        "machine": machine.describe(),
+        "calibration": next(iter(made.values())).build["int8"]["clips"],
+        "rows": [
+            {"name": bundle.target, "summary": bundle.build["int8"]["summary"], **found.to_json()}
+            for bundle, found in measured
+        ],
+    }
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of the walk over tubes and first blocks; the other blocks are alike, and nothing of a block is kept.
+
+    Pages of the files that hold frames and activations count as long as the system leaves them in memory.
+    """
+    checkpoint = checkpoints.load(args.checkpoint)
+    module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, "gather")
+    model = canonical.trace(module, checkpoint.spec, checkpoint.contract).model
+    del module
+    before = peak()
+    with tempfile.TemporaryDirectory(dir=args.workspace) as name:
+        walk = Walk(model, noise(checkpoint, args.clips, Path(name)), exporting.evaluator(), "uint8", Path(name))
+        walk.stages = walk.stages[: args.stages]
+        walk.choose(State())
+    return {
+        "machine": machine.describe(),
+        "checkpoint": checkpoint.name,
+        "clips": args.clips,
+        "stages": [stage.name for stage in walk.stages],
+        "before_gb": before,
+        "peak_gb": peak(),
+    }
+
+
+def noise(checkpoint: Checkpoint, count: int, folder: Path) -> Clips:
+    """Clips of noise: what they show does not change the memory that they take."""
+    frames = spool(folder, (count, *checkpoint.contract.shape), np.uint8)
+    for index in range(count):
+        frames[index] = np.random.default_rng(index).integers(0, 256, frames.shape[1:], np.uint8)
+    names = tuple(f"{index:04d}" for index in range(count))
+    return Clips("noise", frames, np.full(count, -1), names, "")
+
+
+def peak() -> float:
+    """Largest resident size of this process so far, GB."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ----------------------------------------------------------------------------------------------------------- showing
+
+
+def speed_text(found: Mapping[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        f"{found['checkpoint']}, clip {tuple(found['clip'])}, {found['linear_gmac']:.1f} GMAC in linears; "
+        f"{found['machine']}",
+        "",
+        "| contestant | p50 ms | p10 - p90 | against eager | MB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
+        lines.append(
+            f"| {row['name']} | {row['p50_ms']:.1f} | {row['p10_ms']:.1f} - {row['p90_ms']:.1f} "
+            f"| {row['against_eager']:.2f}x | {size} |"
+        )
+    lines += ["", "| faster | than | asked | measured |", "|---|---|---|---|"]
+    for goal in found["goals"]:
+        lines.append(f"| {goal['name']} | {goal['other']} | {goal['asked']:.1f}x | {goal['ratio']:.2f}x |")
+    rates = ", ".join(f"{runtime} {rate:.0f}" for runtime, rate in found["product"]["gops"].items())
+    reached = ", ".join(f"{name} {r['gops']:.0f} ({r['share']:.0%})" for name, r in found["product"]["reached"].items())
+    lines += ["", f"GOP/s of one int8 product {tuple(found['product']['shape'])}: {rates}; of a whole clip: {reached}"]
+    return "\n".join(lines)
+
+
+def accuracy_text(found: Mapping[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        f"demo, calibrated on {found['calibration']['count']} clips; {found['machine']}",
+        "",
+        "| bundle | clips | top-1 float | top-1 int8 | drop, points | agreement | worst cosine |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        lines.append(
+            f"| {row['name']} | {row['clips']} | {row['top1_reference']:.2%} | {row['top1']:.2%} "
+            f"| {100 * (row['top1_reference'] - row['top1']):.2f} | {row['agreement']:.2%} | {row['cosine']:.5f} |"
+        )
+    return "\n".join(lines)
+
+
+def memory_text(found: Mapping[str, Any]) -> str:
+    """Markdown."""
+    return (
+        f"{found['checkpoint']}, {found['clips']} clips, {', '.join(found['stages'])}: at most {found['peak_gb']:.1f} "
+        f"GB, {found['before_gb']:.1f} GB of them before the walk; {found['machine']}"
+    )
+
+
+def keep(path: Path, key: str, found: Mapping[str, Any]) -> None:
+    """Put one result beside the others of a file."""
+    document = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    document[key] = found
+    path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+
+
+COMMANDS = {"speed": (speed, speed_text), "accuracy": (accuracy, accuracy_text), "memory": (memory, memory_text)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("speed").add_argument(
+        "--clips", type=int, default=16, help="to calibrate on: speed is the same"
+    )
+    commands.add_parser("accuracy").add_argument("--clips", type=int, default=1008, help="labelled clips to judge by")
+    commands.add_parser("memory").add_argument("--clips", type=int, default=512, help="to calibrate on")
+    for name, command in commands.choices.items():
+        command.add_argument("--json", type=Path, help="write the numbers there, too")
+        if name != "memory":
+            command.add_argument("--folder", type=Path, required=True, help="for bundles and the peers' files")
+        if name != "accuracy":
+            command.add_argument("--checkpoint", default="random:tubevit-b")
+    speeds, memories = commands.choices["speed"], commands.choices["memory"]
+    speeds.add_argument("--seconds", type=float, default=8.0, help="of timing, per contestant")
+    speeds.add_argument("--turns", type=int, default=5, help="least turns of three calls of each contestant")
+    memories.add_argument("--stages", type=int, default=3, help="tubes and blocks to walk")
+    memories.add_argument("--workspace", type=Path, help="folder for what is spooled; the system's own if left out")
+    args = parser.parse_args()
+    if args.command != "memory":
+        args.folder.mkdir(parents=True, exist_ok=True)
+    measure, text = COMMANDS[args.command]
+    result = measure(args)
+    if args.json:
+        keep(args.json, " ".join([args.command, result.get("checkpoint", "demo")]), result)
+    print(text(result))
+
+
+if __name__ == "__main__":
+    main()

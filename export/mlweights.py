@@ -1,0 +1,144 @@
+"""How the weights of an ML program are stored: float16, int8 with a scale a channel, 4-bit palettes.
+
+And what happens to the activations that int8 weights multiply. The builder comes as a parameter, as in `mlprogram`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetube.calibration.table import LinearPlan, Range
+from edgetube.errors import SpecError
+from edgetube.export.mlprogram import Weight, label, narrow
+from edgetube.targets import Precision
+
+Array = npt.NDArray[Any]
+
+SMALL = 2048
+"""Weights of fewer elements stay float16: compressing them saves nothing and costs accuracy."""
+
+PALETTE = 16
+GROUP = 16
+"""Output channels that share a palette, from iOS 18 on, or a divisor; before, a weight has one palette."""
+
+
+class Storage:
+    """How a target stores the weight (output channels first) of a matrix product, and what the weight multiplies.
+
+    Args:
+        mb: the builder.
+        precision: of the target.
+        blocks: a weight may have scales and palettes for parts of it: from iOS 18 on.
+        plans: of an int8 target: for each weight its plan, and the range of what it multiplies.
+    """
+
+    def __init__(
+        self, mb: Any, precision: Precision, blocks: bool, plans: Mapping[str, tuple[LinearPlan, Range]]
+    ) -> None:
+        self.mb, self.blocks, self.plans = mb, blocks, plans
+        ways = {"fp16": self.plain, "w8": self.rounded, "w4": self.palettes, "int8": self.planned}
+        self.weight: Weight = ways[precision]
+        self.quantised: dict[str, Any] = {}
+
+    def plain(self, name: str, array: Array, unit: float) -> Any:
+        return self.mb.const(val=narrow(name, array, "fp16"), name=label(name))
+
+    def rounded(self, name: str, array: Array, unit: float) -> Any:
+        if array.size < SMALL:
+            return self.plain(name, array, unit)
+        return self.integers(name, array, channel_scales(array))
+
+    def planned(self, name: str, array: Array, unit: float) -> Any:
+        if name not in self.plans:
+            return self.plain(name, array, unit)
+        scales = np.array(self.plans[name][0].weight_scales, np.float32) * np.float32(unit)
+        return self.integers(name, array, half_scales(name, scales))
+
+    def activation(self, name: str, x: Any, unit: float) -> Any:
+        """Through int8 and back, once a tensor, in the form that an engine can fuse with the product behind it."""
+        if name not in self.plans:
+            return x
+        plan, found = self.plans[name]
+        if (tensor := plan.activation) not in self.quantised:
+            scale = np.float16(half_scales(tensor, np.array([found.symmetric / unit], np.float32))[0])
+            integers = self.mb.quantize(input=x, scale=scale, output_dtype="int8", name=f"{label(tensor)}_int8")
+            self.quantised[tensor] = self.mb.dequantize(input=integers, scale=scale, name=f"{label(tensor)}_rounded")
+        return self.quantised[tensor]
+
+    def integers(self, name: str, array: Array, scales: Array) -> Any:
+        """An array (O, ...) as int8 with a scale (O,) for each output channel."""
+        data, narrow_scales = quantise(array, scales), scales.astype(np.float16)
+        if self.blocks:
+            scale = narrow_scales.reshape(-1, *[1] * (array.ndim - 1))
+            return self.mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=label(name))
+        return self.mb.constexpr_affine_dequantize(
+            quantized_data=data, scale=narrow_scales, zero_point=np.int8(0), axis=np.int32(0), name=label(name)
+        )
+
+    def palettes(self, name: str, array: Array, unit: float) -> Any:
+        if not name.startswith("blocks."):  # the ends of the model: few weights, and errors that nothing evens out
+            return self.rounded(name, array, unit)
+        if not self.blocks:
+            lut, indices = palette(array)
+            packed = indices.reshape(-1, 2) @ np.array([1, PALETTE], np.uint8)
+            shape = np.array(array.shape, np.uint32)
+            return self.mb.constexpr_lut_to_dense(lut=lut, indices=packed, shape=shape, name=label(name))
+        from coremltools.converters.mil.mil.types import np_uint4_dtype
+
+        groups = [palette(rows) for rows in np.split(array, len(array) // math.gcd(len(array), GROUP))]
+        lut = np.stack([lut for lut, _ in groups]).reshape(len(groups), *[1] * (array.ndim - 1), PALETTE, 1)
+        indices = np.concatenate([indices for _, indices in groups]).astype(np_uint4_dtype)
+        return self.mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=label(name))
+
+
+def channel_scales(array: Array) -> Array:
+    """The scale (O,) float32 with which each output channel of (O, ...) fills int8 symmetrically."""
+    largest = np.abs(array).reshape(len(array), -1).max(axis=1)
+    return half_scales("a weight", np.where(largest > 0, largest / 127, 1))
+
+
+def half_scales(name: str, scales: Array) -> Array:
+    """Scales as float16 holds them, in float32.
+
+    Raises:
+        SpecError: float16 has no such scale.
+    """
+    with np.errstate(over="ignore"):
+        narrowed = scales.astype(np.float16)
+    if not (np.isfinite(narrowed).all() and (narrowed > 0).all()):
+        raise SpecError(f"{name} needs scales from {scales.min():.3g} to {scales.max():.3g}, which float16 has not")
+    return narrowed.astype(np.float32)
+
+
+def quantise(array: Array, scales: Array) -> Array:
+    """The nearest int8 of each weight (O, ...), with one scale (O,) a channel."""
+    steps = array / scales.reshape(-1, *[1] * (array.ndim - 1))
+    return np.clip(np.rint(steps), -127, 127).astype(np.int8)
+
+
+def palette(array: Array, steps: int = 50) -> tuple[Array, Array]:
+    """The 16 float16 numbers that stand for an array with the least squared error, and each element's index.
+
+    Lloyd's iteration on the sorted numbers: a cluster is a range, its mean a difference of cumulative sums.
+    """
+    flat = np.sort(array.astype(np.float64), axis=None)
+    sums = np.concatenate([[0.0], np.cumsum(flat)])
+    # Where a normal distribution has its 16 best levels: at the quantiles of one that is wider by sqrt(3).
+    tails = np.sinh(np.linspace(-1.6, 1.6, PALETTE)) / np.sinh(1.6)
+    centres = flat.mean() + tails * 2.7 * flat.std()
+    for _ in range(steps):
+        edges = np.searchsorted(flat, (centres[1:] + centres[:-1]) / 2)
+        edges = np.concatenate([[0], edges, [len(flat)]])
+        counts = np.diff(edges)
+        moved = np.where(counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), centres)
+        if np.array_equal(moved, centres):
+            break
+        centres = moved
+    lut = centres.astype(np.float16)
+    bounds = (lut[1:].astype(np.float32) + lut[:-1].astype(np.float32)) / 2
+    return lut, np.searchsorted(bounds, array).astype(np.uint8)

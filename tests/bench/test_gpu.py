@@ -1,0 +1,109 @@
+"""`bench/gpu.py` without a GPU: its arithmetic, its tables, and that it says why nothing was measured."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgetube import bundle as bundles
+from edgetube import targets
+from edgetube.bench import gpu
+from edgetube.bench.worker import Subject
+from edgetube.errors import BackendError
+
+ROOT = Path(__file__).parents[2]
+LIMITS = {"gmacs_per_s": {"fp16": 100_000.0, "int8": 200_000.0}, "gb_per_s": 1000.0}
+
+
+def row(name="trt-fp16", **changes):
+    found = {"name": name, "p50_ms": 2.0, "p99_ms": 3.0, "throughput": 500.0, "noise": 0.01, "reason": None}
+    found |= {"macs": 50_000_000_000, "batch": 1, "precision": "fp16", "flop_share": 0.25, "bandwidth_share": 0.1}
+    return found | changes
+
+
+def test_shares_by_hand():
+    """50 GMAC in 2 ms are 25 000 GMAC/s; 90 M weights of 2 bytes and a clip of 20 MB are 0.2 GB, 100 GB/s."""
+    found = gpu.shares(row(), weights=90_000_000, clip_bytes=20_000_000, best=LIMITS)
+    assert found == pytest.approx({"flop_share": 0.25, "bandwidth_share": 0.1})
+    int8 = gpu.shares(row(precision="int8", batch=2), weights=90_000_000, clip_bytes=20_000_000, best=LIMITS)
+    assert int8 == pytest.approx({"flop_share": 0.125, "bandwidth_share": 0.065})
+
+
+@pytest.mark.parametrize(("time", "best"), [(None, LIMITS), (2.0, None)])
+def test_shares_of_what_is_unknown(time, best):
+    found = gpu.shares(row(p50_ms=time), weights=1, clip_bytes=1, best=best)
+    assert found == {"flop_share": None, "bandwidth_share": None}
+
+
+def test_the_gain_of_the_cuda_graph():
+    rows = [row(p50_ms=2.0), row("trt-fp16, no CUDA graph", p50_ms=3.0)]
+    assert gpu.graph_gain(rows) == 1.5
+    assert gpu.graph_gain(rows[:1]) is None
+    assert gpu.graph_gain([rows[0], row("trt-fp16, no CUDA graph", p50_ms=None)]) is None
+
+
+def test_the_table():
+    rows = [
+        row("PyTorch eager fp16", p50_ms=5.0, noise=0.2),
+        row(flop_share=None),
+        row("rtx-int8", p50_ms=None, reason="TensorRT for RTX does not know SM90"),
+    ]
+    _, _, eager, trt, rtx = gpu.table(rows).splitlines()
+    assert eager == "| PyTorch eager fp16 | 5.000 ±20% | 3.000 | 500 | 1.00x | 25.0% | 10.0% |"
+    assert trt == "| trt-fp16 | 2.000 | 3.000 | 500 | 2.50x | - | 10.0% |"
+    assert rtx == "| rtx-int8 | not run: TensorRT for RTX does not know SM90 | | | | | |"
+
+
+def test_who_takes_part(tiny_bundle):
+    onnx = bundles.load(tiny_bundle)
+    found = gpu.contestants("random:tubevit-ti", 8, {"onnx-fp16": onnx, "trt-fp16": onnx})
+    names = ["PyTorch eager fp16", "torch.compile fp16", "onnx-fp16", "trt-fp16", "trt-fp16, no CUDA graph"]
+    assert [contestant.name for contestant in found] == names
+    assert {contestant.batch for contestant in found} == {8}
+    assert found[2].given["device"] == "cuda"
+    for contestant in found:
+        module, _, function = contestant.opener.partition(":")
+        assert callable(getattr(sys.modules[module], function))
+
+
+def test_what_cannot_be_built_says_why(tmp_path):
+    made, reasons = gpu.build(["no-such-target"], "demo", tmp_path)
+    assert made == {}
+    assert "no target is called 'no-such-target'" in reasons["no-such-target"]
+
+
+@pytest.mark.parametrize("opener", [lambda lap: gpu.eager(lap, "demo", 1, compiled=False), gpu.limits])
+def test_without_a_gpu_the_openers_say_so(opener):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("PyTorch has a GPU here")
+    with pytest.raises(BackendError, match="sees no GPU; install a build of it for CUDA"):
+        opener(lambda stage: None)
+
+
+def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path):
+    if not targets.missing((targets.GPU,)):
+        pytest.skip("this machine has a GPU")
+    out = tmp_path / "gpu.json"
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "gpu.py", "--json", out], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "bench/gpu.py needs an NVIDIA GPU and its driver; this machine has none: nothing was measured\n"
+    )
+    assert not out.exists()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_fastest_of_pytorch_is_measured():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a PyTorch that sees an NVIDIA GPU")
+    subject = gpu.eager(lambda stage: None, "demo", 2, compiled=False)
+    assert isinstance(subject, Subject)
+    assert tuple(subject.call().shape) == (2, 9)
+    found = gpu.limits(lambda stage: None).about
+    assert found["gmacs_per_s"]["int8"] > 0 < found["gb_per_s"]

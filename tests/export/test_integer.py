@@ -1,0 +1,135 @@
+"""Integer kernels against the Q/DQ graph of the same table, evaluated operator by operator."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from edgetube import calibration, datasets, export
+from edgetube.calibration.clips import collect
+from edgetube.errors import InputError, ParityError
+from edgetube.export import graph as graphs
+from edgetube.export import integer, onnxruntime, quantize, static
+from edgetube.model import checkpoints
+from edgetube.runtimes.onnxruntime import evaluate
+
+FORMS = {"any": ("uint8", False), "x86": ("uint8", True), "arm": ("int8", False)}
+
+
+@pytest.fixture(scope="module")
+def graph(tiny_checkpoint):
+    c = checkpoints.load(tiny_checkpoint).select("motion")
+    return graphs.trace(static.StaticTubeViT(c.model, c.contract, "gather"), c.spec, c.contract)
+
+
+@pytest.fixture(scope="module")
+def clips(tiny_checkpoint, tmp_path_factory):
+    c = checkpoints.load(tiny_checkpoint).select("motion")
+    return collect(datasets.built_in_calibration(9, c.labels), c.contract, c.labels, tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture(scope="module")
+def calibrated(graph, clips, tmp_path_factory):
+    """(graph, table) by scheme."""
+    found = {}
+    for scheme in ("uint8", "int8"):
+        workspace = tmp_path_factory.mktemp(scheme)
+        made = calibration.calibrate(
+            graph.model, clips, clips, export.evaluator(), activations=scheme, workspace=workspace, max_drop=100.0
+        )
+        applied, table = quantize.apply(made, graph)
+        found[scheme] = applied.model, table
+    return found
+
+
+def logits(model, clips):
+    call = evaluate(model.SerializeToString())
+    return np.concatenate([call({"frames": np.asarray(frames)[None]})[0] for frames in clips.frames])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kernels_compute_what_the_pairs_say(calibrated, clips, form):
+    scheme, unsigned = FORMS[form]
+    model, table = calibrated[scheme]
+    ours = logits(integer.native(model, table, unsigned_weights=unsigned), clips)
+    pairs = logits(quantize.qdq(model, table), clips)
+    exact = logits(model, clips)
+    if scheme == "uint8":
+        # A float that lies between two integers may fall to either side, in either graph.
+        assert np.abs(ours - pairs).max() < 0.25 * np.abs(pairs - exact).max() + 1e-4
+    else:  # here pixels are exact, behind Q/DQ they are rounded to 128 levels
+        assert np.abs(ours - exact).max() < 2 * np.abs(pairs - exact).max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_types_are_those_of_the_form(calibrated, form):
+    scheme, unsigned = FORMS[form]
+    model, table = calibrated[scheme]
+    made = integer.native(model, table, unsigned_weights=unsigned)
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
+    kernels = [node for node in made.graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(kernels) == len(table.quantised)
+    for node in kernels:
+        pixels = node.input[0] not in {q.output[0] for q in made.graph.node if q.op_type == "QuantizeLinear"}
+        assert known[node.input[4]].dtype == ("uint8" if pixels else scheme)
+        assert known[node.input[1]].dtype == ("uint8" if unsigned else "int8")
+        assert (known[node.input[5]] == 128) if unsigned else node.input[5] == ""
+    assert any(node.input[0] not in {q.output[0] for q in made.graph.node if q.op_type == "QuantizeLinear"} for node in
+               kernels), "the tubes multiply pixels as they are"  # fmt: skip
+
+
+def test_what_is_left_over_is_float_and_fused(calibrated):
+    model, table = calibrated["uint8"]
+    kinds = Counter(node.op_type for node in integer.native(model, table).graph.node)
+    assert kinds["MultiHeadAttention"] == 2
+    assert kinds["DequantizeLinear"] == kinds["Transpose"] == 0
+    assert kinds["QuantizeLinear"] == sum("tubes" not in plan.name for plan in table.quantised)
+
+
+def test_a_product_behind_a_split_becomes_one_for_each_part(calibrated, clips):
+    model, table = calibrated["uint8"]
+    pairs = quantize.qdq(model, table)
+    split = integer.split_products(pairs)
+    assert {node.op_type for node in pairs.graph.node} - {node.op_type for node in split.graph.node} == {"Split"}
+    assert integer.products(split) == integer.products(pairs) + 2 * 2
+    np.testing.assert_allclose(logits(split, clips), logits(pairs, clips), atol=1e-5)
+
+
+def test_a_table_of_another_model_is_refused(calibrated, graph):
+    with pytest.raises(InputError, match="a table does not carry over"):
+        integer.native(graph.model, calibrated["uint8"][1])
+
+
+def test_onnxruntime_runs_every_kernel(calibrated, tmp_path):
+    model, table = calibrated["uint8"]
+    graphs.save(integer.native(model, table), tmp_path / "model.onnx")
+    assert onnxruntime.integer_kernels(tmp_path / "model.onnx") == {"MatMulIntegerToFloat": len(table.quantised)}
+
+
+def test_a_float_fallback_is_counted_as_one(calibrated, tmp_path):
+    """Without its QuantizeLinear one product is a float one, whatever its weights are kept in."""
+    model, table = calibrated["uint8"]
+    pairs = quantize.qdq(model, table)
+    first = next(node for node in pairs.graph.node if node.op_type == "MatMul" and "qkv" in node.name)
+    first.input[0] = first.input[0].removesuffix(".dequantized")
+    onnx.save(pairs, tmp_path / "model.onnx")
+    executed = sum(onnxruntime.integer_kernels(tmp_path / "model.onnx").values())
+    assert executed < len(table.quantised)
+    with pytest.raises(ParityError, match=rf"computes {len(table.quantised) - executed} of {len(table.quantised)} "):
+        integer.lint("ONNX Runtime", len(table.quantised), executed)
+    integer.lint("ONNX Runtime", 3, 3)
+
+
+def test_openvino_runs_every_product(calibrated, tmp_path):
+    pytest.importorskip("openvino")
+    from edgetube.export import openvino
+
+    model, table = calibrated["uint8"]
+    pairs = integer.split_products(quantize.qdq(model, table))
+    openvino.convert(pairs, tmp_path / "model.xml", compress=False)
+    kernels = openvino.integer_kernels(tmp_path / "model.xml", ["bf16", "f32"])
+    assert sum(kernels.values()) == integer.products(pairs)
+    openvino.convert(model, tmp_path / "float.xml", compress=False)
+    assert openvino.integer_kernels(tmp_path / "float.xml", ["f32"]) == {}
