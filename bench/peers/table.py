@@ -38,6 +38,9 @@ BEGIN, END = "<!-- begin: bench/peers/table.py -->", "<!-- end: bench/peers/tabl
 JUDGED, CALIBRATED = 2, 4
 """Clips."""
 
+WARM = 3.0
+"""Seconds of warm-up of a contestant, at most: there are many of them."""
+
 PATIENCE = 1200
 """Seconds that one contestant may take to be built."""
 
@@ -111,7 +114,7 @@ def measure(work: Path, group: str, seconds: float) -> None:
     field = [
         latency.Contestant(name, "contestants:open_contestant", {"name": name, "work": str(work)}) for name in names
     ]
-    rows = latency.race(field, latency.Options(seconds=seconds, starts=1), lambda stage, done, total: None)
+    rows = latency.race(field, latency.Options(seconds=seconds, warm=WARM, starts=1), lambda stage, done, total: None)
     document = {"group": group, "machine": machine.describe(), "rows": rows}
     (work / f"timed-{slug(group)}.json").write_text(json.dumps(document, indent=1) + "\n")
 
