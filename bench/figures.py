@@ -62,7 +62,7 @@ def styles(rows: Sequence[Row]) -> dict[str, Style]:
 
 def family(row: Row) -> str:
     """The runtime of a row: `onnx` of `onnx-int8`; the row's name where it has no target."""
-    return (row["target"] or row["name"]).partition("-")[0]
+    return str(row["target"] or row["name"]).partition("-")[0]
 
 
 def pareto(rows: Sequence[Row], quality: str, title: str) -> str:

@@ -79,9 +79,6 @@ TURN = 0.25
 TURNS = 6
 """At least: the smallest number of blocks whose medians say a 95 % interval."""
 
-WARM = 10.0
-"""Seconds that the warm-up may take at most, each contestant."""
-
 NOISY = 0.05
 """Half the interval of a median, relative to it, from which on a row is called noisy."""
 
@@ -96,6 +93,7 @@ class Options:
         threads: CPU threads of a call, one row for each; None leaves them to the runtime.
         device: as the backends name it; None takes the bundle's own.
         seconds: of counted calls, each contestant.
+        warm: seconds that the warm-up may take at most, each contestant.
         starts: how often each contestant is started, for the median of the cold start.
         camera_fps: also run every bundle behind a camera of that rate; None leaves it out.
         camera_size: (height, width) of a camera's frames, for the preprocessing and for `camera_fps`.
@@ -107,6 +105,7 @@ class Options:
     threads: tuple[int | None, ...] = (None,)
     device: str | None = None
     seconds: float = 5.0
+    warm: float = 10.0
     starts: int = 3
     camera_fps: float | None = None
     camera_size: tuple[int, int] = (480, 640)
@@ -117,7 +116,7 @@ class Options:
     def __post_init__(self) -> None:
         if bad := [n for n in self.threads if n is not None and n < 1]:
             raise InputError(f"threads is {bad[0]}; expected >= 1")
-        for name in ("seconds", "starts", "camera_fps", "camera_seconds", "hop"):
+        for name in ("seconds", "warm", "starts", "camera_fps", "camera_seconds", "hop"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name.replace('_', '-')} is {value}; expected more than 0")
@@ -299,7 +298,7 @@ def race(contestants: Sequence[Contestant], options: Options, progress: Progress
                 row["reason"] = str(error)
                 continue
             row |= {"status": "executed", "runtime": process.about} | _cold(laps)
-            warmth = process.ask("warm", seconds=WARM)
+            warmth = process.ask("warm", seconds=options.warm)
             row |= {"peak_mb": warmth.pop("peak_mb"), "warmup": warmth}
         progress("cold starts", len(contestants), len(contestants))
         for index, timed in _turns(running, options, progress).items():
@@ -423,7 +422,7 @@ def notes(document: Mapping[str, Any]) -> list[str]:
             "smaller differences mean nothing"
         )
     if restless := [row["name"] for row in timed if not row["warmup"]["steady"]]:
-        lines.append(f"{', '.join(restless)}: calls were not steady after {WARM:g} s of warm-up")
+        lines.append(f"{', '.join(restless)}: calls were not steady after {document['options']['warm']:g} s of warm-up")
     if timed and (reason := document["energy"]["reason"]):
         lines.append(f"no energy: {reason}")
     for row in document["bundles"]:

@@ -365,8 +365,8 @@ def bench(
     Example: edgetube bench out/demo.onnx-fp32 out/demo.onnx-int8 --threads 1,2 --camera-fps 30
     """
     options = latency.Options(
-        _counts_of(threads), device, seconds, starts, camera_fps, _size(camera_size) or (480, 640), hop,
-        camera_seconds, reference,
+        _counts_of(threads), device, seconds, starts=starts, camera_fps=camera_fps,
+        camera_size=_size(camera_size) or (480, 640), hop=hop, camera_seconds=camera_seconds, reference=reference,
     )  # fmt: skip
     found = [bundles.load(path) for path in bundle]
     with _progress() as progress:

@@ -124,9 +124,13 @@ def export_naive(work: Path, own: Path) -> None:
 
 def quantise(function: str, file: str, work: Path, own: Path) -> None:
     """One of `quantisers` on the naive export."""
+    import onnx
     import quantisers
 
     export_naive(work, own)
+    model = onnx.load(own / ONNX)
+    del model.graph.value_info[:]  # the exporter's shapes of some transposed weights are those before the transpose
+    onnx.save(model, own / ONNX)
     getattr(quantisers, function)(own / ONNX, calibration(work), own / file)
     for file in own.glob(f"{ONNX}*"):
         file.unlink()
@@ -216,6 +220,9 @@ def litert(work: Path, own: Path) -> Call:
 
 
 def build_bundle(target: str, work: Path, own: Path) -> None:
+    """Export it, unless a bundle was brought along (`--bundles`)."""
+    if (own / "bundle").is_dir():
+        return
     from edgetube.export import pipeline
 
     # Random weights have no accuracy to lose: time is measured here, so INT8 need not search for its budget.
@@ -252,57 +259,53 @@ def first(frames: int, load: Callable[[Path, Path], Call], work: Path, own: Path
 
 # ------------------------------------------------------------------------------------------------------------ the table
 
-FLOAT, INTEGER, OTHER = "float", "int8", "other models"
+SAME, OTHER = "the same checkpoint", "what one would take instead"
 
 
 def of_quantiser(function: str, file: str, loader: Callable[..., Call], *packages: str) -> Contestant:
-    return Contestant(INTEGER, "int8", packages, partial(loader, file), partial(quantise, function, file))
+    return Contestant(SAME, "int8", packages, partial(loader, file), partial(quantise, function, file))
 
 
-def of_bundle(group: str, target: str, precision: str, *packages: str) -> Contestant:
-    return Contestant(group, precision, ("edgetube", *packages), bundle, partial(build_bundle, target))
+def of_bundle(target: str, precision: str, *packages: str) -> Contestant:
+    return Contestant(SAME, precision, ("edgetube", *packages), bundle, partial(build_bundle, target))
 
 
 def of_hugging(name: str, frames: int) -> dict[str, Contestant]:
-    packages = ("transformers", "torch")
-    in_ort = partial(first, frames, partial(in_onnxruntime, ONNX))
-    in_ov = partial(first, frames, partial(in_openvino, ONNX))
-    build = partial(build_hugging, name, frames)
-    title = f"{name}-B, {frames} frames"
+    title, packages = f"{name}-B, {frames} frames", ("transformers", "torch")
     alone = partial(first, frames, partial(eager_hugging, name, frames))
+    exported, build = partial(first, frames, partial(in_onnxruntime, ONNX)), partial(build_hugging, name, frames)
     return {
         f"{title}, PyTorch eager": Contestant(OTHER, "fp32", packages, alone, None, False),
-        f"{title}, ONNX Runtime": Contestant(OTHER, "fp32", (*packages, "onnxruntime"), in_ort, build, False),
-        f"{title}, OpenVINO defaults": Contestant(OTHER, "bf16", (*packages, "openvino"), in_ov, build, False),
+        f"{title}, ONNX Runtime": Contestant(OTHER, "fp32", (*packages, "onnxruntime"), exported, build, False),
     }
 
 
 CONTESTANTS: dict[str, Contestant] = {
-    "PyTorch eager": Contestant(FLOAT, "fp32", ("torch",), eager),
-    "torch.compile": Contestant(FLOAT, "fp32", ("torch",), compiled),
+    "PyTorch eager": Contestant(SAME, "fp32", ("torch",), eager),
+    "torch.compile": Contestant(SAME, "fp32", ("torch",), compiled),
     "ONNX Runtime, naive export": Contestant(
-        FLOAT, "fp32", ("onnxruntime",), partial(in_onnxruntime, ONNX), export_naive
+        SAME, "fp32", ("onnxruntime",), partial(in_onnxruntime, ONNX), export_naive
     ),
     "OpenVINO defaults, naive export": Contestant(
-        FLOAT, "bf16", ("openvino",), partial(in_openvino, ONNX), export_naive
+        SAME, "bf16", ("openvino",), partial(in_openvino, ONNX), export_naive
     ),
-    "ExecuTorch, XNNPACK": Contestant(FLOAT, "fp32", ("executorch",), executorch, partial(build_executorch, False)),
-    "LiteRT": Contestant(FLOAT, "fp32", ("litert-torch", "ai-edge-litert"), litert, partial(build_litert, False)),
-    "edgetube onnx-fp32": of_bundle(FLOAT, "onnx-fp32", "fp32", "onnxruntime"),
-    "edgetube openvino-fp32": of_bundle(FLOAT, "openvino-fp32", "fp32", "openvino"),
-    "edgetube openvino-fp16": of_bundle(FLOAT, "openvino-fp16", "bf16", "openvino"),
+    "ExecuTorch, XNNPACK": Contestant(SAME, "fp32", ("executorch",), executorch, partial(build_executorch, False)),
+    "LiteRT": Contestant(SAME, "fp32", ("litert-torch", "ai-edge-litert"), litert, partial(build_litert, False)),
+    "edgetube onnx-fp32": of_bundle("onnx-fp32", "fp32", "onnxruntime"),
+    "edgetube openvino-fp32": of_bundle("openvino-fp32", "fp32", "openvino"),
+    "edgetube openvino-fp16": of_bundle("openvino-fp16", "bf16", "openvino"),
     "ORT quantize_static, defaults": of_quantiser("ort_defaults", QUANTISED, in_onnxruntime, "onnxruntime"),
     "ORT quantize_dynamic": of_quantiser("ort_dynamic", QUANTISED, in_onnxruntime, "onnxruntime"),
     "NNCF, OpenVINO defaults": of_quantiser("nncf_transformer", "quantised.xml", in_openvino, "nncf", "openvino"),
-    "torchao int8 dynamic, torch.compile": Contestant(INTEGER, "int8", ("torchao", "torch"), torchao_int8),
+    "torchao int8 dynamic, torch.compile": Contestant(SAME, "int8", ("torchao", "torch"), torchao_int8),
     "ExecuTorch, XNNPACK int8": Contestant(
-        INTEGER, "int8", ("executorch", "torchao"), executorch, partial(build_executorch, True)
+        SAME, "int8", ("executorch", "torchao"), executorch, partial(build_executorch, True)
     ),
     "LiteRT int8 dynamic": Contestant(
-        INTEGER, "int8", ("litert-torch", "ai-edge-litert"), litert, partial(build_litert, True)
+        SAME, "int8", ("litert-torch", "ai-edge-litert"), litert, partial(build_litert, True)
     ),
-    "edgetube onnx-int8": of_bundle(INTEGER, "onnx-int8", "int8", "onnxruntime"),
-    "edgetube openvino-int8": of_bundle(INTEGER, "openvino-int8", "int8", "openvino"),
+    "edgetube onnx-int8": of_bundle("onnx-int8", "int8", "onnxruntime"),
+    "edgetube openvino-int8": of_bundle("openvino-int8", "int8", "openvino"),
     **of_hugging("VideoMAE", 16),
     **of_hugging("Vivit", 32),
 }

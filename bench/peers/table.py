@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contestants import CALIBRATION, CLIPS, CONTESTANTS, SOURCE, YARDSTICK, Contestant, clips, eager, slug
+from contestants import CALIBRATION, CLIPS, CONTESTANTS, SOURCE, YARDSTICK, Contestant, clips, eager, slug, source
 
+from edgetube import bundle as bundles
 from edgetube import demo, metrics
 from edgetube.bench import latency, machine
 from edgetube.model import checkpoints
@@ -35,6 +37,9 @@ DOCUMENT = HERE.parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- begin: bench/peers/table.py -->", "<!-- end: bench/peers/table.py -->"
 JUDGED, CALIBRATED = 2, 4
 """Clips."""
+
+WARM = 3.0
+"""Seconds of warm-up of a contestant, at most: there are many of them."""
 
 PATIENCE = 1200
 """Seconds that one contestant may take to be built."""
@@ -49,6 +54,15 @@ def prepare(work: Path, checkpoint: str) -> None:
     np.save(work / CALIBRATION, np.stack([clip.frames for clip in demo.calibration(contract, CALIBRATED)]))
     call = eager(work, work)
     np.save(work / "logits.npy", np.concatenate([call(clip[None]) for clip in clips(work)]))
+
+
+def adopt(work: Path, folder: Path) -> None:
+    """Take bundles that were exported before, of the same checkpoint, instead of exporting them again."""
+    for path in sorted(folder.glob(f"*/{bundles.MANIFEST}")):
+        found = bundles.load(path.parent)
+        own = work / slug(f"edgetube {found.target}")
+        if found.checkpoint["source"] == source(work) and not (own / "bundle").is_dir():
+            shutil.copytree(found.path, own / "bundle")
 
 
 def build(work: Path, name: str) -> None:
@@ -83,7 +97,7 @@ def build_one(work: Path, name: str) -> None:
     logits = np.concatenate([call(clip[None]) for clip in clips(work)])
     found: dict[str, Any] = {"size_mb": _megabytes(own)}
     if contestant.same:
-        found["sqnr_db"] = float(metrics.sqnr(np.load(work / "logits.npy"), logits))
+        found["sqnr_db"] = min(999.0, float(metrics.sqnr(np.load(work / "logits.npy"), logits)))  # equal: infinite
     (own / "judged.json").write_text(json.dumps(found))
 
 
@@ -100,7 +114,7 @@ def measure(work: Path, group: str, seconds: float) -> None:
     field = [
         latency.Contestant(name, "contestants:open_contestant", {"name": name, "work": str(work)}) for name in names
     ]
-    rows = latency.race(field, latency.Options(seconds=seconds, starts=1), lambda stage, done, total: None)
+    rows = latency.race(field, latency.Options(seconds=seconds, warm=WARM, starts=1), lambda stage, done, total: None)
     document = {"group": group, "machine": machine.describe(), "rows": rows}
     (work / f"timed-{slug(group)}.json").write_text(json.dumps(document, indent=1) + "\n")
 
@@ -122,8 +136,7 @@ def collect(work: Path) -> dict[str, Any]:
         rows = [_row(name, CONTESTANTS[name], _built(work, name), times.get(name, {})) for name in names]
         groups.append({"group": group, "machine": timed["machine"], "contestants": rows})
     packages = sorted({p for c in CONTESTANTS.values() for p in c.packages})
-    source = json.loads((work / SOURCE).read_text())
-    return {**source, "versions": {p: _version(p) for p in packages}, "groups": groups}
+    return {"checkpoint": source(work), "versions": {p: _version(p) for p in packages}, "groups": groups}
 
 
 def _row(name: str, contestant: Contestant, built: dict[str, Any], timed: dict[str, Any]) -> dict[str, Any]:
@@ -184,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for what is built and measured")
     parser.add_argument("--checkpoint", default="random:tubevit-b")
+    parser.add_argument("--bundles", type=Path, help="folder of exported bundles of the checkpoint; else they are made")
     parser.add_argument("--step", choices=("build", "time", "write"), action="append")
     parser.add_argument("--only", action="append", help="contestants to build; all that were not built if left out")
     parser.add_argument("--group", action="append", help="groups to time; all if left out")
@@ -198,6 +212,8 @@ def main() -> None:
     if "build" in steps:
         if not (args.work / "logits.npy").is_file():
             prepare(args.work, args.checkpoint)
+        if args.bundles:
+            adopt(args.work, args.bundles)
         for name in args.only or [n for n in CONTESTANTS if not (args.work / slug(n) / "built.json").is_file()]:
             build(args.work, name)
     if "time" in steps:

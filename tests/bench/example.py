@@ -82,7 +82,7 @@ def bench() -> dict[str, Any]:
         "schema": 1,
         "machine": "a machine",
         "versions": {"edgetube": "0.1.0"},
-        "options": {"starts": 3},
+        "options": {"starts": 3, "warm": 10.0},
         "energy": {"source": None, "reason": "this machine shows no counter"},
         "peak": [{"precision": "fp32", "threads": None, "gmacs_per_s": 97.1, "by": "one"}],
         "bundles": [_times("PyTorch", None, "fp32", 17.5, None)]

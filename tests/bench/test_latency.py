@@ -76,10 +76,16 @@ def document(tiny_bundle, foreign_bundle):
         pytest.skip("TensorRT is installed: the bundle of this test would need a GPU")
     found = [bundles.load(path) for path in (tiny_bundle, foreign_bundle)]
     options = latency.Options(
-        seconds=0.1, starts=1, camera_fps=40.0, camera_seconds=0.5, hop=2, camera_size=(48, 64), reference=True
+        seconds=0.1,
+        warm=0.5,
+        starts=1,
+        camera_fps=40.0,
+        camera_seconds=0.5,
+        hop=2,
+        camera_size=(48, 64),
+        reference=True,
     )
     with pytest.MonkeyPatch.context() as patch:  # enough to look at the document
-        patch.setattr(latency, "WARM", 0.5)
         patch.setattr(latency, "TURN", 0.02)
         return latency.measure(found, options)
 
@@ -128,9 +134,8 @@ class TestDocument:
 
 class TestProcesses:
     def test_contestants_have_the_same_turns(self, tiny_bundle, monkeypatch):
-        monkeypatch.setattr(latency, "WARM", 0.2)
         monkeypatch.setattr(latency, "TURN", 0.02)
-        options = latency.Options(threads=(1, 2), seconds=0.1, starts=1)
+        options = latency.Options(threads=(1, 2), seconds=0.1, warm=0.5, starts=1)
         found = [bundles.load(tiny_bundle)]
         contestants = [c for threads in (1, 2) for c in latency._contestants(found, threads, options)]
         rows = latency.race(contestants, options)
