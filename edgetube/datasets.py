@@ -6,15 +6,15 @@ import csv
 import hashlib
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
-from edgetube import demo, preprocess, video
+from edgetube import __version__, demo, preprocess, video
 from edgetube.errors import InputError
 from edgetube.spec import InputContract
 from edgetube.video import Clip
@@ -31,11 +31,13 @@ class Item:
         name: unique in its set; what sampling goes by.
         label: the true class, or None.
         read: the clip for a contract, with that name and label.
+        version: changes when the clip does: size and time of last change of its file.
     """
 
     name: str
     label: str | None
     read: Callable[[InputContract], Clip]
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ class ClipSet:
     Attributes:
         name: for tables and reports.
         items: the clips, unread.
+        source: the path that it came from, from which `load` makes it again; None for the built-in clips.
     """
 
     name: str
     items: tuple[Item, ...]
+    source: Path | None = None
 
     @property
     def count(self) -> int:
@@ -59,6 +63,17 @@ class ClipSet:
         """Read the clips for a contract, one at a time."""
         for item in self.items:
             yield item.read(contract)
+
+    def item(self, name: str) -> Item:
+        """The clip of that name, unread.
+
+        Raises:
+            InputError: there is none.
+        """
+        found = next((item for item in self.items if item.name == name), None)
+        if found is None:
+            raise InputError(f"{self.name} has no clip {name!r}; it has {self.count}, {self.items[0].name!r} first")
+        return found
 
     def sample(self, count: int, seed: int = 0) -> ClipSet:
         """`count` of the clips (all when there are fewer), the classes as equal as they can be.
@@ -108,7 +123,7 @@ def _rendered(name: str, photos: tuple[str, ...], count: int, labels: tuple[str,
     for index in range(count):
         photo, label = photos[index // len(demo.LABELS) % len(photos)], demo.LABELS[index % len(demo.LABELS)]
         read = partial(_render, name, photos, index, known)
-        items.append(Item(f"{name}/{photo}/{index:04d}", label if known else None, read))
+        items.append(Item(f"{name}/{photo}/{index:04d}", label if known else None, read, __version__))
     return ClipSet("built-in", tuple(items))
 
 
@@ -131,7 +146,7 @@ def load(source: str | Path) -> ClipSet:
     if path.suffix == ".csv":
         return manifest(path)
     if path.suffix in ARRAYS:
-        return ClipSet(str(path), tuple(_arrays(path, path.stem, None)))
+        return ClipSet(str(path), tuple(_arrays(path, path.stem, None)), path)
     raise InputError(f"{path} is not a set of clips; give a folder, a .csv manifest, or .npy/.npz frames")
 
 
@@ -149,7 +164,13 @@ def folder(path: Path) -> ClipSet:
     for file in sorted([*files, *arrays]):
         label = None if file.parent == path else file.parent.name
         items.extend(_items(file, file.relative_to(path).as_posix(), label))
-    return ClipSet(str(path), tuple(items))
+    return ClipSet(str(path), tuple(items), path)
+
+
+def windows(path: Path, starts: Iterable[float]) -> ClipSet:
+    """The clips of one video file that begin at the seconds `starts`."""
+    read = [(f"{start:.3f}s", partial(_read_video, path, f"{start:.3f}s", None, start)) for start in starts]
+    return ClipSet(str(path), tuple(Item(name, None, how, _version(path)) for name, how in read), path)
 
 
 def _has_videos(path: Path) -> bool:
@@ -184,13 +205,18 @@ def manifest(path: Path) -> ClipSet:
         items.extend(_items(target, name, row.get("label") or None, start))
     if not items:
         raise InputError(f"{path} names no clips; expected a line for each")
-    return ClipSet(str(path), tuple(items))
+    return ClipSet(str(path), tuple(items), path)
 
 
 def _items(file: Path, name: str, label: str | None, start: float | None = None) -> list[Item]:
     if file.suffix in ARRAYS:
         return _arrays(file, name, label)
-    return [Item(name, label, partial(_read_video, file, name, label, start))]
+    return [Item(name, label, partial(_read_video, file, name, label, start), _version(file))]
+
+
+def _version(file: Path) -> str:
+    state = file.stat()
+    return f"{state.st_size} bytes at {state.st_mtime_ns}"
 
 
 def _read_video(file: Path, name: str, label: str | None, start: float | None, contract: InputContract) -> Clip:
@@ -199,21 +225,24 @@ def _read_video(file: Path, name: str, label: str | None, start: float | None, c
 
 def _arrays(file: Path, name: str, label: str | None) -> list[Item]:
     """The clips of one array file: one of rank 4, or as many as the first axis of rank 5 says."""
-    stored = _open_arrays(file)
+    version = _version(file)
+    stored = _open_arrays(file, version)
     frames, labels = stored["frames"], stored.get("labels")
     if frames.ndim < 5:
         own = label if labels is None else str(np.asarray(labels).item())
-        return [Item(name, own, partial(_read_array, file, None, name, own))]
+        return [Item(name, own, partial(_read_array, file, None, name, own), version)]
     if labels is not None and len(labels) != len(frames):
         raise InputError(f"{file} has {len(frames)} clips and {len(labels)} labels; expected as many")
     items = []
     for i in range(len(frames)):
         one, own = f"{name}#{i:05d}", label if labels is None else str(labels[i])
-        items.append(Item(one, own, partial(_read_array, file, i, one, own)))
+        items.append(Item(one, own, partial(_read_array, file, i, one, own), version))
     return items
 
 
-def _open_arrays(file: Path) -> dict[str, np.ndarray]:
+@lru_cache(maxsize=1)
+def _open_arrays(file: Path, version: str) -> dict[str, np.ndarray]:
+    """The arrays of a file as it is in `version`; the last one is kept, because its clips are read one by one."""
     try:
         data = np.load(file, mmap_mode="r" if file.suffix == ".npy" else None, allow_pickle=False)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
@@ -229,7 +258,7 @@ def _open_arrays(file: Path) -> dict[str, np.ndarray]:
 
 
 def _read_array(file: Path, index: int | None, name: str, label: str | None, contract: InputContract) -> Clip:
-    frames = _open_arrays(file)["frames"]
+    frames = _open_arrays(file, _version(file))["frames"]
     frames = frames if index is None else frames[index]
     if np.issubdtype(frames.dtype, np.floating) and not np.isfinite(frames).all():
         raise InputError(f"{file} holds NaN or infinite pixels; expected uint8 RGB in 0..255")

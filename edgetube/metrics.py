@@ -15,10 +15,24 @@ def softmax(logits: Array) -> npt.NDArray[np.float64]:
     return np.asarray(exp / exp.sum(axis=-1, keepdims=True), np.float64)
 
 
+def ranks(logits: Array, labels: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """Place (N,) of each row's label (N,) among its logits (N, classes), 0 the largest; equal ones in their order."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    earlier = np.arange(logits.shape[1]) < labels[:, None]
+    return np.asarray(((logits > own) | ((logits == own) & earlier)).sum(axis=1), np.int64)
+
+
 def top_k(logits: Array, labels: npt.NDArray[np.integer], k: int = 1) -> float:
     """Share of rows (N, classes) whose label (N,) is among the k largest logits."""
-    best = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
-    return float((best == labels[:, None]).any(axis=1).mean())
+    return float((ranks(logits, labels) < k).mean())
+
+
+def margins(logits: Array) -> Array:
+    """How sure each row (N, classes) is: largest minus second largest logit (N,); infinite for a single class."""
+    if logits.shape[1] == 1:
+        return np.full(len(logits), np.inf)
+    best = np.partition(logits, -2, axis=1)
+    return np.asarray(best[:, -1] - best[:, -2])
 
 
 def agreement(a: Array, b: Array) -> float:
@@ -28,18 +42,28 @@ def agreement(a: Array, b: Array) -> float:
 
 def kl(reference: Array, logits: Array) -> float:
     """Mean Kullback-Leibler divergence KL(softmax(reference) || softmax(logits)) over the rows, in nats."""
+    return float(kl_rows(reference, logits).mean())
+
+
+def kl_rows(reference: Array, logits: Array) -> npt.NDArray[np.float64]:
+    """KL(softmax(reference) || softmax(logits)) of each row (N, classes), in nats: (N,)."""
     p, q = softmax(reference), softmax(logits)
     tiny = np.finfo(np.float64).tiny
-    return float((p * (np.log(p + tiny) - np.log(q + tiny))).sum(axis=-1).mean())
+    return np.asarray((p * (np.log(p + tiny) - np.log(q + tiny))).sum(axis=-1), np.float64)
 
 
 def cosine(a: Array, b: Array) -> float:
     """Smallest cosine between two rows of the same number; 1 where both rows are zero."""
+    return float(cosine_rows(a, b).min())
+
+
+def cosine_rows(a: Array, b: Array) -> npt.NDArray[np.float64]:
+    """Cosine between two rows of the same number; 1 where they are equal: (N,)."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     dots = (a * b).sum(axis=-1)
     same = (a == b).all(axis=-1)
-    return float(np.where(same, 1.0, dots / np.maximum(norms, np.finfo(np.float64).tiny)).min())
+    return np.asarray(np.where(same, 1.0, dots / np.maximum(norms, np.finfo(np.float64).tiny)), np.float64)
 
 
 def max_abs_error(a: Array, b: Array) -> float:
@@ -49,9 +73,17 @@ def max_abs_error(a: Array, b: Array) -> float:
 
 def sqnr(reference: Array, value: Array) -> float:
     """Signal to quantisation noise ratio 10 log10(sum ref^2 / sum (ref - value)^2), dB; inf when equal."""
+    return decibels(*energies(reference, value))
+
+
+def energies(reference: Array, value: Array) -> tuple[float, float]:
+    """(sum ref^2, sum (ref - value)^2) in float64; both add up over the parts of a tensor."""
     ref = reference.astype(np.float64)
-    noise = float(((ref - value.astype(np.float64)) ** 2).sum())
-    signal = float((ref**2).sum())
+    return float((ref**2).sum()), float(((ref - value.astype(np.float64)) ** 2).sum())
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise); inf without noise, -inf without a signal."""
     if noise == 0:
         return float("inf")
     return float(10 * np.log10(signal / noise)) if signal else float("-inf")

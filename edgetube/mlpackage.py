@@ -10,19 +10,19 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetube.errors import BundleError
+from edgetube.protobuf import Fields, parse, varint
+from edgetube.protobuf import message as _bytes
 
 Array = npt.NDArray[Any]
-Fields: TypeAlias = "dict[int, list[int | memoryview]]"
 
 ALIGNMENT = 64
 SENTINEL = 0xDEADBEEF
@@ -99,6 +99,11 @@ class Package:
     functions: Mapping[str, Function]
     default: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def label(name: str) -> str:
+    """A tensor's name as an ML program takes it: `blocks.3.attn.qkv` becomes `blocks_3_attn_qkv`."""
+    return name.replace(".", "_").replace("-", "_")
 
 
 def load(path: str | Path) -> Package:
@@ -263,49 +268,6 @@ def unpack(raw: Array, bits: int, count: int, signed: bool = False) -> Array:
     return np.where(wide >= 1 << (bits - 1), wide - (1 << bits), wide).astype(np.int8)
 
 
-# protobuf
-
-
-def parse(data: int | memoryview) -> Fields:
-    """The fields of a protobuf message: number -> values, integers or bytes as they stand.
-
-    Raises:
-        ValueError: not a message.
-    """
-    data = _bytes(data)
-    found: Fields = defaultdict(list)
-    position, end = 0, len(data)
-    while position < end:
-        key, position = _varint(data, position)
-        wire, number = key & 7, key >> 3
-        if wire == 0:
-            value, position = _varint(data, position)
-            found[number].append(value)
-            continue
-        if wire == 2:
-            size, position = _varint(data, position)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire}")
-        if position + size > end:
-            raise ValueError("a message that is cut off")
-        found[number].append(data[position : position + size])
-        position += size
-    return dict(found)
-
-
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-
-
 def _integers(value: int | memoryview) -> list[int]:
     """Packed or single varints, as two's complement of 64 bits."""
     if isinstance(value, int):
@@ -313,15 +275,9 @@ def _integers(value: int | memoryview) -> list[int]:
     else:
         numbers, position = [], 0
         while position < len(value):
-            number, position = _varint(value, position)
+            number, position = varint(value, position)
             numbers.append(number)
     return [n - (1 << 64) if n >= 1 << 63 else n for n in numbers]
-
-
-def _bytes(value: int | memoryview) -> memoryview:
-    if isinstance(value, int):
-        raise ValueError("a number where a message was expected")
-    return value
 
 
 def _number(value: int | memoryview) -> int:

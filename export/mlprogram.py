@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 
 from edgetube.errors import InputError, SpecError
 from edgetube.export import graph as graphs
+from edgetube.mlpackage import label as label
 
 Array = npt.NDArray[Any]
 Var = Any
@@ -399,11 +400,6 @@ class EngineLowering(Lowering):
         width = self.width(node)
         scores = [self._cast(x, width) for x in self.heads[node.input[0]]]
         self.heads[node.output[0]] = [self.mb.softmax(x=x, axis=1) for x in scores]
-
-
-def label(name: str) -> str:
-    """A tensor's name as an ML program takes it: `blocks.3.attn.qkv` becomes `blocks_3_attn_qkv`."""
-    return name.replace(".", "_").replace("-", "_")
 
 
 def attribute(node: onnx.NodeProto, name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +18,9 @@ from edgetube.targets import Status
 from edgetube.video import Frames
 
 Output = npt.NDArray[np.float32]
+
+Tap = Callable[[Frames], dict[str, Output]]
+"""Shows inner tensors of an artifact, by their names in the canonical graph."""
 
 
 class Backend(ABC):
@@ -42,6 +46,24 @@ class Backend(ABC):
     def describe(self) -> dict[str, Any]:
         """What runs it: versions, device, threads; plain JSON."""
         return {}
+
+    def layers(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of `names`, tensors of the canonical graph (`blocks.3.attn.qkv`), that `tap` can show; none here."""
+        return ()
+
+    def tap(self, names: Sequence[str]) -> Tap:
+        """Open the artifact once more so that it shows some of its inner tensors, a few at a time.
+
+        Args:
+            names: of `layers`.
+
+        Returns:
+            A function: `batch` contiguous clips (batch, T, H, W, 3) uint8 -> float32 tensor by name.
+
+        Raises:
+            BackendError: the vendor's runtime shows none, or refuses.
+        """
+        raise BackendError(f"{type(self).__module__.rpartition('.')[2]} shows no inner tensors")
 
     @abstractmethod
     def release(self) -> None:

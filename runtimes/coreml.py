@@ -86,10 +86,13 @@ class Session(Backend):
         }
 
     def plan(self) -> dict[str, int]:
-        """Core ML's compute plan: how many operations it means to run on which unit."""
-        plan = self.ct.models.compute_plan.MLComputePlan.load_from_path(
-            path=self.model.get_compiled_model_path(), compute_units=self.units
-        )
+        """Core ML's compute plan: how many operations it means to run on which unit; nothing before macOS 14.4."""
+        try:
+            plan = self.ct.models.compute_plan.MLComputePlan.load_from_path(
+                path=self.model.get_compiled_model_path(), compute_units=self.units
+            )
+        except (RuntimeError, ValueError):  # it has no plans to show; predictions do not need one
+            return {}
         operations = plan.model_structure.program.functions[self.function or "main"].block.operations
         usages = (plan.get_compute_device_usage_for_mlprogram_operation(operation) for operation in operations)
         return dict(Counter(_unit(usage.preferred_compute_device) for usage in usages if usage is not None))

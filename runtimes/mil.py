@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from edgetube import mlpackage
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, BundleError, InputError, ParityError
 from edgetube.mlpackage import Function, Operation, Package, Ref, TensorType
-from edgetube.runtimes.base import Backend, Output
+from edgetube.runtimes.base import Backend, Output, Tap
 from edgetube.targets import Status
 from edgetube.video import Frames
 
@@ -58,6 +58,21 @@ class Session(Backend):
         answers = self.program({name: clips})
         (output,) = (answers[key] for key in ("logits", "tokens") if key in answers)
         return np.asarray(output, np.float32)
+
+    def layers(self, names: Sequence[str]) -> tuple[str, ...]:
+        made = {name for operation in self.program.steps for name, _ in operation.outputs}
+        return tuple(name for name in names if mlpackage.label(name) in made)
+
+    def tap(self, names: Sequence[str]) -> Tap:
+        """Tokens that lie as (B, D, 1, N) in the program are given as (B, N, D)."""
+        (given,) = self.program.function.inputs
+        wanted = {mlpackage.label(name): name for name in names}
+
+        def show(clips: Frames) -> dict[str, Output]:
+            values = self.program({given: clips}, keep=wanted)
+            return {wanted[name]: _as_rows(_float(values[name])) for name in wanted}
+
+        return show
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -119,8 +134,8 @@ class Program:
             last.update((ref.name, step) for refs in operation.inputs.values() for ref in refs if isinstance(ref, Ref))
         return {name: step for name, step in last.items() if name not in self.function.outputs}
 
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
-        """The function's outputs by name.
+    def __call__(self, inputs: Mapping[str, Array], keep: Collection[str] = ()) -> dict[str, Any]:
+        """The function's outputs by name, and the values called `keep`.
 
         Raises:
             ParityError: a float16 operation overflowed; names it and the remedy.
@@ -134,9 +149,9 @@ class Program:
             made = self.evaluate(operation, values)
             values.update(made)
             for name in {ref.name for refs in operation.inputs.values() for ref in refs if isinstance(ref, Ref)}:
-                if self.last.get(name) == step:
+                if self.last.get(name) == step and name not in keep:
                     values.pop(name, None)
-        return {name: values[name] for name in self.function.outputs}
+        return {name: values[name] for name in (*self.function.outputs, *keep)}
 
     def evaluate(self, operation: Operation, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values that one operation makes, held and rounded as their types say."""
@@ -217,6 +232,11 @@ def _round(x: Array) -> Array:
 def _slow_half(x: Array) -> Array:
     with np.errstate(over="ignore"):
         return x.astype(np.float16).astype(np.float32)
+
+
+def _as_rows(x: Array) -> Array:
+    """(B, D, 1, N) as (B, N, D); any other shape as it is."""
+    return x[:, :, 0].swapaxes(1, 2) if x.ndim == 4 and x.shape[2] == 1 else x
 
 
 def _float(x: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
+from edgetube import protobuf
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
-from edgetube.runtimes.base import Backend, Output
+from edgetube.runtimes.base import Backend, Output, Tap
 from edgetube.video import Frames
 
 PROVIDERS = {
@@ -61,7 +62,7 @@ class Session(Backend):
         options, provider = _options(threads), _provider(device or "cpu")
         with _mapped(f"cannot open {bundle.artifact_path}"):
             self.session = ort.InferenceSession(bundle.artifact_path, options, providers=[provider])
-        self.threads = threads
+        self.path, self.provider, self.threads = bundle.artifact_path, provider, threads
         self.input = self.session.get_inputs()[0].name
 
     def infer(self, clips: Frames) -> Output:
@@ -76,8 +77,50 @@ class Session(Backend):
             "threads": self.threads or "default",
         }
 
+    def layers(self, names: Sequence[str]) -> tuple[str, ...]:
+        made = _tensors(self.path)
+        return tuple(name for name in names if name in made)
+
+    def tap(self, names: Sequence[str]) -> Tap:
+        given = {value.name for value in self.session.get_outputs()}
+        hidden = [name for name in names if name not in given]
+        options = _options(self.threads)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path.parent))
+        with _mapped(f"cannot open {self.path} with more outputs"):
+            session = ort.InferenceSession(_with_outputs(self.path, hidden), options, providers=[self.provider])
+
+        def show(clips: Frames) -> dict[str, Output]:
+            with _mapped("the session failed"):
+                values = session.run(list(names), {self.input: clips})
+            return {name: np.asarray(value, np.float32) for name, value in zip(names, values, strict=True)}
+
+        return show
+
     def release(self) -> None:
         del self.session
+
+
+GRAPH, NODE, GRAPH_OUTPUT, NODE_OUTPUT, VALUE_NAME = 7, 1, 12, 2, 1
+"""Numbers of the fields that hold them in onnx.proto: ModelProto.graph, GraphProto.node and .output, NodeProto.output,
+ValueInfoProto.name. A device has no `onnx` package."""
+
+
+def _tensors(path: Path) -> set[str]:
+    """Names of the tensors that the nodes of a file make."""
+    (graph,) = protobuf.parse(memoryview(path.read_bytes()))[GRAPH]
+    nodes = protobuf.parse(graph).get(NODE, [])
+    return {str(name, "utf-8") for n in nodes for name in map(protobuf.message, protobuf.parse(n).get(NODE_OUTPUT, []))}
+
+
+def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
+    """A file whose graph gives out more tensors; their types are inferred when it is opened.
+
+    Messages that follow one another are merged by whoever reads them, and their repeated fields appended: that is how
+    protobuf is defined, so the outputs are written behind the file as they are.
+    """
+    values = (protobuf.field(VALUE_NAME, name.encode()) for name in names)
+    added = b"".join(protobuf.field(GRAPH_OUTPUT, value) for value in values)
+    return path.read_bytes() + protobuf.field(GRAPH, added)
 
 
 def _options(threads: int | None = None) -> ort.SessionOptions:

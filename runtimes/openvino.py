@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
-from edgetube.runtimes.base import Backend, Output
+from edgetube.runtimes.base import Backend, Output, Tap
 from edgetube.video import Frames
 
 
@@ -57,8 +57,9 @@ class Session(Backend):
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
         super().__init__(bundle.contract, bundle.batch)
         precisions = bundle.build.get("inference_precision", ["f32"])
+        self.path, self.how = bundle.artifact_path, (precisions, threads, device or "cpu")
         with _mapped(f"cannot open {bundle.artifact_path}"):
-            self.compiled = compile_model(bundle.artifact_path, precisions, threads, device or "cpu")
+            self.compiled = compile_model(bundle.artifact_path, *self.how)
             self.request = self.compiled.create_infer_request()
 
     def infer(self, clips: Frames) -> Output:
@@ -76,14 +77,34 @@ class Session(Backend):
                 "threads": self.compiled.get_property("INFERENCE_NUM_THREADS"),
             }
 
+    def layers(self, names: Sequence[str]) -> tuple[str, ...]:
+        with _mapped(f"cannot read {self.path}"):
+            operations = ov.Core().read_model(self.path).get_ops()
+            made = {name for operation in operations for output in operation.outputs() for name in output.get_names()}
+        return tuple(name for name in names if name in made)
+
+    def tap(self, names: Sequence[str]) -> Tap:
+        with _mapped(f"cannot open {self.path} with more outputs"):
+            model = ov.Core().read_model(self.path)
+            given = {name for output in model.outputs for name in output.get_names()}
+            model.add_outputs([name for name in names if name not in given])
+            request = compile_model(model, *self.how).create_infer_request()
+
+        def show(clips: Frames) -> dict[str, Output]:
+            with _mapped("the inference request failed"):
+                request.infer([clips], share_inputs=True)
+                return {name: np.array(request.get_tensor(name).data, np.float32) for name in names}
+
+        return show
+
     def release(self) -> None:
         del self.request, self.compiled
 
 
 def compile_model(
-    path: Path, precisions: list[str], threads: int | None = None, device: str = "cpu"
+    path: Path | ov.Model, precisions: list[str], threads: int | None = None, device: str = "cpu"
 ) -> ov.CompiledModel:
-    """A model compiled for the latency of one call; see `Session`.
+    """A model, or the one of a file, compiled for the latency of one call; see `Session`.
 
     Raises:
         InputError: OpenVINO has no such device here.

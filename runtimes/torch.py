@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 
-from edgetube.runtimes.base import Backend, Output
+from edgetube.runtimes.base import Backend, Output, Tap
 from edgetube.spec import InputContract
 from edgetube.video import Frames
 
@@ -18,13 +20,16 @@ class Reference(Backend):
     Args:
         model: takes normalised float32 clips (B, C, T, H, W), gives logits (B, classes).
         contract: the input that the model was trained with; mean and std are applied here.
+        threads: CPU threads of PyTorch in the whole process; None leaves them as they are.
     """
 
     thread_safe = True
 
-    def __init__(self, model: torch.nn.Module, contract: InputContract) -> None:
+    def __init__(self, model: torch.nn.Module, contract: InputContract, threads: int | None = None) -> None:
         super().__init__(contract, batch=1)
         self.model = model.eval()
+        if threads is not None:
+            torch.set_num_threads(threads)
 
     def infer(self, clips: Frames) -> Output:
         with torch.inference_mode():
@@ -34,8 +39,35 @@ class Reference(Backend):
     def describe(self) -> dict[str, Any]:
         return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": "cpu"}
 
+    def layers(self, names: Sequence[str]) -> tuple[str, ...]:
+        modules = dict(self.model.named_modules())
+        return tuple(name for name in names if name in modules or name == LOGITS)
+
+    def tap(self, names: Sequence[str]) -> Tap:
+        """What modules give out, by their names; `logits` is what the model does. Values as the model has them."""
+        modules = dict(self.model.named_modules())
+
+        def show(clips: Frames) -> dict[str, Output]:
+            seen: dict[str, Output] = {}
+
+            def keep(name: str, value: torch.Tensor) -> None:
+                seen[name] = value.detach().float().numpy().copy()
+
+            with ExitStack() as stack:
+                for name in set(names) - {LOGITS}:
+                    hook = modules[name].register_forward_hook(lambda _, __, value, name=name: keep(name, value))
+                    stack.callback(hook.remove)
+                logits = self.infer(clips)
+            return seen | ({LOGITS: logits} if LOGITS in names else {})
+
+        return show
+
     def release(self) -> None:
         del self.model
+
+
+LOGITS = "logits"
+"""What the canonical graph calls the model's own output."""
 
 
 def normalise(frames: torch.Tensor, contract: InputContract) -> torch.Tensor:

@@ -5,6 +5,8 @@ Each takes a float ONNX graph with one input `frames` (1, T, H, W, 3) uint8, cal
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,20 @@ def nncf_transformer(source: Path, clips: Sequence[np.ndarray], target: Path) ->
         model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(clips), fast_bias_correction=True
     )
     ov.save_model(quantised, target)
+
+
+def modelopt(python: Path, source: Path, clips: Sequence[np.ndarray], target: Path) -> None:
+    """NVIDIA's Model Optimizer at its defaults (entropy), float32 outside of the integers.
+
+    Args:
+        python: of an environment with `nvidia-modelopt[onnx]`, which wants older packages than edgetube is tested with.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "clips.npy"
+        np.save(data, np.stack(clips))
+        command = [python, "-m", "modelopt.onnx.quantization", "--onnx_path", source, "--quantize_mode", "int8"]
+        command += ["--calibration_data_path", data, "--calibration_eps", "cpu", "--high_precision_dtype", "fp32"]
+        subprocess.run([*command, "--output_path", target], check=True, capture_output=True)
 
 
 PEERS: dict[str, tuple[Quantiser, str]] = {

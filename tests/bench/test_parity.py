@@ -10,6 +10,7 @@ import pytest
 from edgetube import bundle as bundles
 from edgetube import datasets
 from edgetube.bench import parity
+from edgetube.datasets import ClipSet, Item
 from edgetube.errors import CheckpointError, InputError, ParityError
 from edgetube.video import Clip
 
@@ -52,10 +53,10 @@ def test_other_clips_or_nan_are_refused():
 
 def test_no_clips_and_unknown_labels_are_refused(tiny_bundle):
     with pytest.raises(InputError, match="no clips"):
-        parity.measure([bundles.load(tiny_bundle)], lambda _: iter([]))
-    odd = Clip("odd", np.zeros((8, 32, 48, 3), np.uint8), "moonwalk")
+        parity.measure([bundles.load(tiny_bundle)], ClipSet("empty", ()))
+    odd = Item("odd", "moonwalk", lambda _: Clip("odd", np.zeros((8, 32, 48, 3), np.uint8), "moonwalk"))
     with pytest.raises(InputError, match="odd is labelled 'moonwalk'"):
-        parity.measure([bundles.load(tiny_bundle)], lambda _: iter([odd]))
+        parity.measure([bundles.load(tiny_bundle)], ClipSet("odd", (odd,)))
 
 
 def test_a_good_bundle_passes_and_a_broken_one_is_caught(tiny_bundle, tmp_path):
@@ -68,7 +69,7 @@ def test_a_good_bundle_passes_and_a_broken_one_is_caught(tiny_bundle, tmp_path):
     onnx.save(model, tmp_path / "model.onnx")
     broken = replace(good, path=tmp_path, name="broken")
     clips = datasets.built_in(18, good.labels)
-    (_, right), (_, wrong) = parity.measure([good, broken], clips.clips, total=clips.count)
+    right, wrong = (one.parity for one in parity.measure([good, broken], clips).measured)
     assert right.agreement == 1.0
     assert right.clips == right.labelled == 18
     assert wrong.max_abs_error == pytest.approx(5.0, abs=1e-4)
@@ -79,6 +80,6 @@ def test_bundles_of_different_checkpoints_are_not_mixed(tiny_bundle):
     good = bundles.load(tiny_bundle)
     other = replace(good, path=Path("other"), checkpoint={**good.checkpoint, "sha256": "0" * 64})
     with pytest.raises(InputError, match="different checkpoints"):
-        parity.measure([good, other], lambda _: iter([]))
+        parity.measure([good, other], datasets.built_in(1, good.labels))
     with pytest.raises(CheckpointError, match="was made from other weights"):
-        parity.measure([other], lambda _: iter([]))
+        parity.measure([other], datasets.built_in(1, good.labels))

@@ -135,6 +135,7 @@ def test_bench_prints_tables_and_notes(edgetube_cli, tiny_bundle):
         (["export", "--target", "onnx-fp32", "--checkpoint", "none.safetensors"], "no checkpoint at none.safetensors"),
         (["bench", ".", "--threads", "many"], "--threads is 'many'; expected numbers like 1,2,4"),
         (["bench", ".", "--camera-fps", "0"], "camera-fps is 0.0; expected more than 0"),
+        (["report", "."], r"\. holds no bundles"),
         (["parity", "."], r"it has no edgetube\.json"),
     ],
 )
@@ -166,7 +167,7 @@ def test_a_broken_bundle_fails_the_doctor_with_exit_code_1(edgetube_cli, tiny_bu
     assert [check["ok"] for check in json.loads(out)] == [True, False]
 
 
-@pytest.mark.parametrize("command", ["targets", "export", "run", "inspect", "doctor", "parity", "bench"])
+@pytest.mark.parametrize("command", ["targets", "export", "run", "inspect", "doctor", "parity", "bench", "report"])
 def test_help_has_an_example(edgetube_cli, command):
     code, out, _ = edgetube_cli(command, "--help")
     assert code == 0

@@ -9,10 +9,13 @@ import pytest
 
 import edgetube
 from edgetube import bundle as bundles
-from edgetube import export, metrics, mlpackage, runtimes
+from edgetube import calibration, datasets, export, metrics, mlpackage, runtimes
 from edgetube.bundle import Bundle
+from edgetube.calibration import numeric
+from edgetube.calibration.clips import collect
+from edgetube.calibration.table import CalibrationTable
 from edgetube.errors import BundleError, InputError, MissingPackageError, SpecError
-from edgetube.export import coreml, mlprogram, mlweights, pipeline, static
+from edgetube.export import coreml, int8, mlprogram, mlweights, pipeline, quantize, static
 from edgetube.export import graph as graphs
 from edgetube.model import checkpoints
 from edgetube.runtimes import mil
@@ -77,7 +80,8 @@ def test_every_lowering_in_every_layout(tmp_path, traced, clips, reference, lowe
 @pytest.mark.parametrize("deployment", ["iOS16", "iOS17", "iOS18"])
 def test_every_precision_for_every_system(tmp_path, traced, clips, reference, precision, deployment, monkeypatch):
     monkeypatch.setattr(mlweights, "SMALL", 64)  # the tiny model's weights are all small
-    target = export.target(f"coreml-{precision}").choose({"deployment": deployment})
+    layout = "columns" if deployment == "iOS18" else "rows"
+    target = export.target(f"coreml-{precision}").choose({"deployment": deployment, "layout": layout})
     coreml.build(traced("gather"), target, tmp_path)
     package = mlpackage.load(tmp_path / "model.mlpackage")
     assert package.version == {"iOS16": 7, "iOS17": 8, "iOS18": 9}[deployment]
@@ -85,6 +89,7 @@ def test_every_precision_for_every_system(tmp_path, traced, clips, reference, pr
     integers = "constexpr_blockwise_shift_scale" if deployment == "iOS18" else "constexpr_affine_dequantize"
     expected = {"fp16": set(), "w8": {integers}, "w4": {integers, "constexpr_lut_to_dense"}}[precision]
     assert {kind for kind in kinds if kind.startswith("constexpr")} == expected
+    validate(tmp_path / "model.mlpackage")
     assert error(evaluate(tmp_path, traced("gather"), clips[:1]), reference[:1]) < target.tolerance
 
 
@@ -133,6 +138,109 @@ def test_pinned_tensors_are_computed_in_float32(tmp_path, traced, clips, referen
     assert {"blocks_0_norm1", "blocks_1_norm2", "blocks_0_mlp_fc1", "logits"} <= wide
     assert not any("fc2" in name and "weight" in name for name in wide)
     assert error(evaluate(tmp_path, traced("gather"), clips[:1]), reference[:1]) < FP16.tolerance
+
+
+INT8 = export.target("coreml-int8")
+
+
+@pytest.fixture(scope="module")
+def calibrated(checkpoint, traced, tmp_path_factory):
+    """A calibration from few clips, whatever it costs."""
+    folder = tmp_path_factory.mktemp("clips")
+    source = datasets.built_in_calibration(12, checkpoint.labels)
+    few = collect(source, checkpoint.contract, checkpoint.labels, folder)
+    options = {"activations": coreml.ACTIVATIONS, "workspace": folder, "max_drop": 100.0}
+    return calibration.calibrate(traced().model, few, few, export.evaluator(), **options)
+
+
+@pytest.fixture(scope="module")
+def rendered(checkpoint):
+    """Clips of the kind that was calibrated on, (4, T, H, W, 3)."""
+    return np.stack([clip.frames for clip in datasets.built_in(4, ()).clips(checkpoint.contract)])
+
+
+@pytest.mark.parametrize(
+    ("lowering", "settings"),
+    [("gather", {}), ("slice", {"input": "int32"}), ("conv2d", {"layout": "columns", "deployment": "iOS18"})],
+    ids=["rows", "integers", "columns"],
+)
+def test_int8_computes_what_the_table_says(tmp_path, traced, calibrated, rendered, lowering, settings):
+    """Against ONNX Runtime on the Q/DQ graph of the same table: far nearer to it than to the graph in floating point."""
+    graph, table = quantize.apply(calibrated, traced(lowering))
+    built = coreml.build(graph, INT8.choose(settings), tmp_path, table)
+    oracle = export.evaluator()(quantize.qdq(graph.model, table, activations="int8"))
+    plain = export.evaluator()(graph.model)
+    expected = np.concatenate([oracle({"frames": clip[None]})[0] for clip in rendered])
+    unquantised = np.concatenate([plain({"frames": clip[None]})[0] for clip in rendered])
+    got = np.concatenate([evaluate(tmp_path, graph, clip[None]) for clip in rendered])
+    assert metrics.sqnr(expected, got) > metrics.sqnr(expected, unquantised) + 15
+    assert sum(built.details["integers"].values()) == len(table.quantised)
+
+
+@pytest.mark.parametrize("lowering", ["gather", "conv2d"])
+def test_int8_weights_and_scales_are_the_tables(tmp_path, traced, calibrated, lowering):
+    graph, table = quantize.apply(calibrated, traced(lowering))
+    coreml.build(graph, INT8, tmp_path, table)
+    operations = mlpackage.load(tmp_path / "model.mlpackage").functions["main"].operations
+    found = {o.outputs[0][0]: o.inputs for o in operations if o.kind == "constexpr_affine_dequantize"}
+    scales = {o.outputs[0][0]: o.inputs["scale"][0] for o in operations if o.kind == "quantize"}
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.model.graph.initializer}
+    makers = {name: node.op_type for node in graph.model.graph.node for name in node.output}
+    assert len(found) == len(table.quantised) > 4
+    assert len(scales) == len(table.ranges)
+    constants = {o.outputs[0][0]: o.inputs["val"][0] for o in operations if o.kind == "const"}
+    for plan in table.quantised:
+        exact = numeric.quantise_weights(weights[plan.weight], np.array(plan.weight_scales, np.float32)).T
+        stored = found[mlprogram.label(plan.weight)]["quantized_data"][0]
+        assert np.abs(stored.astype(int) - exact).max() <= 1  # the scale was rounded to float16
+        assert (stored == exact).mean() > 0.9
+        pixels = makers[plan.activation] == "Cast"
+        scale = scales[f"{mlprogram.label(plan.activation)}_int8"]
+        scale = constants[scale.name] if isinstance(scale, mlpackage.Ref) else scale
+        assert float(scale) == pytest.approx(table.ranges[plan.activation].symmetric / (256 if pixels else 1), rel=1e-3)
+
+
+def test_a_pinned_linear_is_not_quantised(tmp_path, traced, calibrated):
+    graph, table = quantize.apply(calibrated, traced())
+    built = coreml.build(graph, INT8.choose({"fp32": "blocks.0.mlp.fc1,blocks.1.attn.qkv"}), tmp_path, table)
+    assert sum(built.details["integers"].values()) == len(table.quantised) - 2
+
+
+def test_a_table_of_another_graph_is_refused(tmp_path, traced, calibrated):
+    _, table = quantize.apply(calibrated, traced())
+    with pytest.raises(InputError, match="a table does not carry over"):
+        coreml.build(traced(), INT8, tmp_path, table)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"deployment": "iOS16"}, "deployment is 'iOS16'; expected one of iOS17, iOS18"),
+        ({"functions": "video+image"}, "coreml-int8 has no setting 'functions'"),
+    ],
+)
+def test_what_int8_cannot_be(settings, message):
+    with pytest.raises(InputError, match=message):
+        INT8.choose(settings)
+
+
+def test_an_int8_bundle(tiny_checkpoint, tmp_path, monkeypatch, rendered):
+    """Judged by the evaluator, sealed with its table, read by Apple's loader, any number of clips."""
+    monkeypatch.setattr(int8, "STATISTICS", 9)
+    monkeypatch.setattr(int8, "JUDGED", 36)
+    options = pipeline.Options(lowering="gather", batch=2)
+    bundle = pipeline.export_model("coreml-int8", tiny_checkpoint, tmp_path, options)
+    assert bundle.status == ("emulated" if runtimes.proof_device(bundle.target, bundle.backend) else "executed")
+    assert bundle.build["int8"]["accuracy"]["clips"] == 36
+    table = CalibrationTable.load(bundle.path / bundles.CALIBRATION)
+    assert bundle.build["integers"] == {"linear": len(table.quantised)}
+    validate(bundle.artifact_path)
+    with runtimes.open_bundle(bundle, device=runtimes.EMULATED) as backend:
+        whole = backend(rendered[:3])
+        for clip, answer in zip(rendered[:3], whole, strict=True):
+            np.testing.assert_allclose(backend(clip[None])[0], answer, atol=1e-4)
+    expected = Reference(checkpoints.load(tiny_checkpoint).model, bundle.contract)(rendered[:3])
+    assert error(whole, expected) < 0.1
 
 
 def test_a_pin_that_matches_nothing_is_refused(tmp_path, traced):
@@ -200,20 +308,24 @@ def test_video_and_image_share_their_weights(tmp_path, traced, checkpoint, clips
     assert spec.description.metadata.author == "edgetube"
 
 
-def test_apples_tools_read_it_and_xcode_has_something_to_show(tmp_path, traced, checkpoint):
+def validate(path):
+    """The package as coremltools opens it: its proto loader makes a valid program of the operations that we read."""
     from coremltools.converters.mil.frontend.milproto import load
 
-    coreml.build(traced(), FP16, tmp_path)
-    path = tmp_path / "model.mlpackage"
     model = ct.models.MLModel(str(path), skip_model_load=True)
     spec = model.get_spec()
     program = load.load(spec, spec.specificationVersion, model.weights_dir)
     program.validate()
-    ours = mlpackage.load(path).functions["main"].operations
-    assert [o.op_type for o in program.functions["main"].operations if o.op_type != "const"] == [
-        o.kind for o in ours if o.kind != "const"
-    ]
-    description = spec.description
+    for name, function in mlpackage.load(path).functions.items():
+        theirs = [o.op_type for o in program.functions[name].operations if o.op_type != "const"]
+        assert theirs == [o.kind for o in function.operations if o.kind != "const"]
+    return spec
+
+
+def test_apples_tools_read_it_and_xcode_has_something_to_show(tmp_path, traced, checkpoint):
+    coreml.build(traced(), FP16, tmp_path)
+    path = tmp_path / "model.mlpackage"
+    description = validate(path).description
     assert description.input[0].shortDescription.startswith("RGB frames")
     assert list(description.input[0].type.multiArrayType.shape) == [1, *checkpoint.contract.shape]
     assert {o.name for o in description.output} == {"logits", "label", "label_probs"}

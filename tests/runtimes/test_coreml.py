@@ -89,6 +89,17 @@ def test_units_and_plan(vendor, bundle):
         assert backend.describe()["function"] == "video"
 
 
+def test_a_system_without_plans_predicts_all_the_same(vendor, bundle, monkeypatch, rng):
+    def refuse(**_):
+        raise ValueError("MLComputePlan is not supported.")
+
+    monkeypatch.setattr(Plan, "load_from_path", refuse)
+    frames = rng.integers(0, 256, (1, *bundle.contract.shape), np.uint8)
+    with coreml.Session(bundle) as backend:
+        assert backend.describe()["operations"] == {}
+        np.testing.assert_array_equal(backend(frames), mil.Session(bundle)(frames))
+
+
 def test_the_function_that_takes_the_clips_is_chosen(vendor, bundle, rng):
     image = replace(bundle, spec=bundle.spec.at(frames=1), contract=bundle.contract.at(1))
     frames = rng.integers(0, 256, (1, *image.contract.shape), np.uint8)

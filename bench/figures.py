@@ -1,0 +1,290 @@
+"""The drawings of the report: SVG that takes its colours and letters from the page around it.
+
+Every drawing exists twice, for a wide and for a narrow page, so that letters never shrink. Colours are those of the
+page's style sheet (`report.html.j2`), so one file serves light and dark.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from edgetube.targets import need
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+# Colours that stand for those of the page: matplotlib writes them as they are, `_inline` puts the variables in.
+INK, SOFT, LINE, PANEL, HEAT = "#000001", "#000002", "#000003", "#000004", "#000005"
+SERIES = tuple(f"#0000{index:02x}" for index in range(0x10, 0x17))
+VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PANEL: "panel", HEAT: "heat"} | {
+    colour: f"c{index}" for index, colour in enumerate(SERIES)
+}
+
+MARKERS = {"fp32": "o", "fp16": "s", "int8": "^", "w8": "D", "w4": "p"}
+DASHES = {"fp32": "-", "fp16": (0, (5, 1.5)), "int8": (0, (2, 1)), "w8": (0, (1, 1)), "w4": (0, (4, 1, 1, 1))}
+
+WIDE, NARROW = 10.2, 3.7
+"""Inches of a drawing; the page shows about 100 pixels an inch."""
+
+Draw = Callable[["Figure", bool], None]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one bundle looks in every drawing: a colour for its runtime, a marker and a dash for its precision."""
+
+    colour: str
+    marker: str
+    dash: Any
+
+
+def styles(rows: Sequence[Row]) -> dict[str, Style]:
+    """By the rows' names; the part of a target's name before the dash is its runtime."""
+    families = list(dict.fromkeys(family(row) for row in rows))
+    return {
+        row["name"]: Style(
+            SERIES[families.index(family(row)) % len(SERIES)],
+            MARKERS.get(row["precision"], "o"),
+            DASHES.get(row["precision"], "-"),
+        )
+        for row in rows
+    }
+
+
+def family(row: Row) -> str:
+    """The runtime of a row: `onnx` of `onnx-int8`; the row's name where it has no target."""
+    return (row["target"] or row["name"]).partition("-")[0]
+
+
+def pareto(rows: Sequence[Row], quality: str, title: str) -> str:
+    """Quality over latency; a line joins the bundles that no other one beats in both."""
+    look = styles(rows)
+    points = [row for row in rows if row["p50_ms"] is not None and row[quality] is not None]
+
+    def draw(figure: Figure, wide: bool) -> None:
+        axes = _axes(figure, (0.62, 0.52, 0.15, 0.1))
+        times, values = [row["p50_ms"] for row in points], [100 * row[quality] for row in points]
+        reach = max(max(values) - min(values), 1.0)
+        axes.set(xscale="log", ylim=(min(values) - 0.3 * reach, max(values) + 0.45 * reach))
+        axes.set_xlim(min(times) / 1.35, max(times) * 1.35)
+        front = sorted((row["p50_ms"], 100 * row[quality]) for row in points if _unbeaten(row, points, quality))
+        axes.step(*zip(*front, strict=True), where="post", color=SOFT, linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
+        for row in points:
+            style = look[row["name"]]
+            x, y = row["p50_ms"], 100 * row[quality]
+            axes.errorbar(x, y, xerr=[[x - row["p10_ms"]], [row["p90_ms"] - x]], color=style.colour, alpha=0.45, lw=1)
+            axes.plot(x, y, style.marker, color=style.colour, markersize=8, markeredgecolor=PANEL, zorder=3)
+        _label(axes, [(row["p50_ms"], 100 * row[quality], row["short"]) for row in points])
+        _log_ticks(axes, times)
+        axes.set_xlabel("latency of one call, median, ms")
+        axes.set_ylabel(title)
+
+    return both(draw, 3.6, 3.6, f"{title} over latency")
+
+
+def _unbeaten(row: Row, rows: Sequence[Row], quality: str) -> bool:
+    def beats(other: Row) -> bool:
+        better = other["p50_ms"] <= row["p50_ms"] and other[quality] >= row[quality]
+        return better and (other["p50_ms"], other[quality]) != (row["p50_ms"], row[quality])
+
+    return not any(map(beats, rows))
+
+
+def sizes(rows: Sequence[Row]) -> str:
+    """Megabytes of every artifact."""
+    look = styles(rows)
+    known = [row for row in rows if row["target"] and row["size_mb"] is not None]
+
+    def draw(figure: Figure, wide: bool) -> None:
+        axes = _axes(figure, (1.3, 0.1, 0.55, 0.05))
+        axes.barh(
+            range(len(known)), [row["size_mb"] for row in known], color=[look[row["name"]].colour for row in known],
+            height=0.62,
+        )  # fmt: skip
+        for y, row in enumerate(known):
+            axes.text(row["size_mb"], y, f"  {row['size_mb']:.3g}", va="center", color=INK, size=9)
+        axes.set_yticks(range(len(known)), [row["short"] for row in known])
+        axes.tick_params(axis="y", colors=INK, length=0)
+        axes.set_xticks([])
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.invert_yaxis()
+
+    height = 0.27 * len(known) + 0.15
+    return both(draw, height, height, "size of the artifacts in MB")
+
+
+def heat(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
+    """Share of equal answers for every pair; the more they differ, the stronger the colour."""
+    count = len(names)
+    reach = max(1 - min(map(min, matrix)), 0.02)
+
+    def draw(figure: Figure, wide: bool) -> None:
+        from matplotlib.patches import Rectangle
+
+        axes = _axes(figure, (1.35, 0.05, 0.05, 1.15))
+        for y, line in enumerate(matrix):
+            for x, share in enumerate(line):
+                strength = 0.04 + 0.9 * (1 - share) / reach
+                axes.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, facecolor=HEAT, alpha=strength, lw=0))
+                if wide and x != y:
+                    text = "100" if share == 1 else f"{100 * share:.1f}"
+                    axes.text(x + 0.5, y + 0.52, text, ha="center", va="center", color=INK, size=8)
+        axes.set(xlim=(0, count), ylim=(count, 0), xticks=[i + 0.5 for i in range(count)])
+        axes.set_xticklabels(names, rotation=55, ha="left", rotation_mode="anchor")
+        axes.set_yticks([i + 0.5 for i in range(count)], names)
+        axes.xaxis.tick_top()
+        axes.tick_params(colors=INK, length=0, pad=2)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+
+    wide, cell = min(WIDE, 1.4 + 0.6 * count), (NARROW - 1.4) / count
+    label = "agreement between targets in per cent"
+    return both(draw, 0.32 * count + 1.2, cell * count + 1.2, label, wide)
+
+
+def layers(rows: Sequence[Row], curves: Sequence[Row]) -> str:
+    """SQNR of every layer against the reference; a ring marks the first layer where the error jumps."""
+    look, short = styles(rows), {row["name"]: row["short"] for row in rows}
+    shown = [curve for curve in curves if curve["curve"] and curve["name"] in look]
+    longest = max(shown, key=lambda curve: len(curve["curve"]))
+    order = [point["layer"] for point in longest["curve"]]
+    place = {layer: index for index, layer in enumerate(order)}
+
+    def draw(figure: Figure, wide: bool) -> None:
+        lines = math.ceil(len(shown) / (5 if wide else 2))
+        axes = _axes(figure, (0.62, 0.75 + 0.2 * lines, 0.15, 0.15))
+        for curve in shown:
+            style = look[curve["name"]]
+            points = [(place[p["layer"]], p["sqnr_db"]) for p in curve["curve"] if p["layer"] in place]
+            points = [(x, y) for x, y in points if y is not None]
+            if not points:
+                continue
+            axes.plot(
+                *zip(*points, strict=True), color=style.colour, linestyle=style.dash, linewidth=1.5,
+                label=short[curve["name"]],
+            )  # fmt: skip
+            jump = place.get(curve["first_jump"])
+            for x, y in points:
+                if x == jump:
+                    axes.plot(x, y, "o", color=style.colour, markerfacecolor="none", markersize=9, markeredgewidth=1.6)
+        blocks = [(i, name) for i, name in enumerate(order) if _group(name) != _group(order[i - 1]) or i == 0]
+        step = math.ceil(len(blocks) / (14 if wide else 5))
+        axes.set_xticks([i for i, _ in blocks[::step]], [_group(name) for _, name in blocks[::step]])
+        axes.set_xticklabels(axes.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
+        axes.set_ylabel("SQNR, dB")
+        axes.set_xlim(-0.5, len(order) - 0.5)
+        figure.legend(
+            loc="lower center", ncols=min(len(shown), 5 if wide else 2), frameon=False, labelcolor=INK, fontsize=9,
+            handlelength=2.6,
+        )  # fmt: skip
+
+    lines = math.ceil(len(shown) / 2)
+    return both(draw, 4.0, 3.4 + 0.2 * lines, "signal to error of every layer in dB")
+
+
+def _group(layer: str) -> str:
+    """`blocks.3` of `blocks.3.mlp.fc1`, the first word of others."""
+    found = re.match(r"\w+\.\d+|\w+", layer)
+    return found[0] if found else layer
+
+
+# ------------------------------------------------------------------------------------------------------------ the paper
+
+
+def both(draw: Draw, high: float, high_narrow: float, label: str, width: float = WIDE) -> str:
+    """The drawing for wide pages and the one for narrow pages; the style sheet shows one of them."""
+    wide, narrow = _svg(draw, width, high, True, label), _svg(draw, NARROW, high_narrow, False, label)
+    return f'<div class="wide" style="max-width: {100 * width:.0f}px">{wide}</div><div class="narrow">{narrow}</div>'
+
+
+def _svg(draw: Draw, width: float, height: float, wide: bool, label: str) -> str:
+    matplotlib = need("matplotlib", "report")
+    figures = need("matplotlib.figure", "report")
+    # Letters stay letters; names of clip paths differ between the drawings of a page, and repeat between runs.
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": f"{label} {wide}",
+        "font.size": 9.5,
+        "font.family": "sans-serif",
+    }
+    with matplotlib.rc_context(settings):
+        figure = figures.Figure((width, height))
+        draw(figure, wide)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(text.getvalue(), label)
+
+
+def _inline(text: str, label: str) -> str:
+    """What matplotlib wrote, as a part of an HTML page in its colours and letters."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px; font-family: var(--font)", text)
+    text = re.sub(r"font-family: '[^;\"]+", "font-family: var(--font)", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    width, height = (float(value) for value in re.findall(r' (?:width|height)="([\d.]+)pt"', text)[:2])
+    head = f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}"'
+    return re.sub(r"<svg[^>]*>", head + ' xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1)
+
+
+def _axes(figure: Figure, margins: tuple[float, float, float, float]) -> Axes:
+    """Axes with margins (left, bottom, right, top) in inches."""
+    width, height = figure.get_size_inches()
+    left, bottom, right, top = margins
+    axes = figure.add_axes(
+        (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
+    )
+    axes.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(LINE)
+    axes.tick_params(colors=SOFT, which="both")
+    axes.xaxis.label.set_color(SOFT)
+    axes.yaxis.label.set_color(SOFT)
+    axes.grid(color=LINE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _log_ticks(axes: Axes, values: Sequence[float]) -> None:
+    """1, 2, 5, 10, 20, 50, ... where there are values."""
+    low, high = axes.get_xlim()
+    marks = [m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)]
+    axes.set_xticks(shown := [m for m in marks if low <= m <= high], [f"{m:g}" for m in shown])
+    axes.minorticks_off()
+
+
+def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names above points, moved up or down until none covers another or a point; a moved one is joined."""
+    scale = 72 / axes.figure.dpi  # from pixels to points, which is what the letters are measured in
+    corners = axes.transAxes.transform([(0, 0), (1, 1)]) * scale
+    (left, bottom), (right, top) = corners.tolist()
+    places = [(float(x) * scale, float(y) * scale) for x, y in axes.transData.transform([(x, y) for x, y, _ in points])]
+    high, taken = 11.5, [(x - 7, x + 7, y) for x, y in places]
+    for (x, y), (value, height, name) in sorted(zip(places, points, strict=True)):
+        half = 2.75 * len(name)
+        middle = min(max(x, left + half), right - half)
+        moves = [sign * (high + step * high / 2) for step in range(30) for sign in (1, -1)]
+        free = (
+            y + move for move in moves
+            if bottom + 8 < y + move < top
+            and all(abs(y + move - at) >= high - 1 or middle + half < start or end < middle - half
+                    for start, end, at in taken)
+        )  # fmt: skip
+        at = next(free, y + high)
+        taken.append((middle - half, middle + half, at))
+        axes.annotate(
+            name, (value, height), (middle - x, at - y), textcoords="offset points", color=INK, size=9,
+            va="center", ha="center",
+            arrowprops={"arrowstyle": "-", "color": SOFT, "lw": 0.6} if abs(at - y) > 1.6 * high else None,
+        )  # fmt: skip

@@ -1,0 +1,208 @@
+"""Where did it go wrong? The error of every layer of an artifact, against the same layer of its reference.
+
+Layers are found by their names: a tensor of the canonical graph is called after the module that gives it out
+(`blocks.3.attn.qkv`), and artifacts keep these names. A few tensors are looked at a time; sums of squares are all that
+is kept of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetube import bundle as bundles
+from edgetube import metrics
+from edgetube.bench import panel
+from edgetube.bench.panel import Opened
+from edgetube.bundle import Bundle
+from edgetube.datasets import ClipSet
+from edgetube.errors import BackendError, InputError
+from edgetube.model import checkpoints
+from edgetube.progress import Progress, silent
+from edgetube.runtimes.base import Backend
+from edgetube.spec import ModelSpec
+from edgetube.video import Frames
+
+Array = npt.NDArray[np.float32]
+View = Callable[[str, Array], Array]
+"""(layer, tensor) -> the part of it, or the form, in which two models can be compared."""
+
+TOGETHER = 6
+"""Tensors that are looked at in one pass."""
+
+VISIBLE, JUMP = 45.0, 8.0
+"""An error jumps at a layer whose SQNR is below `VISIBLE` dB and `JUMP` dB below that of every layer before it.
+
+Half precision stays above 60 dB and int8 steps of a weight leave about 40 dB, so layers that are merely rounded are
+not named; see `docs/parity.md` for what sound and broken artifacts were measured at."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Signal to quantisation noise ratio of one layer, dB; infinite where the two are equal."""
+
+    layer: str
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The layers of one artifact in the order of execution.
+
+    Attributes:
+        name: of the bundle.
+        clips: how many were looked at.
+        curve: empty when the backend shows no layers.
+        note: why, then.
+    """
+
+    name: str
+    clips: int
+    curve: tuple[Layer, ...]
+    note: str = ""
+
+    @property
+    def first_jump(self) -> str | None:
+        """The first layer where the error jumps."""
+        return first_jump(self.curve)
+
+    def to_json(self) -> dict[str, Any]:
+        """One object of `layers` of the document, see `docs/parity.md`."""
+        return {
+            "name": self.name,
+            "clips": self.clips,
+            "note": self.note,
+            "first_jump": self.first_jump,
+            "curve": [{"layer": found.layer, "sqnr_db": found.sqnr_db} for found in self.curve],
+        }
+
+
+def names(spec: ModelSpec) -> tuple[str, ...]:
+    """The layers of a model as its canonical graph calls them, in the order of execution."""
+    inside = (
+        "norm1",
+        "attn.qkv",
+        "attn.softmax",
+        "attn.context",
+        "attn.proj",
+        "norm2",
+        "mlp.fc1",
+        "mlp.act",
+        "mlp.fc2",
+    )
+    blocks = [f"blocks.{i}{part}" for i in range(spec.depth) for part in (*(f".{name}" for name in inside), "")]
+    return ("tubes", *blocks, "norm", "pool", "logits")
+
+
+def first_jump(curve: Sequence[Layer]) -> str | None:
+    """The first layer whose error is out of proportion to all that comes before it; None if there is none."""
+    floor = VISIBLE
+    for found in curve:
+        if found.sqnr_db < floor - JUMP:
+            return found.layer
+        floor = min(floor, found.sqnr_db)
+    return None
+
+
+def curves(
+    compared: Sequence[Bundle],
+    source: ClipSet,
+    *,
+    reference: Bundle | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> tuple[Curve, ...]:
+    """The layers of bundles against those of their reference, on all clips of `source`: a few are enough.
+
+    Args:
+        reference: a bundle whose layers are the true ones; None takes the PyTorch model.
+
+    Raises:
+        InputError: no clips, or bundles that do not belong together.
+        BackendError: the reference bundle's backend shows no layers, or a runtime refuses.
+    """
+    models = panel.of_bundles(compared, reference, threads)
+    clips = [clip.frames for clip in source.clips(models.contract)]
+    if not clips:
+        raise InputError("no clips to look at layers on: the data set is empty")
+    with Opened(models) as opened:
+        truth = opened.backend(0)
+        seen = truth.layers(names(models.models[0].bundle.spec))
+        if not seen:
+            raise BackendError(f"the runtime of {models.models[0].name} shows no layers; leave out --reference")
+        stated = _plain if reference else _as_exported(models.models[0].bundle)
+        found = []
+        for index, bundle in enumerate(compared, start=1):
+            backend = opened.backend(index)
+            common = _comparable(backend.layers(seen), bundle, reference)
+            view = _without_values if _is_equalised(bundle, reference) else _plain
+            measured = _measure(truth, backend, common, clips, stated, view, bundle.name, progress)
+            note = "" if common else "this bundle's runtime shows no inner tensors"
+            found.append(Curve(bundle.name, len(clips), tuple(measured), note))
+    return tuple(found)
+
+
+def _measure(
+    truth: Backend,
+    backend: Backend,
+    common: Sequence[str],
+    clips: Sequence[Frames],
+    stated: View,
+    view: View,
+    name: str,
+    progress: Progress,
+) -> Iterator[Layer]:
+    """The SQNR of each layer over all clips."""
+    progress(f"{name}: layers", 0, len(common))
+    for start in range(0, len(common), TOGETHER):
+        some = common[start : start + TOGETHER]
+        taps = truth.tap(some), backend.tap(some)
+        sums = dict.fromkeys(some, (0.0, 0.0))
+        for clip in clips:
+            expected = taps[0](np.repeat(clip[None], truth.batch, axis=0))
+            got = taps[1](np.repeat(clip[None], backend.batch, axis=0))
+            for layer in some:
+                ref, value = view(layer, stated(layer, expected[layer][:1])), view(layer, got[layer][:1])
+                signal, noise = metrics.energies(ref, value)
+                sums[layer] = sums[layer][0] + signal, sums[layer][1] + noise
+        yield from (Layer(layer, metrics.decibels(*sums[layer])) for layer in some)
+        progress(f"{name}: layers", start + len(some), len(common))
+
+
+def _is_equalised(*some: Bundle | None) -> bool:
+    """Whether calibration may have moved scales between neighbouring layers of an artifact."""
+    return any(bundle is not None and bundles.CALIBRATION in bundle.files for bundle in some)
+
+
+def _comparable(shown: Sequence[str], *some: Bundle | None) -> list[str]:
+    """Layers that hold the same numbers on both sides: equalisation scales what LayerNorm and the values give out."""
+    scaled = {"norm1", "norm2", "context"} if _is_equalised(*some) else set()
+    return [name for name in shown if name.rpartition(".")[2] not in scaled]
+
+
+def _plain(layer: str, value: Array) -> Array:
+    return value
+
+
+def _without_values(layer: str, value: Array) -> Array:
+    """Queries and keys of qkv (B, N, 3 D), which equalisation leaves alone; other layers as they are."""
+    return value[..., : 2 * value.shape[-1] // 3] if layer.endswith(".qkv") else value
+
+
+def _as_exported(bundle: Bundle) -> View:
+    """What exported graphs have folded into a module of the trained model: positions, and the queries' scale."""
+    model, spec = checkpoints.of_bundle(bundle).model, bundle.spec
+    table = model.positions.detach().numpy()
+    scale = np.ones(3 * spec.width, np.float32)
+    scale[: spec.width] = (spec.width / spec.heads) ** -0.5
+
+    def view(layer: str, value: Array) -> Array:
+        if layer == "tubes":
+            return np.asarray(value + table, np.float32)
+        return value * scale if layer.endswith(".qkv") else value
+
+    return view

@@ -1,0 +1,241 @@
+"""Who is asked: a reference and bundles, which all answer the same clips.
+
+A clip is made once and shown to every model; making it often costs more than answering it. What a model says about a
+clip depends on the two alone, so any process may ask (`edgetube.bench.workers`) and an answer may be kept
+(`edgetube.bench.journal`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Self
+
+from edgetube import runtimes
+from edgetube.bench import machine
+from edgetube.bundle import Bundle
+from edgetube.datasets import Item
+from edgetube.errors import InputError
+from edgetube.model import checkpoints
+from edgetube.runtimes.base import Backend
+from edgetube.runtimes.torch import Reference
+from edgetube.spec import InputContract
+from edgetube.targets import Status
+from edgetube.video import Clip, Frames
+
+Logits = npt.NDArray[np.float32]
+
+CHUNK, CHUNK_BYTES = 8, 1 << 26
+"""Clips that are in memory at a time: at most so many, of at most so many bytes, but one at least.
+
+Models take turns in blocks of this size: the threads of a runtime spin for a while after each call and would take the
+cores from the next one."""
+
+
+class Model(Protocol):
+    """Something that answers clips.
+
+    Attributes:
+        bundle: the artifact, or an artifact that was made from it.
+    """
+
+    @property
+    def bundle(self) -> Bundle: ...
+
+    @property
+    def name(self) -> str:
+        """For progress and tables."""
+
+    @property
+    def status(self) -> Status:
+        """How its answers are made here."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """All that its answers depend on, in plain JSON."""
+
+    def open(self, threads: int | None) -> Backend:
+        """Open it for running."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A bundle's artifact, on its own runtime or, where that is not here, its emulator."""
+
+    bundle: Bundle
+
+    @property
+    def name(self) -> str:
+        return self.bundle.name
+
+    @property
+    def device(self) -> str | None:
+        return runtimes.proof_device(self.bundle.target, self.bundle.backend)
+
+    @property
+    def status(self) -> Status:
+        return "emulated" if self.device == runtimes.EMULATED else "executed"
+
+    def identity(self) -> Mapping[str, Any]:
+        files = {name: record.sha256 for name, record in self.bundle.files.items()}
+        return {"files": files, "backend": self.bundle.backend, "status": self.status, "build": self.bundle.build}
+
+    def open(self, threads: int | None) -> Backend:
+        return runtimes.open_bundle(self.bundle, threads=threads, device=self.device)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The PyTorch model that a bundle was made from."""
+
+    bundle: Bundle
+
+    @property
+    def name(self) -> str:
+        return "PyTorch reference"
+
+    @property
+    def status(self) -> Status:
+        return "executed"
+
+    def identity(self) -> Mapping[str, Any]:
+        return {"checkpoint": self.bundle.checkpoint["sha256"], "model": self.bundle.spec.to_json()}
+
+    def open(self, threads: int | None) -> Backend:
+        checkpoint = checkpoints.of_bundle(self.bundle)
+        return Reference(checkpoint.model, checkpoint.contract, threads)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The models that are asked together; the first one is the reference.
+
+    Attributes:
+        models: the reference and the bundles.
+        contract: the input of all of them.
+        labels: class names, in the order of the logits of all of them.
+        threads: CPU threads of one call; None leaves the choice to each runtime.
+    """
+
+    models: tuple[Model, ...]
+    contract: InputContract
+    labels: tuple[str, ...]
+    threads: int | None = None
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """A digest for each model: equal ones give equal answers to equal clips on this machine."""
+        here = {"versions": machine.versions(), "processor": machine.processor(), "input": self.contract.to_json()}
+        return tuple(_digest({**here, **model.identity()}) for model in self.models)
+
+    @property
+    def chunk(self) -> int:
+        """Clips that are made at a time."""
+        return max(1, min(CHUNK, CHUNK_BYTES // int(np.prod(self.contract.shape))))
+
+
+def of_bundles(bundles: Sequence[Bundle], reference: Bundle | None = None, threads: int | None = None) -> Panel:
+    """The panel of some bundles and their reference.
+
+    Args:
+        reference: a bundle to hold them against; None takes the PyTorch model that they were made from.
+
+    Raises:
+        InputError: no bundles, bundles of different checkpoints, or of other inputs or labels than the reference.
+    """
+    if not bundles:
+        raise InputError("no bundles to compare")
+    first = reference or bundles[0]
+    for bundle in bundles:
+        if (bundle.contract, bundle.labels) != (first.contract, first.labels):
+            raise InputError(
+                f"{bundle.path} and {first.path} take different inputs or know other labels; compare apart"
+            )
+        if reference is None and bundle.checkpoint != first.checkpoint:
+            raise InputError(
+                f"{bundle.path} and {first.path} come from different checkpoints; compare apart, or with --reference"
+            )
+    trained: Model = Artifact(reference) if reference else Trained(first)
+    models: tuple[Model, ...] = (trained, *(Artifact(bundle) for bundle in bundles))
+    return Panel(models, first.contract, first.labels, threads)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Clips, and the models that are asked about them.
+
+    Attributes:
+        positions: of the clips in their set.
+        items: the clips, unread.
+        models: indices into the panel's models.
+    """
+
+    positions: tuple[int, ...]
+    items: tuple[Item, ...]
+    models: tuple[int, ...]
+
+    def singles(self) -> Iterator[Job]:
+        """The same work, clip by clip."""
+        for position, item in zip(self.positions, self.items, strict=True):
+            yield Job((position,), (item,), self.models)
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What models said about the clips of a job.
+
+    Attributes:
+        labels: of the clips, as they were read.
+        logits: model index -> (n, classes) float32.
+    """
+
+    labels: tuple[str | None, ...]
+    logits: Mapping[int, Logits]
+
+
+class Opened:
+    """A panel in this process: models are opened when they are first asked, and closed together."""
+
+    def __init__(self, panel: Panel) -> None:
+        self.panel = panel
+        self._stack = ExitStack()
+        self._backends: dict[int, Backend] = {}
+
+    def ask(self, job: Job) -> Replies:
+        """Make the clips of a job, then show all of them to each model in turn."""
+        clips = [item.read(self.panel.contract) for item in job.items]
+        return Replies(tuple(clip.label for clip in clips), self.show(clips, job.models))
+
+    def show(self, clips: Sequence[Clip], models: Sequence[int]) -> dict[int, Logits]:
+        """The logits (n, classes) of each of the models."""
+        frames: Frames = np.stack([clip.frames for clip in clips])
+        return {model: self.backend(model)(frames) for model in models}
+
+    def backend(self, model: int) -> Backend:
+        """One of the models, opened."""
+        if model not in self._backends:
+            opened = self.panel.models[model].open(self.panel.threads)
+            self._backends[model] = self._stack.enter_context(opened)
+        return self._backends[model]
+
+    def close(self) -> None:
+        """Release all models."""
+        self._backends.clear()
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

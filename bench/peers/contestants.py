@@ -1,0 +1,322 @@
+"""The same checkpoint, the way people take it to a CPU today, and the models that they would take instead.
+
+A contestant has an optional `build`, which makes its files in a folder of its own, and a `load`, which gives a call
+from frames (1, T, H, W, 3) uint8 to logits (1, classes). Each is what the package's own documentation shows, at the
+package's defaults; threads are left to each runtime. Packages are imported by those who use them: the cold start and
+the memory of a contestant are its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgetube import Runtime
+from edgetube.bench.worker import Lap, Subject
+
+Frames = np.ndarray
+Call = Callable[[Frames], np.ndarray]
+
+SOURCE, CLIPS, CALIBRATION = "source.json", "clips.npy", "calibration.npy"
+"""In the work folder: the checkpoint's name, clips to judge on and to time with, clips to calibrate with."""
+
+ONNX, QUANTISED = "model.onnx", "quantised.onnx"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One line of the table.
+
+    Attributes:
+        group: contestants of one group take turns with one another, in one run.
+        packages: whose versions matter.
+        load: (work folder, own folder) -> call.
+        build: (work folder, own folder), once, before anything is timed.
+        precision: of most of its arithmetic, as far as its maker says.
+        same: whether it is the same checkpoint; else its weights are random and only the time means something.
+    """
+
+    group: str
+    precision: str
+    packages: tuple[str, ...]
+    load: Callable[[Path, Path], Call]
+    build: Callable[[Path, Path], None] | None = None
+    same: bool = True
+
+
+def slug(name: str) -> str:
+    """A contestant's folder."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+def source(work: Path) -> str:
+    """The checkpoint, as `--checkpoint` takes it."""
+    return str(json.loads((work / SOURCE).read_text())["checkpoint"])
+
+
+def clips(work: Path) -> Frames:
+    """(N, T, H, W, 3) uint8."""
+    return np.load(work / CLIPS)
+
+
+def calibration(work: Path) -> Sequence[Frames]:
+    return list(np.load(work / CALIBRATION))
+
+
+def module(work: Path) -> tuple[Any, Any]:
+    """The reference behind uint8 frames (a module), and frames to trace it with (a tensor)."""
+    import naive
+    import torch
+
+    from edgetube.model import checkpoints
+
+    return naive.Model(checkpoints.load(source(work))).eval(), torch.from_numpy(clips(work)[:1])
+
+
+# -------------------------------------------------------------------------------------------------------------- PyTorch
+
+
+def in_torch(model: Callable[[Any], Any]) -> Call:
+    import torch
+
+    def call(frames: Frames) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(frames)).float().numpy()
+
+    return call
+
+
+def eager(work: Path, own: Path) -> Call:
+    return in_torch(module(work)[0])
+
+
+def compiled(work: Path, own: Path) -> Call:
+    import torch
+
+    return in_torch(torch.compile(module(work)[0]))
+
+
+def torchao_int8(work: Path, own: Path) -> Call:
+    import torch
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = module(work)[0]
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return in_torch(torch.compile(model))
+
+
+# ----------------------------------------------------------------------------------------------------------------- ONNX
+
+
+def export_naive(work: Path, own: Path) -> None:
+    import naive
+
+    model, frames = module(work)
+    naive.export(model, frames.numpy(), own / ONNX)
+
+
+def quantise(function: str, file: str, work: Path, own: Path) -> None:
+    """One of `quantisers` on the naive export."""
+    import quantisers
+
+    export_naive(work, own)
+    getattr(quantisers, function)(own / ONNX, calibration(work), own / file)
+    for file in own.glob(f"{ONNX}*"):
+        file.unlink()
+
+
+def in_onnxruntime(name: str, work: Path, own: Path) -> Call:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(own / name, providers=["CPUExecutionProvider"])
+    feed = session.get_inputs()[0].name
+    return lambda frames: session.run(None, {feed: frames})[0]
+
+
+def in_openvino(name: str, work: Path, own: Path) -> Call:
+    """With its defaults, which compute float layers in bfloat16 where the CPU has that."""
+    import openvino as ov
+
+    request = ov.Core().compile_model(own / name, "CPU", {"PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
+    return lambda frames: request.infer([frames])[0]
+
+
+# --------------------------------------------------------------------------------------------------- ExecuTorch, LiteRT
+
+
+def build_executorch(quantised: bool, work: Path, own: Path) -> None:
+    import torch
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    model, frames = module(work)
+    if quantised:
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+            XNNPACKQuantizer,
+            get_symmetric_quantization_config,
+        )
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+        quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+        prepared = prepare_pt2e(torch.export.export(model, (frames,)).module(), quantizer)
+        for clip in calibration(work):
+            prepared(torch.from_numpy(clip[None]))
+        model = convert_pt2e(prepared)
+    program = torch.export.export(model, (frames,))
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    (own / "model.pte").write_bytes(lowered.buffer)
+
+
+def executorch(work: Path, own: Path) -> Call:
+    import torch
+    from executorch.runtime import Runtime as Executor
+
+    method = Executor.get().load_program(own / "model.pte").load_method("forward")
+    return lambda frames: method.execute([torch.from_numpy(frames)])[0].numpy()
+
+
+def build_litert(quantised: bool, work: Path, own: Path) -> None:
+    import litert_torch
+
+    model, frames = module(work)
+    path = own / "model.tflite"
+    litert_torch.convert(model, (frames,)).export(str(path))
+    if quantised:
+        from ai_edge_quantizer import quantizer, recipe
+
+        found = quantizer.Quantizer(str(path))
+        found.load_quantization_recipe(recipe.dynamic_wi8_afp32())
+        found.quantize().export_model(str(path), overwrite=True)
+
+
+def litert(work: Path, own: Path) -> Call:
+    """The interpreter has one thread by default, which nobody would keep: it gets all cores."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(own / "model.tflite"), num_threads=os.cpu_count())
+    interpreter.allocate_tensors()
+    (entry,), (exit_,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def call(frames: Frames) -> np.ndarray:
+        interpreter.set_tensor(entry["index"], frames)
+        interpreter.invoke()
+        return interpreter.get_tensor(exit_["index"])
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------------------- edgetube
+
+
+def build_bundle(target: str, work: Path, own: Path) -> None:
+    from edgetube.export import pipeline
+
+    # Random weights have no accuracy to lose: time is measured here, so INT8 need not search for its budget.
+    budget = {"calib": work / CALIBRATION, "max_drop": 100.0} if target.endswith("int8") else {}
+    made = pipeline.export_model(target, source(work), own, pipeline.Options(lowering="gather", **budget))
+    made.path.rename(own / "bundle")
+
+
+def bundle(work: Path, own: Path) -> Call:
+    return Runtime(own / "bundle")
+
+
+# ------------------------------------------------------------------------------------------- what one would use instead
+
+
+def build_hugging(name: str, frames: int, work: Path, own: Path) -> None:
+    import hugging
+    import naive
+
+    naive.export(hugging.model(name, frames), np.zeros((1, frames, 224, 224, 3), np.uint8), own / ONNX)
+
+
+def eager_hugging(name: str, frames: int, work: Path, own: Path) -> Call:
+    import hugging
+
+    return in_torch(hugging.model(name, frames))
+
+
+def first(frames: int, load: Callable[[Path, Path], Call], work: Path, own: Path) -> Call:
+    """A call that looks at the first `frames` frames only."""
+    call = load(work, own)
+    return lambda clip: call(np.ascontiguousarray(clip[:, :frames]))
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+FLOAT, INTEGER, OTHER = "float", "int8", "other models"
+
+
+def of_quantiser(function: str, file: str, loader: Callable[..., Call], *packages: str) -> Contestant:
+    return Contestant(INTEGER, "int8", packages, partial(loader, file), partial(quantise, function, file))
+
+
+def of_bundle(group: str, target: str, precision: str, *packages: str) -> Contestant:
+    return Contestant(group, precision, ("edgetube", *packages), bundle, partial(build_bundle, target))
+
+
+def of_hugging(name: str, frames: int) -> dict[str, Contestant]:
+    packages = ("transformers", "torch")
+    in_ort = partial(first, frames, partial(in_onnxruntime, ONNX))
+    in_ov = partial(first, frames, partial(in_openvino, ONNX))
+    build = partial(build_hugging, name, frames)
+    title = f"{name}-B, {frames} frames"
+    alone = partial(first, frames, partial(eager_hugging, name, frames))
+    return {
+        f"{title}, PyTorch eager": Contestant(OTHER, "fp32", packages, alone, None, False),
+        f"{title}, ONNX Runtime": Contestant(OTHER, "fp32", (*packages, "onnxruntime"), in_ort, build, False),
+        f"{title}, OpenVINO defaults": Contestant(OTHER, "bf16", (*packages, "openvino"), in_ov, build, False),
+    }
+
+
+CONTESTANTS: dict[str, Contestant] = {
+    "PyTorch eager": Contestant(FLOAT, "fp32", ("torch",), eager),
+    "torch.compile": Contestant(FLOAT, "fp32", ("torch",), compiled),
+    "ONNX Runtime, naive export": Contestant(
+        FLOAT, "fp32", ("onnxruntime",), partial(in_onnxruntime, ONNX), export_naive
+    ),
+    "OpenVINO defaults, naive export": Contestant(
+        FLOAT, "bf16", ("openvino",), partial(in_openvino, ONNX), export_naive
+    ),
+    "ExecuTorch, XNNPACK": Contestant(FLOAT, "fp32", ("executorch",), executorch, partial(build_executorch, False)),
+    "LiteRT": Contestant(FLOAT, "fp32", ("litert-torch", "ai-edge-litert"), litert, partial(build_litert, False)),
+    "edgetube onnx-fp32": of_bundle(FLOAT, "onnx-fp32", "fp32", "onnxruntime"),
+    "edgetube openvino-fp32": of_bundle(FLOAT, "openvino-fp32", "fp32", "openvino"),
+    "edgetube openvino-fp16": of_bundle(FLOAT, "openvino-fp16", "bf16", "openvino"),
+    "ORT quantize_static, defaults": of_quantiser("ort_defaults", QUANTISED, in_onnxruntime, "onnxruntime"),
+    "ORT quantize_dynamic": of_quantiser("ort_dynamic", QUANTISED, in_onnxruntime, "onnxruntime"),
+    "NNCF, OpenVINO defaults": of_quantiser("nncf_transformer", "quantised.xml", in_openvino, "nncf", "openvino"),
+    "torchao int8 dynamic, torch.compile": Contestant(INTEGER, "int8", ("torchao", "torch"), torchao_int8),
+    "ExecuTorch, XNNPACK int8": Contestant(
+        INTEGER, "int8", ("executorch", "torchao"), executorch, partial(build_executorch, True)
+    ),
+    "LiteRT int8 dynamic": Contestant(
+        INTEGER, "int8", ("litert-torch", "ai-edge-litert"), litert, partial(build_litert, True)
+    ),
+    "edgetube onnx-int8": of_bundle(INTEGER, "onnx-int8", "int8", "onnxruntime"),
+    "edgetube openvino-int8": of_bundle(INTEGER, "openvino-int8", "int8", "openvino"),
+    **of_hugging("VideoMAE", 16),
+    **of_hugging("Vivit", 32),
+}
+"""All of them, in the order of the table."""
+
+YARDSTICK = "edgetube onnx-fp32"
+"""It takes part in every group, so that groups can be compared."""
+
+
+def open_contestant(lap: Lap, name: str, work: str) -> Subject:
+    """For `edgetube.bench.latency.Process`: a contestant, to be timed on one clip."""
+    lap("import")
+    call = CONTESTANTS[name].load(Path(work), Path(work) / slug(name))
+    lap("load")
+    frames = clips(Path(work))[:1]
+    lap("")
+    return Subject(lambda: call(frames))

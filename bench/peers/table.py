@@ -1,0 +1,214 @@
+"""The same checkpoint, the way people do it today: one table.
+
+    pip install -r bench/peers/requirements.txt
+    python bench/peers/table.py --work WORK --json bench/results/peers.json
+
+1. `--step build` makes the files of every contestant, each in a process of its own, and compares its answers on a few
+   clips with PyTorch's. One that cannot be made has its last words in the table instead of numbers.
+2. `--step time` times what could be made: a group at a time takes turns, every contestant in its own process.
+3. `--step write` prints the table, and writes it into `docs/benchmarks.md` when `--json` is given.
+
+Without `--step`, all three. `--only` and `--group` take some of them; what was measured before is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from contestants import CALIBRATION, CLIPS, CONTESTANTS, SOURCE, YARDSTICK, Contestant, clips, eager, slug
+
+from edgetube import demo, metrics
+from edgetube.bench import latency, machine
+from edgetube.model import checkpoints
+
+HERE = Path(__file__).resolve().parent
+DOCUMENT = HERE.parents[1] / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- begin: bench/peers/table.py -->", "<!-- end: bench/peers/table.py -->"
+JUDGED, CALIBRATED = 2, 4
+"""Clips."""
+
+PATIENCE = 1200
+"""Seconds that one contestant may take to be built."""
+
+
+def prepare(work: Path, checkpoint: str) -> None:
+    """The clips, and PyTorch's answers to them."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / SOURCE).write_text(json.dumps({"checkpoint": checkpoint}))
+    contract = checkpoints.load(checkpoint).contract
+    np.save(work / CLIPS, np.stack([clip.frames for clip in demo.evaluation(contract, JUDGED)]))
+    np.save(work / CALIBRATION, np.stack([clip.frames for clip in demo.calibration(contract, CALIBRATED)]))
+    call = eager(work, work)
+    np.save(work / "logits.npy", np.concatenate([call(clip[None]) for clip in clips(work)]))
+
+
+def build(work: Path, name: str) -> None:
+    """Make one contestant's files and judge its answers; `built.json` says what came of it."""
+    own = work / slug(name)
+    own.mkdir(exist_ok=True)
+    command = [sys.executable, __file__, "--work", str(work), "--build-one", name]
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        code, words = done.returncode, (done.stderr or done.stdout).strip().splitlines()
+    except subprocess.TimeoutExpired:
+        code, words = 1, [f"not done after {PATIENCE} s"]
+    found = json.loads((own / "judged.json").read_text()) if code == 0 else {"failed": _last(words)}
+    found["build_seconds"] = time.perf_counter() - start
+    (own / "built.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{name}: {found}", flush=True)
+
+
+def _last(words: list[str]) -> str:
+    """The line that says what went wrong: the last one that names an error."""
+    named = [line.strip() for line in words if "Error" in line.split(":")[0]]
+    return (named or words or ["it said nothing"])[-1][:160]
+
+
+def build_one(work: Path, name: str) -> None:
+    """In a process of its own."""
+    contestant, own = CONTESTANTS[name], work / slug(name)
+    if contestant.build is not None:
+        contestant.build(work, own)
+    call = contestant.load(work, own)
+    logits = np.concatenate([call(clip[None]) for clip in clips(work)])
+    found: dict[str, Any] = {"size_mb": _megabytes(own)}
+    if contestant.same:
+        found["sqnr_db"] = float(metrics.sqnr(np.load(work / "logits.npy"), logits))
+    (own / "judged.json").write_text(json.dumps(found))
+
+
+def _megabytes(own: Path) -> float | None:
+    files = [f for f in own.rglob("*") if f.is_file() and f.suffix not in (".json", ".npz")]
+    return sum(f.stat().st_size for f in files) / 1e6 or None
+
+
+def measure(work: Path, group: str, seconds: float) -> None:
+    """Time one group, with the yardstick in it; `timed-<group>.json` has the rows."""
+    names = [n for n, c in CONTESTANTS.items() if c.group == group and "failed" not in _built(work, n)]
+    names = list(dict.fromkeys([YARDSTICK, *names]))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    field = [
+        latency.Contestant(name, "contestants:open_contestant", {"name": name, "work": str(work)}) for name in names
+    ]
+    rows = latency.race(field, latency.Options(seconds=seconds, starts=1), lambda stage, done, total: None)
+    document = {"group": group, "machine": machine.describe(), "rows": rows}
+    (work / f"timed-{slug(group)}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _built(work: Path, name: str) -> dict[str, Any]:
+    path = work / slug(name) / "built.json"
+    return json.loads(path.read_text()) if path.is_file() else {"failed": "not tried"}
+
+
+def collect(work: Path) -> dict[str, Any]:
+    """All that was measured, as one document."""
+    groups = []
+    for group in dict.fromkeys(c.group for c in CONTESTANTS.values()):
+        path = work / f"timed-{slug(group)}.json"
+        timed = json.loads(path.read_text()) if path.is_file() else {"rows": [], "machine": None}
+        times = {row["name"]: row for row in timed["rows"]}
+        names = [n for n, c in CONTESTANTS.items() if c.group == group]
+        names = list(dict.fromkeys([YARDSTICK, *names]))
+        rows = [_row(name, CONTESTANTS[name], _built(work, name), times.get(name, {})) for name in names]
+        groups.append({"group": group, "machine": timed["machine"], "contestants": rows})
+    packages = sorted({p for c in CONTESTANTS.values() for p in c.packages})
+    source = json.loads((work / SOURCE).read_text())
+    return {**source, "versions": {p: _version(p) for p in packages}, "groups": groups}
+
+
+def _row(name: str, contestant: Contestant, built: dict[str, Any], timed: dict[str, Any]) -> dict[str, Any]:
+    keys = ("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "runs", "noise", "throughput", "cold_start_ms")
+    row = {"name": name, "precision": contestant.precision, "latency_only": not contestant.same}
+    row |= {key: built.get(key) for key in ("failed", "sqnr_db", "size_mb", "build_seconds")}
+    return row | {key: timed.get(key) for key in (*keys, "peak_mb", "reason")}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def table(document: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = []
+    for group in document["groups"]:
+        yardstick = next((r["p50_ms"] for r in group["contestants"] if r["name"] == YARDSTICK), None)
+        lines += ["", f"### {group['group'].capitalize()}", ""]
+        lines += ["| contestant | computes in | p50 ms | 95 % interval | against edgetube onnx-fp32 | SQNR dB | cold start s | memory MB | files MB |"]  # fmt: skip  # noqa: E501
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        for row in group["contestants"]:
+            lines.append(_line(row, yardstick))
+        if group["machine"]:
+            lines += ["", f"{group['machine']}."]
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
+    return "\n".join([*lines, "", f"All of them: {versions}."]).strip()
+
+
+def _line(row: dict[str, Any], yardstick: float | None) -> str:
+    name, quality = row["name"], "latency only" if row["latency_only"] else _number(row["sqnr_db"])
+    if row["p50_ms"] is None:
+        why = (row["failed"] or row["reason"] or "not timed").replace("|", "/")
+        return f"| {name} | {row['precision']} | failed: {why} | | | {quality} | | | {_number(row['size_mb'])} |"
+    ratio = f"{yardstick / row['p50_ms']:.2f}x" if yardstick else ""
+    interval = f"{row['p50_low_ms']:.0f} - {row['p50_high_ms']:.0f}"
+    rest = f"{row['cold_start_ms'] / 1e3:.1f} | {_number(row['peak_mb'])} | {_number(row['size_mb'])}"
+    return f"| {name} | {row['precision']} | {row['p50_ms']:.0f} | {interval} | {ratio} | {quality} | {rest} |"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """The JSON, and the section of the benchmarks between its two marks."""
+    path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    text = DOCUMENT.read_text("utf-8")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{table(document)}\n\n{END}{after}", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for what is built and measured")
+    parser.add_argument("--checkpoint", default="random:tubevit-b")
+    parser.add_argument("--step", choices=("build", "time", "write"), action="append")
+    parser.add_argument("--only", action="append", help="contestants to build; all that were not built if left out")
+    parser.add_argument("--group", action="append", help="groups to time; all if left out")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing, per contestant")
+    parser.add_argument("--json", type=Path, help="write the numbers there, and the table into docs/benchmarks.md")
+    parser.add_argument("--build-one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.build_one:
+        build_one(args.work, args.build_one)
+        return
+    steps = args.step or ["build", "time", "write"]
+    if "build" in steps:
+        if not (args.work / "logits.npy").is_file():
+            prepare(args.work, args.checkpoint)
+        for name in args.only or [n for n in CONTESTANTS if not (args.work / slug(n) / "built.json").is_file()]:
+            build(args.work, name)
+    if "time" in steps:
+        for group in args.group or dict.fromkeys(c.group for c in CONTESTANTS.values()):
+            measure(args.work, group, args.seconds)
+    if "write" in steps:
+        document = collect(args.work)
+        print(table(document))
+        if args.json:
+            write(document, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""One HTML page about all bundles of a folder: are they right, are they fast, what do they cost. No network needed.
+
+The page is drawn from two documents, those of `edgetube parity --json` and `edgetube bench --json`. They are kept
+beside the bundles and used again as long as nothing that they depend on has changed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetube import bundle as bundles
+from edgetube.bench import figures, latency, machine
+from edgetube.bundle import MANIFEST, Bundle
+from edgetube.errors import InputError
+from edgetube.targets import need
+from edgetube.video import Frames
+
+SCHEMA = 1
+TEMPLATE = "report.html.j2"
+KEPT = "report"
+"""The folder beside the bundles where the documents are kept."""
+
+CLIPS, FRAMES = 6, 8
+"""Of the worst clips, and frames of each."""
+
+Document = dict[str, Any]
+
+
+def find(folder: Path) -> list[Bundle]:
+    """The bundles in a folder, by name.
+
+    Raises:
+        InputError: there are none, or they are not of one checkpoint and input.
+        BundleError: one is damaged.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give the one that edgetube export --out wrote bundles to")
+    found = [bundles.load(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}")) if path.parent.name[0] != "."]
+    if not found:
+        raise InputError(f"{folder} holds no bundles; make some with: edgetube export --target all --out {folder}")
+    first = found[0]
+    for other in found[1:]:
+        if (other.checkpoint, other.contract) != (first.checkpoint, first.contract):
+            raise InputError(
+                f"{folder} holds bundles of different checkpoints or inputs, {first.name} and {other.name}; "
+                "a report compares those of one: move the others away"
+            )
+    return found
+
+
+def kept(folder: Path, name: str, found: Sequence[Bundle], how: Mapping[str, Any], make: Callable[[], Document]) -> Any:
+    """The document `name` about these bundles: the one that was kept if it is still true, else a new one.
+
+    It is true while the bundles' files, the options `how`, the machine and the installed packages are the same.
+    """
+    path = folder / KEPT / f"{name}.json"
+    files = [(b.name, sorted((name, record.sha256) for name, record in b.files.items())) for b in found]
+    about = [files, dict(how), machine.processor(), machine.versions()]
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    if path.is_file():
+        stored = json.loads(path.read_text("utf-8"))
+        if stored.get("key") == key:
+            return stored["document"]
+    document = make()
+    path.parent.mkdir(exist_ok=True)
+    _write(path, json.dumps({"key": key, "document": document}, indent=1) + "\n")
+    return document
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page says.
+
+    Attributes:
+        parity, bench: the documents, with one entry for each bundle.
+        rows: one for each bundle and for the PyTorch model if it was timed; see `docs/report.md`.
+        strips: frames (n, H, W, 3) uint8 of the worst clips by their names.
+        commands: what made the report, line by line.
+    """
+
+    parity: Document
+    bench: Document
+    rows: tuple[Document, ...]
+    strips: Mapping[str, Frames]
+    commands: tuple[str, ...] = ()
+
+    def to_json(self) -> Document:
+        """The document of `edgetube report --json`."""
+        return {"schema": SCHEMA, "bundles": list(self.rows), "parity": self.parity, "bench": self.bench}
+
+
+TIMED = (
+    "p50_ms", "p10_ms", "p90_ms", "p99_ms", "noise", "runs", "throughput", "cold_start_ms", "cold_start", "peak_mb",
+    "preprocess_ms", "preprocess_share", "energy_mj", "peak_share", "gmacs_per_s", "camera", "reason", "size_mb",
+)  # fmt: skip
+PROVEN = (
+    "clips", "agreement", "agreement_low", "agreement_high", "top1", "top1_reference", "drop", "kl", "cosine",
+    "relative_error",
+)  # fmt: skip
+
+
+def assemble(
+    parity: Document, bench: Document, strip: Callable[[str, int], Frames], commands: Sequence[str] = ()
+) -> Report:
+    """Join the two documents.
+
+    Args:
+        strip: gives so many frames of the clip of that name.
+        commands: what made the report.
+    """
+    times = {row["name"]: row for row in bench["bundles"]}
+    names = [row["name"] for row in (*bench["bundles"], *parity["bundles"]) if row["target"]]
+    common = _common(names)
+    rows = [_row(row, times.get(row["name"], {}), parity["gates"], common) for row in parity["bundles"]]
+    proven = {row["name"] for row in rows}
+    rows += [_row(row, row, (), common) for row in bench["bundles"] if row["name"] not in proven]
+    eager = next((row["p50_ms"] for row in rows if row["target"] is None), None)
+    for row in rows:
+        row["speedup"] = eager / row["p50_ms"] if eager and row["p50_ms"] else None
+    rows.sort(key=lambda row: (row["target"] is not None, row["p50_ms"] is None, row["p50_ms"] or 0.0, row["name"]))
+    worst = list(dict.fromkeys(clip["name"] for clip in _worst(parity)))[:CLIPS]
+    return Report(parity, bench, tuple(rows), {name: strip(name, FRAMES) for name in worst}, tuple(commands))
+
+
+def _common(names: Sequence[str]) -> str:
+    """The checkpoint's name with its dot, which all bundles' names begin with; nothing where they do not."""
+    start = names[0].rpartition(".")[0] + "." if names else ""
+    return start if all(name.startswith(start) for name in names) else ""
+
+
+def _row(proof: Document, timed: Document, gates: Sequence[Document], common: str) -> Document:
+    own = [gate for gate in gates if gate["bundle"] == proof["name"]]
+    row = {key: proof.get(key) for key in ("name", "target", "precision", "backend", "status", *PROVEN)}
+    if proof["target"] is None:  # the reference itself
+        row |= {"verdict": "reference"}
+    else:
+        row |= {"verdict": "agrees" if all(gate["passed"] for gate in own) else "differs"}
+    row |= {"failed": [gate for gate in own if not gate["passed"]], "short": proof["name"].removeprefix(common)}
+    row |= {key: timed.get(key) for key in TIMED}
+    row["size_mb"] = row["size_mb"] if proof.get("bytes") is None else proof["bytes"] / 1e6
+    return row
+
+
+def _worst(parity: Document) -> list[Document]:
+    """The worst clips of all bundles: flipped ones first, then by KL."""
+    return sorted(
+        ({**clip, "of": row["name"]} for row in parity["bundles"] for clip in row["worst"]),
+        key=lambda clip: (not clip["flipped"], -(clip["kl"] or 0.0)),
+    )
+
+
+def headline(report: Report) -> str:
+    """The report in one sentence."""
+    tested = [row for row in report.rows if row["target"]]
+    right = [row for row in tested if row["verdict"] == "agrees"]
+    text = f"{len(right)} of {len(tested)} targets answer like PyTorch"
+    timed = [row for row in right if row["p50_ms"]]
+    if timed:
+        best = min(timed, key=lambda row: float(row["p50_ms"]))
+        text += f"; {best['short']} is the fastest of the {len(timed)} that run here, {best['p50_ms']:.3g} ms a call"
+        if best["speedup"]:
+            text += f", {best['speedup']:.1f} times as fast as PyTorch"
+    return text + "."
+
+
+def html(report: Report) -> str:
+    """The page: one file, without a script and without anything to load."""
+    jinja2 = need("jinja2", "report")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"percent": percent, "number": number}
+    safe = need("markupsafe", "report").Markup
+    data, rows, parity = report.parity["data"], report.rows, report.parity
+    quality, title = ("top1", "top-1, %") if data["labelled"] else ("agreement", "agreement with PyTorch, %")
+    plotted = [row | {quality: _quality(row, quality, parity)} for row in rows]
+    both_known = [row for row in plotted if row["p50_ms"] and row[quality] is not None]
+    short = {row["name"]: row["short"] for row in rows}
+    agreement = parity["agreement"]
+    curves = [curve for curve in parity["layers"] if curve["curve"]]
+    drawings = {
+        "pareto": safe(figures.pareto(plotted, quality, title)) if both_known else "",
+        "sizes": safe(figures.sizes(rows)),
+        "heat": safe(figures.heat([short.get(n, n) for n in agreement["names"]], agreement["matrix"])),
+        "layers": safe(figures.layers(rows, curves)) if curves else "",
+    }
+    text: str = environment.get_template(TEMPLATE).render(
+        headline=headline(report),
+        report=report,
+        rows=rows,
+        data=data,
+        drawings=drawings,
+        look=figures.styles(rows),
+        colours={colour: f"var(--{name})" for colour, name in figures.VARIABLES.items()},
+        jumps=[curve for curve in curves if curve["first_jump"]],
+        mute=[curve for curve in parity["layers"] if not curve["curve"]],
+        short=short,
+        worst=[
+            (name, jpeg(frames), [clip for clip in _worst(parity) if clip["name"] == name])
+            for name, frames in report.strips.items()
+        ],
+        cameras=[row for row in rows if row["camera"]],
+        notes=latency.notes(report.bench),
+    )
+    return text
+
+
+def _quality(row: Document, quality: str, parity: Document) -> float | None:
+    """The row's own value; of PyTorch, that which the bundles were held against."""
+    if row["target"] is not None:
+        value: float | None = row[quality]
+        return value
+    if parity["reference"]["runtime"] != row["backend"] or not parity["bundles"]:
+        return None
+    reference: float | None = 1.0 if quality == "agreement" else parity["bundles"][0]["top1_reference"]
+    return reference
+
+
+def jpeg(frames: Frames, height: int = 120) -> str:
+    """Frames side by side as a `data:` address of one JPEG."""
+    images = need("PIL.Image", "report")
+    width = round(frames.shape[2] * height / frames.shape[1])
+    sheet = images.new("RGB", (width * len(frames), height))
+    for index, frame in enumerate(frames):
+        sheet.paste(images.fromarray(frame).resize((width, height), images.Resampling.LANCZOS), (width * index, 0))
+    data = io.BytesIO()
+    sheet.save(data, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def markdown(report: Report) -> str:
+    """The verdict table for a README or a pull request."""
+    lines = [
+        "| target | verdict | agreement | top-1 | p50 ms | clips/s | cold start ms | memory MB | size MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report.rows:
+        status = row["verdict"] if row["status"] in ("executed", None) else f"{row['verdict']} ({row['status']})"
+        cells = [
+            row["short"], status, percent(row["agreement"]), percent(row["top1"]), number(row["p50_ms"]),
+            number(row["throughput"]), number(row["cold_start_ms"]), number(row["peak_mb"]), number(row["size_mb"]),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    machine_line = f"{report.parity['data']['clips']} clips; {report.bench['machine']}"
+    return "\n".join([headline(report), "", *lines, "", machine_line, ""])
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as per cent; a dash where there is none."""
+    return "–" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def number(value: float | None) -> str:
+    """Three digits, no exponent for what people measure; a dash where there is none."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def save(text: str, path: Path) -> Path:
+    """Write the page.
+
+    Raises:
+        InputError: the disk refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, text)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text, "utf-8")
+    beside.replace(path)

@@ -1,0 +1,180 @@
+"""Targets that are broken on purpose, in the ways that targets break: a gate catches each, the layers say where."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from edgetube import bundle as bundles
+from edgetube import cli, datasets
+from edgetube.bench import layers, parity
+from edgetube.bundle import Bundle
+from edgetube.export import graph as graphs
+from edgetube.export import static
+from edgetube.model import checkpoints
+
+CLIPS = 36
+GATES = parity.Gates(min_agreement=0.99, min_cosine=0.98)
+"""The defaults of the command line. Half of what is broken here keeps every top-1 answer: agreement alone is blind."""
+
+FIRST = "blocks.1.mlp.fc1"
+"""The linear that one of them breaks; it has sound layers before and behind it."""
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return checkpoints.load("demo")
+
+
+@pytest.fixture(scope="module")
+def sound(demo, tmp_path_factory):
+    """The built-in model, which has learned something; a bundle without the pipeline's own proof."""
+    folder = tmp_path_factory.mktemp("sound")
+    graph = graphs.trace(static.StaticTubeViT(demo.model, demo.contract), demo.spec, demo.contract)
+    graphs.save(graph.model, folder / "model.onnx")
+    checkpoint = {"name": demo.name, "source": demo.source, "sha256": demo.digest}
+    return bundles.seal(
+        Bundle(
+            folder, "sound", "onnx-fp32", "fp32", "onnxruntime", demo.spec, demo.contract, demo.labels, 1, "model.onnx",
+            checkpoint=checkpoint,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def broken(sound, demo, tmp_path_factory):
+    """name -> bundle."""
+    root = tmp_path_factory.mktemp("broken")
+    makers = {
+        "mean": wrong_mean,
+        "channels": swapped_channels,
+        "time": transposed_time,
+        "scale": wrong_scale,
+        "rounded": right_scale,
+    }
+    made = {}
+    for name, make in makers.items():
+        folder = root / name
+        folder.mkdir()
+        onnx.save(make(demo, onnx.load(sound.artifact_path)), folder / sound.artifact)
+        made[name] = bundles.seal(replace(sound, path=folder, name=name))
+    return made
+
+
+def wrong_mean(demo, model):
+    """Exported for pixels around 0: what happens when an exporter is not told of the mean."""
+    tokenizer = static.StaticTokenizer(demo.model, replace(demo.contract, mean=(0.0, 0.0, 0.0)))
+    bias = next(tensor for tensor in model.graph.initializer if tensor.name == "tubes.bias")
+    bias.CopyFrom(numpy_helper.from_array(tokenizer.bias.numpy(), bias.name))
+    return model
+
+
+def swapped_channels(demo, model):
+    """BGR in, as image libraries deliver it."""
+    swap = numpy_helper.from_array(np.array([2, 1, 0]), "swap")
+    node = helper.make_node("Gather", ["frames", "swap"], ["swapped"], name="swapped", axis=4)
+    return behind_input(model, [node], [swap])
+
+
+def transposed_time(demo, model):
+    """Height before time, in a buffer of the same size."""
+    shape = numpy_helper.from_array(np.array([1, *demo.contract.shape]), "shape")
+    turn = helper.make_node("Transpose", ["frames"], ["turned"], name="turned", perm=[0, 2, 1, 3, 4])
+    back = helper.make_node("Reshape", ["turned", "shape"], ["reshaped"], name="reshaped")
+    return behind_input(model, [turn, back], [shape])
+
+
+def behind_input(model, nodes, tensors):
+    for node in model.graph.node:
+        node.input[:] = [nodes[-1].output[0] if name == "frames" else name for name in node.input]
+    rest = list(model.graph.node)
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*nodes, *rest)]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+    model.graph.initializer.extend(tensors)
+    return model
+
+
+def wrong_scale(demo, model):
+    """int8 weights of one linear whose stored scale is twice what they were rounded with."""
+    return quantised(model, 2.0)
+
+
+def right_scale(demo, model):
+    return quantised(model, 1.0)
+
+
+def quantised(model, factor):
+    name = f"{FIRST}.weight"
+    weight = next(t for t in model.graph.initializer if t.name == name)
+    values = numpy_helper.to_array(weight)
+    scale = np.abs(values).max(axis=0) / 127
+    integers = np.clip(np.rint(values / scale), -127, 127).astype(np.int8)
+    model.graph.initializer.remove(weight)
+    model.graph.initializer.extend(
+        numpy_helper.from_array(v, f"{name}.{n}")
+        for v, n in ((integers, "int8"), (scale * np.float32(factor), "scale"))
+    )
+    node = helper.make_node("DequantizeLinear", [f"{name}.int8", f"{name}.scale"], [name], name=name, axis=1)
+    model.graph.node.insert(0, node)
+    return model
+
+
+@pytest.fixture(scope="module")
+def comparison(sound, broken):
+    return parity.measure([sound, *broken.values()], datasets.built_in(CLIPS, sound.labels))
+
+
+@pytest.fixture(scope="module")
+def curves(sound, broken):
+    found = layers.curves([sound, *broken.values()], datasets.built_in(2, sound.labels))
+    return {curve.name: curve for curve in found}
+
+
+@pytest.mark.parametrize("name", ["mean", "channels", "time", "scale"])
+def test_a_gate_catches_it(comparison, name):
+    failed = [verdict for verdict in GATES.judge(comparison) if not verdict.passed]
+    assert name in {verdict.bundle for verdict in failed}
+
+
+def test_the_command_line_says_so_with_its_exit_code(broken, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["parity", str(broken["mean"].path), "--clips", "18", "--layers", "--layer-clips", "1", "--json"])
+    assert stopped.value.code == 1
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document["layers"][0]["first_jump"] == "tubes"
+    assert [(gate["gate"], gate["passed"]) for gate in document["gates"]] == [
+        ("min-agreement", True),
+        ("min-cosine", False),
+    ]
+    assert "mean: cosine is 0.9" in captured.err
+    assert "--min-cosine asks for at least 0.98" in " ".join(captured.err.split())
+
+
+def test_the_sound_ones_pass(comparison, sound):
+    failed = {verdict.bundle for verdict in GATES.judge(comparison) if not verdict.passed}
+    assert failed.isdisjoint({sound.name, "rounded"})
+    assert comparison.measured[0].parity.agreement == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("mean", "tubes"), ("channels", "tubes"), ("time", "tubes"), ("scale", FIRST)]
+)
+def test_the_layers_name_the_place(curves, name, place):
+    assert curves[name].first_jump == place
+
+
+def test_nothing_is_named_in_sound_ones(curves, sound):
+    assert curves[sound.name].first_jump is None
+    assert curves["rounded"].first_jump is None
+    assert min(found.sqnr_db for found in curves[sound.name].curve) > 90
+
+
+def test_what_comes_before_the_broken_layer_is_untouched(curves):
+    ratios = {found.layer: found.sqnr_db for found in curves["scale"].curve}
+    assert ratios["blocks.1.norm2"] > 90
+    assert ratios[FIRST] == pytest.approx(0, abs=6)  # twice the weights: the error is as large as the signal

@@ -1,0 +1,102 @@
+"""Answers that survive the process that made them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from edgetube import bundle as bundles
+from edgetube import datasets
+from edgetube.bench import panel, parity, workers
+from edgetube.bench.journal import Journal, clip_key
+from edgetube.datasets import ClipSet
+from edgetube.errors import InputError
+
+
+def test_answers_come_back_as_they_were(tmp_path, rng):
+    logits = rng.normal(size=(1200, 3)).astype(np.float32)
+    names = [f"clip {i}" for i in range(1200)]
+    with Journal(tmp_path / "answers") as journal:
+        journal.put("model", zip(names, [None, "a"] * 600, logits, strict=True))
+    with Journal(tmp_path / "answers") as journal:
+        found = journal.get("model", [*names, "another"])
+        assert journal.get("another model", names) == {}
+    assert list(found) != []
+    assert set(found) == set(names)
+    np.testing.assert_array_equal(np.stack([found[name][1] for name in names]), logits)
+    assert [found[name][0] for name in names[:2]] == [None, "a"]
+
+
+def test_what_is_no_journal_is_refused(tmp_path):
+    (tmp_path / "text").write_text("x" * 5000)
+    with pytest.raises(InputError, match="cannot be used as a journal"):
+        Journal(tmp_path / "text")
+    with pytest.raises(InputError, match="give --resume a new file in a folder that exists"):
+        Journal(tmp_path / "nowhere" / "file")
+
+
+def test_a_clip_is_known_by_name_version_and_input(tmp_path, tiny_bundle, rng):
+    contract = bundles.load(tiny_bundle).contract
+    file = tmp_path / "clip.npy"
+    np.save(file, rng.integers(0, 256, contract.shape, np.uint8))
+    (before,) = datasets.load(file).items
+    assert clip_key(before, contract) == clip_key(datasets.load(file).items[0], contract)
+    assert clip_key(before, contract) != clip_key(before, replace(contract, fps=5.0))
+    np.save(file, rng.integers(0, 256, (3, *contract.shape[1:]), np.uint8))
+    assert clip_key(before, contract) != clip_key(datasets.load(file).items[0], contract)
+
+
+class Counting:
+    """Runs jobs here, counts what is asked, and stops as if it were killed."""
+
+    def __init__(self, stop_after=None):
+        self.asked, self.stop_after = [], stop_after
+
+    def __call__(self, models, jobs):
+        for job, replies in workers.here(models, jobs):
+            if len(self.asked) == self.stop_after:
+                raise KeyboardInterrupt
+            self.asked.append(job)
+            yield job, replies
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(panel, "CHUNK", 2)
+
+
+def test_a_run_that_is_cut_off_goes_on(tiny_bundle, tmp_path, small_chunks):
+    bundle = bundles.load(tiny_bundle)
+    source = datasets.built_in(7, bundle.labels)
+    whole = parity.measure([bundle], source)
+    with Journal(tmp_path / "answers") as journal:
+        with pytest.raises(KeyboardInterrupt):
+            parity.measure([bundle], source, run=Counting(stop_after=2), journal=journal)
+        rest, nothing = Counting(), Counting()
+        resumed = parity.measure([bundle], source, run=rest, journal=journal)
+        again = parity.measure([bundle], source, run=nothing, journal=journal)
+    assert [job.positions for job in rest.asked] == [(4, 5), (6,)]
+    assert nothing.asked == []
+    assert resumed.to_json() == again.to_json() == whole.to_json()
+
+
+def test_a_new_bundle_is_asked_alone(tiny_bundle, tmp_path):
+    bundle = bundles.load(tiny_bundle)
+    other = replace(bundle, name="other", build={**bundle.build, "changed": True})
+    source = datasets.built_in(3, bundle.labels)
+    with Journal(tmp_path / "answers") as journal:
+        parity.measure([bundle], source, journal=journal)
+        asked = Counting()
+        both = parity.measure([bundle, other], source, run=asked, journal=journal)
+    assert [job.models for job in asked.asked] == [(2,)]
+    assert both.measured[0].parity == both.measured[1].parity
+    assert both.data["labelled"] == 3
+
+
+def test_labels_are_kept_with_the_answers(tiny_bundle, tmp_path):
+    bundle = bundles.load(tiny_bundle)
+    labelled = datasets.built_in(2, bundle.labels)
+    with Journal(tmp_path / "answers") as journal:
+        for _ in range(2):
+            got = parity.measure([bundle], ClipSet("x", labelled.items), journal=journal)
+            assert [clip.label for clip in got.measured[0].worst] != [None, None]

@@ -1,0 +1,233 @@
+"""The page: what it says is what the documents say, it needs nothing but itself, and a real browser shows it well."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgetube import bundle as bundles
+from edgetube import cli
+from edgetube.bench import figures, report
+from edgetube.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def strip(name, count):
+    rng = np.random.default_rng(len(name))
+    return rng.integers(0, 256, (6, 8, 3), np.uint8).repeat(20, axis=0).repeat(20, axis=1)[None].repeat(count, axis=0)
+
+
+@pytest.fixture(scope="module")
+def made(example):
+    return report.assemble(example.parity(), example.bench(), strip, ["edgetube report out"])
+
+
+@pytest.fixture(scope="module")
+def page(made):
+    return report.html(made)
+
+
+class TestRows:
+    def test_the_order_is_pytorch_then_the_fastest_then_the_untimed(self, made, example):
+        timed = sorted((ms, name) for name, (_, ms, *_) in example.TARGETS.items() if ms)
+        untimed = sorted(name for name, (_, ms, *_) in example.TARGETS.items() if not ms)
+        assert [row["short"] for row in made.rows] == ["PyTorch", *(name for _, name in timed), *untimed]
+
+    def test_every_key_is_documented(self, made):
+        section = (ROOT / "docs" / "report.md").read_text("utf-8").split("### `bundles[]`")[1]
+        names = {n for line in section.splitlines() if line[:3] == "| `" for n in re.findall(r"`(\w+)`", line[: line.rindex(" | ")])}  # fmt: skip  # noqa: E501
+        assert all(set(row) == names for row in made.rows)
+
+    def test_a_missed_gate_is_the_verdict(self, made):
+        assert [row["short"] for row in made.rows if row["verdict"] == "differs"] == ["coreml-w4"]
+        assert made.rows[0]["verdict"] == "reference"
+
+    def test_the_headline_counts(self, made):
+        assert report.headline(made) == (
+            "10 of 11 targets answer like PyTorch; openvino-int8 is the fastest of the 6 that run here, 2.4 ms a call, "
+            "7.3 times as fast as PyTorch."
+        )
+
+    def test_the_worst_clips_are_the_flipped_ones_first(self, made):
+        assert len(made.strips) == 5  # one that flipped everywhere, and four others by the length of the targets' names
+        assert next(iter(made.strips)) == "evaluation/coffee/0003"
+        assert all(frames.shape == (report.FRAMES, 120, 160, 3) for frames in made.strips.values())
+
+    def test_the_markdown_has_a_line_a_row(self, made):
+        lines = [line for line in report.markdown(made).splitlines() if line.startswith("|")]
+        assert len(lines) == 2 + len(made.rows)
+        assert "| coreml-w4 | differs (emulated) | 93.0 % |" in report.markdown(made)
+        assert {line.count("|") for line in lines} == {10}
+
+    def test_the_json_is_json(self, made):
+        assert json.loads(json.dumps(made.to_json()))["bundles"][0]["name"] == "PyTorch"
+
+    def test_documents_without_labels_layers_or_times_also_make_a_page(self, example):
+        parity, bench = example.parity(), example.bench()
+        parity["layers"], parity["data"]["labelled"] = [], 0
+        bench["bundles"] = [row for row in bench["bundles"] if row["p50_ms"] is None]
+        for row in parity["bundles"]:
+            row |= {"top1": None, "top1_reference": None, "drop": None, "worst": []}
+        text = report.html(report.assemble(parity, bench, strip))
+        assert "Right and fast" not in text
+        assert "Where the error comes from" not in text
+        assert "The worst clips" not in text
+        assert "Who agrees with whom" in text
+
+
+class TestPage:
+    def test_it_needs_nothing_but_itself(self, page):
+        """No address but names of XML, no script; every image is in the page."""
+        addresses = set(re.findall(r"https?://[^\s\"'<>)]+", page))
+        assert addresses == {"http://www.w3.org/1999/xlink"}
+        assert "<script" not in page
+        assert set(re.findall(r'src="(\w+:)', page)) == {"data:"}
+        assert not re.search(r"url\((?!#)|@import", page)
+
+    def test_drawings_take_the_colours_of_the_page(self, page):
+        for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+            assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) <= {"#000000"}
+            assert "DejaVu" not in svg
+        assert all(f"--{name}:" in page for name in figures.VARIABLES.values())
+        assert all(page.count(f"--{name}:") == 2 for name in figures.VARIABLES.values())
+
+    def test_identifiers_are_unique(self, page):
+        inside = re.findall(r'<clipPath id="([^"]+)"', page)
+        assert len(set(inside)) == len(inside) > 0
+
+    def test_what_comes_from_outside_is_escaped(self, example):
+        parity = example.parity()
+        parity["reference"]["name"] = parity["bundles"][0]["worst"][0]["label"] = "<script>alert(1)</script>"
+        text = report.html(report.assemble(parity, example.bench(), strip))
+        assert "<script>" not in text
+        assert "&lt;script&gt;" in text
+
+    def test_it_is_the_same_every_time(self, made, page):
+        assert report.html(made) == page
+
+    def test_the_front_is_what_nothing_beats(self):
+        rng = np.random.default_rng(0)
+        rows = [{"p50_ms": float(a), "top1": float(b)} for a, b in rng.integers(0, 6, (40, 2))]
+        for row in rows:
+            worse = [o for o in rows if o["p50_ms"] <= row["p50_ms"] and o["top1"] >= row["top1"]]
+            alone = all(o["p50_ms"] == row["p50_ms"] and o["top1"] == row["top1"] for o in worse)
+            assert figures._unbeaten(row, rows, "top1") == alone
+
+
+@pytest.mark.slow
+def test_a_browser_shows_it_well(page, browser, tmp_path):
+    """At both widths, light and dark: nothing sticks out, nothing is loaded, no message, and text can be read."""
+    file = report.save(page, tmp_path / "report.html")
+    with browser.Browser(tmp_path / "profile") as chromium:
+        for width in (1280, 400):
+            shots = []
+            for scheme in ("light", "dark"):
+                chromium.open(file, width, scheme)
+                assert chromium.evaluate("document.documentElement.scrollWidth") == width
+                sticking = chromium.evaluate(
+                    "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > "
+                    f"{width} + 1).map(e => e.tagName + ' ' + e.textContent.slice(0, 40))"
+                )
+                assert sticking == []
+                shown = "wide" if width > 900 else "narrow"
+                visible = "[...document.querySelectorAll('svg')].filter(e => e.getBoundingClientRect().width > 0)"
+                assert chromium.evaluate(f"{visible}.length") == 4
+                assert chromium.evaluate(f"{visible}.every(e => e.parentElement.className == '{shown}')")
+                smallest = chromium.evaluate(
+                    f"Math.min(...{visible}.flatMap(s => [...s.querySelectorAll('text')]).map("
+                    "t => t.getBoundingClientRect()).map(r => Math.min(r.width, r.height)).filter(x => x > 0))"
+                )
+                assert smallest >= 6  # pixels: of the narrowest single letter or digit
+                asked = [
+                    event["params"]["request"]["url"]
+                    for event in chromium.events
+                    if event["method"] == "Network.requestWillBeSent"
+                ]
+                assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+                told = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
+                assert [event for event in chromium.events if event["method"] in told] == []
+                assert contrast(chromium) >= 4.5
+                shots.append(chromium.screenshot(tmp_path / f"{width}-{scheme}.png").read_bytes())
+            assert shots[0] != shots[1]
+
+
+def contrast(chromium):
+    """The smallest contrast of letters and their ground (WCAG 2, 1.4.3) in the table, the chips and the text."""
+    colours = chromium.evaluate(
+        "[...document.querySelectorAll('h1, h2, p, td, .chip, dt, dd, small, figcaption')].map(e => { let g = e;"
+        " while (getComputedStyle(g).backgroundColor == 'rgba(0, 0, 0, 0)' && g.parentElement) g = g.parentElement;"
+        " return [getComputedStyle(e).color, getComputedStyle(g).backgroundColor]; })"
+    )
+
+    def luminance(colour):
+        levels = np.array([int(v) for v in re.findall(r"\d+", colour)[:3]]) / 255
+        linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    pairs = {tuple(map(luminance, pair)) for pair in colours}
+    return min((max(pair) + 0.05) / (min(pair) + 0.05) for pair in pairs)
+
+
+class TestFolders:
+    def test_what_is_no_folder_of_bundles(self, tmp_path):
+        with pytest.raises(InputError, match="is not a folder"):
+            report.find(tmp_path / "none")
+        with pytest.raises(InputError, match="holds no bundles; make some with: edgetube export"):
+            report.find(tmp_path)
+
+    def test_bundles_of_two_checkpoints_are_not_compared(self, tiny_bundle, tmp_path):
+        for name, digest in (("one.onnx-fp32", "1"), ("two.onnx-fp32", "2")):
+            (tmp_path / name).mkdir()
+            manifest = json.loads((tiny_bundle / "edgetube.json").read_text())
+            manifest |= {"files": {}, "checkpoint": manifest["checkpoint"] | {"sha256": digest}}
+            (tmp_path / name / "edgetube.json").write_text(json.dumps(manifest))
+        with pytest.raises(InputError, match="different checkpoints or inputs"):
+            report.find(tmp_path)
+
+    def test_a_document_is_used_again_only_while_it_is_true(self, tiny_bundle, tmp_path, monkeypatch):
+        found = [bundles.load(tiny_bundle)]
+        made = []
+
+        def make():
+            made.append(len(made))
+            return {"number": made[-1]}
+
+        def ask(bundles_, **how):
+            return report.kept(tmp_path, "bench", bundles_, how, make)["number"]
+
+        assert [ask(found, seconds=1.0), ask(found, seconds=1.0)] == [0, 0]
+        assert [ask(found, seconds=2.0), ask(found, seconds=2.0)] == [1, 1]
+        other = bundles.Bundle(**{**vars(found[0]), "files": {"model.onnx": bundles.FileRecord(1, "0" * 64)}})
+        assert ask([other], seconds=2.0) == 2
+        assert ask([other, *found], seconds=2.0) == 3
+        monkeypatch.setattr(report.machine, "processor", lambda: "another one")
+        assert ask([other, *found], seconds=2.0) == 4
+
+
+@pytest.mark.slow
+def test_a_folder_becomes_a_page(tiny_bundle, tmp_path, capsys):
+    """From the bundle to the page by the command, and again from what was kept."""
+    out = tmp_path / "out"
+    shutil.copytree(tiny_bundle, out / "tiny.onnx-fp32")
+    line = ["report", str(out), "--clips", "9", "--seconds", "0.2"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*line, "--json"])
+    first = capsys.readouterr()
+    assert (stopped.value.code or 0) == 0
+    document = json.loads(first.out)
+    assert [row["verdict"] for row in document["bundles"]] == ["reference", "agrees"]
+    assert "turns: done" in first.err
+    page = (out / "report.html").read_text("utf-8")
+    assert "tiny.onnx-fp32" in page or ">onnx-fp32" in page
+    assert page.count("data:image/jpeg") >= 1
+
+    with pytest.raises(SystemExit):
+        cli.main([*line, "--markdown", "--out", str(tmp_path / "other.html")])
+    again = capsys.readouterr()
+    assert "turns: done" not in again.err
+    assert again.out.count("\n| ") == 3
+    assert (tmp_path / "other.html").read_text("utf-8").count("<svg") == page.count("<svg")

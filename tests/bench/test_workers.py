@@ -1,0 +1,125 @@
+"""The same answers wherever they are worked out, and nothing lost when a process is killed."""
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgetube import bundle as bundles
+from edgetube.bench import panel, parity, workers
+from edgetube.datasets import ClipSet, Item
+from edgetube.errors import BackendError, InputError
+from edgetube.video import Clip
+
+
+def make(index, folder, times, parent, contract):
+    """Clip number `index`; the process that reads it is killed `times` times, counted by files in `folder`."""
+    for attempt in range(times):
+        try:
+            (Path(folder) / f"{index}.{attempt}").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        assert os.getpid() != parent, "the test itself would be killed"
+        os.kill(os.getpid(), signal.SIGKILL)
+    frames = np.random.default_rng(index).integers(0, 256, contract.shape, np.uint8)
+    return Clip(f"clip {index}", frames)
+
+
+def clip_set(folder, count, deadly=None):
+    deaths = deadly or {}
+    items = [
+        Item(f"clip {i}", None, partial(make, i, str(folder), deaths.get(i, 0), os.getpid())) for i in range(count)
+    ]
+    return ClipSet("made up", tuple(items))
+
+
+@pytest.fixture
+def bundle(tiny_bundle):
+    return bundles.load(tiny_bundle)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(panel, "CHUNK", 2)
+
+
+def expected(bundle, tmp_path, count):
+    return parity.measure([bundle], clip_set(tmp_path, count), threads=1).to_json()
+
+
+@pytest.mark.slow
+def test_processes_answer_as_one_does_and_a_killed_one_loses_nothing(bundle, tmp_path, small_chunks):
+    run = partial(workers.in_processes, workers=2)
+    before = dict(os.environ)
+    got = parity.measure([bundle], clip_set(tmp_path, 9, {3: 1, 6: 2}), run=run, threads=1)
+    assert got.to_json() == expected(bundle, tmp_path / "none", 9)
+    assert len(list(tmp_path.iterdir())) == 3, "the processes were not killed"
+    assert dict(os.environ) == before
+
+
+@pytest.mark.slow
+def test_a_clip_that_kills_every_process_is_named(bundle, tmp_path, small_chunks):
+    run = partial(workers.in_processes, workers=2)
+    with pytest.raises(BackendError, match="the clip clip 2 ends the process that asks 2 models about it"):
+        parity.measure([bundle], clip_set(tmp_path, 4, {2: 99}), run=run, threads=1)
+    killed = {path.name.partition(".")[0] for path in tmp_path.iterdir()}
+    assert killed == {"2"}
+
+
+@pytest.mark.slow
+def test_an_error_of_ours_comes_back_as_it_is(bundle):
+    source = ClipSet("x", (Item("gone", None, _gone),))
+    with pytest.raises(InputError, match="gone is not there any more"):
+        parity.measure([bundle], source, run=partial(workers.in_processes, workers=1))
+
+
+def _gone(contract):
+    raise InputError("gone is not there any more")
+
+
+def test_no_workers_are_refused(bundle, tmp_path):
+    with pytest.raises(InputError, match="workers is 0; expected >= 1"):
+        parity.measure([bundle], clip_set(tmp_path, 1), run=partial(workers.in_processes, workers=0))
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A Ray of two workers on this machine."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'edgetube[ray]'")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+class TestRay:
+    def test_a_cluster_answers_as_one_process_does_and_a_killed_worker_loses_nothing(
+        self, bundle, tmp_path, small_chunks, cluster
+    ):
+        run = partial(workers.on_cluster, address=cluster)
+        got = parity.measure([bundle], clip_set(tmp_path, 9, {3: 1, 6: 2}), run=run, threads=1)
+        assert got.to_json() == expected(bundle, tmp_path / "none", 9)
+        assert len(list(tmp_path.iterdir())) == 3, "the workers were not killed"
+
+    def test_a_clip_that_kills_every_worker_is_named(self, bundle, tmp_path, small_chunks, cluster):
+        run = partial(workers.on_cluster, address=cluster)
+        with pytest.raises(BackendError, match="the clip clip 2 ends the process"):
+            parity.measure([bundle], clip_set(tmp_path, 4, {2: 99}), run=run, threads=1)
+
+    def test_an_error_of_ours_comes_back_as_it_is(self, bundle, cluster):
+        with pytest.raises(InputError, match="gone is not there any more"):
+            source = ClipSet("x", (Item("gone", None, _gone),))
+            parity.measure([bundle], source, run=partial(workers.on_cluster, address=cluster))
+
+
+@pytest.mark.slow
+def test_no_cluster_is_one_line():
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'edgetube[ray]'")
+    with pytest.raises(InputError, match="no Ray cluster at 127.0.0.1:1; "):
+        list(workers.on_cluster(panel.Panel((), None, ()), [], address="127.0.0.1:1"))
