@@ -38,7 +38,7 @@ BEGIN, END = "<!-- begin: bench/peers/table.py -->", "<!-- end: bench/peers/tabl
 JUDGED, CALIBRATED = 2, 4
 """Clips."""
 
-WARM = 3.0
+WARM = 2.0
 """Seconds of warm-up of a contestant, at most: there are many of them."""
 
 PATIENCE = 1200
