@@ -113,7 +113,7 @@ def half_scales(name: str, scales: Array) -> Array:
         SpecError: a scale is above its largest number.
     """
     with np.errstate(over="ignore"):
-        narrowed = np.maximum(scales.astype(np.float16), np.finfo(np.float16).smallest_subnormal)
+        narrowed: Array = np.maximum(scales.astype(np.float16), np.finfo(np.float16).smallest_subnormal)
     if not np.isfinite(narrowed).all():
         raise SpecError(
             f"{name} needs a scale of {scales.max():.3g}; float16 ends at 65504: pin what uses it to float32"
