@@ -259,7 +259,7 @@ def first(frames: int, load: Callable[[Path, Path], Call], work: Path, own: Path
 
 # ------------------------------------------------------------------------------------------------------------ the table
 
-SAME, OTHER = "the same checkpoint", "what one would take instead"
+SAME, COMPILED, OTHER = "the same checkpoint", "compiled by PyTorch", "what one would take instead"
 
 
 def of_quantiser(function: str, file: str, loader: Callable[..., Call], *packages: str) -> Contestant:
@@ -282,7 +282,7 @@ def of_hugging(name: str, frames: int) -> dict[str, Contestant]:
 
 CONTESTANTS: dict[str, Contestant] = {
     "PyTorch eager": Contestant(SAME, "fp32", ("torch",), eager),
-    "torch.compile": Contestant(SAME, "fp32", ("torch",), compiled),
+    "torch.compile": Contestant(COMPILED, "fp32", ("torch",), compiled),
     "ONNX Runtime, naive export": Contestant(
         SAME, "fp32", ("onnxruntime",), partial(in_onnxruntime, ONNX), export_naive
     ),
@@ -297,7 +297,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "ORT quantize_static, defaults": of_quantiser("ort_defaults", QUANTISED, in_onnxruntime, "onnxruntime"),
     "ORT quantize_dynamic": of_quantiser("ort_dynamic", QUANTISED, in_onnxruntime, "onnxruntime"),
     "NNCF, OpenVINO defaults": of_quantiser("nncf_transformer", "quantised.xml", in_openvino, "nncf", "openvino"),
-    "torchao int8 dynamic, torch.compile": Contestant(SAME, "int8", ("torchao", "torch"), torchao_int8),
+    "torchao int8 dynamic, torch.compile": Contestant(COMPILED, "int8", ("torchao", "torch"), torchao_int8),
     "ExecuTorch, XNNPACK int8": Contestant(
         SAME, "int8", ("executorch", "torchao"), executorch, partial(build_executorch, True)
     ),

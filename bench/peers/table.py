@@ -41,6 +41,9 @@ JUDGED, CALIBRATED = 2, 4
 WARM = 2.0
 """Seconds of warm-up of a contestant, at most: there are many of them."""
 
+EQUAL = 999.0
+"""Decibels that stand for no error at all: JSON has no infinity."""
+
 PATIENCE = 1200
 """Seconds that one contestant may take to be built."""
 
@@ -97,7 +100,7 @@ def build_one(work: Path, name: str) -> None:
     logits = np.concatenate([call(clip[None]) for clip in clips(work)])
     found: dict[str, Any] = {"size_mb": _megabytes(own)}
     if contestant.same:
-        found["sqnr_db"] = min(999.0, float(metrics.sqnr(np.load(work / "logits.npy"), logits)))  # equal: infinite
+        found["sqnr_db"] = min(EQUAL, float(metrics.sqnr(np.load(work / "logits.npy"), logits)))
     (own / "judged.json").write_text(json.dumps(found))
 
 
@@ -143,6 +146,7 @@ def _row(name: str, contestant: Contestant, built: dict[str, Any], timed: dict[s
     keys = ("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "runs", "noise", "throughput", "cold_start_ms")
     row = {"name": name, "precision": contestant.precision, "latency_only": not contestant.same}
     row |= {key: built.get(key) for key in ("failed", "sqnr_db", "size_mb", "build_seconds")}
+    row["sqnr_db"] = None if row["sqnr_db"] is None else min(EQUAL, row["sqnr_db"])
     return row | {key: timed.get(key) for key in (*keys, "peak_mb", "reason")}
 
 
@@ -170,7 +174,7 @@ def table(document: dict[str, Any]) -> str:
 
 
 def _line(row: dict[str, Any], yardstick: float | None) -> str:
-    name, quality = row["name"], "latency only" if row["latency_only"] else _number(row["sqnr_db"])
+    name, quality = row["name"], "latency only" if row["latency_only"] else _decibels(row["sqnr_db"])
     if row["p50_ms"] is None:
         why = (row["failed"] or row["reason"] or "not timed").replace("|", "/")
         return f"| {name} | {row['precision']} | failed: {why} | | | {quality} | | | {_number(row['size_mb'])} |"
@@ -178,6 +182,10 @@ def _line(row: dict[str, Any], yardstick: float | None) -> str:
     interval = f"{row['p50_low_ms']:.0f} - {row['p50_high_ms']:.0f}"
     rest = f"{row['cold_start_ms'] / 1e3:.1f} | {_number(row['peak_mb'])} | {_number(row['size_mb'])}"
     return f"| {name} | {row['precision']} | {row['p50_ms']:.0f} | {interval} | {ratio} | {quality} | {rest} |"
+
+
+def _decibels(value: float | None) -> str:
+    return "equal" if value is not None and value >= EQUAL else _number(value)
 
 
 def _number(value: float | None) -> str:
