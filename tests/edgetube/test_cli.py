@@ -103,7 +103,42 @@ def test_parity_of_the_built_in_clips_and_its_gate(edgetube_cli, tiny_bundle):
     assert (row["clips"], row["agreement"], row["status"]) == (9, 1.0, "executed")
     code, _, err = edgetube_cli("parity", tiny_bundle, "--clips", 9, "--min-agreement", 1.1)
     assert code == 1
-    assert "agree with the reference on less than" in err
+    assert "agreement is 1, --min-agreement asks for at least 1.1" in " ".join(err.split())
+
+
+def test_parity_for_people_with_layers_and_a_journal(edgetube_cli, tiny_bundle, tmp_path):
+    journal = tmp_path / "answers"
+    arguments = ("parity", tiny_bundle, "--clips", 3, "--layers", "--layer-clips", 1, "--resume", journal)
+    code, out, err = edgetube_cli(*arguments)
+    assert code == 0
+    assert "tiny.onnx-fp32: no layer where the error jumps" in out
+    assert "blocks.1.mlp.fc2" in out
+    assert "compare: done (3)" in err
+    assert edgetube_cli(*arguments)[1] == out
+    assert journal.read_bytes().startswith(b"SQLite format 3")
+
+
+def test_parity_over_a_video(edgetube_cli, tiny_bundle, clip):
+    code, out, _ = edgetube_cli(
+        "parity", tiny_bundle, "--video", clip, "--reference", tiny_bundle, "--hop", 2, "--json"
+    )
+    assert code == 0
+    document = json.loads(out)
+    assert document["reference"]["target"] == "onnx-fp32"
+    assert document["video"]["windows"] == document["data"]["clips"] == 4
+    assert (document["video"]["stream"]["frames"], document["video"]["stream"]["dropped"]) == (30, 0)
+    code, out, _ = edgetube_cli("parity", tiny_bundle, "--video", clip)
+    assert code == 0
+    assert "30 frames, 20.00 fps" in out
+    code, _, err = edgetube_cli("parity", tiny_bundle, "--video", clip, "--workers", 2)
+    assert code == 2
+    assert "leave out --data, --resume, --workers and --ray" in " ".join(err.split())
+
+
+def test_parity_is_done_in_one_place(edgetube_cli, tiny_bundle):
+    code, _, err = edgetube_cli("parity", tiny_bundle, "--workers", 2, "--ray", "auto")
+    assert code == 2
+    assert "give one of the two" in err
 
 
 def test_parity_on_a_folder_of_classes(edgetube_cli, tiny_bundle, clip, tmp_path):

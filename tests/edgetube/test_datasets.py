@@ -143,3 +143,32 @@ def test_labels_of_another_model_are_refused():
     assert known.count == 2
     with pytest.raises(InputError, match="among them z"):
         unread(["1"], ["z"]).known(("a",))
+
+
+def test_an_item_is_found_by_its_name(clips, tmp_path):
+    np.savez(tmp_path / "set.npz", frames=clips, labels=["a", "b", "a"])
+    found = datasets.load(tmp_path / "set.npz")
+    assert found.source == tmp_path / "set.npz"
+    np.testing.assert_array_equal(found.item("set#00001").read(CONTRACT).frames, clips[1])
+    with pytest.raises(InputError, match="has no clip 'set#9'; it has 3, 'set#00000' first"):
+        found.item("set#9")
+
+
+def test_a_file_that_changes_is_another_version(clips, tmp_path):
+    path = tmp_path / "set.npz"
+    np.savez(path, frames=clips)
+    before = datasets.load(path)
+    np.savez(path, frames=clips[:, ::-1][:2])
+    after = datasets.load(path)
+    assert before.items[0].version != after.items[0].version
+    np.testing.assert_array_equal(after.items[0].read(CONTRACT).frames, clips[0, ::-1])
+
+
+def test_windows_of_one_video(tmp_path, rng):
+    still = rng.integers(0, 256, (4, 6, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+    path = video.write(tmp_path / "v.mp4", (np.roll(still, 3 * i, axis=1) for i in range(20)), 10.0)
+    found = datasets.windows(path, [0.0, 0.5])
+    assert [item.name for item in found.items] == ["0.000s", "0.500s"]
+    clip = found.item("0.500s").read(CONTRACT)
+    np.testing.assert_array_equal(clip.frames, video.load(path, CONTRACT, 0.5).frames)
+    assert clip.name == "0.500s"
