@@ -17,12 +17,12 @@ VIDEOS := edgetube/demo/videos
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/demo.stamp ## export the built-in model for every runtime that is here, watch four clips, compare with PyTorch
+demo: $(VENV)/demo.stamp ## export the built-in model for every runtime that is here, watch four clips, report on all
 	$(BIN)/edgetube targets
 	$(BIN)/edgetube export --target all --out $(OUT)
-	$(BIN)/edgetube run $(OUT)/demo.onnx-fp32 "$(VIDEOS)/*.mp4"
-	$(BIN)/edgetube parity $(OUT)/demo.*
+	$(BIN)/edgetube run $(OUT)/demo.onnx-int8 "$(VIDEOS)/*.mp4"
 	$(BIN)/edgetube inspect $(OUT)/demo.onnx-fp32 --plot $(OUT)/tubes.png
+	$(BIN)/edgetube report $(OUT) --clips 504
 
 test: lint ## checks, then the tests that are quick
 	$(PYTEST) -m "not slow and not gpu"
@@ -66,7 +66,7 @@ clean: ## remove all that make made
 	rm -rf $(VENV) build dist $(OUT) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/demo.stamp: EXTRAS = export,plot
+$(VENV)/demo.stamp: EXTRAS = export,openvino,report
 $(VENV)/dev.stamp: EXTRAS = dev
 $(VENV)/%.stamp: pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -40,6 +40,7 @@ from edgetube.model import checkpoints
 from edgetube.runtimes import tensorrt
 from edgetube.targets import GPU, Precision, missing
 
+ORT = "onnx-fp16"
 TARGETS = ("trt-fp16", "trt-int8", "rtx-fp16", "rtx-int8")
 CAMERA = (480, 640)
 BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
@@ -164,7 +165,7 @@ def contestants(model: str, batch: int, made: Mapping[str, Bundle]) -> list[Cont
         found.append(Contestant(name, "edgetube.bench.gpu:eager", given, None, batch, facts, macs, "fp16"))
     for target, bundle in made.items():
         given = {"path": str(bundle.path), "threads": None, "device": None, "camera": CAMERA}
-        if bundle.backend == "onnxruntime":
+        if target == ORT:
             given["device"] = "cuda"
         facts = {"model": model, "target": target, "precision": bundle.precision}
         about = (None, batch, facts, macs, bundle.precision)
@@ -289,7 +290,7 @@ def _race(
     """The rows of one model and batch, those that cannot be built among them."""
     out = scratch / f"{model.partition(':')[2]}.{batch}"
     out.mkdir()
-    made, reasons = build(("onnx-fp16", *TARGETS), model, out, batch)
+    made, reasons = build((ORT, *TARGETS), model, out, batch)
     takes_part = contestants(model, batch, made)
     rows = latency.race(takes_part, Options(seconds=seconds, starts=1))
     checkpoint = checkpoints.load(model)

@@ -46,6 +46,9 @@ from edgetube.video import Clip
 FRAMES, SIZE, STEP = 8, 112, 4
 """The clip, and the frames that one inflated kernel spans."""
 
+TRAIN = 800
+"""Digits that the linear probe is fitted on; those behind them test it."""
+
 LABELS = tuple("0123456789")
 CONTRACT = InputContract(FRAMES, SIZE, SIZE, fps=10.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 PREFIX = "backbone.encoder.layer"
@@ -245,7 +248,7 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     gather = partial(collect, contract=CONTRACT, labels=LABELS, workspace=folder)
     kinds = videos(folder / "wheels", args.calibration), digits(0, args.calibration)
     seen = gather(ClipSet("videos and digits", (*kinds[0], *kinds[1])))
-    train, test = gather(ClipSet("train", tuple(digits(0, 500)))), digits(600, args.test)
+    train, test = gather(ClipSet("train", tuple(digits(0, TRAIN)))), digits(TRAIN, args.test)
     judged = gather(ClipSet("test", (*test, *videos(folder / "wheels", args.calibration + 40)[args.calibration :])))
 
     exact_path = folder / "float.onnx"

@@ -1,14 +1,16 @@
 """Is INT8 worth it on this machine? edgetube's bundles against their float siblings and against other quantisers.
 
     python bench/int8.py speed --checkpoint random:tubevit-b --folder out/int8 [--json docs/int8.json]
+    python bench/int8.py profile --checkpoint random:tubevit-b --folder out/int8 [--json docs/int8.json]
     python bench/int8.py accuracy --folder out/int8 [--json docs/int8.json]
     python bench/int8.py memory --checkpoint random:tubevit-b --clips 512 [--json docs/int8.json]
 
 `speed`: latency of one clip, all contestants in turns in one process, and the rate at which this machine multiplies
 8-bit integers, measured in the same turns. The peers quantise the graph of our own float bundle on the clips that our
-calibration sees. `accuracy`: the built-in model on labelled clips that no calibration has seen. `memory`: the most that
-this process ever held while it calibrated the first blocks. What `--folder` holds already is not made again: make it
-with `--seconds 0`, then measure when the machine is quiet.
+calibration sees. `profile`: where the time of what `speed` made goes, as each runtime tells it. `accuracy`: the
+built-in model on labelled clips that no calibration has seen. `memory`: the most that this process ever held while it
+calibrated the first blocks. What `--folder` holds already is not made again: make it with `--seconds 0`, then measure
+when the machine is quiet.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import platform
 import re
 import resource
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -248,6 +251,67 @@ def accuracy(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def profile(args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds by operator of the INT8 files that `speed` has left in the folder."""
+    checkpoint = checkpoints.load(args.checkpoint)
+    frames = demo.golden(checkpoint.contract).frames[None]
+    files = sorted(args.folder.glob(f"{checkpoint.name}.*-int8/model.*"))
+    files += sorted(args.folder.glob(f"{checkpoint.name}.*nncf*.*")) + sorted(
+        args.folder.glob(f"{checkpoint.name}.ort*")
+    )
+    found = {}
+    for path in files:
+        if path.suffix in (".onnx", ".xml"):
+            name = path.parent.name if path.stem == "model" else path.stem
+            times = profile_onnx(path, frames) if path.suffix == ".onnx" else profile_xml(path, frames)
+            found[name.removeprefix(f"{checkpoint.name}.")] = times
+    return {"machine": machine.describe(), "checkpoint": checkpoint.name, "operators": found}
+
+
+RUNS = 8
+"""Calls of a profile; the first two do not count."""
+
+
+def profile_onnx(path: Path, frames: np.ndarray) -> dict[str, float]:
+    """Operator -> milliseconds of a call, the medians of its nodes summed, in ONNX Runtime."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.log_severity_level, options.enable_profiling = 3, True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        for _ in range(RUNS):
+            session.run(None, {"frames": frames})
+        events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
+    taken: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time"):
+            taken[event["args"]["op_name"], event["name"]].append(event["dur"] / 1e3)
+    return by_operator(taken)
+
+
+def profile_xml(path: Path, frames: np.ndarray) -> dict[str, float]:
+    """The same in OpenVINO; its "Subgraph" is attention, or elementwise operators that it fused."""
+    from edgetube.runtimes.openvino import ov
+
+    hints = {"PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
+    request = ov.Core().compile_model(path, "CPU", hints).create_infer_request()
+    taken: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for _ in range(RUNS):
+        request.infer([frames])
+        for node in request.profiling_info:
+            if node.real_time:
+                taken[node.node_type, node.node_name].append(node.real_time.total_seconds() * 1e3)
+    return by_operator(taken)
+
+
+def by_operator(taken: Mapping[tuple[str, str], list[float]]) -> dict[str, float]:
+    """Sums of the medians of nodes, largest first, from times of (operator, node)."""
+    found: dict[str, float] = defaultdict(float)
+    for (operator, _), times in taken.items():
+        found[operator] += float(np.median(times[2:]))
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
 def memory(args: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of the walk over tubes and first blocks; the other blocks are alike, and nothing of a block is kept.
 
@@ -330,6 +394,15 @@ def accuracy_text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def profile_text(found: Mapping[str, Any]) -> str:
+    """Markdown."""
+    lines = [f"{found['checkpoint']}; {found['machine']}", "", "| file | ms | of them |", "|---|---|---|"]
+    for name, times in found["operators"].items():
+        most = ", ".join(f"{operator} {ms:.1f}" for operator, ms in list(times.items())[:6])
+        lines.append(f"| {name} | {sum(times.values()):.0f} | {most} |")
+    return "\n".join(lines)
+
+
 def memory_text(found: Mapping[str, Any]) -> str:
     """Markdown."""
     return (
@@ -345,7 +418,12 @@ def keep(path: Path, key: str, found: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
 
-COMMANDS = {"speed": (speed, speed_text), "accuracy": (accuracy, accuracy_text), "memory": (memory, memory_text)}
+COMMANDS = {
+    "speed": (speed, speed_text),
+    "profile": (profile, profile_text),
+    "accuracy": (accuracy, accuracy_text),
+    "memory": (memory, memory_text),
+}
 
 
 def main() -> None:
@@ -354,6 +432,7 @@ def main() -> None:
     commands.add_parser("speed").add_argument(
         "--clips", type=int, default=16, help="to calibrate on: speed is the same"
     )
+    commands.add_parser("profile")
     commands.add_parser("accuracy").add_argument("--clips", type=int, default=1008, help="labelled clips to judge by")
     commands.add_parser("memory").add_argument("--clips", type=int, default=512, help="to calibrate on")
     for name, command in commands.choices.items():

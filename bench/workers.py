@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from edgetube.bench.panel import Job, Opened, Panel, Replies
@@ -159,14 +160,15 @@ def on_cluster(panel: Panel, jobs: Iterable[Job], *, address: str) -> Results:
             ) from error
     panel = replace(panel, threads=panel.threads or 1)
     shared = ray.put(panel)
-    ask = ray.remote(max_retries=ALONE)(_ask)
+    ask = ray.remote(max_retries=ALONE)(_ask_from)
+    folder = str(Path.cwd())
     waiting = iter(jobs)
     again: deque[Job] = deque()
     running: dict[Any, Job] = {}
     width = max(1, int(ray.cluster_resources().get("CPU", 1)))
     while True:
         while len(running) < width and (job := again.popleft() if again else next(waiting, None)) is not None:
-            running[ask.remote(shared, job)] = job
+            running[ask.remote(folder, shared, job)] = job
         if not running:
             return
         (done,), _ = ray.wait(list(running), num_returns=1)
@@ -204,6 +206,13 @@ def _ask(panel: Panel, job: Job) -> Replies:
         _opened.clear()
         _opened[key] = Opened(panel)
     return _opened[key].ask(job)
+
+
+def _ask_from(folder: str, panel: Panel, job: Job) -> Replies:
+    """As `_ask`, where relative paths mean what they mean to the caller."""
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    return _ask(panel, job)
 
 
 def _blame(job: Job) -> BackendError:

@@ -47,7 +47,7 @@ INT8_SETTINGS = (
     Setting("deployment", "iOS17", "oldest system that opens the package (iOS17: macOS 14)", ("iOS17", "iOS18")),
     *(setting for setting in SETTINGS if setting.name not in ("deployment", "functions")),
 )
-"""Older systems do not quantise activations, and the ranges of an image's are not those of a video's."""
+"""Older systems do not quantise activations; and ranges come from videos, so that they do not fit images."""
 
 
 def _target(precision: Any, summary: str, tolerance: float | None) -> Target:
@@ -73,7 +73,7 @@ TARGETS = (
 )
 
 ACTIVATIONS: Activations = "int8"
-"""Symmetric: the only kind of activation that Core ML's own tools make, and so that its engine is known to fuse."""
+"""Symmetric with one scale a tensor: the only kind that coremltools makes of activations."""
 
 NOTES = {
     "frames": "RGB frames (clip, time, height, width, colour), whole numbers 0 to 255, not normalised",

@@ -46,14 +46,17 @@ class Storage:
         self.quantised: dict[str, Any] = {}
 
     def plain(self, name: str, array: Array, unit: float) -> Any:
+        """Float16."""
         return self.mb.const(val=narrow(name, array, "fp16"), name=label(name))
 
     def rounded(self, name: str, array: Array, unit: float) -> Any:
+        """Int8 that clips nothing."""
         if array.size < SMALL:
             return self.plain(name, array, unit)
         return self.integers(name, array, channel_scales(array))
 
     def planned(self, name: str, array: Array, unit: float) -> Any:
+        """Int8 with the scales of the table, or float16 where the table says float."""
         if name not in self.plans:
             return self.plain(name, array, unit)
         scales = np.array(self.plans[name][0].weight_scales, np.float32) * np.float32(unit)
@@ -81,6 +84,7 @@ class Storage:
         )
 
     def palettes(self, name: str, array: Array, unit: float) -> Any:
+        """Four bits an element, in the encoder; int8 elsewhere."""
         if not name.startswith("blocks."):  # the ends of the model: few weights, and errors that nothing evens out
             return self.rounded(name, array, unit)
         if not self.blocks:
@@ -99,19 +103,21 @@ class Storage:
 def channel_scales(array: Array) -> Array:
     """The scale (O,) float32 with which each output channel of (O, ...) fills int8 symmetrically."""
     largest = np.abs(array).reshape(len(array), -1).max(axis=1)
-    return half_scales("a weight", np.where(largest > 0, largest / 127, 1))
+    return half_scales("a weight", largest / 127)
 
 
 def half_scales(name: str, scales: Array) -> Array:
-    """Scales as float16 holds them, in float32.
+    """Scales as float16 holds them, in float32; what is below its smallest number becomes that: nothing is finer.
 
     Raises:
-        SpecError: float16 has no such scale.
+        SpecError: a scale is above its largest number.
     """
     with np.errstate(over="ignore"):
-        narrowed = scales.astype(np.float16)
-    if not (np.isfinite(narrowed).all() and (narrowed > 0).all()):
-        raise SpecError(f"{name} needs scales from {scales.min():.3g} to {scales.max():.3g}, which float16 has not")
+        narrowed: Array = np.maximum(scales.astype(np.float16), np.finfo(np.float16).smallest_subnormal)
+    if not np.isfinite(narrowed).all():
+        raise SpecError(
+            f"{name} needs a scale of {scales.max():.3g}; float16 ends at 65504: pin what uses it to float32"
+        )
     return narrowed.astype(np.float32)
 
 

@@ -629,8 +629,14 @@ def engine_key(kit: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings) -
         kit.family.title: kit.version,
         "GPU": f"{gpu.name} ({gpu.capability})",
         "driver": gpu.driver,
-        "settings": ", ".join(f"{k}={v}" for k, v in settings.to_json().items() if v) or "default",
+        "settings": ", ".join(f"{k}={v}" for k, v in _readable(settings).items() if v) or "default",
     }
+
+
+def _readable(settings: Settings) -> dict[str, Any]:
+    """The settings without a line for every layer."""
+    layers = repr(settings.layers).encode() if settings.layers else b""
+    return settings.to_json() | {"layers": layers and _digest(layers)}
 
 
 def graph_hash(bundle: Bundle, source: str) -> str:

@@ -140,6 +140,16 @@ def test_a_gate_catches_it(comparison, name):
     assert name in {verdict.bundle for verdict in failed}
 
 
+def test_agreement_alone_would_not_see_three_of_them(comparison):
+    """What `docs/parity.md` says of the defaults."""
+    found = {one.bundle.name: one.parity for one in comparison.measured}
+    blind = [found[name] for name in ("mean", "channels", "scale")]
+    assert all(one.agreement >= 0.97 for one in blind)
+    assert all(0.9 < one.cosine < 0.98 for one in blind), [one.cosine for one in blind]
+    assert found["time"].agreement < 0.5
+    assert min(found["sound"].cosine, found["rounded"].cosine) > 0.999
+
+
 def test_the_command_line_says_so_with_its_exit_code(broken, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["parity", str(broken["mean"].path), "--clips", "18", "--layers", "--layer-clips", "1", "--json"])

@@ -73,6 +73,22 @@ def test_what_cannot_be_built_says_why(tmp_path):
     assert "no target is called 'no-such-target'" in reasons["no-such-target"]
 
 
+@pytest.mark.slow
+def test_without_a_gpu_everybody_has_a_row_that_says_why(tmp_path, monkeypatch):
+    if not targets.missing((targets.GPU,)):
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(gpu, "TARGETS", ("trt-fp16", "no-such-target"))
+    rows = gpu._race("demo", 2, tmp_path, 0.1, LIMITS)
+    reasons = {row["name"]: row["reason"] for row in rows}
+    assert [row["p50_ms"] for row in rows] == [None] * len(rows)
+    assert "sees no GPU" in reasons["PyTorch eager fp16"]
+    assert "sees no GPU" in reasons["torch.compile fp16"]
+    assert "not built for cuda" in reasons["onnx-fp16"]
+    assert reasons["trt-fp16"] == reasons["trt-fp16, no CUDA graph"] != ""
+    assert "no target is called" in reasons["no-such-target"]
+    assert gpu.table(rows).count("not run: ") == 6
+
+
 @pytest.mark.parametrize("opener", [lambda lap: gpu.eager(lap, "demo", 1, compiled=False), gpu.limits])
 def test_without_a_gpu_the_openers_say_so(opener):
     torch = pytest.importorskip("torch")

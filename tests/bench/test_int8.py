@@ -71,6 +71,12 @@ def test_a_table_is_complete():
     assert "| onnx-int8 | 100.0 | 90.0 - 110.0 | 1.00x | 5.0 |" in text
 
 
+def test_a_profile_sums_medians_of_nodes():
+    taken = {("A", "one"): [99, 99, 1, 2, 9], ("A", "two"): [99, 99, 3.0], ("B", "one"): [0, 0, 8]}
+    assert int8.by_operator(taken) == {"B": 8, "A": 5}
+    assert list(int8.by_operator(taken)) == ["B", "A"]
+
+
 def test_results_are_kept_side_by_side(tmp_path):
     path = tmp_path / "x.json"
     int8.keep(path, "speed a", {"x": 1})

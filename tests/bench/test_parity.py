@@ -1,5 +1,6 @@
 """The parity harness: right on answers worked out by hand, and not to be fooled by a broken artifact."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from edgetube import bundle as bundles
 from edgetube import datasets
-from edgetube.bench import parity
+from edgetube.bench import compare, panel, parity
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import CheckpointError, InputError, ParityError
 from edgetube.video import Clip
@@ -83,3 +84,93 @@ def test_bundles_of_different_checkpoints_are_not_mixed(tiny_bundle):
         parity.measure([good, other], datasets.built_in(1, good.labels))
     with pytest.raises(CheckpointError, match="was made from other weights"):
         parity.measure([other], datasets.built_in(1, good.labels))
+
+
+def test_gates_are_judged_by_their_own_number(tiny_bundle):
+    bundle = bundles.load(tiny_bundle)
+    same = parity.measure([bundle], datasets.built_in(9, bundle.labels))
+    worse = replace(same.measured[0].parity, agreement=0.9, cosine=0.5, drop=2.0, kl=0.1, sure_flips=0.2)
+    rows = (compare.ClassRow("a", 4, 0.5, 0.75, 1.0, 25.0), compare.ClassRow("b", 4, 1.0, 1.0, 1.0, 0.0))
+    changed = replace(same, measured=(replace(same.measured[0], parity=worse, classes=rows),))
+    limits = {"min_agreement": 0.9, "min_cosine": 0.6, "max_drop": 1.5, "max_class_drop": 20.0, "max_kl": 0.05}
+    verdicts = parity.Gates(**limits, max_sure_flips=0.1).judge(changed)
+    assert {v.gate: (v.value, v.passed) for v in verdicts} == {
+        "min-agreement": (0.9, True),
+        "min-cosine": (0.5, False),
+        "max-drop": (2.0, False),
+        "max-class-drop": (25.0, False),
+        "max-kl": (0.1, False),
+        "max-sure-flips": (0.2, False),
+    }
+    assert all(verdict.passed for verdict in parity.Gates(0.99, 0.99, 0, 0, 0.01, 0.01, 0).judge(same))
+    assert str(verdicts[2]) == f"{bundle.name}: drop is 2, --max-drop asks for at most 1.5"
+
+
+def test_a_gate_on_accuracy_needs_labels(tiny_bundle):
+    unlabelled = datasets.built_in(2, ("x", "y"))
+    with pytest.raises(InputError, match="--max-drop needs labelled clips, those of built-in have no labels"):
+        parity.Gates(max_drop=1.0).check_data(unlabelled)
+    parity.Gates(min_agreement=0.9).check_data(unlabelled)
+
+
+def test_the_document_is_what_the_page_says(tiny_bundle):
+    """Every key that `docs/parity.md` lists, and plain JSON whatever the numbers are."""
+    bundle = bundles.load(tiny_bundle)
+    got = parity.measure([bundle, replace(bundle, name="second")], datasets.built_in(9, bundle.labels))
+    document = json.loads(json.dumps(got.to_json(parity.Gates(0.99).judge(got)), allow_nan=False))
+    assert set(document) == {
+        "schema", "reference", "data", "machine", "versions", "bundles", "agreement", "gates", "layers", "video",
+    }  # fmt: skip
+    page = (Path(__file__).parents[2] / "docs" / "parity.md").read_text("utf-8")
+    first = document["bundles"][0]
+    for part in (document, first, first["flips"][0], first["classes"][0], first["worst"][0], document["gates"][0]):
+        assert [key for key in part if key not in page] == []
+    assert document["agreement"] == {"names": ["reference", bundle.name, "second"], "matrix": [[1.0] * 3] * 3}
+    assert document["data"] == {"name": "built-in", "source": None, "clips": 9, "labelled": 9, "classes": 9}
+    assert document["reference"]["runtime"] == "torch"
+
+
+def test_a_bundle_may_be_the_reference(tiny_bundle):
+    bundle = bundles.load(tiny_bundle)
+    got = parity.measure([replace(bundle, checkpoint={"sha256": "other"})], datasets.built_in(2, bundle.labels),
+                         reference=bundle)  # fmt: skip
+    assert got.measured[0].parity.max_abs_error == 0.0
+    assert (got.reference["runtime"], got.reference["target"]) == (bundle.backend, "onnx-fp32")
+
+
+def test_a_clip_is_made_once_however_many_models_see_it(tiny_bundle):
+    bundle = bundles.load(tiny_bundle)
+    made = []
+    source = datasets.built_in(3, bundle.labels)
+
+    def counted(item):
+        return replace(item, read=lambda contract: made.append(item.name) or item.read(contract))
+
+    parity.measure([bundle] * 3, ClipSet("counted", tuple(map(counted, source.items))))
+    assert made == [item.name for item in source.items]
+
+
+def test_frames_of_a_worst_clip_are_read_again(tiny_bundle):
+    bundle = bundles.load(tiny_bundle)
+    source = datasets.built_in(9, bundle.labels)
+    document = parity.measure([bundle], source).to_json()
+    name = document["bundles"][0]["worst"][0]["name"]
+    strip = parity.strip(parity.reopen(document, bundle.labels), name, bundle.contract, 3)
+    whole = source.item(name).read(bundle.contract).frames
+    np.testing.assert_array_equal(strip, whole[[0, 4, 7]])
+    with pytest.raises(InputError, match="built-in has no clip 'nobody'"):
+        parity.strip(source, "nobody", bundle.contract)
+
+
+def test_infinite_logits_name_the_bundle(tiny_bundle, monkeypatch):
+    bundle = bundles.load(tiny_bundle)
+    original = panel.Opened.show
+
+    def show(self, clips, models):
+        logits = original(self, clips, models)
+        logits[1][0, 0] = np.nan
+        return logits
+
+    monkeypatch.setattr(panel.Opened, "show", show)
+    with pytest.raises(ParityError, match=f"{bundle.name}: the artifact gave NaN .* near evaluation/astronaut/0000"):
+        parity.measure([bundle], datasets.built_in(2, bundle.labels))

@@ -33,6 +33,24 @@ def test_top_k_counts_rows_whose_label_is_among_the_best():
     assert metrics.top_k(scores, labels, 3) == 1.0
 
 
+@given(arrays(np.float32, (5, 4), elements=st.integers(-3, 3).map(float)), st.lists(st.integers(0, 3), min_size=5))
+def test_a_rank_is_the_place_in_a_stable_sort(scores, labels):
+    truth = np.array(labels[:5])
+    places = [np.argsort(-row, kind="stable").tolist().index(label) for row, label in zip(scores, truth, strict=True)]
+    assert metrics.ranks(scores, truth).tolist() == places
+
+
+def test_margins():
+    assert metrics.margins(np.array([[1.0, 4.0, 2.5], [3.0, 3.0, 0.0]])).tolist() == [1.5, 0.0]
+    assert metrics.margins(np.array([[7.0]])).tolist() == [np.inf]
+
+
+def test_energies_add_up_over_the_parts(rng):
+    a, b = rng.normal(size=(2, 6, 5))
+    parts = np.array([metrics.energies(a[i : i + 2], b[i : i + 2]) for i in (0, 2, 4)])
+    assert metrics.decibels(*parts.sum(axis=0)) == pytest.approx(metrics.sqnr(a, b))
+
+
 def test_agreement_is_the_share_of_equal_answers():
     a = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     b = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 9.0], [0.1, 1.0]])

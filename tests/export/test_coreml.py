@@ -165,7 +165,7 @@ def rendered(checkpoint):
     ids=["rows", "integers", "columns"],
 )
 def test_int8_computes_what_the_table_says(tmp_path, traced, calibrated, rendered, lowering, settings):
-    """Against ONNX Runtime on the Q/DQ graph of the same table: far nearer to it than to the graph in floating point."""
+    """Against ONNX Runtime on the Q/DQ graph of the same table: far nearer to it than to the float graph."""
     graph, table = quantize.apply(calibrated, traced(lowering))
     built = coreml.build(graph, INT8.choose(settings), tmp_path, table)
     oracle = export.evaluator()(quantize.qdq(graph.model, table, activations="int8"))
@@ -433,6 +433,14 @@ def test_integers_are_half_a_step_away(rng):
     scales = mlweights.channel_scales(weights)
     back = mlweights.quantise(weights, scales) * scales[:, None]
     assert (np.abs(back - weights) <= scales[:, None] * 0.54).all()  # the scale itself is rounded to float16
+
+
+def test_scales_that_float16_does_not_have():
+    scales = mlweights.channel_scales(np.array([[0.0, 0.0], [1e-9, -1e-9], [12.7, 1.0]], np.float32))
+    np.testing.assert_allclose(scales, [2**-24, 2**-24, 0.1], rtol=1e-3)
+    assert (mlweights.quantise(np.array([[0.0], [1e-9], [12.7]], np.float32), scales) == [[0], [0], [127]]).all()
+    with pytest.raises(SpecError, match=r"a weight needs a scale of 7.87e\+04; float16 ends at 65504"):
+        mlweights.channel_scales(np.array([[1e7]], np.float32))
 
 
 def test_every_operator_of_the_canonical_graphs_is_translated(traced):

@@ -528,6 +528,16 @@ class TestLegacy:
     def test_others_need_no_calibrator(self, kit, tmp_path, precision):
         assert runtime.calibrator(kit, tmp_path, runtime.Settings(legacy=precision), HostStream(0), 1) is None
 
+    def test_a_kept_engine_is_told_by_its_layers_without_listing_them(self, kit, deferred):
+        gpu = HostStream(0)
+        keys = [
+            runtime.engine_key(kit, deferred, gpu, runtime.Settings(legacy="int8", layers=layers))["settings"]
+            for layers in (self.LAYERS, self.LAYERS[:2], ())
+        ]
+        assert len(set(keys)) == 3
+        assert keys[2] == "legacy=int8"
+        assert all(key.startswith("legacy=int8") and "norm" not in key for key in keys)
+
     def test_tensorrt_11_says_what_to_do(self, kit, tmp_path):
         del kit.trt.IInt8EntropyCalibrator2
         kit.trt.__version__ = "11.0.0"
