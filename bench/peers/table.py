@@ -44,6 +44,8 @@ WARM = 2.0
 EQUAL = 999.0
 """Decibels that stand for no error at all: JSON has no infinity."""
 
+MISSING = "not measured"
+
 PATIENCE = 1200
 """Seconds that one contestant may take to be built."""
 
@@ -124,7 +126,7 @@ def measure(work: Path, group: str, seconds: float) -> None:
 
 def _built(work: Path, name: str) -> dict[str, Any]:
     path = work / slug(name) / "built.json"
-    return json.loads(path.read_text()) if path.is_file() else {"failed": "not tried"}
+    return json.loads(path.read_text()) if path.is_file() else {"failed": MISSING}
 
 
 def collect(work: Path) -> dict[str, Any]:
@@ -176,8 +178,9 @@ def table(document: dict[str, Any]) -> str:
 def _line(row: dict[str, Any], yardstick: float | None) -> str:
     name, quality = row["name"], "latency only" if row["latency_only"] else _decibels(row["sqnr_db"])
     if row["p50_ms"] is None:
-        why = (row["failed"] or row["reason"] or "not timed").replace("|", "/")
-        return f"| {name} | {row['precision']} | failed: {why} | | | {quality} | | | {_number(row['size_mb'])} |"
+        why = row["failed"] or row["reason"] or MISSING
+        why = why if why == MISSING else f"failed: {why.replace('|', '/')}"
+        return f"| {name} | {row['precision']} | {why} | | | {quality} | | | {_number(row['size_mb'])} |"
     ratio = f"{yardstick / row['p50_ms']:.2f}x" if yardstick else ""
     interval = f"{row['p50_low_ms']:.0f} - {row['p50_high_ms']:.0f}"
     rest = f"{row['cold_start_ms'] / 1e3:.1f} | {_number(row['peak_mb'])} | {_number(row['size_mb'])}"

@@ -53,6 +53,15 @@ class TestStatistics:
         assert worker.steady([1.0, 1.0, 1.0, 50.0, 1.0, *[1.04] * 5])
 
 
+def test_a_long_call_is_a_turn_by_itself(monkeypatch):
+    subject = worker.Subject(lambda: time.sleep(0.01))
+    assert len(worker.turn(subject, 0.0, 3)["ms"]) == 3
+    monkeypatch.setattr(worker, "LONG", 0.005)
+    found = worker.turn(subject, 1.0, 3)
+    assert (len(found["ms"]), found["calls"]) == (1, 1)
+    assert found["ms"][0] >= 10
+
+
 def keys_documented(title):
     text = (Path(__file__).parents[2] / "docs" / "benchmarking.md").read_text("utf-8")
     section = text.split(f"\n### {title}\n")[1].split("\n### ")[0].split("\n## ")[0]
