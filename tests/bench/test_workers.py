@@ -86,6 +86,13 @@ def test_no_workers_are_refused(bundle, tmp_path):
         parity.measure([bundle], clip_set(tmp_path, 1), run=partial(workers.in_processes, workers=0))
 
 
+@pytest.mark.slow
+def test_no_cluster_is_one_line():  # before there is one
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'edgetube[ray]'")
+    with pytest.raises(InputError, match=r"no Ray cluster at 127\.0\.0\.1:1: "):
+        list(workers.on_cluster(panel.Panel((), None, ()), [], address="127.0.0.1:1"))
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray of two workers on this machine."""
@@ -118,10 +125,3 @@ class TestRay:
         source = ClipSet("x", (Item("gone", None, _gone),))
         with pytest.raises(InputError, match="gone is not there any more"):
             parity.measure([bundle], source, run=partial(workers.on_cluster, address=cluster))
-
-
-@pytest.mark.slow
-def test_no_cluster_is_one_line():
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'edgetube[ray]'")
-    with pytest.raises(InputError, match=r"no Ray cluster at 127\.0\.0\.1:1: "):
-        list(workers.on_cluster(panel.Panel((), None, ()), [], address="127.0.0.1:1"))
