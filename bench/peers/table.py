@@ -164,7 +164,7 @@ def table(document: dict[str, Any]) -> str:
     lines = []
     for group in document["groups"]:
         yardstick = next((r["p50_ms"] for r in group["contestants"] if r["name"] == YARDSTICK), None)
-        lines += ["", f"### {group['group'].capitalize()}", ""]
+        lines += ["", f"### {group['group'][0].upper()}{group['group'][1:]}", ""]
         lines += ["| contestant | computes in | p50 ms | 95 % interval | against edgetube onnx-fp32 | SQNR dB | cold start s | memory MB | files MB |"]  # fmt: skip  # noqa: E501
         lines += ["|---|---|---|---|---|---|---|---|---|"]
         for row in group["contestants"]:
