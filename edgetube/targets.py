@@ -101,7 +101,7 @@ class Target:
     def remedy(self) -> str:
         """The pip line that makes it possible to build or run this target here; empty where pip cannot bring it."""
         for needs in (self.build_needs, self.run_needs):
-            absent = missing(needs)
+            absent = self.missing(needs)
             if absent and not any(need in PLATFORMS or need == GPU for need in absent):
                 return pip_line(self.extra)
         return ""

@@ -166,7 +166,7 @@ def _convert(graph: Graph, target: Target, table: CalibrationTable | None = None
     program = Program()
     with Function({"frames": frames}, opset_version=deployment) as function:
         blocks = target.setting("deployment") == "iOS18"
-        storage = Storage(mb, target.precision, blocks, _plans(graph, table))
+        storage = Storage(mb, target.precision, types.np_uint4_dtype if blocks else None, _plans(graph, table))
         translation = lowering(mb, graph.model, storage.weight, pins, storage.activation)
         narrow = translation.run(function.inputs["frames"])
         answer = mb.cast(x=narrow, dtype="fp32", name=output) if narrow.dtype != types.fp32 else narrow

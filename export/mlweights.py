@@ -33,14 +33,15 @@ class Storage:
     Args:
         mb: the builder.
         precision: of the target.
-        blocks: a weight may have scales and palettes for parts of it: from iOS 18 on.
+        uint4: numpy's name for the builder's 4-bit integers where a weight may have scales and palettes for parts of it
+            (from iOS 18 on), else None.
         plans: of an int8 target: for each weight its plan, and the range of what it multiplies.
     """
 
     def __init__(
-        self, mb: Any, precision: Precision, blocks: bool, plans: Mapping[str, tuple[LinearPlan, Range]]
+        self, mb: Any, precision: Precision, uint4: Any, plans: Mapping[str, tuple[LinearPlan, Range]]
     ) -> None:
-        self.mb, self.blocks, self.plans = mb, blocks, plans
+        self.mb, self.blocks, self.uint4, self.plans = mb, uint4 is not None, uint4, plans
         ways = {"fp16": self.plain, "w8": self.rounded, "w4": self.palettes, "int8": self.planned}
         self.weight: Weight = ways[precision]
         self.quantised: dict[str, Any] = {}
@@ -92,11 +93,9 @@ class Storage:
             packed = indices.reshape(-1, 2) @ np.array([1, PALETTE], np.uint8)
             shape = np.array(array.shape, np.uint32)
             return self.mb.constexpr_lut_to_dense(lut=lut, indices=packed, shape=shape, name=label(name))
-        from coremltools.converters.mil.mil.types import np_uint4_dtype
-
         groups = [palette(rows) for rows in np.split(array, len(array) // math.gcd(len(array), GROUP))]
         lut = np.stack([lut for lut, _ in groups]).reshape(len(groups), *[1] * (array.ndim - 1), PALETTE, 1)
-        indices = np.concatenate([indices for _, indices in groups]).astype(np_uint4_dtype)
+        indices = np.concatenate([indices for _, indices in groups]).astype(self.uint4)
         return self.mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=label(name))
 
 

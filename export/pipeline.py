@@ -117,7 +117,8 @@ def export_models(
     chosen = [export.target(name).choose(options.settings) for name in targets]
     for target in chosen:
         if missing := target.missing(target.build_needs):
-            raise MissingPackageError(f"{target.name} needs {', '.join(missing)}; install with: {target.remedy}")
+            hint = f"; install with: {target.remedy}" if target.remedy else ", which is not here"
+            raise MissingPackageError(f"{target.name} needs {', '.join(missing)}{hint}")
     progress("load checkpoint", 0, 1)
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else checkpoints.load(checkpoint)
     if options.head:
