@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from edgetube import bundle as bundles
-from edgetube import datasets, demo, export
+from edgetube import datasets, demo
 from edgetube.bench import latency, machine, parity
 from edgetube.bench.latency import Contestant, Options, Process
 from edgetube.bench.worker import Lap, Subject
@@ -297,10 +297,7 @@ def _race(
     weights = sum(tensor.numel() for tensor in checkpoint.model.parameters())
     clip_bytes = int(np.prod(checkpoint.contract.shape))
     rows = [row | shares(row, weights, clip_bytes, best) for row in rows]
-    for target, reason in reasons.items():
-        precision = export.target(target).precision
-        rows.append({"name": target, "model": model, "precision": precision, "p50_ms": None, "reason": reason})
-    return rows
+    return [*rows, *({"name": name, "model": model, "p50_ms": None, "reason": why} for name, why in reasons.items())]
 
 
 if __name__ == "__main__":

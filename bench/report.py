@@ -11,16 +11,22 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetube import bundle as bundles
 from edgetube.bench import figures, latency, machine
+from edgetube.bench.journal import clip_key
 from edgetube.bundle import MANIFEST, Bundle
+from edgetube.datasets import ClipSet
 from edgetube.errors import InputError
+from edgetube.progress import Progress, silent
 from edgetube.targets import need
 from edgetube.video import Frames
+
+if TYPE_CHECKING:
+    from edgetube.bench.parity import Gates
 
 SCHEMA = 1
 TEMPLATE = "report.html.j2"
@@ -29,6 +35,10 @@ KEPT = "report"
 
 CLIPS, FRAMES = 6, 8
 """Of the worst clips, and frames of each."""
+
+LAYER_CLIPS = 4
+
+COLUMNS = ("target", "verdict", "agreement", "top-1", "p50 ms", "clips/s", "cold start ms", "memory MB", "size MB")
 
 Document = dict[str, Any]
 
@@ -96,6 +106,42 @@ class Report:
         return {"schema": SCHEMA, "bundles": list(self.rows), "parity": self.parity, "bench": self.bench}
 
 
+def make(
+    folder: Path,
+    found: Sequence[Bundle],
+    source: ClipSet,
+    gates: Gates,
+    options: latency.Options,
+    command: str,
+    progress: Progress = silent,
+) -> Report:
+    """Measure bundles, or take what was kept of them, and join it.
+
+    Args:
+        folder: where the documents are kept.
+        command: what the page says that it was made by.
+
+    Raises:
+        InputError: no clips, or clips that do not fit the bundles.
+    """
+    parity, layers = need("edgetube.bench.parity", "export"), need("edgetube.bench.layers", "export")
+    contract, threads = found[0].contract, options.threads[0]
+
+    def prove() -> Document:
+        comparison = parity.measure(found, source, threads=threads, progress=progress)
+        curves = layers.curves(found, source.sample(LAYER_CLIPS), progress=progress)
+        document: Document = comparison.to_json(gates.judge(comparison), [curve.to_json() for curve in curves])
+        return document
+
+    asked = {"clips": [clip_key(item, contract) for item in source.items], "gates": asdict(gates), "threads": threads}
+    return assemble(
+        kept(folder, "parity", found, asked, prove),
+        kept(folder, "bench", found, asdict(options), lambda: latency.measure(found, options, progress)),
+        lambda name, count: parity.strip(source, name, contract, count),
+        [command],
+    )
+
+
 TIMED = (
     "p50_ms", "p10_ms", "p90_ms", "p99_ms", "noise", "runs", "throughput", "cold_start_ms", "cold_start", "peak_mb",
     "preprocess_ms", "preprocess_share", "energy_mj", "peak_share", "gmacs_per_s", "camera", "reason", "size_mb",
@@ -124,6 +170,8 @@ def assemble(
     eager = next((row["p50_ms"] for row in rows if row["target"] is None), None)
     for row in rows:
         row["speedup"] = eager / row["p50_ms"] if eager and row["p50_ms"] else None
+        if _is_reference(row, parity):
+            row["top1"] = parity["bundles"][0]["top1_reference"]
     rows.sort(key=lambda row: (row["target"] is not None, row["p50_ms"] is None, row["p50_ms"] or 0.0, row["name"]))
     worst = list(dict.fromkeys(clip["name"] for clip in _worst(parity)))[:CLIPS]
     return Report(parity, bench, tuple(rows), {name: strip(name, FRAMES) for name in worst}, tuple(commands))
@@ -184,7 +232,7 @@ def html(report: Report) -> str:
     safe = need("markupsafe", "report").Markup
     data, rows, parity = report.parity["data"], report.rows, report.parity
     quality, title = ("top1", "top-1, %") if data["labelled"] else ("agreement", "agreement with PyTorch, %")
-    plotted = [row | {quality: _quality(row, quality, parity)} for row in rows]
+    plotted = [row | ({"agreement": 1.0} if _is_reference(row, parity) else {}) for row in rows]
     both_known = [row for row in plotted if row["p50_ms"] and row[quality] is not None]
     short = {row["name"]: row["short"] for row in rows}
     agreement = parity["agreement"]
@@ -216,15 +264,9 @@ def html(report: Report) -> str:
     return text
 
 
-def _quality(row: Document, quality: str, parity: Document) -> float | None:
-    """The row's own value; of PyTorch, that which the bundles were held against."""
-    if row["target"] is not None:
-        value: float | None = row[quality]
-        return value
-    if parity["reference"]["runtime"] != row["backend"] or not parity["bundles"]:
-        return None
-    reference: float | None = 1.0 if quality == "agreement" else parity["bundles"][0]["top1_reference"]
-    return reference
+def _is_reference(row: Document, parity: Document) -> bool:
+    """Whether a row is of what the bundles were held against."""
+    return row["target"] is None and row["backend"] == parity["reference"]["runtime"] and bool(parity["bundles"])
 
 
 def jpeg(frames: Frames, height: int = 120) -> str:
@@ -239,19 +281,19 @@ def jpeg(frames: Frames, height: int = 120) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
+def cells(row: Document) -> list[str]:
+    """A row as text, in the order of `COLUMNS`."""
+    status = row["verdict"] if row["status"] in ("executed", None) else f"{row['verdict']} ({row['status']})"
+    return [
+        row["short"], status, percent(row["agreement"]), percent(row["top1"]), number(row["p50_ms"]),
+        number(row["throughput"]), number(row["cold_start_ms"]), number(row["peak_mb"]), number(row["size_mb"]),
+    ]  # fmt: skip
+
+
 def markdown(report: Report) -> str:
     """The verdict table for a README or a pull request."""
-    lines = [
-        "| target | verdict | agreement | top-1 | p50 ms | clips/s | cold start ms | memory MB | size MB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in report.rows:
-        status = row["verdict"] if row["status"] in ("executed", None) else f"{row['verdict']} ({row['status']})"
-        cells = [
-            row["short"], status, percent(row["agreement"]), percent(row["top1"]), number(row["p50_ms"]),
-            number(row["throughput"]), number(row["cold_start_ms"]), number(row["peak_mb"]), number(row["size_mb"]),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, *map(cells, report.rows))]
+    lines.insert(1, "|---" * len(COLUMNS) + "|")
     machine_line = f"{report.parity['data']['clips']} clips; {report.bench['machine']}"
     return "\n".join([headline(report), "", *lines, "", machine_line, ""])
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -16,22 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
-from rich.table import Table
 
-from edgetube import __version__, datasets, export, health, video
+from edgetube import __version__, datasets, export, health, terminal, video
 from edgetube import bundle as bundles
 from edgetube.bench import latency
 from edgetube.bundle import Bundle
 from edgetube.errors import EdgetubeError, InputError, ParityError
-from edgetube.progress import Progress
 from edgetube.runtime import Runtime
 from edgetube.spec import Prediction
 from edgetube.targets import need
+from edgetube.terminal import err, out, print_json, progress
 
 app = typer.Typer(
     name="edgetube",
@@ -42,9 +35,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-out = Console(width=None if sys.stdout.isatty() else 140)
-err = Console(stderr=True)
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Device = Annotated[str | None, typer.Option(help="Device, as the backend names it: cpu, cuda, ...")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the runtime chooses when left out.")]
@@ -64,7 +54,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except EdgetubeError as error:
         if debug:
             traceback.print_exc()
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        terminal.error(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         err.print("interrupted")
@@ -107,14 +97,9 @@ def targets(as_json: Json = False) -> None:
             }
             for t in known
         ]
-        _print_json(rows)
-        return
-    table = _table("target", "build here", "run here", "what it is")
-    for t in known:
-        table.add_row(t.name, _yes(t.missing(t.build_needs)), _yes(t.missing(t.run_needs)), t.summary)
-    out.print(table)
-    for remedy in sorted({t.remedy for t in known} - {""}):
-        out.print(f"to install what is missing: [bold]{escape(remedy)}[/]", highlight=False)
+        print_json(rows)
+    else:
+        terminal.targets(known)
 
 
 @app.command(name="export")
@@ -156,28 +141,13 @@ def export_command(
     options = pipeline.Options(
         frames, _size(size), input_kind == "image", batch, head, lowering, calib, max_drop, _settings(settings or [])
     )
-    made = []
-    with _progress() as progress:
-        for bundle in pipeline.export_models(names, checkpoint, out_dir, options, progress):
-            made.append(bundle)
+    with progress() as show:
+        made = list(pipeline.export_models(names, checkpoint, out_dir, options, show))
+    rows = [_bundle_row(b) for b in made]
     if as_json:
-        _print_json([_bundle_row(b) for b in made])
-        return
-    table = _table("bundle", "status", "size", "lowering", "agreement", "largest logit error")
-    for b in made:
-        row = _bundle_row(b)
-        table.add_row(
-            str(b.path), b.status, _megabytes(b.artifact_bytes), str(row["lowering"]),
-            _percent(row["agreement"]), _number(row["max_abs_error"]),
-        )  # fmt: skip
-    out.print(table)
-    for b in made:
-        if int8 := b.build.get("int8"):
-            out.print(f"{escape(b.name)}: {escape(int8['summary'])}", highlight=False, soft_wrap=True)
-            for note in int8["notes"]:
-                err.print(f"[yellow]warning:[/] {escape(note)}", highlight=False, soft_wrap=True)
-    if made:
-        out.print(f"next: [bold]edgetube run {made[0].path} VIDEO[/]", highlight=False)
+        print_json(rows)
+    else:
+        terminal.exported(made, rows)
 
 
 @app.command()
@@ -208,11 +178,14 @@ def run(
         for item in found:
             predictions = []
             for prediction in _predictions(rt, item, stream or not isinstance(item, Path), hop, top_k, limit):
-                _print_prediction(str(item), prediction, as_json)
                 predictions.append(prediction)
+                if as_json:
+                    print_json({"source": str(item), **prediction.to_json()}, indent=None)
+                else:
+                    terminal.prediction(str(item), prediction)
             if save:
                 need("edgetube.annotate", "plot").save(save, video.frames(item), predictions, video.rate(item))
-                err.print(f"wrote {save}", highlight=False)
+                terminal.wrote(save)
 
 
 @app.command()
@@ -229,14 +202,11 @@ def inspect(
     if plot:
         kernels = _kernels(found)
         need("edgetube.plot", "plot").tubes(plot, found.spec, found.golden()[0], kernels, found.name)
-        err.print(f"wrote {plot}", highlight=False)
+        terminal.wrote(plot)
     if as_json:
-        _print_json(found.to_json())
-        return
-    table = _table("", found.name)
-    for key, value in _facts(found):
-        table.add_row(key, escape(value))
-    out.print(table)
+        print_json(found.to_json())
+    else:
+        terminal.bundle(found)
 
 
 @app.command()
@@ -251,12 +221,9 @@ def doctor(
     """
     checks = health.examine(bundle, device)
     if as_json:
-        _print_json([asdict(check) for check in checks])
+        print_json([asdict(check) for check in checks])
     else:
-        table = _table("check", "", "what was found")
-        for check in checks:
-            table.add_row(check.name, "[green]ok[/]" if check.ok else "[bold red]failed[/]", escape(check.detail))
-        out.print(table)
+        terminal.checks(checks)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 
@@ -304,7 +271,7 @@ def parity(
     found = [bundles.load(path) for path in bundle]
     held_against = bundles.load(reference) if reference else None
     gates = harness.Gates(min_agreement, min_cosine, max_drop, max_class_drop, max_kl, max_error, max_sure_flips)
-    with _progress() as progress:
+    with progress() as show:
         if watch:
             if data or resume or ray or workers > 1:
                 raise InputError(
@@ -313,7 +280,7 @@ def parity(
             gates.check_data(datasets.ClipSet(str(watch), ()))
             temporal = need("edgetube.bench.temporal", "export")
             seen = temporal.watch(
-                found, watch, hop, reference=held_against, threads=threads, worst=worst, progress=progress
+                found, watch, hop, reference=held_against, threads=threads, worst=worst, progress=show
             )
             source, comparison, video_report = seen.windows, seen.comparison, seen.to_json()
         else:
@@ -323,19 +290,18 @@ def parity(
                 comparison = harness.measure(
                     found, source, reference=held_against, threads=threads, run=_runner(workers, ray),
                     journal=stack.enter_context(harness.Journal(resume)) if resume else None,
-                    worst=worst, progress=progress,
+                    worst=worst, progress=show,
                 )  # fmt: skip
         curves = []
         if layers:
             looking = need("edgetube.bench.layers", "export")
-            curves = looking.curves(found, source.sample(layer_clips), reference=held_against, progress=progress)
+            curves = looking.curves(found, source.sample(layer_clips), reference=held_against, progress=show)
     verdicts = gates.judge(comparison)
+    document = comparison.to_json(verdicts, [curve.to_json() for curve in curves], video_report)
     if as_json:
-        _print_json(comparison.to_json(verdicts, [curve.to_json() for curve in curves], video_report))
+        print_json(document)
     else:
-        _print_parity(comparison)
-        _print_video(video_report)
-        _print_layers(curves)
+        terminal.parity(document)
     if failed := [str(verdict) for verdict in verdicts if not verdict.passed]:
         raise ParityError("; ".join(failed))
 
@@ -369,35 +335,12 @@ def bench(
         camera_size=_size(camera_size) or (480, 640), hop=hop, camera_seconds=camera_seconds, reference=reference,
     )  # fmt: skip
     found = [bundles.load(path) for path in bundle]
-    with _progress() as progress:
-        document = latency.measure(found, options, progress)
+    with progress() as show:
+        document = latency.measure(found, options, show)
     if as_json:
-        _print_json(document)
-        return
-    table = _table("bundle", "threads", "p50 ms", "p90", "p99", "clips/s", "prepare", "cold start", "memory", "of peak")
-    for row in document["bundles"]:
-        if row["p50_ms"] is None:
-            table.add_row(row["name"], row["status"])
-            continue
-        table.add_row(
-            row["name"], str(row["threads"] or "default"),
-            f"{row['p50_ms']:.2f} ±{row['noise']:.1%}", f"{row['p90_ms']:.2f}", f"{row['p99_ms']:.2f}",
-            f"{row['throughput']:.1f}", f"{row['preprocess_ms']:.1f} ms", f"{row['cold_start_ms']:.0f} ms",
-            f"{row['peak_mb']:.0f} MB" if row["peak_mb"] else "-", _percent(row["peak_share"]),
-        )  # fmt: skip
-    out.print(table)
-    if camera_fps is not None:
-        table = _table(f"camera, {camera_fps:g} fps", "p50 ms", "p99", "due", "late", "late frames", "dropped", "idle")
-        for row in document["bundles"]:
-            if paced := row["camera"]:
-                table.add_row(
-                    row["name"], f"{paced['p50_ms']:.1f}", f"{paced['p99_ms']:.1f}", f"{paced['due_ms']:.0f}",
-                    f"{paced['late']} of {paced['predictions']}", str(paced["late_frames"]),
-                    f"{paced['dropped_frames']} of {paced['frames']}", _percent(paced["idle_share"]),
-                )  # fmt: skip
-        out.print(table)
-    for note in latency.notes(document):
-        err.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+        print_json(document)
+    else:
+        terminal.bench(document, latency.notes(document))
 
 
 @app.command(name="report")
@@ -424,38 +367,23 @@ def report_command(
 
     Example: edgetube report out --out report.html
     """
-    reports = need("edgetube.bench.report", "report")
-    harness, looking = need("edgetube.bench.parity", "export"), need("edgetube.bench.layers", "export")
+    reports, harness = need("edgetube.bench.report", "report"), need("edgetube.bench.parity", "export")
     found = reports.find(folder)
     source = datasets.load(data) if data else datasets.built_in(clips, found[0].labels)
-    gates = harness.Gates(min_agreement=min_agreement)
     options = latency.Options((threads,), seconds=seconds, camera_fps=camera_fps, reference=True)
-    with _progress() as progress:
-
-        def prove() -> dict[str, Any]:
-            comparison = harness.measure(found, source, threads=threads, progress=progress)
-            curves = looking.curves(found, source.sample(4), progress=progress)
-            proven: dict[str, Any] = comparison.to_json(gates.judge(comparison), [c.to_json() for c in curves], None)
-            return proven
-
-        asked = {"data": str(data), "clips": [item.name for item in source.items], "gate": min_agreement}
-        proven = reports.kept(folder, "parity", found, asked | {"threads": threads}, prove)
-        timed = reports.kept(folder, "bench", found, asdict(options), lambda: latency.measure(found, options, progress))
-    contract = found[0].contract
-    made = reports.assemble(
-        proven, timed, lambda name, count: harness.strip(source, name, contract, count),
-        [shlex.join(["edgetube", *sys.argv[1:]])],
-    )  # fmt: skip
+    command = shlex.join(["edgetube", *sys.argv[1:]])
+    with progress() as show:
+        made = reports.make(folder, found, source, harness.Gates(min_agreement=min_agreement), options, command, show)
     where = reports.save(reports.html(made), page or folder / "report.html")
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     elif as_markdown:
         print(reports.markdown(made), end="")  # noqa: T201
     else:
-        out.print(escape(reports.headline(made)), highlight=False, soft_wrap=True)
-    err.print(f"wrote {where}", highlight=False, soft_wrap=True)
-    if failed := [row["name"] for row in made.rows if row["verdict"] == "differs"]:
-        raise ParityError(f"{', '.join(failed)} agree with the reference on less than {min_agreement:.1%} of the clips")
+        terminal.report(reports.COLUMNS, [reports.cells(row) for row in made.rows], reports.headline(made))
+    terminal.wrote(where)
+    if failed := [str(harness.Verdict(**gate)) for row in made.rows for gate in row["failed"]]:
+        raise ParityError("; ".join(failed))
 
 
 def _predictions(
@@ -475,82 +403,12 @@ def _runner(workers: int, ray: str | None) -> Any:
     return places.here if workers == 1 else partial(places.in_processes, workers=workers)
 
 
-def _print_parity(comparison: Any) -> None:
-    table = _table("bundle", "status", "clips", "top-1", "reference", "agreement", "KL", "largest logit error")
-    for one in comparison.measured:
-        p = one.parity
-        interval = f"{_percent(p.agreement)} ({_percent(p.agreement_low)}-{_percent(p.agreement_high)})"
-        table.add_row(
-            one.bundle.name, p.status, str(p.clips), _percent(p.top1), _percent(p.top1_reference),
-            interval, _number(p.kl), _number(p.max_abs_error),
-        )  # fmt: skip
-    out.print(table)
-    for one in comparison.measured:
-        flipped = [clip for clip in one.worst if clip.flipped]
-        if flipped:
-            first = flipped[0]
-            sure = f"{one.parity.sure_flips:.1%} where the reference was sure"
-            line = (
-                f"{one.bundle.name}: flips {sure}; worst clip {first.name}: {first.reference[0]} -> {first.bundle[0]}"
-            )
-            out.print(escape(line), highlight=False, soft_wrap=True)
-
-
-def _print_video(watched: dict[str, Any] | None) -> None:
-    if watched is None:
-        return
-    health = watched["stream"]
-    out.print(
-        f"{escape(watched['source'])}: {health['frames']} frames, {health['fps']:.2f} fps, drift "
-        f"{health['fps_drift_percent']:.2f} %, {health['dropped']} dropped, {health['duplicated']} repeated; "
-        f"{watched['windows']} windows, {watched['reference']['onsets']} changes of the reference's answer",
-        highlight=False,
-        soft_wrap=True,
-    )
-    table = _table("bundle", "agreement", "flip rate", "changes", "missed", "mean delay", "largest delay")
-    for one in [{"name": "reference", **watched["reference"]}, *watched["bundles"]]:
-        delays = [one.get("onset_delay_mean_s"), one.get("onset_delay_max_s")]
-        table.add_row(
-            one["name"], _percent(one.get("agreement")), _percent(one["flip_rate"]), str(one["onsets"]),
-            str(one.get("missed", "-")), *("-" if delay is None else f"{delay:.2f} s" for delay in delays),
-        )  # fmt: skip
-    out.print(table)
-
-
-def _print_layers(curves: Sequence[Any]) -> None:
-    if not curves:
-        return
-    table = _table("layer", *(f"{curve.name}, dB" for curve in curves))
-    ratios = [{found.layer: found.sqnr_db for found in curve.curve} for curve in curves]
-    for layer in dict.fromkeys(found.layer for curve in curves for found in curve.curve):
-        table.add_row(layer, *(f"{known[layer]:.1f}" if layer in known else "-" for known in ratios))
-    out.print(table)
-    for curve in curves:
-        jump = f"the error jumps at {curve.first_jump}" if curve.first_jump else "no layer where the error jumps"
-        said = curve.note or jump
-        out.print(f"{escape(curve.name)}: {said}", highlight=False)
-
-
-def _print_prediction(source: str, prediction: Prediction, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"source": source, **prediction.to_json()}), flush=True)  # noqa: T201
-        return
-    scores = "  ".join(f"{label} {score:.2f}" for label, score in list(prediction.scores.items())[1:])
-    span = "" if prediction.start is None else f"{prediction.start:6.2f}-{prediction.end:.2f} s  "
-    out.print(
-        f"{escape(Path(source).name)}  {span}[bold]{escape(prediction.label)}[/] {prediction.score:.2f}  "
-        f"[dim]{escape(scores)}  {prediction.latency_ms:.0f} ms[/]",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
 def _kernels(b: Bundle) -> dict[int, Any] | None:
     """The learned kernels of a bundle's tubes, when its checkpoint can be read here."""
     try:
         model = need("edgetube.model.checkpoints", "export").of_bundle(b).model
     except EdgetubeError as error:
-        err.print(f"without kernels: {error}", highlight=False, soft_wrap=True)
+        terminal.warn("note", f"without kernels: {error}")
         return None
     return {i: model.tubes.weight(i).detach().numpy() for i in b.spec.active}
 
@@ -599,94 +457,3 @@ def _bundle_row(b: Bundle) -> dict[str, Any]:
         "agreement": b.parity.get("agreement"),
         "max_abs_error": b.parity.get("max_abs_error"),
     }
-
-
-def _facts(b: Bundle) -> Iterator[tuple[str, str]]:
-    spec, graph = b.spec, b.build.get("graph", {})
-    yield "target", f"{b.target} ({b.backend}, {b.precision}), {b.status}"
-    yield "input", f"{b.batch} x {b.contract.shape} uint8 RGB at {b.contract.fps or 'any'} fps"
-    yield (
-        "tubes",
-        "; ".join(
-            f"{tube} every {'x'.join(map(str, tube.stride))} -> {'x'.join(map(str, grid))} tokens"
-            for tube, grid in zip((spec.tubes[i] for i in spec.active), spec.grids, strict=True)
-        ),
-    )
-    yield "encoder", f"{spec.tokens} tokens, width {spec.width}, {spec.depth} blocks, {spec.heads} heads"
-    yield "work", f"{spec.macs() / 1e9:.2f} GMAC, {b.artifact_bytes / 1e6:.1f} MB"
-    yield "labels", ", ".join(b.labels[:12]) + (" ..." if len(b.labels) > 12 else "")
-    if ops := graph.get("ops"):
-        yield "graph", ", ".join(f"{n} {op}" for op, n in sorted(ops.items(), key=lambda item: -item[1]))
-    if layers := b.build.get("layers"):
-        yield "engine", ", ".join(f"{key.replace('_', ' ')} {_counts(value)}" for key, value in layers.items())
-    if command := b.build.get("command"):
-        yield "by hand", command
-    lowering = b.build["lowering"]
-    times = ", ".join(f"{name} {t['p50_ms']:.2f} ms" for name, t in lowering.get("timings", {}).items())
-    yield "lowering", f"{lowering['chosen']}: {lowering['why']}" + (f" ({times})" if times else "")
-    yield "proof", ", ".join(f"{k} {_number(v) if isinstance(v, float) else v}" for k, v in b.parity.items())
-    yield "checkpoint", f"{b.checkpoint['source']} sha256 {b.checkpoint['sha256'][:12]}"
-    yield "made by", ", ".join(f"{k} {v}" for k, v in b.versions.items())
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on a terminal, plain lines on stderr in a pipe."""
-    if not err.is_terminal:
-        yield _plain
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Bar(*columns, console=err, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total or None)
-            bar.update(tasks[stage], completed=done)
-
-        yield show
-
-
-def _plain(stage: str, done: int, total: int) -> None:
-    if done == total:
-        print(f"{stage}: done ({total})" if total > 1 else f"{stage}: done", file=sys.stderr, flush=True)  # noqa: T201
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=i == 0)
-    return table
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2), flush=True)  # noqa: T201
-
-
-def _yes(missing: tuple[str, ...]) -> str:
-    return f"[red]no:[/] needs {', '.join(missing)}" if missing else "[green]yes[/]"
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
-
-
-def _counts(value: Any) -> str:
-    """A count, a table of counts, or how many things a list names."""
-    if isinstance(value, dict):
-        return " + ".join(f"{count} {name}" for name, count in value.items()) or "0"
-    return str(len(value) if isinstance(value, list) else value)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"

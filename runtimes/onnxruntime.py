@@ -51,8 +51,8 @@ class Session(Backend):
         device: "cpu" (default), "cuda", "directml" or "coreml".
 
     Raises:
-        InputError: the device is unknown, or this ONNX Runtime was not built for it.
-        BackendError: ONNX Runtime refuses the file.
+        InputError: the device is unknown.
+        BackendError: this ONNX Runtime was not built for the device, or refuses the file.
     """
 
     thread_safe = True
@@ -207,7 +207,7 @@ def _provider(device: str) -> str:
     if device not in PROVIDERS:
         raise InputError(f"no device is called {device!r} here; ONNX Runtime knows {', '.join(PROVIDERS)}")
     if PROVIDERS[device] not in (available := ort.get_available_providers()):
-        raise InputError(f"this ONNX Runtime was not built for {device}; it has {', '.join(available)}")
+        raise BackendError(f"this ONNX Runtime was not built for {device}; it has {', '.join(available)}")
     return PROVIDERS[device]
 
 

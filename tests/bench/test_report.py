@@ -46,6 +46,12 @@ class TestRows:
         assert [row["short"] for row in made.rows if row["verdict"] == "differs"] == ["coreml-w4"]
         assert made.rows[0]["verdict"] == "reference"
 
+    def test_the_reference_has_its_own_top1_where_it_was_timed(self, made, example):
+        parity, bench = example.parity(), example.bench()
+        assert made.rows[0]["top1"] == parity["bundles"][0]["top1_reference"]
+        parity["reference"]["runtime"] = "another"
+        assert report.assemble(parity, bench, strip).rows[0]["top1"] is None
+
     def test_the_headline_counts(self, made):
         assert report.headline(made) == (
             "10 of 11 targets answer like PyTorch; openvino-int8 is the fastest of the 6 that run here, 2.4 ms a call, "
@@ -231,3 +237,10 @@ def test_a_folder_becomes_a_page(tiny_bundle, tmp_path, capsys):
     assert "turns: done" not in again.err
     assert again.out.count("\n| ") == 3
     assert (tmp_path / "other.html").read_text("utf-8").count("<svg") == page.count("<svg")
+
+    with pytest.raises(SystemExit):
+        cli.main(line)
+    table = capsys.readouterr().out
+    assert all(f"{column}" in table for column in report.COLUMNS)
+    assert re.search(r"onnx-fp32 +agrees +100\.0 %", table)
+    assert "1 of 1 targets answer like PyTorch" in table

@@ -115,7 +115,7 @@ def test_bad_options_are_refused(tiny_bundle, rt, clips):
         edgetube.Runtime(tiny_bundle, threads=0)
     with pytest.raises(InputError, match="no device is called 'abacus'"):
         edgetube.Runtime(tiny_bundle, device="abacus")
-    with pytest.raises(InputError, match="not built for cuda"):
+    with pytest.raises(BackendError, match="not built for cuda"):
         edgetube.Runtime(tiny_bundle, device="cuda")
     with pytest.raises(InputError, match="top_k is 0"):
         rt.predict(clips[0], top_k=0)

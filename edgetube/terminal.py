@@ -1,0 +1,294 @@
+"""What a person sees on a terminal: progress, tables, one line for each finding. Nothing is computed here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from edgetube.bundle import Bundle
+from edgetube.health import Check
+from edgetube.progress import Progress
+from edgetube.spec import Prediction
+from edgetube.targets import Target
+
+out = Console(width=None if sys.stdout.isatty() else 140)
+err = Console(stderr=True)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar on a terminal, plain lines on stderr in a pipe."""
+    if not err.is_terminal:
+        yield _plain
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=err, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total or None)
+            bar.update(tasks[stage], completed=done)
+
+        yield show
+
+
+def _plain(stage: str, done: int, total: int) -> None:
+    if done == total:
+        print(f"{stage}: done ({total})" if total > 1 else f"{stage}: done", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def table(*columns: str) -> Table:
+    """An empty table of the house's look."""
+    found = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        found.add_column(column, overflow="fold", no_wrap=i == 0)
+    return found
+
+
+def say(text: str) -> None:
+    """A finding, as it is, in one line."""
+    out.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def warn(kind: str, text: str) -> None:
+    """A `note` or `warning` beside the result."""
+    err.print(f"[yellow]{kind}:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def error(text: str) -> None:
+    """Why it ended."""
+    err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def wrote(path: Path) -> None:
+    """That a file is there now."""
+    err.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """For programs."""
+    print(json.dumps(value, indent=indent), flush=True)  # noqa: T201
+
+
+def targets(known: Iterable[Target]) -> None:
+    """Who can be built and run here, and how to get what is missing."""
+    known = list(known)
+    found = table("target", "build here", "run here", "what it is")
+    for t in known:
+        found.add_row(t.name, _yes(t.missing(t.build_needs)), _yes(t.missing(t.run_needs)), t.summary)
+    out.print(found)
+    for remedy in sorted({t.remedy for t in known} - {""}):
+        out.print(f"to install what is missing: [bold]{escape(remedy)}[/]", highlight=False)
+
+
+def exported(made: Sequence[Bundle], rows: Sequence[Mapping[str, Any]]) -> None:
+    """The bundles that `edgetube export` wrote, with their rows of `--json`."""
+    found = table("bundle", "status", "size", "lowering", "agreement", "largest logit error")
+    for row in rows:
+        found.add_row(
+            row["bundle"], row["status"], f"{row['bytes'] / 1e6:.1f} MB", str(row["lowering"]),
+            percent(row["agreement"]), number(row["max_abs_error"]),
+        )  # fmt: skip
+    out.print(found)
+    for b in made:
+        if int8 := b.build.get("int8"):
+            say(f"{b.name}: {int8['summary']}")
+            for note in int8["notes"]:
+                warn("warning", note)
+    if made:
+        out.print(f"next: [bold]edgetube run {made[0].path} VIDEO[/]", highlight=False)
+
+
+def checks(found: Iterable[Check]) -> None:
+    """What `edgetube doctor` looked at."""
+    rows = table("check", "", "what was found")
+    for check in found:
+        rows.add_row(check.name, "[green]ok[/]" if check.ok else "[bold red]failed[/]", escape(check.detail))
+    out.print(rows)
+
+
+def bundle(found: Bundle) -> None:
+    """What is in a bundle."""
+    rows = table("", found.name)
+    for key, value in _facts(found):
+        rows.add_row(key, escape(value))
+    out.print(rows)
+
+
+def parity(document: Mapping[str, Any]) -> None:
+    """The document of `edgetube parity --json`."""
+    found = table("bundle", "status", "clips", "top-1", "reference", "agreement", "KL", "largest logit error")
+    for row in document["bundles"]:
+        interval = f"{percent(row['agreement'])} ({percent(row['agreement_low'])}-{percent(row['agreement_high'])})"
+        found.add_row(
+            row["name"], row["status"], str(row["clips"]), percent(row["top1"]), percent(row["top1_reference"]),
+            interval, number(row["kl"]), number(row["max_abs_error"]),
+        )  # fmt: skip
+    out.print(found)
+    for row in document["bundles"]:
+        if flipped := [clip for clip in row["worst"] if clip["flipped"]]:
+            change = " -> ".join(flipped[0][key]["label"] for key in ("reference", "bundle"))
+            say(
+                f"{row['name']}: flips {percent(row['sure_flips'])} where the reference was sure; worst clip "
+                f"{flipped[0]['name']}: {change}"
+            )
+    if document["video"]:
+        _video(document["video"])
+    if document["layers"]:
+        _layers(document["layers"])
+
+
+def _video(watched: Mapping[str, Any]) -> None:
+    health = watched["stream"]
+    say(
+        f"{watched['source']}: {health['frames']} frames, {health['fps']:.2f} fps, drift "
+        f"{health['fps_drift_percent']:.2f} %, {health['dropped']} dropped, {health['duplicated']} repeated; "
+        f"{watched['windows']} windows, {watched['reference']['onsets']} changes of the reference's answer"
+    )
+    found = table("bundle", "agreement", "flip rate", "changes", "missed", "mean delay", "largest delay")
+    for one in [{"name": "reference", **watched["reference"]}, *watched["bundles"]]:
+        delays = [one.get("onset_delay_mean_s"), one.get("onset_delay_max_s")]
+        found.add_row(
+            one["name"], percent(one.get("agreement")), percent(one["flip_rate"]), str(one["onsets"]),
+            str(one.get("missed", "-")), *("-" if delay is None else f"{delay:.2f} s" for delay in delays),
+        )  # fmt: skip
+    out.print(found)
+
+
+def _layers(curves: Sequence[Mapping[str, Any]]) -> None:
+    found = table("layer", *(f"{curve['name']}, dB" for curve in curves))
+    ratios = [{one["layer"]: one["sqnr_db"] for one in curve["curve"]} for curve in curves]
+    for layer in dict.fromkeys(one["layer"] for curve in curves for one in curve["curve"]):
+        found.add_row(layer, *(_decibels(known[layer]) if layer in known else "-" for known in ratios))
+    out.print(found)
+    for curve in curves:
+        jump = f"the error jumps at {curve['first_jump']}" if curve["first_jump"] else "no layer where the error jumps"
+        say(f"{curve['name']}: {curve['note'] or jump}")
+
+
+def _decibels(ratio: float | None) -> str:
+    return "exact" if ratio is None else f"{ratio:.1f}"
+
+
+def bench(document: Mapping[str, Any], notes: Sequence[str]) -> None:
+    """The document of `edgetube bench --json`, and what there is to say about it."""
+    found = table("bundle", "threads", "p50 ms", "p90", "p99", "clips/s", "prepare", "cold start", "memory", "of peak")
+    for row in document["bundles"]:
+        if row["p50_ms"] is None:
+            found.add_row(row["name"], row["status"])
+            continue
+        found.add_row(
+            row["name"], str(row["threads"] or "default"),
+            f"{row['p50_ms']:.2f} ±{row['noise']:.1%}", f"{row['p90_ms']:.2f}", f"{row['p99_ms']:.2f}",
+            f"{row['throughput']:.1f}", f"{row['preprocess_ms']:.1f} ms", f"{row['cold_start_ms']:.0f} ms",
+            f"{row['peak_mb']:.0f} MB" if row["peak_mb"] else "-", percent(row["peak_share"]),
+        )  # fmt: skip
+    out.print(found)
+    if paced := [row for row in document["bundles"] if row["camera"]]:
+        found = table(
+            f"camera, {paced[0]['camera']['fps']:g} fps",
+            "p50 ms",
+            "p99",
+            "due",
+            "late",
+            "late frames",
+            "dropped",
+            "idle",
+        )
+        for name, row in ((row["name"], row["camera"]) for row in paced):
+            found.add_row(
+                name, f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}", f"{row['due_ms']:.0f}",
+                f"{row['late']} of {row['predictions']}", str(row["late_frames"]),
+                f"{row['dropped_frames']} of {row['frames']}", percent(row["idle_share"]),
+            )  # fmt: skip
+        out.print(found)
+    for note in notes:
+        warn("note", note)
+
+
+def report(columns: Sequence[str], rows: Sequence[Sequence[str]], headline: str) -> None:
+    """The verdicts of `edgetube report`, and the one sentence."""
+    found = table(*columns)
+    for row in rows:
+        found.add_row(*row)
+    out.print(found)
+    say(headline)
+
+
+def prediction(source: str, found: Prediction) -> None:
+    """One answer of `edgetube run`."""
+    scores = "  ".join(f"{label} {score:.2f}" for label, score in list(found.scores.items())[1:])
+    span = "" if found.start is None else f"{found.start:6.2f}-{found.end:.2f} s  "
+    out.print(
+        f"{escape(Path(source).name)}  {span}[bold]{escape(found.label)}[/] {found.score:.2f}  "
+        f"[dim]{escape(scores)}  {found.latency_ms:.0f} ms[/]",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _facts(b: Bundle) -> Iterator[tuple[str, str]]:
+    spec, graph = b.spec, b.build.get("graph", {})
+    yield "target", f"{b.target} ({b.backend}, {b.precision}), {b.status}"
+    yield "input", f"{b.batch} x {b.contract.shape} uint8 RGB at {b.contract.fps or 'any'} fps"
+    yield (
+        "tubes",
+        "; ".join(
+            f"{tube} every {'x'.join(map(str, tube.stride))} -> {'x'.join(map(str, grid))} tokens"
+            for tube, grid in zip((spec.tubes[i] for i in spec.active), spec.grids, strict=True)
+        ),
+    )
+    yield "encoder", f"{spec.tokens} tokens, width {spec.width}, {spec.depth} blocks, {spec.heads} heads"
+    yield "work", f"{spec.macs() / 1e9:.2f} GMAC, {b.artifact_bytes / 1e6:.1f} MB"
+    yield "labels", ", ".join(b.labels[:12]) + (" ..." if len(b.labels) > 12 else "")
+    if ops := graph.get("ops"):
+        yield "graph", ", ".join(f"{n} {op}" for op, n in sorted(ops.items(), key=lambda item: -item[1]))
+    if layers := b.build.get("layers"):
+        yield "engine", ", ".join(f"{key.replace('_', ' ')} {_counts(value)}" for key, value in layers.items())
+    if command := b.build.get("command"):
+        yield "by hand", command
+    lowering = b.build["lowering"]
+    times = ", ".join(f"{name} {t['p50_ms']:.2f} ms" for name, t in lowering.get("timings", {}).items())
+    yield "lowering", f"{lowering['chosen']}: {lowering['why']}" + (f" ({times})" if times else "")
+    yield "proof", ", ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in b.parity.items())
+    yield "checkpoint", f"{b.checkpoint['source']} sha256 {b.checkpoint['sha256'][:12]}"
+    yield "made by", ", ".join(f"{k} {v}" for k, v in b.versions.items())
+
+
+def _yes(missing: tuple[str, ...]) -> str:
+    return f"[red]no:[/] needs {', '.join(missing)}" if missing else "[green]yes[/]"
+
+
+def percent(share: float | None) -> str:
+    """A share as per cent; a dash where there is none."""
+    return "-" if share is None else f"{share:.1%}"
+
+
+def number(value: float | None) -> str:
+    """Three digits; a dash where there is none."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _counts(value: Any) -> str:
+    """A count, a table of counts, or how many things a list names."""
+    if isinstance(value, dict):
+        return " + ".join(f"{count} {name}" for name, count in value.items()) or "0"
+    return str(len(value) if isinstance(value, list) else value)
