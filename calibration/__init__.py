@@ -34,7 +34,7 @@ class Calibrated:
 
     Attributes:
         values: the initializers that calibration changed, folded and bias-corrected, by name.
-        table: for the graph with those values.
+        table: for the graph with those values, prepared for the table's scheme.
         judge: the clips that accuracy was judged on, and the float graph's answers to them.
         report: what was found, plain JSON, for the manifest.
     """
@@ -78,6 +78,7 @@ def calibrate(
     reference = search.answers(model, judged, open_graph, "float answers", progress)
     judge = Judge(judged, reference, max_drop)
     kept = Cache(cache or workspace / "cache", _key(model, statistics, judge, activations, versions or {}))
+    model = graphs.prepared(model, activations)
     if (finished := kept.result()) is not None:
         values, table, report = finished
         return Calibrated(values, table, judge, {**report, "notes": list(statistics.notes), "cached": True})

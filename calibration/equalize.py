@@ -4,6 +4,7 @@ A linear reads x; its producer can be changed to give (x - shift) / scale per ch
 W' = scale * W, b' = b + shift W: the same function in floating point, but a tensor that one range fits better.
 SmoothQuant (Xiao et al., 2022) is scale = max|x|^alpha / max|W|^(1 - alpha) without shift; RepQ-ViT (Li et al., 2022)
 scales every channel to the same range and shifts it to its middle. Which one is used is measured, linear by linear.
+Behind a GELU nothing can be scaled, but int8 can be given the zero point that it lacks (`centre`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edgetube.calibration import observers
 from edgetube.calibration.numeric import fake_activations, fake_weights, full_scales, output_error
-from edgetube.calibration.table import Activations, Range
+from edgetube.calibration.observers import Histogram
+from edgetube.calibration.table import LEVELS, Activations, Range
 
 Array = npt.NDArray[np.float32]
 
@@ -51,12 +54,14 @@ class Equalisation:
         name: "none", "smooth 0.5", "shift + smooth 0.5", "repq".
         scale, shift: (K,) float32.
         error: relative output error with everything quantised, on the sampled rows.
+        range: the range that the shift was made for; None leaves it to the observers.
     """
 
     name: str
     scale: Array
     shift: Array
     error: float = np.inf
+    range: Range | None = None
 
     @property
     def identity(self) -> bool:
@@ -112,6 +117,32 @@ def choose(rows: Array, seen: Channels, weight: Array, activations: Activations)
     assert plain is not None
     assert best is not None
     return best if best.error < GAIN * plain.error else plain
+
+
+def centre(rows: Array, seen: Histogram, weight: Array) -> Equalisation:
+    """For what int8 is to hold and lies on one side of zero: the zero point that int8 lacks, as a shift.
+
+    The best range with a zero point gives scale and shift = (128 - zero point) * scale: the integers are those of uint8
+    less 128, and what was zero is still exact, where a constant error would be one of every token.
+
+    Args:
+        rows: sampled rows (R, K).
+        seen: histogram of the tensor.
+        weight: (K, N) of the linear that reads it.
+    """
+    exact, quantised = rows @ weight, fake_weights(weight, full_scales(weight))
+
+    def best(activations: Activations) -> tuple[float, Range]:
+        found = list(observers.candidates(seen, activations))
+        errors = [output_error(exact, fake_activations(rows, r, activations), quantised) for r in found]
+        return min(zip(errors, found, strict=True), key=lambda pair: pair[0])
+
+    one, (plain, _), (error, found) = np.ones(len(weight), np.float32), best("int8"), best("uint8")
+    if error >= GAIN * plain:
+        return Equalisation("none", one, np.zeros_like(one), plain)
+    scale, zero = found.asymmetric
+    shift = np.float32(np.float16((128 - zero) * scale))  # half precision subtracts exactly what the bias adds
+    return Equalisation("centre", one, one * shift, error, Range(-LEVELS * scale, LEVELS * scale, "zero point"))
 
 
 def _error(option: Equalisation, rows: Array, weight: Array, exact: Array, activations: Activations) -> float:

@@ -25,6 +25,9 @@ Evaluate = Callable[[Mapping[str, npt.NDArray[np.generic]]], list[Array]]
 Open = Callable[[onnx.ModelProto], Evaluate]
 """Opens a graph for running: how calibration reaches a runtime without knowing which."""
 
+CENTRED = ".centred"
+"""How the name of a tensor ends that is a GELU's output and a constant."""
+
 BLOCK = re.compile(r"blocks\.(\d+)(?:\.|$)")
 
 
@@ -110,6 +113,64 @@ def linears(model: onnx.ModelProto) -> tuple[Linear, ...]:
         bias = next((name for name in add.input if shapes.get(name) == shape[1:]), None) if add else None
         found.append(Linear(weight.removesuffix(".weight"), node.name, node.input[0], weight, bias))
     return tuple(found)
+
+
+def prepared(model: onnx.ModelProto, activations: Activations) -> onnx.ModelProto:
+    """The graph with a place for everything that calibration may want to fold in under a scheme.
+
+    int8 has no zero point, and half of it would be for the negative values that GELU does not give: behind every GELU
+    that a linear reads stands an Add of a constant, still zero, see `centres`.
+    """
+    if activations != "int8":
+        return model
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    known = {value.name: value for value in graph.value_info}
+    readers = {linear.activation: linear.node for linear in linears(model)}
+    nodes: list[onnx.NodeProto] = []
+    moved: dict[str, str] = {}
+    for source in model.graph.node:
+        node = _copied(source)
+        if (name := node.input[0] if node.input else "") in moved and node.name == readers[name]:
+            node.input[0] = moved[name]
+        nodes.append(node)
+        if node.op_type != "Gelu" or (tensor := node.output[0]) not in readers:
+            continue
+        moved[tensor], constant = f"{tensor}{CENTRED}", f"{tensor}.centre"
+        nodes.append(helper.make_node("Add", [tensor, constant], [moved[tensor]], name=moved[tensor]))
+        graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.float32), constant))
+        value = graph.value_info.add()
+        value.CopyFrom(known[tensor])
+        value.name = moved[tensor]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return result
+
+
+def centres(model: onnx.ModelProto) -> dict[str, str]:
+    """The Adds of `prepared`: tensor that they give -> initializer (1,) that they add."""
+    return {node.output[0]: node.input[1] for node in model.graph.node if node.output[0].endswith(CENTRED)}
+
+
+def without_idle_centres(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph without those Adds that add nothing."""
+    known = weights(model)
+    idle = {tensor: constant for tensor, constant in centres(model).items() if not np.any(known[constant])}
+    if not idle:
+        return model
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    nodes = [_copied(node) for node in model.graph.node if node.output[0] not in idle]
+    for node in nodes:
+        node.input[:] = [name.removesuffix(CENTRED) if name in idle else name for name in node.input]
+    tensors = [tensor for tensor in model.graph.initializer if tensor.name not in idle.values()]
+    types = [value for value in model.graph.value_info if value.name not in idle]
+    for field, items in ((graph.node, nodes), (graph.initializer, tensors), (graph.value_info, types)):
+        del field[:]
+        field.extend(items)
+    return result
 
 
 def products(model: onnx.ModelProto) -> dict[str, tuple[str, str]]:

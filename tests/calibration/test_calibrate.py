@@ -45,6 +45,41 @@ def test_folding_does_not_change_the_float_graph(walk, clips, answer):
     np.testing.assert_allclose(answer(folded, clips[1]), answer(walk.model, clips[1]), atol=2e-4)
 
 
+class TestCentres:
+    """The zero point that int8 lacks, behind a GELU."""
+
+    @pytest.fixture
+    def prepared(self, hard_graph):
+        return graphs.prepared(hard_graph.model, "int8")
+
+    def test_a_place_that_is_not_used_leaves_nothing(self, hard_graph, prepared):
+        assert len(graphs.centres(prepared)) == 2  # blocks
+        assert graphs.digest(graphs.without_idle_centres(prepared)) == graphs.digest(hard_graph.model)
+        assert graphs.prepared(hard_graph.model, "uint8") is hard_graph.model
+
+    def test_the_float_graph_stays_what_it_was(self, prepared, hard_graph, clips, answer, tmp_path):
+        walk = Walk(prepared, clips[0], export.evaluator(), "int8", tmp_path)
+        state = State()
+        walk.choose(state)
+        assert {c.equalisation for name, c in state.choices.items() if name.endswith("fc2")} == {"centre"}
+        folded = graphs.replaced(prepared, state.values)
+        np.testing.assert_allclose(answer(folded, clips[1]), answer(hard_graph.model, clips[1]), atol=2e-4)
+
+    def test_int8_is_then_as_exact_as_uint8(self, calibrated, hard_graph, clips, answer):
+        exact = answer(hard_graph.model, clips[1])
+        ratios = {}
+        for scheme, found in calibrated.items():
+            equalised, table = apply(found, hard_graph)
+            ratios[scheme] = metrics.sqnr(exact, answer(qdq(equalised.model, table), clips[1]))
+        assert ratios["int8"] > ratios["uint8"] - 1.5  # dB
+
+    def test_the_artifact_reads_the_shifted_tensor(self, calibrated, hard_graph):
+        _, table = apply(calibrated["int8"], hard_graph)
+        read = {plan.name: plan.activation for plan in table.linears}
+        assert read["blocks.0.mlp.fc2"] == "blocks.0.mlp.act.centred"
+        assert "blocks.0.mlp.act" not in table.ranges
+
+
 def test_a_folding_that_changes_the_graph_is_caught(walk, monkeypatch):
     monkeypatch.setattr("edgetube.calibration.equalize.Equalisation.bias", lambda self, weight, bias: bias + 0.1)
     with pytest.raises(ParityError, match="folding changed blocks"):

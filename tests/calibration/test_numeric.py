@@ -6,7 +6,8 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from edgetube.calibration import numeric
+from edgetube.calibration import equalize, numeric
+from edgetube.calibration.observers import Histogram
 from edgetube.calibration.table import Range
 
 
@@ -60,3 +61,29 @@ def test_clipping_is_chosen_by_the_error_at_the_output(rng):
     tried = np.stack([cost((full * np.float32(s)).astype(np.float32)) for s in numeric.CLIPS])
     np.testing.assert_allclose(cost(best), tried.min(axis=0), rtol=1e-5)
     assert (cost(best) <= cost(full)).all()
+
+
+def test_a_centre_is_the_zero_point_that_int8_lacks(rng):
+    """What GELU gives: the integers are those of uint8 less 128, zero stays exact, the error is that of uint8."""
+    x = rng.standard_normal((500, 12)) * 3
+    rows = (x / (1 + np.exp(-1.702 * x))).astype(np.float32)
+    weight = rng.standard_normal((12, 5)).astype(np.float32)
+    seen = Histogram()
+    seen.add(rows)
+    found = equalize.centre(rows, seen, weight)
+    assert found.name == "centre"
+    assert found.range is not None
+    shift, scale = found.shift[0], found.range.symmetric
+    assert shift == np.float16(shift)
+    assert shift / scale == pytest.approx(round(shift / scale), abs=0.1)
+    shifted = numeric.fake_activations(rows - shift, found.range, "int8") + shift
+    plain = numeric.fake_activations(rows, Range(float(rows.min()), float(rows.max()), "min-max"), "int8")
+    assert np.square(shifted - rows).mean() < 0.4 * np.square(plain - rows).mean()
+
+
+def test_what_lies_around_zero_needs_no_centre(rng):
+    half = rng.standard_normal((500, 12)).astype(np.float32)
+    rows = np.concatenate([half, -half])
+    seen = Histogram()
+    seen.add(rows)
+    assert equalize.centre(rows, seen, rng.standard_normal((12, 5)).astype(np.float32)).identity
