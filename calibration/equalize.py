@@ -4,13 +4,13 @@ A linear reads x; its producer can be changed to give (x - shift) / scale per ch
 W' = scale * W, b' = b + shift W: the same function in floating point, but a tensor that one range fits better.
 SmoothQuant (Xiao et al., 2022) is scale = max|x|^alpha / max|W|^(1 - alpha) without shift; RepQ-ViT (Li et al., 2022)
 scales every channel to the same range and shifts it to its middle. Which one is used is measured, linear by linear.
-Behind a GELU nothing can be scaled, but int8 can be given the zero point that it lacks (`centre`).
+Behind a GELU either is an operator of its own and has to be worth it (`behind_gelu`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,8 @@ QUANTILES = (0.0, 1e-4, 1e-3)
 QUANTILE_VALUES = 100_003
 """Values that those quantiles are read off, a prime so that no channel is left out."""
 
-GAIN = 0.97
-"""An equalisation must bring the error below this share of the plain one's."""
+GAIN, HALF = 0.97, 0.5
+"""An equalisation must bring the error below this share of the plain one's; one that costs an operator, below half."""
 
 
 @dataclass(frozen=True)
@@ -119,30 +119,50 @@ def choose(rows: Array, seen: Channels, weight: Array, activations: Activations)
     return best if best.error < GAIN * plain.error else plain
 
 
-def centre(rows: Array, seen: Histogram, weight: Array) -> Equalisation:
-    """For what int8 is to hold and lies on one side of zero: the zero point that int8 lacks, as a shift.
+def behind_gelu(rows: Array, seen: Channels, weight: Array, activations: Activations) -> Equalisation:
+    """For a tensor whose producer can take neither scale nor shift, so that each is one more operator.
 
-    The best range with a zero point gives scale and shift = (128 - zero point) * scale: the integers are those of uint8
-    less 128, and what was zero is still exact, where a constant error would be one of every token.
+    A scale for each channel has to halve the error. For int8, which has no zero point, half of the integers would be
+    for negative values that GELU does not give: the best range with a zero point gives scale and centre =
+    (zero point - 128) * scale. The integers are then those of uint8 less 128, and what was zero is still exact, where
+    a constant error would be one of every token.
 
     Args:
         rows: sampled rows (R, K).
-        seen: histogram of the tensor.
-        weight: (K, N) of the linear that reads it.
+        weight: (K, N) of the linear that reads them.
     """
-    exact, quantised = rows @ weight, fake_weights(weight, full_scales(weight))
+    exact = rows @ weight
+    options = (option for option in candidates(seen, weight) if not option.shift.any())
+    plain, *scaled = (replace(o, error=_error(o, rows, weight, exact, "uint8")) for o in options)
+    chosen = min(scaled, key=lambda option: option.error)
+    if chosen.error < HALF * plain.error:
+        gain = (1 / chosen.scale).astype(np.float16).astype(np.float32)  # half precision multiplies by just this
+        chosen = replace(chosen, scale=1 / gain)
+    else:
+        chosen = plain
+    return _centred(chosen, rows, weight) if activations == "int8" else chosen
+
+
+def _centred(chosen: Equalisation, rows: Array, weight: Array) -> Equalisation:
+    """The same with a shift that is the zero point that int8 lacks, where that lowers the error."""
+    x, w = chosen.apply(rows), chosen.weight(weight)
+    exact, quantised = x @ w, fake_weights(w, full_scales(w))
+    seen = Histogram()
+    seen.add(x)
 
     def best(activations: Activations) -> tuple[float, Range]:
         found = list(observers.candidates(seen, activations))
-        errors = [output_error(exact, fake_activations(rows, r, activations), quantised) for r in found]
+        errors = [output_error(exact, fake_activations(x, r, activations), quantised) for r in found]
         return min(zip(errors, found, strict=True), key=lambda pair: pair[0])
 
-    one, (plain, _), (error, found) = np.ones(len(weight), np.float32), best("int8"), best("uint8")
+    (plain, _), (error, found) = best("int8"), best("uint8")
     if error >= GAIN * plain:
-        return Equalisation("none", one, np.zeros_like(one), plain)
+        return chosen
     scale, zero = found.asymmetric
-    shift = np.float32(np.float16((128 - zero) * scale))  # half precision subtracts exactly what the bias adds
-    return Equalisation("centre", one, one * shift, error, Range(-LEVELS * scale, LEVELS * scale, "zero point"))
+    middle = np.float32(np.float16((128 - zero) * scale))  # half precision subtracts just this
+    name = "centre" if chosen.identity else f"{chosen.name} + centre"
+    around = Range(-LEVELS * scale, LEVELS * scale, "zero point")
+    return replace(chosen, name=name, shift=middle * chosen.scale, error=error, range=around)
 
 
 def _error(option: Equalisation, rows: Array, weight: Array, exact: Array, activations: Activations) -> float:

@@ -25,8 +25,9 @@ Evaluate = Callable[[Mapping[str, npt.NDArray[np.generic]]], list[Array]]
 Open = Callable[[onnx.ModelProto], Evaluate]
 """Opens a graph for running: how calibration reaches a runtime without knowing which."""
 
-CENTRED = ".centred"
-"""How the name of a tensor ends that is a GELU's output and a constant."""
+SCALED, CENTRED = ".scaled", ".centred"
+CONSTANTS = {SCALED: ".gain", CENTRED: ".centre"}
+"""How the names of tensors end that `prepared` puts behind a GELU, and those of the constants that make them."""
 
 BLOCK = re.compile(r"blocks\.(\d+)(?:\.|$)")
 
@@ -115,14 +116,21 @@ def linears(model: onnx.ModelProto) -> tuple[Linear, ...]:
     return tuple(found)
 
 
-def prepared(model: onnx.ModelProto, activations: Activations) -> onnx.ModelProto:
-    """The graph with a place for everything that calibration may want to fold in under a scheme.
+@dataclass(frozen=True)
+class Place:
+    """Where an equalisation is folded in behind a GELU, which can neither be scaled nor shifted itself.
 
-    int8 has no zero point, and half of it would be for the negative values that GELU does not give: behind every GELU
-    that a linear reads stands an Add of a constant, still zero, see `centres`.
+    Attributes:
+        gain: initializer (K,) that multiplies the GELU's output.
+        centre: initializer (1,) that is added then; None where zero points do that.
     """
-    if activations != "int8":
-        return model
+
+    gain: str
+    centre: str | None
+
+
+def prepared(model: onnx.ModelProto, activations: Activations) -> onnx.ModelProto:
+    """The graph with a `Place` behind every GELU that a linear reads; its values do not change anything yet."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
@@ -132,40 +140,56 @@ def prepared(model: onnx.ModelProto, activations: Activations) -> onnx.ModelProt
     moved: dict[str, str] = {}
     for source in model.graph.node:
         node = _copied(source)
-        if (name := node.input[0] if node.input else "") in moved and node.name == readers[name]:
-            node.input[0] = moved[name]
+        if node.input and node.input[0] in moved and node.name == readers[node.input[0]]:
+            node.input[0] = moved[node.input[0]]
         nodes.append(node)
         if node.op_type != "Gelu" or (tensor := node.output[0]) not in readers:
             continue
-        moved[tensor], constant = f"{tensor}{CENTRED}", f"{tensor}.centre"
-        nodes.append(helper.make_node("Add", [tensor, constant], [moved[tensor]], name=moved[tensor]))
-        graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.float32), constant))
-        value = graph.value_info.add()
-        value.CopyFrom(known[tensor])
-        value.name = moved[tensor]
+        width = known[tensor].type.tensor_type.shape.dim[-1].dim_value
+        steps = [("Mul", tensor, SCALED, np.ones(width, np.float32))]
+        if activations == "int8":
+            steps.append(("Add", f"{tensor}{SCALED}", CENTRED, np.zeros(1, np.float32)))
+        for kind, before, suffix, idle in steps:
+            after, constant = f"{tensor}{suffix}", f"{tensor}{CONSTANTS[suffix]}"
+            nodes.append(helper.make_node(kind, [before, constant], [after], name=after))
+            graph.initializer.append(numpy_helper.from_array(idle, constant))
+            value = graph.value_info.add()
+            value.CopyFrom(known[tensor])
+            value.name = moved[tensor] = after
     del graph.node[:]
     graph.node.extend(nodes)
     return result
 
 
-def centres(model: onnx.ModelProto) -> dict[str, str]:
-    """The Adds of `prepared`: tensor that they give -> initializer (1,) that they add."""
-    return {node.output[0]: node.input[1] for node in model.graph.node if node.output[0].endswith(CENTRED)}
+def places(model: onnx.ModelProto) -> dict[str, Place]:
+    """By the tensor that a linear reads from it."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    found = {}
+    for linear in linears(model):
+        tensor = linear.activation.removesuffix(CENTRED).removesuffix(SCALED)
+        gain, centre = (f"{tensor}{CONSTANTS[suffix]}" for suffix in (SCALED, CENTRED))
+        if gain in constants:
+            found[linear.activation] = Place(gain, centre if centre in constants else None)
+    return found
 
 
-def without_idle_centres(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph without those Adds that add nothing."""
+def without_idle_places(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph without those operators of `prepared` that multiply by one or add zero."""
     known = weights(model)
-    idle = {tensor: constant for tensor, constant in centres(model).items() if not np.any(known[constant])}
-    if not idle:
-        return model
+    idle: dict[str, str] = {}
+    for node in model.graph.node:
+        for suffix, nothing in ((SCALED, 1), (CENTRED, 0)):
+            constant = node.output[0].removesuffix(suffix) + CONSTANTS[suffix]
+            if node.output[0].endswith(suffix) and constant in node.input and np.all(known[constant] == nothing):
+                idle[node.output[0]] = idle.get(node.input[0], node.input[0])
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
     nodes = [_copied(node) for node in model.graph.node if node.output[0] not in idle]
     for node in nodes:
-        node.input[:] = [name.removesuffix(CENTRED) if name in idle else name for name in node.input]
-    tensors = [tensor for tensor in model.graph.initializer if tensor.name not in idle.values()]
+        node.input[:] = [idle.get(name, name) for name in node.input]
+    used = {name for node in nodes for name in node.input}
+    tensors = [tensor for tensor in model.graph.initializer if tensor.name in used]
     types = [value for value in model.graph.value_info if value.name not in idle]
     for field, items in ((graph.node, nodes), (graph.initializer, tensors), (graph.value_info, types)):
         del field[:]

@@ -139,7 +139,7 @@ class Walk:
         self.workspace, self.progress = workspace, progress
         self.stages = graphs.stages(model)
         self.linears = graphs.linears(model)
-        self.centres = graphs.centres(model)
+        self.places = graphs.places(model)
         self.initial = {k: np.asarray(v) for k, v in graphs.weights(model).items()}
         self.input = model.graph.input[0].name
         step = max(1, len(clips) // CORRECTION_CLIPS)
@@ -162,10 +162,7 @@ class Walk:
         self, stage: Stage, linears: Sequence[Linear], streams: dict[str, Any], state: State
     ) -> dict[str, Any]:
         everything = range(len(self.clips))
-        survey = {
-            linear.activation: Sample(linear.activation, len(everything), histogram=linear.activation in self.centres)
-            for linear in linears
-        }
+        survey = {linear.activation: Sample(linear.activation, len(everything)) for linear in linears}
         outputs = self._run(stage, state.values, streams, everything, survey)
         folded = {linear.name: self._equalise(linear, survey[linear.activation], state) for linear in linears}
         samples = {name: Sample(name, len(everything), histogram=True) for name in survey}
@@ -183,10 +180,8 @@ class Walk:
         if producer is None or linear.bias is None:
             plain = np.ones(len(weight), np.float32)
             return Equalisation("none", plain, np.zeros_like(plain))
-        if sample.histogram is not None:
-            chosen = equalize.centre(sample.rows, sample.histogram, weight)
-        else:
-            chosen = equalize.choose(sample.rows, sample.channels, weight, self.activations)
+        choose = equalize.behind_gelu if linear.activation in self.places else equalize.choose
+        chosen = choose(sample.rows, sample.channels, weight, self.activations)
         if not chosen.identity:
             bias = self._value(linear.bias, state)
             state.values[linear.bias] = chosen.bias(weight, bias)
@@ -207,12 +202,14 @@ class Walk:
                 state.values[gamma] = self._value(gamma, state) / chosen.scale
 
             return into_norm
-        if constant := self.centres.get(linear.activation):
+        if place := self.places.get(linear.activation):
 
-            def into_centre(chosen: Equalisation, state: State) -> None:
-                state.values[constant] = -chosen.shift[:1]
+            def into_place(chosen: Equalisation, state: State) -> None:
+                state.values[place.gain] = 1 / chosen.scale
+                if place.centre:
+                    state.values[place.centre] = -(chosen.shift / chosen.scale)[:1]
 
-            return into_centre
+            return into_place
         qkv = linear.name.removesuffix("proj") + "qkv.weight"
         if linear.name.endswith(".attn.proj") and qkv in self.initial:
             bias = qkv.removesuffix("weight") + "bias"

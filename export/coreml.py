@@ -25,7 +25,7 @@ from edgetube.runtimes.coreml import NEEDS as RUN_NEEDS
 from edgetube.targets import Setting, Target
 
 if TYPE_CHECKING:
-    from edgetube.calibration.table import Activations, CalibrationTable, LinearPlan, Range
+    from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
     from edgetube.export.graph import Graph
 
 SETTINGS = (
@@ -72,8 +72,6 @@ TARGETS = (
     _target("int8", "linears in int8, weights and activations, for A17 Pro, M4 and later; calibrated on clips", None),
 )
 
-ACTIVATIONS: Activations = "int8"
-"""Symmetric with one scale a tensor: the only kind that coremltools makes of activations."""
 
 NOTES = {
     "frames": "RGB frames (clip, time, height, width, colour), whole numbers 0 to 255, not normalised",

@@ -327,11 +327,20 @@ class EngineLowering(Lowering):
         self.columns[node.output[0]] = self.mb.gelu(x=x, mode="EXACT", name=self.label(node.output[0]))
 
     def _binary(self, node: onnx.NodeProto, operation: str) -> None:
-        if not all(name in self.columns for name in node.input):
+        if not any(name in self.columns for name in node.input) or not all(map(self._has_column, node.input)):
             super()._binary(node, operation)
             return
-        x, y = (self.column(name, self.width(node)) for name in node.input)
+        x, y = (self._operand(name, self.width(node)) for name in node.input)
         self.columns[node.output[0]] = getattr(self.mb, operation)(x=x, y=y, name=self.label(node.output[0]))
+
+    def _has_column(self, name: str) -> bool:
+        return name in self.columns or (name in self.constants and len(self.shapes[name]) == 1)
+
+    def _operand(self, name: str, width: str) -> Var:
+        """A tensor as columns, or a constant (D,) or (1,) beside them."""
+        if name in self.columns:
+            return self.column(name, width)
+        return self.mb.const(val=narrow(name, self.array(name)[:, None, None], width), name=label(name))
 
     def _linear(self, node: onnx.NodeProto) -> None:
         if node.input[0] not in self.columns:

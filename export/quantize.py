@@ -86,7 +86,7 @@ def apply(calibrated: Calibrated, graph: Graph) -> tuple[Graph, CalibrationTable
     Tubes whose product is no GEMM in this lowering stay float.
     """
     plain = graphs.prepared(graph.model, calibrated.table.activations)
-    model = graphs.without_idle_centres(graphs.replaced(plain, _fitting(calibrated.values, plain)))
+    model = graphs.without_idle_places(graphs.replaced(plain, _fitting(calibrated.values, plain)))
     here = {linear.name: linear for linear in graphs.linears(model)}
     plans = tuple(_moved(plan, here.get(plan.name)) for plan in calibrated.table.linears)
     used = {old.activation: new.activation for old, new in zip(calibrated.table.linears, plans, strict=True)}

@@ -1,6 +1,7 @@
 """The whole calibration on a small graph with outliers: equal in float, better in int8, the same in any order."""
 
 import numpy as np
+import onnx
 import pytest
 
 from edgetube import export, metrics
@@ -45,17 +46,30 @@ def test_folding_does_not_change_the_float_graph(walk, clips, answer):
     np.testing.assert_allclose(answer(folded, clips[1]), answer(walk.model, clips[1]), atol=2e-4)
 
 
-class TestCentres:
-    """The zero point that int8 lacks, behind a GELU."""
+class TestPlaces:
+    """Behind a GELU: a gain for each channel, and for int8 the zero point that it lacks."""
 
     @pytest.fixture
     def prepared(self, hard_graph):
         return graphs.prepared(hard_graph.model, "int8")
 
-    def test_a_place_that_is_not_used_leaves_nothing(self, hard_graph, prepared):
-        assert len(graphs.centres(prepared)) == 2  # blocks
-        assert graphs.digest(graphs.without_idle_centres(prepared)) == graphs.digest(hard_graph.model)
-        assert graphs.prepared(hard_graph.model, "uint8") is hard_graph.model
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_a_place_that_is_not_used_leaves_nothing(self, hard_graph, scheme):
+        prepared = graphs.prepared(hard_graph.model, scheme)
+        onnx.checker.check_model(prepared)
+        assert [place.centre is not None for place in graphs.places(prepared).values()] == [scheme == "int8"] * 2
+        assert graphs.digest(graphs.without_idle_places(prepared)) == graphs.digest(hard_graph.model)
+
+    @pytest.mark.parametrize(("gain", "centre"), [(2.0, 0.0), (1.0, -3.0), (2.0, -3.0)])
+    def test_what_is_used_stays(self, prepared, clips, answer, gain, centre):
+        values = {}
+        for place in graphs.places(prepared).values():
+            values |= {place.gain: np.full(96, gain), place.centre: np.full(1, centre)}
+        full = graphs.replaced(prepared, values)
+        less = graphs.without_idle_places(full)
+        assert len(full.graph.node) - len(less.graph.node) == 2 * ((gain == 1.0) + (centre == 0.0))
+        onnx.checker.check_model(less)
+        np.testing.assert_array_equal(answer(less, clips[1]), answer(full, clips[1]))
 
     def test_the_float_graph_stays_what_it_was(self, prepared, hard_graph, clips, answer, tmp_path):
         walk = Walk(prepared, clips[0], export.evaluator(), "int8", tmp_path)

@@ -7,7 +7,6 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from edgetube.calibration import equalize, numeric
-from edgetube.calibration.observers import Histogram
 from edgetube.calibration.table import Range
 
 
@@ -63,27 +62,46 @@ def test_clipping_is_chosen_by_the_error_at_the_output(rng):
     assert (cost(best) <= cost(full)).all()
 
 
-def test_a_centre_is_the_zero_point_that_int8_lacks(rng):
-    """What GELU gives: the integers are those of uint8 less 128, zero stays exact, the error is that of uint8."""
-    x = rng.standard_normal((500, 12)) * 3
-    rows = (x / (1 + np.exp(-1.702 * x))).astype(np.float32)
-    weight = rng.standard_normal((12, 5)).astype(np.float32)
-    seen = Histogram()
-    seen.add(rows)
-    found = equalize.centre(rows, seen, weight)
-    assert found.name == "centre"
-    assert found.range is not None
-    shift, scale = found.shift[0], found.range.symmetric
-    assert shift == np.float16(shift)
-    assert shift / scale == pytest.approx(round(shift / scale), abs=0.1)
-    shifted = numeric.fake_activations(rows - shift, found.range, "int8") + shift
-    plain = numeric.fake_activations(rows, Range(float(rows.min()), float(rows.max()), "min-max"), "int8")
-    assert np.square(shifted - rows).mean() < 0.4 * np.square(plain - rows).mean()
+def gelu(x):
+    return (x / (1 + np.exp(-1.702 * x))).astype(np.float32)
 
 
-def test_what_lies_around_zero_needs_no_centre(rng):
-    half = rng.standard_normal((500, 12)).astype(np.float32)
-    rows = np.concatenate([half, -half])
-    seen = Histogram()
-    seen.add(rows)
-    assert equalize.centre(rows, seen, rng.standard_normal((12, 5)).astype(np.float32)).identity
+def equalised(rows, weight, activations):
+    return equalize.behind_gelu(rows, equalize.Channels(rows.min(axis=0), rows.max(axis=0)), weight, activations)
+
+
+class TestBehindGelu:
+    @pytest.fixture
+    def weight(self, rng):
+        return rng.standard_normal((12, 5)).astype(np.float32)
+
+    def test_a_centre_is_the_zero_point_that_int8_lacks(self, rng, weight):
+        rows = gelu(rng.standard_normal((500, 12)) * 3)
+        found = equalised(rows, weight, "int8")
+        assert found.name == "centre"
+        assert found.range is not None
+        shift, scale = found.shift[0], found.range.symmetric
+        assert shift == np.float16(shift)
+        assert shift / scale == pytest.approx(round(shift / scale), abs=0.1)  # zero stays an integer
+        shifted = numeric.fake_activations(rows - shift, found.range, "int8") + shift
+        plain = numeric.fake_activations(rows, Range(float(rows.min()), float(rows.max()), "min-max"), "int8")
+        assert np.square(shifted - rows).mean() < 0.4 * np.square(plain - rows).mean()
+        assert equalised(rows, weight, "uint8").identity
+
+    @pytest.mark.parametrize("activations", ["int8", "uint8"])
+    def test_a_channel_that_is_far_larger_is_scaled(self, rng, weight, activations):
+        rows = gelu(rng.standard_normal((500, 12)))
+        rows[:, 3] *= 60
+        weight[3] /= 60
+        found = equalised(rows, weight, activations)
+        assert found.name.startswith("smooth")
+        assert found.name.endswith("centre") == (activations == "int8")
+        assert found.scale[3] > 5 * np.delete(found.scale, 3).max()
+        np.testing.assert_allclose(1 / found.scale, np.float16(1 / found.scale), rtol=1e-6)
+        np.testing.assert_allclose(
+            found.apply(rows) @ found.weight(weight) + found.shift @ weight, rows @ weight, rtol=1e-4, atol=1e-4
+        )
+
+    def test_what_lies_around_zero_stays_as_it_is(self, rng, weight):
+        half = rng.standard_normal((500, 12)).astype(np.float32)
+        assert equalised(np.concatenate([half, -half]), weight, "int8").identity

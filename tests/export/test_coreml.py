@@ -149,7 +149,7 @@ def calibrated(checkpoint, traced, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     source = datasets.built_in_calibration(12, checkpoint.labels)
     few = collect(source, checkpoint.contract, checkpoint.labels, folder)
-    options = {"activations": coreml.ACTIVATIONS, "workspace": folder, "max_drop": 100.0}
+    options = {"activations": "int8", "workspace": folder, "max_drop": 100.0}
     return calibration.calibrate(traced().model, few, few, export.evaluator(), **options)
 
 
@@ -175,6 +175,19 @@ def test_int8_computes_what_the_table_says(tmp_path, traced, calibrated, rendere
     got = np.concatenate([evaluate(tmp_path, graph, clip[None]) for clip in rendered])
     assert metrics.sqnr(expected, got) > metrics.sqnr(expected, unquantised) + 15
     assert sum(built.details["integers"].values()) == len(table.quantised)
+
+
+def test_what_calibration_adds_behind_gelu_does_not_turn_tokens_around(tmp_path, traced, calibrated):
+    graph, table = quantize.apply(calibrated, traced("conv2d"))
+    assert any(node.name.endswith(".centred") for node in graph.model.graph.node)
+    counts = []
+    for target, given, tables in ((FP16, traced("conv2d"), ()), (INT8, graph, (table,))):
+        folder = tmp_path / target.name
+        folder.mkdir()
+        coreml.build(given, target.choose({"layout": "columns"}), folder, *tables)
+        operations = mlpackage.load(folder / "model.mlpackage").functions["main"].operations
+        counts.append(sum(o.kind == "transpose" for o in operations))
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("lowering", ["gather", "conv2d"])
