@@ -24,6 +24,9 @@ from edgetube.progress import Progress, silent, track
 
 __all__ = ["Calibrated", "calibrate", "observe"]
 
+RECIPE = 2
+"""Counts the changes of what calibration does: results of another one are not used again."""
+
 OBSERVED_CLIPS = 32
 """Clips that ranges of single tensors come from: they settle long before output errors do."""
 
@@ -33,7 +36,7 @@ class Calibrated:
     """A calibrated graph.
 
     Attributes:
-        values: the initializers that calibration changed, folded and bias-corrected, by name.
+        values: the initializers that calibration changed by name: folded, rounded to int8, bias-corrected.
         table: for the graph with those values, prepared for the table's scheme.
         judge: the clips that accuracy was judged on, and the float graph's answers to them.
         report: what was found, plain JSON, for the manifest.
@@ -86,7 +89,7 @@ def calibrate(
     state = kept.state()
     walk.choose(state, lambda: kept.save_state(state))
     found = search.search(walk, state, judge)
-    values = {**state.values, **state.biases}
+    values = walk.decided(state, found.quantised)
     report = _report(walk, state, found) | {"notes": [*statistics.notes, *([kept.note] if kept.note else [])]}
     table = CalibrationTable(
         model=graphs.digest(graphs.replaced(model, values)),
@@ -136,6 +139,7 @@ def _key(
         "the model": graphs.digest(model),
         "the clips or their preprocessing": clips.sha256,
         "the scheme": activations,
+        "the recipe": RECIPE,
         "the tools": dict(sorted(versions.items())),
         "judged clips": judge.clips.sha256,
         "max_drop": judge.max_drop,

@@ -75,11 +75,13 @@ class Cache:
             }
         except BROKEN:
             return State()
-        return State(_part(arrays, "values:"), choices, _part(arrays, "means:"))
+        kept = {kind: _part(arrays, f"{kind}:") for kind in ("values", "integers", "means")}
+        return State(choices=choices, **kept)
 
     def save_state(self, state: State) -> None:
         """Keep the stages that are done, whole or not at all."""
         arrays = {f"values:{name}": value for name, value in state.values.items()}
+        arrays |= {f"integers:{name}": value for name, value in state.integers.items()}
         arrays |= {f"means:{name}": value for name, value in state.means.items()}
         arrays |= {f"scales:{name}": choice.scales for name, choice in state.choices.items()}
         self._write_arrays("state.npz", arrays)
@@ -121,5 +123,5 @@ class Cache:
         partial.replace(self.folder / name)
 
 
-def _part(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+def _part(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

@@ -12,6 +12,9 @@ Array = npt.NDArray[np.float32]
 CLIPS = np.linspace(1.0, 0.5, 21)
 """Shares of a channel's largest weight at which the MSE search clips."""
 
+DAMPING, BLOCK = 0.01, 128
+"""Share of the channels' mean power that is added to each, as in GPTQ; rows whose errors are passed on at once."""
+
 
 def fake_activations(x: Array, found: Range, activations: Activations) -> Array:
     """`x` after QuantizeLinear and DequantizeLinear: round half to even, saturate."""
@@ -34,6 +37,36 @@ def quantise_weights(weight: Array, scales: Array) -> npt.NDArray[np.int8]:
 def fake_weights(weight: Array, scales: Array) -> Array:
     """`weight` (K, N) as its int8 form gives it back."""
     return np.asarray(np.clip(np.rint(weight / scales), -LEVELS, LEVELS) * scales, np.float32)
+
+
+def rounded_weights(weight: Array, scales: Array, rows: Array) -> npt.NDArray[np.int8]:
+    """Symmetric int8 of `weight` (K, N) whose rounding errors cancel at the output, for what the linear really reads.
+
+    GPTQ (Frantar et al., 2022): row after row is rounded, the largest input channels first, and the rows that are left
+    take up its error as the second moments of the channels allow.
+
+    Args:
+        scales: per column (N,).
+        rows: sampled activations (R, K).
+    """
+    moments = rows.T.astype(np.float64) @ rows
+    power = moments.diagonal().mean()
+    if power == 0:
+        return quantise_weights(weight, scales)
+    moments[np.diag_indices(len(weight))] += DAMPING * power
+    order = np.argsort(-moments.diagonal(), kind="stable")
+    left = weight[order].astype(np.float64)
+    factor = np.linalg.cholesky(np.linalg.inv(moments[np.ix_(order, order)])).T
+    rounded = np.empty(weight.shape, np.int8)
+    for start in range(0, len(weight), BLOCK):
+        end = min(start + BLOCK, len(weight))
+        errors = np.empty((end - start, weight.shape[1]))
+        for i in range(start, end):
+            rounded[order[i]] = integers = quantise_weights(left[i], scales)
+            errors[i - start] = (left[i] - integers * scales) / factor[i, i]
+            left[i + 1 : end] -= np.outer(factor[i, i + 1 : end], errors[i - start])
+        left[end:] -= factor[start:end, end:].T @ errors
+    return rounded
 
 
 def full_scales(weight: Array) -> Array:

@@ -65,12 +65,14 @@ class State:
     Attributes:
         values: initializers that differ from the graph's own, before any bias correction.
         choices: by linear.
+        integers: rounded weights by initializer (K, N).
         means: mean of each linear's activation on the correction clips (K,), in floating point.
         biases: corrected biases by initializer.
     """
 
     values: dict[str, Array] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
+    integers: dict[str, npt.NDArray[np.int8]] = field(default_factory=dict)
     means: dict[str, Array] = field(default_factory=dict)
     biases: dict[str, Array] = field(default_factory=dict)
 
@@ -229,8 +231,11 @@ class Walk:
         """The range and the weight scales with the smallest output error on the sampled rows."""
         weight, rows = self._value(linear.weight, state), sample.rows
         scales = numeric.mse_scales(weight, np.square(rows).mean(axis=0))
-        quantised = numeric.fake_weights(weight, scales)
-        exact = rows @ weight
+        if linear.in_block:
+            state.integers[linear.weight] = numeric.rounded_weights(weight, scales, rows)
+        else:  # the weights of tubes lie differently in every lowering: what is chosen number by number is lost
+            state.integers[linear.weight] = numeric.quantise_weights(weight, scales)
+        quantised, exact = state.integers[linear.weight] * scales, rows @ weight
         errors: dict[str, float] = {}
         best: Range | None = None
         for found in [*self._ranges(linear, sample), *([folded.range] if folded.range else [])]:
@@ -282,7 +287,7 @@ class Walk:
                 sample = Sample(tensor, len(every))
                 self._run(stage, state.values, streams, every, {tensor: sample}, quantised, state, keep=False)
                 weight = self._value(linear.weight, state)
-                fake = numeric.fake_weights(weight, state.choices[linear.name].scales)
+                fake = self.rounded(linear, state)
                 drift = sample.means.mean(axis=0) @ fake.astype(np.float64) - state.means[linear.name] @ weight
                 state.biases[linear.bias] = (self._value(linear.bias, state) - drift).astype(np.float32)
             streams = self._run(stage, state.values, streams, every, {}, quantised, state)
@@ -291,18 +296,20 @@ class Walk:
         """The whole graph with the linears in `quantised` behaving as integers, in floating point."""
         return self._fake(graphs.replaced(self.model, state.values), self.linears, state, quantised)
 
-    def corrected(self, state: State) -> onnx.ModelProto:
-        """The whole float graph with everything folded and corrected."""
-        return graphs.replaced(self.model, {**state.values, **state.biases})
+    def rounded(self, linear: Linear, state: State) -> Array:
+        """What the integers of a linear's weight stand for (K, N); rounding to the nearest gives them back."""
+        return np.asarray(state.integers[linear.weight] * state.choices[linear.name].scales, np.float32)
+
+    def decided(self, state: State, quantised: frozenset[str]) -> dict[str, Array]:
+        """All initializers that differ from the graph's own when the linears in `quantised` are."""
+        chosen = (linear for linear in self.linears if linear.name in quantised and linear.in_block)
+        return {**state.values, **state.biases, **{linear.weight: self.rounded(linear, state) for linear in chosen}}
 
     def _fake(
         self, model: onnx.ModelProto, linears: Sequence[Linear], state: State, quantised: frozenset[str]
     ) -> onnx.ModelProto:
         chosen = [linear for linear in linears if linear.name in quantised]
-        values = {
-            linear.weight: numeric.fake_weights(self._value(linear.weight, state), state.choices[linear.name].scales)
-            for linear in chosen
-        }
+        values = {linear.weight: self.rounded(linear, state) for linear in chosen}
         values |= {linear.bias: state.biases[linear.bias] for linear in chosen if linear.bias in state.biases}
         ranges = {linear.activation: state.choices[linear.name].range for linear in chosen}
         nodes = [linear.node for linear in chosen]

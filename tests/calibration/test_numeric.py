@@ -62,6 +62,59 @@ def test_clipping_is_chosen_by_the_error_at_the_output(rng):
     assert (cost(best) <= cost(full)).all()
 
 
+class TestRounding:
+    """GPTQ against what it is: each row rounded, its error solved for by the rows that are left."""
+
+    @pytest.fixture
+    def rows(self, rng):
+        """Channels that know of one another, as in a real encoder."""
+        mixed = rng.standard_normal((600, 20)) @ rng.standard_normal((20, 40)) * np.geomspace(5, 0.1, 40)
+        return (mixed + 0.05 * rng.standard_normal((600, 40))).astype(np.float32)
+
+    @pytest.fixture
+    def weight(self, rng):
+        return rng.standard_normal((40, 6)).astype(np.float32)
+
+    def test_against_least_squares_row_by_row(self, rows, weight, monkeypatch):
+        """The rows that are left move to where the damped output error is least, whatever the size of a block."""
+        scales = numeric.full_scales(weight) * np.float32(8)
+        moments = rows.T.astype(np.float64) @ rows
+        moments += np.eye(40) * numeric.DAMPING * moments.diagonal().mean()
+        order = np.argsort(-moments.diagonal(), kind="stable")
+        moments = moments[np.ix_(order, order)]
+        left, expected = weight[order].astype(np.float64), np.empty((40, 6))
+        for i in range(40):
+            expected[i] = np.clip(np.rint(left[i] / scales), -127, 127)
+            error = left[i] - expected[i] * scales
+            rest = np.linalg.solve(moments[i + 1 :, i + 1 :], moments[i + 1 :, i])
+            left[i + 1 :] += np.outer(rest, error)
+        for block in (1, 7, 128):
+            monkeypatch.setattr(numeric, "BLOCK", block)
+            np.testing.assert_array_equal(numeric.rounded_weights(weight, scales, rows)[order], expected)
+
+    def test_errors_cancel_at_the_output(self, rows, weight):
+        scales = numeric.mse_scales(weight, np.square(rows).mean(axis=0))
+        nearest = numeric.fake_weights(weight, scales)
+        ours = (numeric.rounded_weights(weight, scales, rows) * scales).astype(np.float32)
+        other = rows[::-1][:300] @ weight  # of rows alike
+        errors = [numeric.output_error(other, rows[::-1][:300], w) for w in (ours, nearest)]
+        assert errors[0] < 0.3 * errors[1]
+
+    def test_channels_that_are_never_used(self, rows, weight):
+        np.testing.assert_array_equal(
+            numeric.rounded_weights(weight, numeric.full_scales(weight), np.zeros_like(rows)),
+            numeric.quantise_weights(weight, numeric.full_scales(weight)),
+        )
+        rows[:, 7] = 0
+        assert np.abs(numeric.rounded_weights(weight, numeric.full_scales(weight), rows)).max() <= 127
+
+    def test_rounding_to_the_nearest_gives_the_integers_back(self, rows, weight):
+        scales = numeric.full_scales(weight)
+        integers = numeric.rounded_weights(weight, scales, rows)
+        values = np.asarray(integers * scales, np.float32)
+        np.testing.assert_array_equal(numeric.quantise_weights(values, scales), integers)
+
+
 def gelu(x):
     return (x / (1 + np.exp(-1.702 * x))).astype(np.float32)
 
