@@ -38,8 +38,9 @@ test-gpu: $(VENV)/dev.stamp ## the tests that need an NVIDIA GPU; without one ea
 lint: $(VENV)/dev.stamp shadow $(STUBS)/stamp ## format, style, types, and who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	cd $(SHADOW) && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache"
 	cd $(SHADOW) && "$(abspath $(BIN))/lint-imports" --config "$(CURDIR)/.importlinter" --no-logo --cache-dir "$(CURDIR)/.import_linter_cache"
+	cp -R bench/*.py bench/peers $(SHADOW)/edgetube/bench/  # the scripts, too, which the wheel has not
+	cd $(SHADOW) && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache"
 
 # The modules of the wheel where they are installed, export/ inside edgetube/ and so on: neither mypy nor import-linter
 # can be told of such a mapping.

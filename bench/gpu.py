@@ -227,16 +227,17 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def parity_table(measured: Iterable[tuple[Bundle, parity.Parity]], reasons: Mapping[str, str]) -> str:
+def parity_table(measured: Iterable[parity.Measured], reasons: Mapping[str, str]) -> str:
     """Agreement of each bundle with PyTorch as Markdown."""
     lines = [
         "| | status | clips | agreement | top-1 | PyTorch | largest logit error |",
         "|---|---|---|---|---|---|---|",
     ]
-    for bundle, p in measured:
+    for one in measured:
+        p = one.parity
         tops = " | ".join("-" if top is None else f"{top:.1%}" for top in (p.top1, p.top1_reference))
         lines.append(
-            f"| {bundle.target} | {p.status} | {p.clips} | {p.agreement:.2%} | {tops} | {p.max_abs_error:.3g} |"
+            f"| {one.bundle.target} | {p.status} | {p.clips} | {p.agreement:.2%} | {tops} | {p.max_abs_error:.3g} |"
         )
     lines += [f"| {name} | not run: {reason} | | | | | |" for name, reason in reasons.items()]
     return "\n".join(lines)
@@ -258,9 +259,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         made, reasons = build(TARGETS, "demo", Path(scratch))
         source = datasets.built_in(args.clips, demo.LABELS)
-        measured = parity.measure(list(made.values()), source.clips, total=source.count) if made else []
-        document["parity"] = {**parity.to_json(measured), "not_run": reasons} if measured else {"not_run": reasons}
-        print(f"{document['machine']}\n\n{parity_table(measured, reasons)}")
+        found = parity.measure(list(made.values()), source) if made else None
+        document["parity"] = (found.to_json() if found else {}) | {"not_run": reasons}
+        print(f"{document['machine']}\n\n{parity_table(found.measured if found else (), reasons)}")
         document["limits"] = best = _limits()
         for size in args.models.split(","):
             for batch in map(int, args.batches.split(",")):

@@ -160,10 +160,9 @@ def fit_probe(model: TubeViT, features: np.ndarray, labels: np.ndarray) -> None:
     x = (features - centre) / spread
     target = 2 * np.eye(10)[labels] - 1
     weight = np.linalg.solve(x.T @ x + 10 * np.eye(x.shape[1]), x.T @ target) / spread
-    head = model.classifiers["digits"]
-    with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(weight.T).float())
-        head.bias.copy_(torch.from_numpy(target.mean(axis=0) - centre @ weight).float())
+    state = model.state_dict()  # whose tensors are the model's own
+    state["classifiers.digits.weight"].copy_(torch.from_numpy(weight.T))
+    state["classifiers.digits.bias"].copy_(torch.from_numpy(target.mean(axis=0) - centre @ weight))
 
 
 def ours(traced: Graph, seen: Clips, judged: Clips, folder: Path) -> dict[str, Path]:

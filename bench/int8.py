@@ -239,14 +239,13 @@ def accuracy(args: argparse.Namespace) -> dict[str, Any]:
     """The built-in model in integers, in both runtimes, on clips whose photographs no calibration has seen."""
     checkpoint = checkpoints.load("demo")
     made = export(checkpoint, tuple(RUNTIME), args.folder, pipeline.Options())
-    source = partial(demo.evaluation, count=args.clips)
-    measured = parity.measure(list(made.values()), source, total=args.clips)
+    comparison = parity.measure(list(made.values()), datasets.built_in(args.clips, checkpoint.labels))
     return {
         "machine": machine.describe(),
         "calibration": next(iter(made.values())).build["int8"]["clips"],
         "rows": [
-            {"name": bundle.target, "summary": bundle.build["int8"]["summary"], **found.to_json()}
-            for bundle, found in measured
+            {"name": one.bundle.target, "summary": one.bundle.build["int8"]["summary"], **one.parity.to_json()}
+            for one in comparison.measured
         ],
     }
 

@@ -80,7 +80,7 @@ class Cache:
 
     def save_state(self, state: State) -> None:
         """Keep the stages that are done, whole or not at all."""
-        arrays = {f"values:{name}": value for name, value in state.values.items()}
+        arrays: dict[str, Any] = {f"values:{name}": value for name, value in state.values.items()}
         arrays |= {f"integers:{name}": value for name, value in state.integers.items()}
         arrays |= {f"means:{name}": value for name, value in state.means.items()}
         arrays |= {f"scales:{name}": choice.scales for name, choice in state.choices.items()}

@@ -137,7 +137,7 @@ def behind_gelu(rows: Array, seen: Channels, weight: Array, activations: Activat
     chosen = min(scaled, key=lambda option: option.error)
     if chosen.error < HALF * plain.error:
         gain = (1 / chosen.scale).astype(np.float16).astype(np.float32)  # half precision multiplies by just this
-        chosen = replace(chosen, scale=1 / gain)
+        chosen = replace(chosen, scale=np.float32(1) / gain)
     else:
         chosen = plain
     return _centred(chosen, rows, weight) if activations == "int8" else chosen

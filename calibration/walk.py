@@ -207,7 +207,7 @@ class Walk:
         if place := self.places.get(linear.activation):
 
             def into_place(chosen: Equalisation, state: State) -> None:
-                state.values[place.gain] = 1 / chosen.scale
+                state.values[place.gain] = np.float32(1) / chosen.scale
                 if place.centre:
                     state.values[place.centre] = -(chosen.shift / chosen.scale)[:1]
 

@@ -1,5 +1,6 @@
 """`bench/gpu.py` without a GPU: its arithmetic, its tables, and that it says why nothing was measured."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from edgetube import bundle as bundles
-from edgetube import targets
-from edgetube.bench import gpu
+from edgetube import datasets, demo, targets
+from edgetube.bench import gpu, parity
 from edgetube.bench.worker import Subject
 from edgetube.errors import BackendError
 
@@ -53,6 +54,13 @@ def test_the_table():
     assert eager == "| PyTorch eager fp16 | 5.000 ±20% | 3.000 | 500 | 1.00x | 25.0% | 10.0% |"
     assert trt == "| trt-fp16 | 2.000 | 3.000 | 500 | 2.50x | - | 10.0% |"
     assert rtx == "| rtx-int8 | not run: TensorRT for RTX does not know SM90 | | | | | |"
+
+
+def test_the_table_of_answers(tiny_bundle):
+    found = parity.measure([bundles.load(tiny_bundle)], datasets.built_in(9, demo.LABELS))
+    _, _, tested, other = gpu.parity_table(found.measured, {"rtx-int8": "no such GPU"}).splitlines()
+    assert re.fullmatch(r"\| onnx-fp32 \| executed \| 9 \| 100\.00% \| [\d.]+% \| [\d.]+% \| [\d.e-]+ \|", tested)
+    assert other == "| rtx-int8 | not run: no such GPU | | | | | |"
 
 
 def test_who_takes_part(tiny_bundle):
