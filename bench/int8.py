@@ -5,12 +5,12 @@
     python bench/int8.py accuracy --folder out/int8 [--json docs/int8.json]
     python bench/int8.py memory --checkpoint random:tubevit-b --clips 512 [--json docs/int8.json]
 
-`speed`: latency of one clip, all contestants in turns in one process, and the rate at which this machine multiplies
-8-bit integers, measured in the same turns. The peers quantise the graph of our own float bundle on the clips that our
-calibration sees. `profile`: where the time of what `speed` made goes, as each runtime tells it. `accuracy`: the
-built-in model on labelled clips that no calibration has seen. `memory`: the most that this process ever held while it
-calibrated the first blocks. What `--folder` holds already is not made again: make it with `--seconds 0`, then measure
-when the machine is quiet.
+`speed`: latency of one clip, the contestants in turns and each in a process of its own, and the rate at which this
+machine multiplies 8-bit integers, measured in the same turns. The peers quantise the graph of our own float bundle on
+the clips that our calibration sees. `profile`: where the time of what `speed` made goes, as each runtime tells it.
+`accuracy`: the built-in model on labelled clips that no calibration has seen. `memory`: the most that this process ever
+held while it calibrated the first blocks. What `--folder` holds already is not made again: make it with
+`--seconds 0.1`, then measure when the machine is quiet.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import re
 import resource
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,12 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from edgetube import bundle as bundles
-from edgetube import datasets, demo, runtimes
+from edgetube import datasets, demo
 from edgetube import export as exporting
 from edgetube.bench import machine, parity
-from edgetube.bench.latency import Timing, interleave
+from edgetube.bench.latency import Contestant, Options, race
 from edgetube.bench.peers import quantisers
+from edgetube.bench.worker import Lap, Subject
 from edgetube.bundle import Bundle
 from edgetube.calibration import graphs
 from edgetube.calibration.clips import Clips, spool
@@ -67,7 +67,9 @@ GOALS = (
 PRODUCT = (2048, 3072, 3072)
 """(M, K, N) of the product whose rate stands for what the machine can do: large, yet its weights stay in the cache."""
 
-Call = Callable[[], object]
+CAMERA = (480, 640)
+TIMES = ("name", "p50_ms", "p10_ms", "p90_ms", "noise", "runs")
+"""What is kept of a row."""
 
 
 # ------------------------------------------------------------------------------------------------------------ making
@@ -143,18 +145,34 @@ def product(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def products(folder: Path) -> dict[str, Call]:
-    """Calls that multiply once."""
+# ------------------------------------------------------------------------------- contestants, in processes of their own
+
+
+def multiply(lap: Lap, runtime: str, path: str) -> Subject:
+    """One product of integers in a runtime."""
     from edgetube.runtimes.openvino import compile_model
 
-    paths = product(folder)
+    lap("import")
     x = np.random.default_rng(1).integers(0, 256, (1, *PRODUCT[:2]), np.uint8)
-    session = ort.InferenceSession(paths["ONNX Runtime"], providers=["CPUExecutionProvider"])
-    request = compile_model(paths["OpenVINO"], ["bf16", "f32"]).create_infer_request()
-    return {
-        PEAK["ONNX Runtime"]: partial(session.run, None, {"x": x}),
-        PEAK["OpenVINO"]: partial(request.infer, [x], share_inputs=True),
-    }
+    if runtime == "OpenVINO":
+        request = compile_model(Path(path), ["bf16", "f32"]).create_infer_request()
+        return Subject(partial(request.infer, [x], share_inputs=True))
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return Subject(partial(session.run, None, {"x": x}))
+
+
+def eager(lap: Lap, checkpoint: str) -> Subject:
+    """The reference model."""
+    lap("import")
+    found = checkpoints.load(checkpoint)
+    return Subject(partial(Reference(found.model, found.contract), demo.golden(found.contract).frames[None]))
+
+
+def peer(lap: Lap, checkpoint: str, path: str) -> Subject:
+    """A peer's file in its runtime."""
+    lap("import")
+    frames = demo.golden(checkpoints.load(checkpoint).contract).frames
+    return Subject(partial(quantisers.open_model(Path(path), "default"), frames))
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
@@ -170,15 +188,18 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     peers = quantise(ours["onnx-fp32"].artifact_path, given, list(quantisers.PEERS), folder, checkpoint.name)
     (nncf,) = (name for name in peers if name.startswith(NNCF))
     slow = quantise(sliced, given, [nncf], folder, f"{checkpoint.name}.slice")
-    frames = demo.golden(checkpoint.contract).frames[None]
-    with ExitStack() as stack:
-        calls: dict[str, Call] = {EAGER: partial(Reference(checkpoint.model, checkpoint.contract), frames)}
-        for name, bundle in ours.items():
-            calls[name] = partial(stack.enter_context(runtimes.open_bundle(bundle)), frames)
-        for name, path in {**peers, NNCF_SLICE: slow[nncf]}.items():
-            calls[NNCF if name == nncf else name] = partial(quantisers.open_model(path, "default"), frames[0])
-        calls |= products(folder)
-        timings = interleave(calls, seconds=args.seconds, minimum=args.turns)
+    known: dict[str, Any] = {"checkpoint": args.checkpoint}
+    contestants = [Contestant(EAGER, "edgetube.bench.int8:eager", known)]
+    for name, bundle in ours.items():
+        own = {"path": str(bundle.path), "threads": None, "device": None, "camera": CAMERA}
+        contestants.append(Contestant(name, "edgetube.bench.worker:bundle", own))
+    for name, path in {**peers, NNCF_SLICE: slow[nncf]}.items():
+        name = NNCF if name == nncf else name
+        contestants.append(Contestant(name, "edgetube.bench.int8:peer", {**known, "path": str(path)}))
+    for runtime, path in product(folder).items():
+        alone = {"runtime": runtime, "path": str(path)}
+        contestants.append(Contestant(PEAK[runtime], "edgetube.bench.int8:multiply", alone))
+    timings = {row["name"]: row for row in race(contestants, Options(seconds=args.seconds, starts=1))}
     sizes = {name: bundle.artifact_bytes for name, bundle in ours.items()}
     sizes |= {NNCF if n == nncf else n: quantisers.size(path) for n, path in peers.items()}
     sizes[NNCF_SLICE] = quantisers.size(slow[nncf])
@@ -195,39 +216,43 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def rows(timings: Mapping[str, Timing], sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+Timings = Mapping[str, Mapping[str, Any]]
+"""Rows of `edgetube.bench.latency.race` by contestant."""
+
+
+def rows(timings: Timings, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """One row for each contestant: its times, the speed against PyTorch eager, and the bytes that it needs."""
-    eager = timings[EAGER].p50_ms
+    eager = timings[EAGER]["p50_ms"]
     return [
-        {"name": name, **timing.to_json(), "against_eager": eager / timing.p50_ms, "bytes": sizes.get(name)}
-        for name, timing in timings.items()
+        {key: row[key] for key in TIMES} | {"against_eager": eager / row["p50_ms"], "bytes": sizes.get(name)}
+        for name, row in timings.items()
         if name not in PEAK.values()
     ]
 
 
-def goals(timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
+def goals(timings: Timings) -> list[dict[str, Any]]:
     """Ratios of medians beside the ratios that were asked for."""
     recipes = [name for name in timings if name.startswith("ORT ")]
-    best = min(recipes, key=lambda name: timings[name].p50_ms)
+    best = min(recipes, key=lambda name: timings[name]["p50_ms"])
     found = []
     for name, other, asked in GOALS:
         other = best if other == BEST_ORT else other
         found.append(
-            {"name": name, "other": other, "asked": asked, "ratio": timings[other].p50_ms / timings[name].p50_ms}
+            {"name": name, "other": other, "asked": asked, "ratio": timings[other]["p50_ms"] / timings[name]["p50_ms"]}
         )
     return found
 
 
-def product_rates(timings: Mapping[str, Timing], work: int) -> dict[str, Any]:
+def product_rates(timings: Timings, work: int) -> dict[str, Any]:
     """Rates in 10^9 multiplications and additions a second, and the share of the best of them that bundles reach.
 
     Args:
         work: multiply-accumulates of the model's linears; attention's are not counted, though they take time.
     """
     size = 2 * int(np.prod(PRODUCT))
-    rates = {runtime: size / timings[name].p50_ms / 1e6 for runtime, name in PEAK.items()}
+    rates = {runtime: size / timings[name]["p50_ms"] / 1e6 for runtime, name in PEAK.items()}
     best = max(rates.values())
-    reached = {name: 2 * work / timings[name].p50_ms / 1e6 for name in RUNTIME}
+    reached = {name: 2 * work / timings[name]["p50_ms"] / 1e6 for name in RUNTIME}
     return {
         "shape": list(PRODUCT),
         "gops": rates,
@@ -442,7 +467,6 @@ def main() -> None:
             command.add_argument("--checkpoint", default="random:tubevit-b")
     speeds, memories = commands.choices["speed"], commands.choices["memory"]
     speeds.add_argument("--seconds", type=float, default=8.0, help="of timing, per contestant")
-    speeds.add_argument("--turns", type=int, default=5, help="least turns of three calls of each contestant")
     memories.add_argument("--stages", type=int, default=3, help="tubes and blocks to walk")
     memories.add_argument("--workspace", type=Path, help="folder for what is spooled; the system's own if left out")
     args = parser.parse_args()

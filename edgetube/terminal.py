@@ -259,7 +259,7 @@ def _facts(b: Bundle) -> Iterator[tuple[str, str]]:
     yield "encoder", f"{spec.tokens} tokens, width {spec.width}, {spec.depth} blocks, {spec.heads} heads"
     yield "work", f"{spec.macs() / 1e9:.2f} GMAC, {b.artifact_bytes / 1e6:.1f} MB"
     yield "labels", ", ".join(b.labels[:12]) + (" ..." if len(b.labels) > 12 else "")
-    if ops := graph.get("ops"):
+    if ops := graph.get("operators"):
         yield "graph", ", ".join(f"{n} {op}" for op, n in sorted(ops.items(), key=lambda item: -item[1]))
     if layers := b.build.get("layers"):
         yield "engine", ", ".join(f"{key.replace('_', ' ')} {_counts(value)}" for key, value in layers.items())

@@ -7,7 +7,6 @@ import onnxruntime as ort
 import pytest
 
 from edgetube.bench import int8
-from edgetube.bench.latency import Timing
 from edgetube.bench.peers import quantisers
 
 
@@ -15,7 +14,8 @@ def timings(**p50):
     """Timings of all contestants that the goals name, 100 ms where nothing is said."""
     names = {name for goal in int8.GOALS for name in goal[:2]} - {int8.BEST_ORT}
     names |= {"ORT one", "ORT two", *int8.PEAK.values()}
-    return {name: Timing(p50.get(name, 100.0), 90.0, 110.0, 9) for name in names}
+    rest = {"p10_ms": 90.0, "p90_ms": 110.0, "noise": 0.01, "runs": 9}
+    return {name: {"name": name, "p50_ms": p50.get(name, 100.0), **rest} for name in names}
 
 
 def test_ratios_are_of_medians_and_the_best_recipe_counts():
@@ -52,6 +52,15 @@ def test_both_runtimes_multiply_the_same_numbers(tmp_path, monkeypatch, rng):
     expected = x[0].astype(np.int64) @ weight.astype(np.int64) * 1e-3
     for answer in answers:
         np.testing.assert_allclose(answer[0], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_contestants_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(int8, "PRODUCT", (4, 32, 16))
+    laps = []
+    for runtime, path in int8.product(tmp_path).items():
+        assert int8.multiply(laps.append, runtime, str(path)).call() is not None
+    assert laps == ["import", "import"]
+    assert int8.eager(laps.append, "demo").call().shape == (1, 9)
 
 
 def test_a_table_is_complete():

@@ -90,6 +90,7 @@ def test_inspect_prints_and_draws(edgetube_cli, tiny_bundle, tmp_path):
     code, out, _ = edgetube_cli("inspect", tiny_bundle)
     assert code == 0
     assert "4x8x8" in out
+    assert re.search(r"graph +.*2 Gelu", out, re.DOTALL)
     code, out, _ = edgetube_cli("inspect", tiny_bundle, "--plot", tmp_path / "tubes.png", "--json")
     assert code == 0
     assert json.loads(out)["target"] == "onnx-fp32"
