@@ -9,7 +9,7 @@ Behind a GELU either is an operator of its own and has to be worth it (`behind_g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,6 +39,12 @@ class Channels:
 
     low: Array
     high: Array
+
+    @classmethod
+    def of(cls, parts: Iterable[Channels]) -> Channels:
+        """The channels of a tensor whose parts are known."""
+        lows, highs = zip(*((part.low, part.high) for part in parts), strict=True)
+        return cls(np.minimum.reduce(lows), np.maximum.reduce(highs))
 
     @property
     def largest(self) -> Array:
@@ -82,13 +88,14 @@ class Equalisation:
         return (bias + self.shift.astype(np.float64) @ weight.astype(np.float64)).astype(np.float32)
 
 
-def candidates(seen: Channels, weight: Array) -> Iterator[Equalisation]:
-    """No equalisation, SmoothQuant at several alphas, the same behind a shift, and RepQ."""
+def candidates(seen: Channels, weight: Array, shifts: bool = True) -> Iterator[Equalisation]:
+    """No equalisation, SmoothQuant at several alphas; with `shifts` also the same behind a shift, and RepQ."""
     zero, one = np.zeros_like(seen.low), np.ones_like(seen.low)
     yield Equalisation("none", one, zero)
     columns = np.maximum(np.abs(weight).max(axis=1), np.float32(1e-8))
     middle = ((seen.low + seen.high) / 2).astype(np.float32)
-    for prefix, shift, largest in (("", zero, seen.largest), ("shift + ", middle, (seen.high - seen.low) / 2)):
+    moved = [("shift + ", middle, (seen.high - seen.low) / 2)] if shifts else []
+    for prefix, shift, largest in [("", zero, seen.largest), *moved]:
         largest = np.maximum(largest, np.float32(1e-6))
         if shift is middle:
             yield Equalisation("shift", one, shift)
@@ -103,23 +110,29 @@ def _normal(scale: Array) -> Array:
     return np.clip(scale, 1e-3, 1e3).astype(np.float32)
 
 
-def choose(rows: Array, seen: Channels, weight: Array, activations: Activations) -> Equalisation:
-    """The equalisation with the smallest output error on rows (R, K) of the linear `weight` (K, N)."""
-    plain: Equalisation | None = None
-    best: Equalisation | None = None
-    exact = rows @ weight
-    for option in candidates(seen, weight):
-        error = _error(option, rows, weight, exact, activations)
-        tried = Equalisation(option.name, option.scale, option.shift, error)
-        plain = plain or tried
-        if best is None or error < best.error:
-            best = tried
-    assert plain is not None
-    assert best is not None
+@dataclass(frozen=True)
+class Half:
+    """What is known of a tensor from half of the clips: statistics of its channels, sampled rows (R, K)."""
+
+    channels: Channels
+    rows: Array
+
+
+Halves = tuple[Half, Half]
+
+
+def choose(halves: Halves, weight: Array, activations: Activations) -> Equalisation:
+    """The equalisation with the smallest output error of the linear `weight` (K, N).
+
+    Each is made from one half of the clips and judged on the other: a shift that fits the clips that were seen, and no
+    others, would look best on those.
+    """
+    plain, *others = _judged(halves, weight, activations, shifts=True)
+    best = min(others, key=lambda option: option.error)
     return best if best.error < GAIN * plain.error else plain
 
 
-def behind_gelu(rows: Array, seen: Channels, weight: Array, activations: Activations) -> Equalisation:
+def behind_gelu(halves: Halves, weight: Array, activations: Activations) -> Equalisation:
     """For a tensor whose producer can take neither scale nor shift, so that each is one more operator.
 
     A scale for each channel has to halve the error. For int8, which has no zero point, half of the integers would be
@@ -128,19 +141,29 @@ def behind_gelu(rows: Array, seen: Channels, weight: Array, activations: Activat
     a constant error would be one of every token.
 
     Args:
-        rows: sampled rows (R, K).
-        weight: (K, N) of the linear that reads them.
+        weight: (K, N) of the linear that reads the tensor.
     """
-    exact = rows @ weight
-    options = (option for option in candidates(seen, weight) if not option.shift.any())
-    plain, *scaled = (replace(o, error=_error(o, rows, weight, exact, "uint8")) for o in options)
+    plain, *scaled = _judged(halves, weight, "uint8", shifts=False)
     chosen = min(scaled, key=lambda option: option.error)
     if chosen.error < HALF * plain.error:
         gain = (1 / chosen.scale).astype(np.float16).astype(np.float32)  # half precision multiplies by just this
         chosen = replace(chosen, scale=np.float32(1) / gain)
     else:
         chosen = plain
+    rows = np.concatenate([half.rows for half in halves])
     return _centred(chosen, rows, weight) if activations == "int8" else chosen
+
+
+def _judged(halves: Halves, weight: Array, activations: Activations, shifts: bool) -> list[Equalisation]:
+    """All candidates for the whole tensor, with the errors that they have on the half that they were not made from."""
+    errors = []
+    for own, other in (halves, halves[::-1]):
+        exact = other.rows @ weight
+        options = candidates(own.channels, weight, shifts)
+        errors.append([_error(option, own.rows, other.rows, weight, exact, activations) for option in options])
+    whole = Channels.of(half.channels for half in halves)
+    found = zip(candidates(whole, weight, shifts), np.mean(errors, axis=0), strict=True)
+    return [replace(option, error=float(error)) for option, error in found]
 
 
 def _centred(chosen: Equalisation, rows: Array, weight: Array) -> Equalisation:
@@ -165,12 +188,15 @@ def _centred(chosen: Equalisation, rows: Array, weight: Array) -> Equalisation:
     return replace(chosen, name=name, shift=middle * chosen.scale, error=error, range=around)
 
 
-def _error(option: Equalisation, rows: Array, weight: Array, exact: Array, activations: Activations) -> float:
+def _error(
+    option: Equalisation, known: Array, rows: Array, weight: Array, exact: Array, activations: Activations
+) -> float:
+    """Relative output error on `rows`, with the best of the ranges that the rows `known` have."""
     x, w = option.apply(rows), option.weight(weight)
     quantised = fake_weights(w, full_scales(w))
     without_shift = exact if option.identity else exact - option.shift @ weight
     energy = float(np.vdot(without_shift, without_shift)) / max(float(np.vdot(exact, exact)), 1e-30)
-    ranges = (_clipped(x, share) for share in QUANTILES)
+    ranges = (_clipped(option.apply(known), share) for share in QUANTILES)
     fakes = (fake_activations(x, r, activations) for r in ranges)
     return energy * min(output_error(without_shift, fake, quantised) for fake in fakes)
 

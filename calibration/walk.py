@@ -19,7 +19,7 @@ import onnx
 
 from edgetube.calibration import equalize, graphs, numeric, observers
 from edgetube.calibration.clips import Clips, spool
-from edgetube.calibration.equalize import Channels, Equalisation
+from edgetube.calibration.equalize import Channels, Equalisation, Half, Halves
 from edgetube.calibration.graphs import Linear, Open, Stage
 from edgetube.calibration.observers import Histogram
 from edgetube.calibration.table import Activations, Range, digits
@@ -30,6 +30,9 @@ Array = npt.NDArray[np.float32]
 
 ROWS, ROW_VALUES = (512, 2048), 1_500_000
 """Fewest and most rows that are sampled of an activation to measure output errors on, and values in between."""
+
+GROUPS = 8
+"""Groups of neighbouring clips, which are often of one scene, that a set is cut into to judge one half by the other."""
 
 CORRECTION_CLIPS = 32
 """Clips that biases are corrected on: their means settle long before ranges do."""
@@ -87,18 +90,15 @@ class Sample:
         self.seed, self.clips = zlib.crc32(name.encode()), clips
         self.histogram = Histogram() if histogram else None
         self.means: npt.NDArray[np.float64] = np.empty((clips, 0))
-        self.low: Array | None = None
-        self.high: Array | None = None
+        self._channels: list[Channels] = []
         self._rows: list[Array] = []
 
     def add(self, index: int, values: Array) -> None:
         """Take in the activation (1, ..., K) of clip number `index`."""
         rows = values.reshape(-1, values.shape[-1])
-        low, high = rows.min(axis=0), rows.max(axis=0)
-        if self.low is None or self.high is None:
-            self.low, self.high = low, high
+        if not self._channels:
             self.means = np.empty((self.clips, rows.shape[1]))
-        self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
+        self._channels.append(Channels(rows.min(axis=0), rows.max(axis=0)))
         self.means[index] = rows.mean(axis=0, dtype=np.float64)
         wanted = min(max(ROW_VALUES // rows.shape[1], ROWS[0]), ROWS[1])
         count = min(len(rows), -(-wanted // self.clips))
@@ -113,10 +113,16 @@ class Sample:
         return np.concatenate(self._rows)
 
     @property
-    def channels(self) -> Channels:
-        assert self.low is not None
-        assert self.high is not None
-        return Channels(self.low, self.high)
+    def halves(self) -> Halves:
+        """What two halves of the clips know, each of neighbours in groups; of a single clip both know the same."""
+        group = max(1, -(-len(self._rows) // GROUPS))
+        first = [i for i in range(len(self._rows)) if i // group % 2 == 0]
+        second = [i for i in range(len(self._rows)) if i // group % 2] or first
+        one, other = (
+            Half(Channels.of(self._channels[i] for i in some), np.concatenate([self._rows[i] for i in some]))
+            for some in (first, second)
+        )
+        return one, other
 
 
 class Walk:
@@ -183,7 +189,7 @@ class Walk:
             plain = np.ones(len(weight), np.float32)
             return Equalisation("none", plain, np.zeros_like(plain))
         choose = equalize.behind_gelu if linear.activation in self.places else equalize.choose
-        chosen = choose(sample.rows, sample.channels, weight, self.activations)
+        chosen = choose(sample.halves, weight, self.activations)
         if not chosen.identity:
             bias = self._value(linear.bias, state)
             state.values[linear.bias] = chosen.bias(weight, bias)
