@@ -94,8 +94,8 @@ def candidates(seen: Channels, weight: Array, shifts: bool = True) -> Iterator[E
     yield Equalisation("none", one, zero)
     columns = np.maximum(np.abs(weight).max(axis=1), np.float32(1e-8))
     middle = ((seen.low + seen.high) / 2).astype(np.float32)
-    moved = [("shift + ", middle, (seen.high - seen.low) / 2)] if shifts else []
-    for prefix, shift, largest in [("", zero, seen.largest), *moved]:
+    ways = [("", zero, seen.largest), ("shift + ", middle, (seen.high - seen.low) / 2)]
+    for prefix, shift, largest in ways if shifts else ways[:1]:
         largest = np.maximum(largest, np.float32(1e-6))
         if shift is middle:
             yield Equalisation("shift", one, shift)
