@@ -94,7 +94,8 @@ def candidates(seen: Channels, weight: Array, shifts: bool = True) -> Iterator[E
     yield Equalisation("none", one, zero)
     columns = np.maximum(np.abs(weight).max(axis=1), np.float32(1e-8))
     middle = ((seen.low + seen.high) / 2).astype(np.float32)
-    ways = [("", zero, seen.largest), ("shift + ", middle, (seen.high - seen.low) / 2)]
+    half: Array = (seen.high - seen.low) / np.float32(2)
+    ways = [("", zero, seen.largest), ("shift + ", middle, half)]
     for prefix, shift, largest in ways if shifts else ways[:1]:
         largest = np.maximum(largest, np.float32(1e-6))
         if shift is middle:
