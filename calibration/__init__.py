@@ -84,13 +84,14 @@ def calibrate(
     model = graphs.prepared(model, activations)
     if (finished := kept.result()) is not None:
         values, table, report = finished
-        return Calibrated(values, table, judge, {**report, "notes": list(statistics.notes), "cached": True})
+        return Calibrated(values, table, judge, {**report, "notes": _notes(statistics, judged), "cached": True})
     walk = Walk(model, statistics, open_graph, activations, workspace, progress)
     state = kept.state()
     walk.choose(state, lambda: kept.save_state(state))
     found = search.search(walk, state, judge)
     values = walk.decided(state, found.quantised)
-    report = _report(walk, state, found) | {"notes": [*statistics.notes, *([kept.note] if kept.note else [])]}
+    notes = [*_notes(statistics, judged), *([kept.note] if kept.note else [])]
+    report = _report(walk, state, found) | {"notes": notes}
     table = CalibrationTable(
         model=graphs.digest(graphs.replaced(model, values)),
         clips={"name": statistics.name, "count": len(statistics), "sha256": statistics.sha256},
@@ -129,6 +130,17 @@ def observe(
     found = {name: least_squares(histogram, activations) for name, histogram in seen.items()}
     rounded = {name: Range(digits(r.low), digits(r.high), r.method) for name, r in found.items()}
     return {name: rounded.get(name, Range(0.0, 1.0, "softmax")) for name in tensors}
+
+
+def _notes(statistics: Clips, judged: Clips) -> list[str]:
+    """What a person should know of the clips."""
+    shared = len(set(statistics.names) & set(judged.names))
+    if not shared:
+        return list(statistics.notes)
+    same = (
+        f"{shared} of {len(judged)} clips judged the accuracy that they were calibrated on: other clips may lose more"
+    )
+    return [*statistics.notes, f"{same}; give --calib more clips"]
 
 
 def _key(

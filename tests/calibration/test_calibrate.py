@@ -287,7 +287,7 @@ class TestCache:
 
     def test_other_clips_are_other_clips(self, hard_graph, clips, tmp_path):
         self.run(hard_graph, clips, tmp_path / "c", tmp_path)
-        found, _ = self.run(hard_graph, (clips[1], clips[1]), tmp_path / "c", tmp_path)
+        found, _ = self.run(hard_graph, clips[::-1], tmp_path / "c", tmp_path)
         (note,) = found.report["notes"]
         assert "the clips or their preprocessing" in note
 
@@ -345,6 +345,13 @@ class TestBadClips:
         noise = rng.integers(0, 255, hard_checkpoint.contract.shape, np.uint8)
         (note,) = self.collect(hard_checkpoint, tmp_path, [noise]).notes
         assert "calibrated on one clip" in note
+
+    def test_clips_that_judge_what_they_made_are_a_stated_warning(self, hard_graph, clips, tmp_path):
+        options = {"activations": "uint8", "workspace": tmp_path, "max_drop": 100.0, "cache": tmp_path / "cache"}
+        for _ in range(2):  # the second one is read from the cache
+            found = calibrate(hard_graph.model, clips[0], clips[0], export.evaluator(), **options)
+            (note,) = found.report["notes"]
+            assert note.startswith("16 of 16 clips judged the accuracy that they were calibrated on")
 
     def test_more_labels_than_the_head(self, hard_checkpoint, tmp_path, rng):
         noise = rng.integers(0, 255, (2, *hard_checkpoint.contract.shape), np.uint8)
