@@ -22,12 +22,13 @@ import re
 import resource
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
@@ -66,6 +67,9 @@ GOALS = (
 
 PRODUCT = (2048, 3072, 3072)
 """(M, K, N) of the product whose rate stands for what the machine can do: large, yet its weights stay in the cache."""
+
+Bytes = npt.NDArray[np.uint8]
+Call = Callable[[], object]
 
 CAMERA = (480, 640)
 TIMES = ("name", "p50_ms", "p10_ms", "p90_ms", "noise", "runs")
@@ -149,16 +153,25 @@ def product(folder: Path) -> dict[str, Path]:
 
 
 def multiply(lap: Lap, runtime: str, path: str) -> Subject:
-    """One product of integers in a runtime."""
-    from edgetube.runtimes.openvino import compile_model
-
+    """One product of integers in a runtime, a key of `MULTIPLY`."""
     lap("import")
     x = np.random.default_rng(1).integers(0, 256, (1, *PRODUCT[:2]), np.uint8)
-    if runtime == "OpenVINO":
-        request = compile_model(Path(path), ["bf16", "f32"]).create_infer_request()
-        return Subject(partial(request.infer, [x], share_inputs=True))
+    return Subject(MULTIPLY[runtime](path, x))
+
+
+def _in_onnxruntime(path: str, x: Bytes) -> Call:
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return Subject(partial(session.run, None, {"x": x}))
+    return partial(session.run, None, {"x": x})
+
+
+def _in_openvino(path: str, x: Bytes) -> Call:
+    from edgetube.runtimes.openvino import compile_model
+
+    request = compile_model(Path(path), ["bf16", "f32"]).create_infer_request()
+    return partial(request.infer, [x], share_inputs=True)
+
+
+MULTIPLY: Mapping[str, Callable[[str, Bytes], Call]] = {"ONNX Runtime": _in_onnxruntime, "OpenVINO": _in_openvino}
 
 
 def eager(lap: Lap, checkpoint: str) -> Subject:
@@ -347,7 +360,8 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     del module
     before = peak()
     with tempfile.TemporaryDirectory(dir=args.workspace) as name:
-        walk = Walk(model, noise(checkpoint, args.clips, Path(name)), exporting.evaluator(), "uint8", Path(name))
+        prepared = graphs.prepared(model, "uint8")
+        walk = Walk(prepared, noise(checkpoint, args.clips, Path(name)), exporting.evaluator(), "uint8", Path(name))
         walk.stages = walk.stages[: args.stages]
         walk.choose(State())
     return {

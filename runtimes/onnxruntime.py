@@ -207,7 +207,10 @@ def _provider(device: str) -> str:
     if device not in PROVIDERS:
         raise InputError(f"no device is called {device!r} here; ONNX Runtime knows {', '.join(PROVIDERS)}")
     if PROVIDERS[device] not in (available := ort.get_available_providers()):
-        raise BackendError(f"this ONNX Runtime was not built for {device}; it has {', '.join(available)}")
+        raise BackendError(
+            f"this ONNX Runtime was not built for {device}; it has {', '.join(available)}: install a build with "
+            f"{PROVIDERS[device]}, or leave out the device"
+        )
     return PROVIDERS[device]
 
 
