@@ -259,9 +259,9 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         peers["ModelOpt ONNX PTQ"] = (partial(quantisers.modelopt, args.modelopt), ".onnx")
     for name, (quantise, suffix) in peers.items():
         paths[name] = folder / f"peer-{len(paths)}{suffix}"
-        quantise(exact_path, [np.asarray(frames) for frames in seen.frames], paths[name])
+        quantise(exact_path, list(seen.frames), paths[name])
     rows = [row(name, path, judged, exact) for name, path in paths.items()]
-    clip = np.asarray(judged.frames[0])
+    clip = judged.frames[0]
     timings = interleave({name: partial(quantisers.open_model(path), clip) for name, path in paths.items()}, seconds=2)
     for entry in rows:
         entry["p50_ms"] = timings[entry["name"]].p50_ms
@@ -279,8 +279,8 @@ def outliers(traced: Graph, clips: Clips) -> dict[str, float]:
     found: dict[str, float] = {}
     linears = [linear for linear in calibrated.linears(traced.model) if linear.in_block]
     call = export.evaluator()(calibrated.only(traced.model, [linear.activation for linear in linears]))
-    for frames in clips.frames[-4:]:
-        for linear, value in zip(linears, call({"frames": np.asarray(frames)[None]}), strict=True):
+    for index in range(len(clips) - 4, len(clips)):
+        for linear, value in zip(linears, call({"frames": clips.frames[index][None]}), strict=True):
             kind = linear.name.rpartition(".")[2]
             found[kind] = max(found.get(kind, 0.0), float(np.abs(value).max()))
     return found

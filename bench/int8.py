@@ -42,7 +42,7 @@ from edgetube.bench.peers import quantisers
 from edgetube.bench.worker import Lap, Subject
 from edgetube.bundle import Bundle
 from edgetube.calibration import graphs
-from edgetube.calibration.clips import Clips, spool
+from edgetube.calibration.clips import Clips, Spool
 from edgetube.calibration.walk import State, Walk
 from edgetube.export import graph as canonical
 from edgetube.export import pipeline, static
@@ -376,7 +376,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 
 def noise(checkpoint: Checkpoint, count: int, folder: Path) -> Clips:
     """Clips of noise: what they show does not change the memory that they take."""
-    frames = spool(folder, (count, *checkpoint.contract.shape), np.uint8)
+    frames = Spool(folder, (count, *checkpoint.contract.shape), np.uint8)
     for index in range(count):
         frames[index] = np.random.default_rng(index).integers(0, 256, frames.shape[1:], np.uint8)
     names = tuple(f"{index:04d}" for index in range(count))

@@ -125,7 +125,7 @@ def observe(
     call = open_graph(graphs.only(model, list(seen)))
     (frames,) = (value.name for value in model.graph.input)
     for index in track(range(min(len(clips), OBSERVED_CLIPS)), "observe", OBSERVED_CLIPS, progress):
-        for histogram, values in zip(seen.values(), call({frames: clips.frames[index : index + 1]}), strict=True):
+        for histogram, values in zip(seen.values(), call({frames: clips.frames[index][None]}), strict=True):
             histogram.add(values)
     found = {name: least_squares(histogram, activations) for name, histogram in seen.items()}
     rounded = {name: Range(digits(r.low), digits(r.high), r.method) for name, r in found.items()}

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +22,21 @@ from edgetube.spec import InputContract
 from edgetube.video import Frames
 
 
+class Rows(Protocol):
+    """An array (N, ...) that is looked at row by row: in memory, or in a file (`Spool`)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> np.ndarray: ...
+    def __iter__(self) -> Iterator[np.ndarray]: ...
+
+
 @dataclass(frozen=True)
 class Clips:
     """Clips ready for a graph, in the order of their names.
 
     Attributes:
         name: of the set that they were drawn from.
-        frames: (N, T, H, W, 3) uint8; a file mapped into memory, so that N does not matter.
+        frames: (N, T, H, W, 3) uint8, in a file, so that N does not matter.
         labels: (N,) index of the true class, -1 where it is unknown.
         names: of the clips.
         sha256: of pixels, labels and the input contract.
@@ -32,7 +44,7 @@ class Clips:
     """
 
     name: str
-    frames: Frames
+    frames: Rows
     labels: npt.NDArray[np.int64]
     names: tuple[str, ...]
     sha256: str
@@ -40,6 +52,10 @@ class Clips:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def first(self, count: int) -> Frames:
+        """At most so many clips (n, T, H, W, 3), in memory."""
+        return np.stack([self.frames[i] for i in range(min(count, len(self)))])
 
 
 def collect(
@@ -65,7 +81,7 @@ def collect(
         raise InputError("there are no clips to calibrate on; INT8 needs real ones: give --calib a folder of videos")
     if len({item.name for item in items}) < len(items):
         raise InputError(f"{source.name} names a clip twice; names must be unique")
-    frames = spool(workspace, (len(items), *contract.shape), np.uint8)
+    frames = Spool(workspace, (len(items), *contract.shape), np.uint8)
     seen = hashlib.sha256(json.dumps(contract.to_json(), sort_keys=True).encode())
     flat, truth = [], []
     for index, item in enumerate(track(items, stage, len(items), progress)):
@@ -91,7 +107,43 @@ def _notes(source: str, names: tuple[str, ...], flat: list[str]) -> tuple[str, .
     return tuple(notes)
 
 
-def spool(folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
-    """An array in a file of its own in `folder`; its place on the disk is free again when nobody holds the array."""
-    with tempfile.TemporaryFile(dir=folder, suffix=".raw") as file:
-        return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
+class Spool:
+    """An array (N, ...) in a file of its own: rows are copied from and to it, and none stays in memory.
+
+    A file mapped into memory would do the same until the disk is full, which then ends the process without a word.
+
+    Args:
+        folder: for the file, which has no name there and is gone when nobody holds the array.
+
+    Raises:
+        OSError: the disk refuses, here or when a row is written.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self._row = math.prod(shape[1:]) * self.dtype.itemsize
+        self._file = tempfile.TemporaryFile(dir=folder, suffix=".raw")  # noqa: SIM115  # closed below
+        weakref.finalize(self, self._file.close)
+        self._file.truncate(len(self) * self._row)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """A copy of one row (...); zeros if it was never written."""
+        row = np.empty(self.shape[1:], self.dtype)
+        self._file.seek(self._offset(index))
+        self._file.readinto(row.data.cast("B"))
+        return row
+
+    def __setitem__(self, index: int, row: np.ndarray) -> None:
+        """Write one row (...)."""
+        self._file.seek(self._offset(index))
+        self._file.write(np.ascontiguousarray(np.broadcast_to(row, self.shape[1:]), self.dtype).data)
+        self._file.flush()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
+
+    def _offset(self, index: int) -> int:
+        return range(len(self))[index] * self._row  # IndexError beyond the end

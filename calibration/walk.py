@@ -11,14 +11,13 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
 from edgetube.calibration import equalize, graphs, numeric, observers
-from edgetube.calibration.clips import Clips, spool
+from edgetube.calibration.clips import Clips, Rows, Spool
 from edgetube.calibration.equalize import Channels, Equalisation, Half, Halves
 from edgetube.calibration.graphs import Linear, Open, Stage
 from edgetube.calibration.observers import Histogram
@@ -157,7 +156,7 @@ class Walk:
 
     def choose(self, state: State, done: Callable[[], None] = lambda: None) -> None:
         """Equalisations, ranges and weight scales of every linear, stage by stage; stages in `state` are only run."""
-        streams: dict[str, Any] = {self.input: self.clips.frames}
+        streams: dict[str, Rows] = {self.input: self.clips.frames}
         for stage in track(self.stages, "calibrate", len(self.stages), self.progress):
             linears = self._linears(stage)
             if any(linear.name not in state.choices for linear in linears):
@@ -167,8 +166,8 @@ class Walk:
                 streams = self._run(stage, state.values, streams, range(len(self.clips)), {})
 
     def _choose_stage(
-        self, stage: Stage, linears: Sequence[Linear], streams: dict[str, Any], state: State
-    ) -> dict[str, Any]:
+        self, stage: Stage, linears: Sequence[Linear], streams: dict[str, Rows], state: State
+    ) -> dict[str, Rows]:
         everything = range(len(self.clips))
         survey = {linear.activation: Sample(linear.activation, len(everything)) for linear in linears}
         outputs = self._run(stage, state.values, streams, everything, survey)
@@ -265,7 +264,7 @@ class Walk:
         maker = next((node for node in self.model.graph.node if linear.activation in node.output), None)
         return maker is not None and maker.op_type == "Cast" and not linear.in_block
 
-    def _assert_equal(self, stage: Stage, before: dict[str, Any], after: dict[str, Any]) -> None:
+    def _assert_equal(self, stage: Stage, before: dict[str, Rows], after: dict[str, Rows]) -> None:
         for name, first in before.items():
             scale = max(1e-6, max(float(np.abs(x).max()) for x in first))
             error = max(float(np.abs(a - b).max()) for a, b in zip(first, after[name], strict=True)) / scale
@@ -283,7 +282,7 @@ class Walk:
         Linear after linear, each seeing what the corrected quantised graph before it gives.
         """
         state.biases.clear()
-        streams: dict[str, Any] = {self.input: self.clips.frames[list(self.correction)]}
+        streams: dict[str, Rows] = {self.input: np.stack([self.clips.frames[i] for i in self.correction])}
         every = range(len(self.correction))
         for stage in track(self.stages, "correct biases", len(self.stages), self.progress):
             for linear in self._linears(stage):
@@ -327,13 +326,13 @@ class Walk:
         self,
         stage: Stage,
         values: Mapping[str, Array],
-        streams: dict[str, Any],
+        streams: dict[str, Rows],
         clips: range,
         watched: Mapping[str, Sample],
         quantised: frozenset[str] = frozenset(),
         state: State | None = None,
         keep: bool = True,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Rows]:
         """Run one stage on every clip, show the watched tensors to their samples; what later stages read."""
         kept = stage.outputs if keep else ()
         fetched = list(dict.fromkeys([*kept, *(name for name in watched if name not in stage.inputs)]))
@@ -344,15 +343,15 @@ class Walk:
         call = self.open(part)
         needed = {value.name for value in part.graph.input}
         carried = {name: array for name, array in streams.items() if name in self._later(stage)}
-        made: dict[str, Any] = {}
+        made: dict[str, Spool] = {}
         for index in clips:
-            feeds = {name: streams[name][index : index + 1] for name in needed}
+            feeds = {name: streams[name][index][None] for name in needed}
             results = dict(zip(fetched, call(feeds), strict=True))
             for name, sample in watched.items():
                 sample.add(index, np.asarray(results[name] if name in results else feeds[name]))
             for name in kept:
                 if name not in made:
-                    made[name] = spool(self.workspace, (len(clips), *results[name].shape[1:]), np.float32)
+                    made[name] = Spool(self.workspace, (len(clips), *results[name].shape[1:]), np.float32)
                 made[name][index] = results[name][0]
         return carried | made
 

@@ -87,7 +87,7 @@ def float_sibling(target: Target) -> Target:
 def measure(calibrated: Calibrated, int8: Contestant, plain: Contestant, progress: Progress) -> dict[str, Any]:
     """Accuracy, speed and size of an INT8 artifact against the float one of its runtime; see `judge`."""
     accuracy = judge(calibrated, int8, plain.name, progress)
-    clip = np.repeat(calibrated.judge.clips.frames[:1], int8.backend.batch, axis=0)
+    clip = np.repeat(calibrated.judge.clips.frames[0][None], int8.backend.batch, axis=0)
     times = interleave({c.name: partial(c.backend, clip) for c in (int8, plain)}, seconds=1.0)
     speedup, share = times[plain.name].p50_ms / times[int8.name].p50_ms, int8.size / plain.size
     return {

@@ -185,7 +185,7 @@ class Road:
         equalised, table = quantize.apply(calibrated, graph)
         table = replace(table, ranges={**table.ranges, **self._observe(wishes.tensors, calibrated)})
         if wishes.clips:
-            np.save(folder / bundles.CLIPS, self._calibration_clips[0].frames[: wishes.clips])
+            np.save(folder / bundles.CLIPS, self._calibration_clips[0].first(wishes.clips))
         bundle, built = self._build(folder, target, equalised, table)
         report = {**calibrated.report, "notes": [*calibrated.report["notes"], *built.notes]}
         if runtimes.proof_device(target.name, target.backend) == runtimes.EMULATED:
