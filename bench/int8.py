@@ -5,12 +5,12 @@
     python bench/int8.py accuracy --folder out/int8 [--json docs/int8.json]
     python bench/int8.py memory --checkpoint random:tubevit-b --clips 512 [--json docs/int8.json]
 
-`speed`: latency of one clip, the contestants in turns and each in a process of its own, and the rate at which this
-machine multiplies 8-bit integers, measured in the same turns. The peers quantise the graph of our own float bundle on
-the clips that our calibration sees. `profile`: where the time of what `speed` made goes, as each runtime tells it.
-`accuracy`: the built-in model on labelled clips that no calibration has seen. `memory`: the most that this process ever
-held while it calibrated the first blocks. What `--folder` holds already is not made again: make it with
-`--seconds 0.1`, then measure when the machine is quiet.
+`speed`: latency of one clip, the contestants in turns and each in a process of its own, and what no arrangement of the
+same multiplications could beat: their number over the best rates that any runtime reaches here. The peers quantise the
+graph of our own float bundle on the clips that our calibration sees. `profile`: where the time of what `speed` made
+goes, as each runtime tells it. `accuracy`: the built-in model on labelled clips that no calibration has seen. `memory`:
+the most that this process ever held while it calibrated the first blocks. What `--folder` holds already is not made
+again: make it with `--seconds 0.1`, then measure when the machine is quiet.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ import re
 import resource
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime as ort
-from onnx import TensorProto, helper, numpy_helper
 
 from edgetube import bundle as bundles
 from edgetube import datasets, demo
 from edgetube import export as exporting
 from edgetube.bench import machine, parity
-from edgetube.bench.latency import Contestant, Options, race
+from edgetube.bench.latency import Contestant, Options, peaks, race
 from edgetube.bench.peers import quantisers
 from edgetube.bench.worker import Lap, Subject
 from edgetube.bundle import Bundle
@@ -49,11 +48,12 @@ from edgetube.export import pipeline, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.torch import Reference
+from edgetube.targets import Precision
 
 EAGER, NNCF, NNCF_SLICE, BEST_ORT = "PyTorch eager", "NNCF", "NNCF, slice-based graph", "best ORT recipe"
 TARGETS = ("onnx-fp32", "onnx-int8", "openvino-fp32", "openvino-fp16", "openvino-int8")
-PEAK = {"ONNX Runtime": "int8 product, ONNX Runtime", "OpenVINO": "int8 product, OpenVINO"}
-RUNTIME = {"onnx-int8": "ONNX Runtime", "openvino-int8": "OpenVINO"}
+ATTENTION: Mapping[str, Precision] = {"onnx-int8": "fp32", "openvino-int8": "fp16"}
+"""Our INT8 targets, and what each computes the products of attention in; "fp16" is bfloat16 where the CPU has that."""
 
 GOALS = (
     ("openvino-int8", NNCF, 1.1),
@@ -64,12 +64,6 @@ GOALS = (
     ("onnx-int8", BEST_ORT, 1.3),
 )
 """Who should be faster than whom, and by how much, for TubeViT-B."""
-
-PRODUCT = (2048, 3072, 3072)
-"""(M, K, N) of the product whose rate stands for what the machine can do: large, yet its weights stay in the cache."""
-
-Bytes = npt.NDArray[np.uint8]
-Call = Callable[[], object]
 
 CAMERA = (480, 640)
 TIMES = ("name", "p50_ms", "p10_ms", "p90_ms", "noise", "runs")
@@ -118,60 +112,7 @@ def quantise(source: Path, calibration: Path, names: list[str], folder: Path, pr
     return found
 
 
-def product(folder: Path) -> dict[str, Path]:
-    """One product of uint8 with int8 for each runtime, in the form that it computes in integers."""
-    rows, inner, columns = PRODUCT
-    rng = np.random.default_rng(0)
-    weight = numpy_helper.from_array(rng.integers(-127, 128, (inner, columns), np.int8), "w")
-    scale = numpy_helper.from_array(np.full(columns, 1e-3, np.float32), "s")
-    one = numpy_helper.from_array(np.float32(1), "one")
-    zeros = [numpy_helper.from_array(np.uint8(0), "z"), numpy_helper.from_array(np.zeros(columns, np.int8), "wz")]
-    ends = (
-        [helper.make_tensor_value_info("x", TensorProto.UINT8, [1, rows, inner])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, rows, columns])],
-    )
-    integer = [helper.make_node("MatMulIntegerToFloat", ["x", "w", "one", "s", "z", ""], ["y"], domain="com.microsoft")]
-    pairs = [
-        helper.make_node("DequantizeLinear", ["x", "one", "z"], ["a"]),
-        helper.make_node("DequantizeLinear", ["w", "s", "wz"], ["b"], axis=1),
-        helper.make_node("MatMul", ["a", "b"], ["y"]),
-    ]
-    paths = {}
-    for runtime, nodes in (("ONNX Runtime", integer), ("OpenVINO", pairs)):
-        used = {name for node in nodes for name in node.input}
-        constants = [tensor for tensor in (weight, scale, one, *zeros) if tensor.name in used]
-        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(
-            helper.make_graph(nodes, "product", *ends, constants), opset_imports=opsets, ir_version=9
-        )
-        paths[runtime] = folder / f"product.{runtime.split()[0].lower()}.onnx"
-        onnx.save(model, paths[runtime])
-    return paths
-
-
 # ------------------------------------------------------------------------------- contestants, in processes of their own
-
-
-def multiply(lap: Lap, runtime: str, path: str) -> Subject:
-    """One product of integers in a runtime, a key of `MULTIPLY`."""
-    lap("import")
-    x = np.random.default_rng(1).integers(0, 256, (1, *PRODUCT[:2]), np.uint8)
-    return Subject(MULTIPLY[runtime](path, x))
-
-
-def _in_onnxruntime(path: str, x: Bytes) -> Call:
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return partial(session.run, None, {"x": x})
-
-
-def _in_openvino(path: str, x: Bytes) -> Call:
-    from edgetube.runtimes.openvino import compile_model
-
-    request = compile_model(Path(path), ["bf16", "f32"]).create_infer_request()
-    return partial(request.infer, [x], share_inputs=True)
-
-
-MULTIPLY: Mapping[str, Callable[[str, Bytes], Call]] = {"ONNX Runtime": _in_onnxruntime, "OpenVINO": _in_openvino}
 
 
 def eager(lap: Lap, checkpoint: str) -> Subject:
@@ -209,23 +150,23 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     for name, path in {**peers, NNCF_SLICE: slow[nncf]}.items():
         name = NNCF if name == nncf else name
         contestants.append(Contestant(name, "edgetube.bench.int8:peer", {**known, "path": str(path)}))
-    for runtime, path in product(folder).items():
-        alone = {"runtime": runtime, "path": str(path)}
-        contestants.append(Contestant(PEAK[runtime], "edgetube.bench.int8:multiply", alone))
+    rates = peaks([None])
     timings = {row["name"]: row for row in race(contestants, Options(seconds=args.seconds, starts=1))}
     sizes = {name: bundle.artifact_bytes for name, bundle in ours.items()}
     sizes |= {NNCF if n == nncf else n: quantisers.size(path) for n, path in peers.items()}
     sizes[NNCF_SLICE] = quantisers.size(slow[nncf])
-    work = sum(graphs.macs(onnx.load(ours["onnx-fp32"].artifact_path)).values())
+    linear = sum(graphs.macs(onnx.load(ours["onnx-fp32"].artifact_path)).values()) / 1e9
+    bounds = {name: Bound.of(name, rates, linear, checkpoint.spec.macs() / 1e9 - linear) for name in ATTENTION}
     return {
         "machine": machine.describe(),
         "checkpoint": checkpoint.name,
         "clip": list(checkpoint.contract.shape),
-        "linear_gmac": work / 1e9,
-        "int8_linears": {name: ours[name].build["integers"] for name in RUNTIME},
+        "linear_gmac": linear,
+        "int8_linears": {name: ours[name].build["integers"] for name in ATTENTION},
         "rows": rows(timings, sizes),
-        "goals": goals(timings),
-        "product": product_rates(timings, work),
+        "goals": goals(timings, bounds),
+        "peak": rates,
+        "bounds": {name: reached(bound, timings[name]["p50_ms"], linear) for name, bound in bounds.items()},
     }
 
 
@@ -239,44 +180,55 @@ def rows(timings: Timings, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     return [
         {key: row[key] for key in TIMES} | {"against_eager": eager / row["p50_ms"], "bytes": sizes.get(name)}
         for name, row in timings.items()
-        if name not in PEAK.values()
     ]
 
 
-def goals(timings: Timings) -> list[dict[str, Any]]:
-    """Ratios of medians beside the ratios that were asked for."""
+@dataclass(frozen=True)
+class Bound:
+    """What the multiplications of a clip take when nothing else takes any time, ms.
+
+    Attributes:
+        integers: the linears, at the best rate that any runtime reaches here in one product of 8-bit integers.
+        attention: the rest, at the best rate of what the target computes it in.
+    """
+
+    integers: float
+    attention: float
+
+    @classmethod
+    def of(cls, target: str, rates: Sequence[Mapping[str, Any]], linear: float, rest: float) -> Bound:
+        """From `edgetube.bench.latency.peaks`, and 1e9 multiply-accumulates of linears and of everything else."""
+        best = {rate["precision"]: rate["gmacs_per_s"] for rate in rates}
+        return cls(1e3 * linear / best["int8"], 1e3 * rest / best[ATTENTION[target]])
+
+    @property
+    def ms(self) -> float:
+        return self.integers + self.attention
+
+
+def goals(timings: Timings, bounds: Mapping[str, Bound]) -> list[dict[str, Any]]:
+    """Ratios of medians beside those that were asked for and those that the bounds would allow."""
     recipes = [name for name in timings if name.startswith("ORT ")]
     best = min(recipes, key=lambda name: timings[name]["p50_ms"])
     found = []
     for name, other, asked in GOALS:
         other = best if other == BEST_ORT else other
-        found.append(
-            {"name": name, "other": other, "asked": asked, "ratio": timings[other]["p50_ms"] / timings[name]["p50_ms"]}
-        )
+        slower = timings[other]["p50_ms"]
+        measured, possible = slower / timings[name]["p50_ms"], slower / bounds[name].ms
+        found.append({"name": name, "other": other, "asked": asked, "ratio": measured, "possible": possible})
     return found
 
 
-def product_rates(timings: Timings, work: int) -> dict[str, Any]:
-    """Rates in 10^9 multiplications and additions a second, and the share of the best of them that bundles reach.
-
-    Args:
-        work: multiply-accumulates of the model's linears; attention's are not counted, though they take time.
-    """
-    size = 2 * int(np.prod(PRODUCT))
-    rates = {runtime: size / timings[name]["p50_ms"] / 1e6 for runtime, name in PEAK.items()}
-    best = max(rates.values())
-    reached = {name: 2 * work / timings[name]["p50_ms"] / 1e6 for name in RUNTIME}
-    return {
-        "shape": list(PRODUCT),
-        "gops": rates,
-        "reached": {name: {"gops": rate, "share": rate / best} for name, rate in reached.items()},
-    }
+def reached(bound: Bound, p50: float, linear: float) -> dict[str, float]:
+    """The parts of a bound, its share of the time that was measured, and the rate of a clip's linears in that time."""
+    share = {"share": bound.ms / p50, "gmacs_per_s": 1e3 * linear / p50, "int8_share": bound.integers / p50}
+    return {"integers_ms": bound.integers, "attention_ms": bound.attention, **share}
 
 
 def accuracy(args: argparse.Namespace) -> dict[str, Any]:
     """The built-in model in integers, in both runtimes, on clips whose photographs no calibration has seen."""
     checkpoint = checkpoints.load("demo")
-    made = export(checkpoint, tuple(RUNTIME), args.folder, pipeline.Options())
+    made = export(checkpoint, tuple(ATTENTION), args.folder, pipeline.Options())
     comparison = parity.measure(list(made.values()), datasets.built_in(args.clips, checkpoint.labels))
     return {
         "machine": machine.describe(),
@@ -407,12 +359,18 @@ def speed_text(found: Mapping[str, Any]) -> str:
             f"| {row['name']} | {row['p50_ms']:.1f} | {row['p10_ms']:.1f} - {row['p90_ms']:.1f} "
             f"| {row['against_eager']:.2f}x | {size} |"
         )
-    lines += ["", "| faster | than | asked | measured |", "|---|---|---|---|"]
+    lines += ["", "| faster | than | asked | measured | at most |", "|---|---|---|---|---|"]
     for goal in found["goals"]:
-        lines.append(f"| {goal['name']} | {goal['other']} | {goal['asked']:.1f}x | {goal['ratio']:.2f}x |")
-    rates = ", ".join(f"{runtime} {rate:.0f}" for runtime, rate in found["product"]["gops"].items())
-    reached = ", ".join(f"{name} {r['gops']:.0f} ({r['share']:.0%})" for name, r in found["product"]["reached"].items())
-    lines += ["", f"GOP/s of one int8 product {tuple(found['product']['shape'])}: {rates}; of a whole clip: {reached}"]
+        ratios = f"{goal['asked']:.1f}x | {goal['ratio']:.2f}x | {goal['possible']:.2f}x"
+        lines.append(f"| {goal['name']} | {goal['other']} | {ratios} |")
+    rates = ", ".join(f"{rate['precision']} {rate['gmacs_per_s']:.0f} ({rate['by']})" for rate in found["peak"])
+    lines += ["", f"GMAC/s of one large product, the best of all runtimes: {rates}"]
+    for name, bound in found["bounds"].items():
+        lines.append(
+            f"{name}: {bound['gmacs_per_s']:.0f} GMAC/s in 8-bit integers, {bound['int8_share']:.0%} of that; at these "
+            f"rates its linears take {bound['integers_ms']:.0f} ms and attention {bound['attention_ms']:.0f} ms, "
+            f"{bound['share']:.0%} of what a clip takes"
+        )
     return "\n".join(lines)
 
 

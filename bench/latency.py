@@ -235,21 +235,28 @@ def measure(bundles: Sequence[Bundle], options: Options | None = None, progress:
     if not bundles:
         raise InputError("no bundles to time")
     contestants = [c for threads in options.threads for c in _contestants(bundles, threads, options)]
-    peaks = {threads: Process("peak", peak.OPENER, {"threads": threads}, threads) for threads in options.threads}
-    with ExitStack() as stack:
-        found = [stack.enter_context(process).about for process in peaks.values()]
+    best = peaks(options.threads)
     rows = race(contestants, options, progress)
     for row in rows:
-        _against_peak(row, found)
+        _against_peak(row, best)
     return {
         "schema": SCHEMA,
         "machine": machine.describe(),
         "versions": machine.versions(),
         "options": asdict(options),
         "energy": energy.source(),
-        "peak": [kind for about in found for kind in about["peak"]],
+        "peak": best,
         "bundles": rows,
     }
+
+
+def peaks(threads: Sequence[int | None]) -> list[dict[str, Any]]:
+    """The lines of `edgetube.bench.peak` for each number of threads, in processes of their own."""
+    found: list[dict[str, Any]] = []
+    for count in dict.fromkeys(threads):
+        with Process("peak", peak.OPENER, {"threads": count}, count) as process:
+            found += process.about["peak"]
+    return found
 
 
 def _contestants(bundles: Sequence[Bundle], threads: int | None, options: Options) -> Iterator[Contestant]:
@@ -401,13 +408,13 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[skipped], ordered[n - 1 - skipped]
 
 
-def _against_peak(row: dict[str, Any], found: Sequence[Mapping[str, Any]]) -> None:
+def _against_peak(row: dict[str, Any], rates: Sequence[Mapping[str, Any]]) -> None:
     """Add the rate of a row's arithmetic and its share of the peak for its precision and threads."""
     if row["p50_ms"] is None or row["macs"] is None:
         return
     row["gmacs_per_s"] = row["macs"] / row["p50_ms"] / 1e6
-    peaks = [kind for about in found for kind in about["peak"] if kind["threads"] == row["threads"]]
-    best = next((kind["gmacs_per_s"] for kind in peaks if kind["precision"] == row["precision"]), None)
+    alike = (rate for rate in rates if all(rate[key] == row[key] for key in ("threads", "precision")))
+    best = next((rate["gmacs_per_s"] for rate in alike), None)
     row["peak_share"] = None if best is None else row["gmacs_per_s"] / best
 
 

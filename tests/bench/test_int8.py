@@ -2,8 +2,6 @@
 
 import json
 
-import numpy as np
-import onnxruntime as ort
 import pytest
 
 from edgetube.bench import int8
@@ -13,54 +11,47 @@ from edgetube.bench.peers import quantisers
 def timings(**p50):
     """Timings of all contestants that the goals name, 100 ms where nothing is said."""
     names = {name for goal in int8.GOALS for name in goal[:2]} - {int8.BEST_ORT}
-    names |= {"ORT one", "ORT two", *int8.PEAK.values()}
+    names |= {"ORT one", "ORT two"}
     rest = {"p10_ms": 90.0, "p90_ms": 110.0, "noise": 0.01, "runs": 9}
     return {name: {"name": name, "p50_ms": p50.get(name, 100.0), **rest} for name in names}
 
 
+BOUNDS = {"onnx-int8": int8.Bound(10.0, 6.0), "openvino-int8": int8.Bound(10.0, 2.0)}
+
+
 def test_ratios_are_of_medians_and_the_best_recipe_counts():
-    found = int8.goals(timings(**{"onnx-int8": 50.0, "ORT one": 80.0, "openvino-int8": 20.0}))
+    found = int8.goals(timings(**{"onnx-int8": 50.0, "ORT one": 80.0, "openvino-int8": 20.0}), BOUNDS)
     ratios = {(goal["name"], goal["other"]): goal["ratio"] for goal in found}
     assert ratios["onnx-int8", "ORT one"] == pytest.approx(1.6)
     assert ("onnx-int8", "ORT two") not in ratios
     assert ratios["onnx-int8", int8.EAGER] == pytest.approx(2.0)
     assert ratios["openvino-int8", int8.NNCF] == pytest.approx(5.0)
+    assert {goal["possible"] for goal in found if goal["name"] == "onnx-int8"} == {80 / 16, 100 / 16}
     assert {goal["asked"] for goal in found} == {asked for *_, asked in int8.GOALS}
 
 
-def test_rates_by_hand(monkeypatch):
-    monkeypatch.setattr(int8, "PRODUCT", (10, 20, 500))  # 200 000 operations
-    given = timings(**{int8.PEAK["ONNX Runtime"]: 0.001, int8.PEAK["OpenVINO"]: 0.002, "onnx-int8": 2.0})
-    found = int8.product_rates(given, 100_000_000)
-    assert found["gops"] == pytest.approx({"ONNX Runtime": 200.0, "OpenVINO": 100.0})
-    assert found["reached"]["onnx-int8"] == pytest.approx({"gops": 100.0, "share": 0.5})
+def test_bounds_by_hand():
+    """Each part at the rate of its own precision."""
+    precisions = {"fp32": 100.0, "fp16": 200.0, "int8": 400.0, "w8": 9999.0}
+    rates = [{"precision": name, "gmacs_per_s": rate, "by": "x"} for name, rate in precisions.items()]
+    bound = int8.Bound.of("onnx-int8", rates, linear=40.0, rest=5.0)
+    assert (bound.integers, bound.attention, bound.ms) == pytest.approx((100.0, 50.0, 150.0))
+    assert int8.Bound.of("openvino-int8", rates, 40.0, 5.0).attention == pytest.approx(25.0)
+    found = int8.reached(bound, 200.0, 40.0)
+    assert (found["share"], found["int8_share"], found["gmacs_per_s"]) == pytest.approx((0.75, 0.5, 200.0))
 
 
-def test_products_are_no_contestants():
+def test_every_row_has_its_ratio_and_its_size():
     found = int8.rows(timings(**{"onnx-int8": 25.0}), {"onnx-int8": 7})
     by_name = {row["name"]: row for row in found}
-    assert not set(int8.PEAK.values()) & set(by_name)
     assert (by_name["onnx-int8"]["against_eager"], by_name["onnx-int8"]["bytes"]) == (pytest.approx(4.0), 7)
+    assert by_name[int8.EAGER]["bytes"] is None
 
 
-def test_both_runtimes_multiply_the_same_numbers(tmp_path, monkeypatch, rng):
-    monkeypatch.setattr(int8, "PRODUCT", (4, 32, 16))
-    paths = int8.product(tmp_path)
-    x = rng.integers(0, 256, (1, 4, 32), np.uint8)
-    answers = [ort.InferenceSession(path).run(None, {"x": x})[0] for path in paths.values()]
-    weight = np.random.default_rng(0).integers(-127, 128, (32, 16), np.int8)
-    expected = x[0].astype(np.int64) @ weight.astype(np.int64) * 1e-3
-    for answer in answers:
-        np.testing.assert_allclose(answer[0], expected, rtol=1e-4, atol=1e-3)
-
-
-def test_contestants_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(int8, "PRODUCT", (4, 32, 16))
+def test_eager_opens():
     laps = []
-    for runtime, path in int8.product(tmp_path).items():
-        assert int8.multiply(laps.append, runtime, str(path)).call() is not None
-    assert laps == ["import", "import"]
     assert int8.eager(laps.append, "demo").call().shape == (1, 9)
+    assert laps == ["import"]
 
 
 def test_a_table_is_complete():
@@ -72,11 +63,13 @@ def test_a_table_is_complete():
         "clip": [1, 2, 3, 3],
         "linear_gmac": 1.0,
         "rows": int8.rows(given, sizes),
-        "goals": int8.goals(given),
-        "product": int8.product_rates(given, 10**9),
+        "goals": int8.goals(given, BOUNDS),
+        "peak": [{"precision": "int8", "gmacs_per_s": 40.0, "by": "x"}],
+        "bounds": {name: int8.reached(bound, 100.0, 1.0) for name, bound in BOUNDS.items()},
     }
     text = int8.speed_text(found)
-    assert all(f"| {name} |" in text for name in given if name not in int8.PEAK.values())
+    assert all(f"| {name} |" in text for name in given)
+    assert "onnx-int8: 10 GMAC/s in 8-bit integers, 10% of that; at these rates its linears take 10 ms" in text
     assert "| onnx-int8 | 100.0 | 90.0 - 110.0 | 1.00x | 5.0 |" in text
 
 
