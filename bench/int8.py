@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
-import resource
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -38,7 +36,7 @@ from edgetube import export as exporting
 from edgetube.bench import machine, parity
 from edgetube.bench.latency import Contestant, Options, peaks, race
 from edgetube.bench.peers import quantisers
-from edgetube.bench.worker import Lap, Subject
+from edgetube.bench.worker import Lap, Subject, peak_mb
 from edgetube.bundle import Bundle
 from edgetube.calibration import graphs
 from edgetube.calibration.clips import Clips, Spool
@@ -304,13 +302,13 @@ def by_operator(taken: Mapping[tuple[str, str], list[float]]) -> dict[str, float
 def memory(args: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of the walk over tubes and first blocks; the other blocks are alike, and nothing of a block is kept.
 
-    Pages of the files that hold frames and activations count as long as the system leaves them in memory.
+    Linux and macOS only.
     """
     checkpoint = checkpoints.load(args.checkpoint)
     module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, "gather")
     model = canonical.trace(module, checkpoint.spec, checkpoint.contract).model
     del module
-    before = peak()
+    before = peak_mb()
     with tempfile.TemporaryDirectory(dir=args.workspace) as name:
         prepared = graphs.prepared(model, "uint8")
         walk = Walk(prepared, noise(checkpoint, args.clips, Path(name)), exporting.evaluator(), "uint8", Path(name))
@@ -321,8 +319,8 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
         "checkpoint": checkpoint.name,
         "clips": args.clips,
         "stages": [stage.name for stage in walk.stages],
-        "before_gb": before,
-        "peak_gb": peak(),
+        "before_mb": before,
+        "peak_mb": peak_mb(),
     }
 
 
@@ -333,12 +331,6 @@ def noise(checkpoint: Checkpoint, count: int, folder: Path) -> Clips:
         frames[index] = np.random.default_rng(index).integers(0, 256, frames.shape[1:], np.uint8)
     names = tuple(f"{index:04d}" for index in range(count))
     return Clips("noise", frames, np.full(count, -1), names, "")
-
-
-def peak() -> float:
-    """Largest resident size of this process so far, GB."""
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # ----------------------------------------------------------------------------------------------------------- showing
@@ -402,8 +394,8 @@ def profile_text(found: Mapping[str, Any]) -> str:
 def memory_text(found: Mapping[str, Any]) -> str:
     """Markdown."""
     return (
-        f"{found['checkpoint']}, {found['clips']} clips, {', '.join(found['stages'])}: at most {found['peak_gb']:.1f} "
-        f"GB, {found['before_gb']:.1f} GB of them before the walk; {found['machine']}"
+        f"{found['checkpoint']}, {found['clips']} clips, {', '.join(found['stages'])}: at most {found['peak_mb']:.0f} "
+        f"MB, {found['before_mb']:.0f} MB of them before the walk; {found['machine']}"
     )
 
 
