@@ -39,12 +39,13 @@ from edgetube.bench.peers import quantisers
 from edgetube.bench.worker import Lap, Subject, peak_mb
 from edgetube.bundle import Bundle
 from edgetube.calibration import graphs
-from edgetube.calibration.clips import Clips, Spool
+from edgetube.calibration.clips import Clips
 from edgetube.calibration.walk import State, Walk
 from edgetube.export import graph as canonical
 from edgetube.export import pipeline, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
+from edgetube.rows import Spool
 from edgetube.runtimes.torch import Reference
 from edgetube.targets import Precision
 

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import tempfile
-import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,16 +13,9 @@ import numpy.typing as npt
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError
 from edgetube.progress import Progress, silent, track
+from edgetube.rows import Rows, Spool
 from edgetube.spec import InputContract
 from edgetube.video import Frames
-
-
-class Rows(Protocol):
-    """An array (N, ...) that is looked at row by row: in memory, or in a file (`Spool`)."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> np.ndarray: ...
-    def __iter__(self) -> Iterator[np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -105,45 +93,3 @@ def _notes(source: str, names: tuple[str, ...], flat: list[str]) -> tuple[str, .
     if len(names) == 1:
         notes.append(f"calibrated on one clip, {names[0]}: ranges of other clips are a guess; give 128 or more")
     return tuple(notes)
-
-
-class Spool:
-    """An array (N, ...) in a file of its own: rows are copied from and to it, and none stays in memory.
-
-    A file mapped into memory would do the same until the disk is full, which then ends the process without a word.
-
-    Args:
-        folder: for the file, which has no name there and is gone when nobody holds the array.
-
-    Raises:
-        OSError: the disk refuses, here or when a row is written.
-    """
-
-    def __init__(self, folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        self.shape, self.dtype = shape, np.dtype(dtype)
-        self._row = math.prod(shape[1:]) * self.dtype.itemsize
-        self._file = tempfile.TemporaryFile(dir=folder, suffix=".raw")  # noqa: SIM115  # closed below
-        weakref.finalize(self, self._file.close)
-        self._file.truncate(len(self) * self._row)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """A copy of one row (...); zeros if it was never written."""
-        row = np.empty(self.shape[1:], self.dtype)
-        self._file.seek(self._offset(index))
-        self._file.readinto(row.data.cast("B"))
-        return row
-
-    def __setitem__(self, index: int, row: np.ndarray) -> None:
-        """Write one row (...)."""
-        self._file.seek(self._offset(index))
-        self._file.write(np.ascontiguousarray(np.broadcast_to(row, self.shape[1:]), self.dtype).data)
-        self._file.flush()
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[index] for index in range(len(self)))
-
-    def _offset(self, index: int) -> int:
-        return range(len(self))[index] * self._row  # IndexError beyond the end

@@ -17,13 +17,14 @@ import numpy.typing as npt
 import onnx
 
 from edgetube.calibration import equalize, graphs, numeric, observers
-from edgetube.calibration.clips import Clips, Rows, Spool
+from edgetube.calibration.clips import Clips
 from edgetube.calibration.equalize import Channels, Equalisation, Half, Halves
 from edgetube.calibration.graphs import Linear, Open, Stage
 from edgetube.calibration.observers import Histogram
 from edgetube.calibration.table import Activations, Range, digits
 from edgetube.errors import ParityError
 from edgetube.progress import Progress, silent, track
+from edgetube.rows import Rows, Spool
 
 Array = npt.NDArray[np.float32]
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetube import __version__, demo, preprocess, video
+from edgetube import __version__, demo, preprocess, rows, video
 from edgetube.errors import InputError
+from edgetube.rows import Rows
 from edgetube.spec import InputContract
 from edgetube.video import Clip
 
@@ -228,8 +229,8 @@ def _arrays(file: Path, name: str, label: str | None) -> list[Item]:
     version = _version(file)
     stored = _open_arrays(file, version)
     frames, labels = stored["frames"], stored.get("labels")
-    if frames.ndim < 5:
-        own = label if labels is None else str(np.asarray(labels).item())
+    if len(frames.shape) < 5:
+        own = label if labels is None else str(np.array(labels).item())
         return [Item(name, own, partial(_read_array, file, None, name, own), version)]
     if labels is not None and len(labels) != len(frames):
         raise InputError(f"{file} has {len(frames)} clips and {len(labels)} labels; expected as many")
@@ -241,25 +242,24 @@ def _arrays(file: Path, name: str, label: str | None) -> list[Item]:
 
 
 @lru_cache(maxsize=1)
-def _open_arrays(file: Path, version: str) -> dict[str, np.ndarray]:
-    """The arrays of a file as it is in `version`; the last one is kept, because its clips are read one by one."""
+def _open_arrays(file: Path, version: str) -> dict[str, Rows]:
+    """The arrays of a file as it is in `version`: of the frames only where they lie, if they are not compressed."""
     try:
-        data = np.load(file, mmap_mode="r" if file.suffix == ".npy" else None, allow_pickle=False)
+        found = rows.stored(file)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
-    if isinstance(data, np.ndarray):
-        return {"frames": data}
-    with data:
-        stored = {key: data[key] for key in data.files}
-    for key in ("frames", "clips"):
-        if key in stored:
-            return {"frames": stored[key]} | {k: v for k, v in stored.items() if k == "labels"}
-    raise InputError(f"{file} holds {', '.join(stored)}; expected an array called frames or clips")
+    for key in ("", "frames", "clips"):
+        if key in found:
+            return {"frames": found[key]} | {k: v for k, v in found.items() if k == "labels"}
+    raise InputError(f"{file} holds {', '.join(found)}; expected an array called frames or clips")
 
 
 def _read_array(file: Path, index: int | None, name: str, label: str | None, contract: InputContract) -> Clip:
-    frames = _open_arrays(file, _version(file))["frames"]
-    frames = frames if index is None else frames[index]
+    found = _open_arrays(file, _version(file))["frames"]
+    try:
+        frames = np.array(list(found)) if index is None else found[index]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
     if np.issubdtype(frames.dtype, np.floating) and not np.isfinite(frames).all():
         raise InputError(f"{file} holds NaN or infinite pixels; expected uint8 RGB in 0..255")
     try:

@@ -1,14 +1,12 @@
-"""Clips for a calibration: bad ones are refused or named, and they lie in files."""
-
-import subprocess
-import sys
+"""Clips for a calibration: bad ones are refused or named."""
 
 import numpy as np
 import pytest
 
-from edgetube.calibration.clips import Clips, Spool, collect
+from edgetube.calibration.clips import Clips, collect
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import InputError
+from edgetube.rows import Spool
 from edgetube.video import Clip
 
 
@@ -44,58 +42,8 @@ class TestBadClips:
             self.collect(hard_checkpoint, tmp_path, noise, ["static", "jump"])
 
 
-class TestSpool:
-    """An array in a file is the array that was put into it."""
-
-    @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-    def test_rows_come_back_in_any_order(self, tmp_path, rng, dtype):
-        expected = (100 * rng.random((7, 3, 5))).astype(dtype)
-        spool = Spool(tmp_path, expected.shape, dtype)
-        for index in rng.permutation(7):
-            spool[index] = expected[index]
-        assert (spool.shape, spool.dtype, len(spool)) == ((7, 3, 5), dtype, 7)
-        np.testing.assert_array_equal(np.stack(list(spool)), expected)
-        for index in (3, 0, 6, -1):
-            np.testing.assert_array_equal(spool[index], expected[index])
-
-    def test_rows_are_converted_and_made_contiguous(self, tmp_path, rng):
-        row = rng.random((5, 3)).T
-        spool = Spool(tmp_path, (1, 3, 5), np.float32)
-        spool[0] = row
-        np.testing.assert_array_equal(spool[0], row.astype(np.float32))
-
-    def test_a_row_is_a_copy(self, tmp_path):
-        spool = Spool(tmp_path, (2, 4), np.float32)
-        spool[1] = np.ones(4)
-        spool[1][:] = 7
-        np.testing.assert_array_equal(np.stack(list(spool)), [[0] * 4, [1] * 4])
-
-    def test_there_is_no_row_beyond_the_end(self, tmp_path):
-        spool = Spool(tmp_path, (2, 4), np.float32)
-        with pytest.raises(IndexError):
-            spool[2]
-        with pytest.raises(IndexError):
-            spool[2] = np.ones(4)
-
-    def test_the_file_has_no_name(self, tmp_path):
-        spool = Spool(tmp_path, (2, 4), np.float32)
-        assert list(tmp_path.iterdir()) == []
-        del spool
-
-    @pytest.mark.skipif(sys.platform == "win32", reason="has no limit of the size of files")
-    def test_a_disk_that_refuses_is_an_error_and_no_crash(self, tmp_path):
-        script = (
-            "import resource, sys, numpy as np\nfrom pathlib import Path\n"
-            "from edgetube.calibration.clips import Spool\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-            "try:\n    Spool(Path(sys.argv[1]), (2, 4096), np.uint8)[1] = np.ones(4096, np.uint8)\n"
-            "except OSError as error:\n    print(error.strerror)\n"
-        )
-        done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
-        assert (done.returncode, done.stdout.strip()) == (0, "File too large")
-
-    def test_the_first_clips_are_as_many_as_there_are(self, tmp_path, rng):
-        frames = Spool(tmp_path, (3, 2, 4, 4, 3), np.uint8)
-        clips = Clips("mine", frames, np.zeros(3, int), ("a", "b", "c"), "")
-        assert clips.first(2).shape == (2, 2, 4, 4, 3)
-        assert clips.first(9).shape == (3, 2, 4, 4, 3)
+def test_the_first_clips_are_as_many_as_there_are(tmp_path, rng):
+    frames = Spool(tmp_path, (3, 2, 4, 4, 3), np.uint8)
+    clips = Clips("mine", frames, np.zeros(3, int), ("a", "b", "c"), "")
+    assert clips.first(2).shape == (2, 2, 4, 4, 3)
+    assert clips.first(9).shape == (3, 2, 4, 4, 3)
