@@ -24,7 +24,7 @@ from edgetube.progress import Progress, silent, track
 
 __all__ = ["Calibrated", "calibrate", "observe"]
 
-RECIPE = 3
+RECIPE = 4
 """Counts the changes of what calibration does: results of another one are not used again."""
 
 OBSERVED_CLIPS = 32

@@ -237,10 +237,7 @@ class Walk:
         """The range and the weight scales with the smallest output error on the sampled rows."""
         weight, rows = self._value(linear.weight, state), sample.rows
         scales = numeric.mse_scales(weight, np.square(rows).mean(axis=0))
-        if linear.in_block:
-            state.integers[linear.weight] = numeric.rounded_weights(weight, scales, rows)
-        else:  # the weights of tubes lie differently in every lowering: what is chosen number by number is lost
-            state.integers[linear.weight] = numeric.quantise_weights(weight, scales)
+        state.integers[linear.weight] = numeric.rounded_weights(weight, scales, rows)
         quantised, exact = state.integers[linear.weight] * scales, rows @ weight
         errors: dict[str, float] = {}
         best: Range | None = None
@@ -308,7 +305,7 @@ class Walk:
 
     def decided(self, state: State, quantised: frozenset[str]) -> dict[str, Array]:
         """All initializers that differ from the graph's own when the linears in `quantised` are."""
-        chosen = (linear for linear in self.linears if linear.name in quantised and linear.in_block)
+        chosen = (linear for linear in self.linears if linear.name in quantised)
         return {**state.values, **state.biases, **{linear.weight: self.rounded(linear, state) for linear in chosen}}
 
     def _fake(

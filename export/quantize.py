@@ -83,10 +83,13 @@ def _types(model: onnx.ModelProto, table: CalibrationTable, activations: Activat
 def apply(calibrated: Calibrated, graph: Graph) -> tuple[Graph, CalibrationTable]:
     """Put a calibration into a graph of the same model with any lowering and batch; the table for that graph.
 
-    Tubes whose product is no GEMM in this lowering stay float.
+    Tubes whose product is no GEMM in this lowering stay float, their weights as they were.
     """
     plain = graphs.prepared(graph.model, calibrated.table.activations)
-    model = graphs.without_idle_places(graphs.replaced(plain, _fitting(calibrated.values, plain)))
+    products = {linear.weight for linear in graphs.linears(plain)}
+    absent = {plan.weight for plan in calibrated.table.linears} - products
+    values = {name: value for name, value in calibrated.values.items() if name not in absent}
+    model = graphs.without_idle_places(graphs.replaced(plain, _fitting(values, plain)))
     here = {linear.name: linear for linear in graphs.linears(model)}
     plans = tuple(_moved(plan, here.get(plan.name)) for plan in calibrated.table.linears)
     used = {old.activation: new.activation for old, new in zip(calibrated.table.linears, plans, strict=True)}

@@ -5,7 +5,7 @@ import onnx
 import pytest
 
 from edgetube import export, metrics
-from edgetube.calibration import calibrate, graphs, search
+from edgetube.calibration import calibrate, graphs, numeric, search
 from edgetube.calibration.cache import Cache
 from edgetube.calibration.clips import collect
 from edgetube.calibration.walk import State, Walk
@@ -44,6 +44,23 @@ def test_folding_does_not_change_the_float_graph(walk, clips, answer):
     assert any("norm" in name for name in state.values)
     folded = graphs.replaced(walk.model, state.values)
     np.testing.assert_allclose(answer(folded, clips[1]), answer(walk.model, clips[1]), atol=2e-4)
+
+
+def test_errors_of_tubes_cancel_on_other_clips(walk, clips):
+    """Neighbouring pixels are alike: what one weight is rounded up by, the next one is rounded down by."""
+    walk.stages = walk.stages[:1]
+    state = State()
+    walk.choose(state)
+    tubes = [linear for linear in walk.linears if linear.name.startswith("tubes") and linear.name in state.choices]
+    call = export.evaluator()(graphs.only(graphs.part(walk.model, walk.stages[0]), [t.activation for t in tubes]))
+    seen = [call({walk.input: frames[None]}) for frames in clips[1].frames]
+    assert tubes
+    for tube, pixels in zip(tubes, zip(*seen, strict=True), strict=True):
+        weight, rows = walk.initial[tube.weight], np.concatenate(pixels).reshape(-1, len(walk.initial[tube.weight]))
+        scales = state.choices[tube.name].scales
+        nearest = numeric.fake_weights(weight, scales)
+        first, second = (np.square(rows @ (w - weight)).mean() for w in (walk.rounded(tube, state), nearest))
+        assert first < second / 4
 
 
 class TestPlaces:

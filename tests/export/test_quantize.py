@@ -64,6 +64,10 @@ def test_the_int8_weights_take_a_quarter(checkpoint, calibrated):
     assert after * 4 == before > 0
 
 
+def named(model):
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
 @pytest.mark.parametrize("lowering", static.LOWERINGS)
 def test_one_calibration_serves_every_lowering_and_batch(checkpoint, calibrated, lowering, rng):
     graph, table = quantize.apply(calibrated, traced(checkpoint, lowering, 2))
@@ -74,9 +78,11 @@ def test_one_calibration_serves_every_lowering_and_batch(checkpoint, calibrated,
     (got,) = call({"frames": clips})
     each = np.concatenate([expected({"frames": clip[None]})[0] for clip in clips])
     np.testing.assert_allclose(got, each, atol=0.05 if lowering == "conv2d" else 1e-3)
-    tubes = {plan.precision for plan in table.linears if plan.name.startswith("tubes")}
-    if lowering == "conv2d":
-        assert tubes == {"float"}
+    tubes = [plan for plan in table.linears if plan.name.startswith("tubes")]
+    assert {plan.precision for plan in tubes} == {"float" if lowering == "conv2d" else "int8"}
+    before, after = (named(model) for model in (traced(checkpoint, lowering, 2).model, graph.model))
+    same = [np.array_equal(before[f"{plan.name}.weight"], after[f"{plan.name}.weight"]) for plan in tubes]
+    assert same == [lowering == "conv2d"] * len(tubes)  # what stays float is not rounded
 
 
 def test_a_table_of_another_model_is_refused(checkpoint, calibrated):
