@@ -15,6 +15,9 @@ CLIPS = np.linspace(1.0, 0.5, 21)
 DAMPING, BLOCK = 0.01, 128
 """Share of the channels' mean power that is added to each, as in GPTQ; rows whose errors are passed on at once."""
 
+NEAR, COLOURS = 0.97, 0.95
+"""Correlations of neighbouring pixels and of one pixel's colours in photographs and videos of them."""
+
 
 def fake_activations(x: Array, found: Range, activations: Activations) -> Array:
     """`x` after QuantizeLinear and DequantizeLinear: round half to even, saturate."""
@@ -39,7 +42,7 @@ def fake_weights(weight: Array, scales: Array) -> Array:
     return np.asarray(np.clip(np.rint(weight / scales), -LEVELS, LEVELS) * scales, np.float32)
 
 
-def rounded_weights(weight: Array, scales: Array, rows: Array) -> npt.NDArray[np.int8]:
+def rounded_weights(weight: Array, scales: Array, moments: npt.NDArray[np.float64]) -> npt.NDArray[np.int8]:
     """Symmetric int8 of `weight` (K, N) whose rounding errors cancel at the output, for what the linear really reads.
 
     GPTQ (Frantar et al., 2022): row after row is rounded, the largest input channels first, and the rows that are left
@@ -47,13 +50,12 @@ def rounded_weights(weight: Array, scales: Array, rows: Array) -> npt.NDArray[np
 
     Args:
         scales: per column (N,).
-        rows: sampled activations (R, K).
+        moments: second moments of the input channels (K, K), up to a factor; see `second_moments`, `pixel_moments`.
     """
-    moments = rows.T.astype(np.float64) @ rows
     power = moments.diagonal().mean()
     if power == 0:
         return quantise_weights(weight, scales)
-    moments[np.diag_indices(len(weight))] += DAMPING * power
+    moments = moments + DAMPING * power * np.eye(len(weight))
     order = np.argsort(-moments.diagonal(), kind="stable")
     left = weight[order].astype(np.float64)
     factor = np.linalg.cholesky(np.linalg.inv(moments[np.ix_(order, order)])).T
@@ -67,6 +69,26 @@ def rounded_weights(weight: Array, scales: Array, rows: Array) -> npt.NDArray[np
             left[i + 1 : end] -= np.outer(factor[i, i + 1 : end], errors[i - start])
         left[end:] -= factor[start:end, end:].T @ errors
     return rounded
+
+
+def second_moments(rows: Array) -> npt.NDArray[np.float64]:
+    """Of the channels of sampled activations (R, K): (K, K)."""
+    return rows.T.astype(np.float64) @ rows
+
+
+def pixel_moments(frames: int, height: int, width: int, colours: int = 3) -> npt.NDArray[np.float64]:
+    """What `second_moments` of the pixels under a kernel are like before any clip was seen: (K, K), K = T * C * H * W.
+
+    Neighbours in time, height and width correlate by `NEAR` to the power of their distance, as in the Markov model of
+    images (Jain, Fundamentals of Digital Image Processing, 1989), colours by `COLOURS`, and the mean is as large as the
+    deviation.
+    """
+
+    def markov(size: int) -> npt.NDArray[np.float64]:
+        return NEAR ** np.abs(np.subtract.outer(np.arange(size), np.arange(size))).astype(np.float64)
+
+    mixed = np.where(np.eye(colours, dtype=bool), 1.0, COLOURS)
+    return 1 + np.kron(np.kron(markov(frames), mixed), np.kron(markov(height), markov(width)))
 
 
 def full_scales(weight: Array) -> Array:

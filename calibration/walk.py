@@ -237,7 +237,7 @@ class Walk:
         """The range and the weight scales with the smallest output error on the sampled rows."""
         weight, rows = self._value(linear.weight, state), sample.rows
         scales = numeric.mse_scales(weight, np.square(rows).mean(axis=0))
-        state.integers[linear.weight] = numeric.rounded_weights(weight, scales, rows)
+        state.integers[linear.weight] = numeric.rounded_weights(weight, scales, numeric.second_moments(rows))
         quantised, exact = state.integers[linear.weight] * scales, rows @ weight
         errors: dict[str, float] = {}
         best: Range | None = None

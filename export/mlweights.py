@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetube.calibration.numeric import pixel_moments, rounded_weights
 from edgetube.calibration.table import LinearPlan, Range
 from edgetube.errors import SpecError
 from edgetube.export.mlprogram import Weight, label, narrow
@@ -21,6 +22,9 @@ Array = npt.NDArray[Any]
 
 SMALL = 2048
 """Weights of fewer elements stay float16: compressing them saves nothing and costs accuracy."""
+
+COLOURS = 3
+"""Of a pixel; a convolution has them for each of its frames."""
 
 PALETTE = 16
 GROUP = 16
@@ -51,17 +55,23 @@ class Storage:
         return self.mb.const(val=narrow(name, array, "fp16"), name=label(name))
 
     def rounded(self, name: str, array: Array, unit: float) -> Any:
-        """Int8 that clips nothing."""
+        """Int8 that clips nothing; a tube, which is a convolution, is rounded for what pixels are like."""
         if array.size < SMALL:
             return self.plain(name, array, unit)
-        return self.integers(name, array, channel_scales(array))
+        scales = channel_scales(array)
+        if array.ndim < 4 or array.shape[2:] == (1, 1):
+            return self.integers(name, quantise(array, scales), scales)
+        moments = pixel_moments(array.shape[1] // COLOURS, *array.shape[2:])
+        data = rounded_weights(array.reshape(len(array), -1).T, scales, moments)
+        return self.integers(name, data.T.reshape(array.shape), scales)
 
     def planned(self, name: str, array: Array, unit: float) -> Any:
         """Int8 with the scales of the table, or float16 where the table says float."""
         if name not in self.plans:
             return self.plain(name, array, unit)
         scales = np.array(self.plans[name][0].weight_scales, np.float32) * np.float32(unit)
-        return self.integers(name, array, half_scales(name, scales))
+        scales = half_scales(name, scales)
+        return self.integers(name, quantise(array, scales), scales)
 
     def activation(self, name: str, x: Any, unit: float) -> Any:
         """Through int8 and back, once a tensor, in the form that an engine can fuse with the product behind it."""
@@ -74,11 +84,11 @@ class Storage:
             self.quantised[tensor] = self.mb.dequantize(input=integers, scale=scale, name=f"{label(tensor)}_rounded")
         return self.quantised[tensor]
 
-    def integers(self, name: str, array: Array, scales: Array) -> Any:
-        """An array (O, ...) as int8 with a scale (O,) for each output channel."""
-        data, narrow_scales = quantise(array, scales), scales.astype(np.float16)
+    def integers(self, name: str, data: Array, scales: Array) -> Any:
+        """Int8 (O, ...) with a scale (O,) for each output channel."""
+        narrow_scales = scales.astype(np.float16)
         if self.blocks:
-            scale = narrow_scales.reshape(-1, *[1] * (array.ndim - 1))
+            scale = narrow_scales.reshape(-1, *[1] * (data.ndim - 1))
             return self.mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=label(name))
         return self.mb.constexpr_affine_dequantize(
             quantized_data=data, scale=narrow_scales, zero_point=np.int8(0), axis=np.int32(0), name=label(name)

@@ -6,8 +6,10 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from edgetube import datasets
 from edgetube.calibration import equalize, numeric
 from edgetube.calibration.table import Range
+from edgetube.spec import InputContract
 
 
 @pytest.mark.parametrize("activations", ["int8", "uint8"])
@@ -90,29 +92,57 @@ class TestRounding:
             left[i + 1 :] += np.outer(rest, error)
         for block in (1, 7, 128):
             monkeypatch.setattr(numeric, "BLOCK", block)
-            np.testing.assert_array_equal(numeric.rounded_weights(weight, scales, rows)[order], expected)
+            np.testing.assert_array_equal(
+                numeric.rounded_weights(weight, scales, numeric.second_moments(rows))[order], expected
+            )
 
     def test_errors_cancel_at_the_output(self, rows, weight):
         scales = numeric.mse_scales(weight, np.square(rows).mean(axis=0))
         nearest = numeric.fake_weights(weight, scales)
-        ours = (numeric.rounded_weights(weight, scales, rows) * scales).astype(np.float32)
+        ours = (numeric.rounded_weights(weight, scales, numeric.second_moments(rows)) * scales).astype(np.float32)
         other = rows[::-1][:300] @ weight  # of rows alike
         errors = [numeric.output_error(other, rows[::-1][:300], w) for w in (ours, nearest)]
         assert errors[0] < 0.3 * errors[1]
 
     def test_channels_that_are_never_used(self, rows, weight):
         np.testing.assert_array_equal(
-            numeric.rounded_weights(weight, numeric.full_scales(weight), np.zeros_like(rows)),
+            numeric.rounded_weights(weight, numeric.full_scales(weight), np.zeros((len(weight), len(weight)))),
             numeric.quantise_weights(weight, numeric.full_scales(weight)),
         )
         rows[:, 7] = 0
-        assert np.abs(numeric.rounded_weights(weight, numeric.full_scales(weight), rows)).max() <= 127
+        moments = numeric.second_moments(rows)
+        assert np.abs(numeric.rounded_weights(weight, numeric.full_scales(weight), moments)).max() <= 127
 
     def test_rounding_to_the_nearest_gives_the_integers_back(self, rows, weight):
         scales = numeric.full_scales(weight)
-        integers = numeric.rounded_weights(weight, scales, rows)
+        integers = numeric.rounded_weights(weight, scales, numeric.second_moments(rows))
         values = np.asarray(integers * scales, np.float32)
         np.testing.assert_array_equal(numeric.quantise_weights(values, scales), integers)
+
+
+def test_pixels_are_like_those_of_real_clips(rng):
+    """Rounded for no clip in particular, the errors of a kernel cancel on the built-in ones."""
+    (clip,) = datasets.built_in(1, ()).clips(InputContract(8, 64, 64, fps=10.0))
+    pieces = clip.frames.reshape(2, 4, 8, 8, 8, 8, 3).transpose(0, 2, 4, 1, 6, 3, 5)  # (..., T, C, H, W)
+    rows = pieces.reshape(-1, 4 * 3 * 8 * 8).astype(np.float32)
+    weight = rng.standard_normal((rows.shape[1], 5)).astype(np.float32)
+    scales = numeric.full_scales(weight)
+    exact, nearest = rows @ weight, numeric.fake_weights(weight, scales)
+    ours = np.float32(numeric.rounded_weights(weight, scales, numeric.pixel_moments(4, 8, 8)) * scales)
+    errors = [numeric.output_error(exact, rows, w) for w in (ours, nearest)]
+    assert errors[0] < errors[1] / 10
+
+
+def test_moments_of_pixels_by_hand():
+    near, mixed = numeric.NEAR, numeric.COLOURS
+    found = numeric.pixel_moments(2, 1, 2, colours=2)  # (T, C, H, W): 8 pixels
+    assert found.shape == (8, 8)
+    np.testing.assert_allclose(found.diagonal(), 2)
+    assert found[0, 1] == pytest.approx(1 + near)  # the next column
+    assert found[0, 2] == pytest.approx(1 + mixed)  # the other colour
+    assert found[0, 4] == pytest.approx(1 + near)  # the next frame
+    assert found[0, 7] == pytest.approx(1 + near * mixed * near)
+    np.testing.assert_array_equal(found, found.T)
 
 
 def gelu(x):

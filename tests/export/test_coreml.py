@@ -454,6 +454,30 @@ def test_integers_are_half_a_step_away(rng):
     assert (np.abs(back - weights) <= scales[:, None] * 0.54).all()  # the scale itself is rounded to float16
 
 
+def test_a_tube_is_rounded_for_pixels_and_a_linear_to_the_nearest(rng):
+    """Bright flat pixels are what the errors of a kernel add up on."""
+    integers = {}
+
+    class Builder:
+        def constexpr_affine_dequantize(self, quantized_data, name, **_):
+            integers[name] = quantized_data
+
+    storage = mlweights.Storage(Builder(), "w8", None, {})
+    tube = rng.normal(size=(8, 2 * 3, 8, 8)).astype(np.float32)
+    for name, array in (("tube", tube), ("columns", tube.reshape(8, -1, 1, 1)), ("rows", tube.reshape(8, -1))):
+        storage.rounded(name, array, 1.0)
+        assert integers[name].shape == array.shape
+    scales = mlweights.channel_scales(tube)
+    nearest = mlweights.quantise(tube, scales)
+    np.testing.assert_array_equal(integers["columns"].reshape(tube.shape), nearest)
+    np.testing.assert_array_equal(integers["rows"].reshape(tube.shape), nearest)
+    drift = [
+        np.abs((data.reshape(8, -1) * scales[:, None] - tube.reshape(8, -1)).sum(axis=1)).max()
+        for data in (integers["tube"], nearest)
+    ]
+    assert drift[0] < 0.1 * drift[1]
+
+
 def test_scales_that_float16_does_not_have():
     scales = mlweights.channel_scales(np.array([[0.0, 0.0], [1e-9, -1e-9], [12.7, 1.0]], np.float32))
     np.testing.assert_allclose(scales, [2**-24, 2**-24, 0.1], rtol=1e-3)
