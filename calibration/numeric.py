@@ -73,7 +73,8 @@ def rounded_weights(weight: Array, scales: Array, moments: npt.NDArray[np.float6
 
 def second_moments(rows: Array) -> npt.NDArray[np.float64]:
     """Of the channels of sampled activations (R, K): (K, K)."""
-    return rows.T.astype(np.float64) @ rows
+    moments: npt.NDArray[np.float64] = rows.T.astype(np.float64) @ rows
+    return moments
 
 
 def pixel_moments(frames: int, height: int, width: int, colours: int = 3) -> npt.NDArray[np.float64]:
@@ -85,7 +86,7 @@ def pixel_moments(frames: int, height: int, width: int, colours: int = 3) -> npt
     """
 
     def markov(size: int) -> npt.NDArray[np.float64]:
-        return NEAR ** np.abs(np.subtract.outer(np.arange(size), np.arange(size))).astype(np.float64)
+        return np.power(NEAR, np.abs(np.subtract.outer(np.arange(size), np.arange(size))), dtype=np.float64)
 
     mixed = np.where(np.eye(colours, dtype=bool), 1.0, COLOURS)
     return 1 + np.kron(np.kron(markov(frames), mixed), np.kron(markov(height), markov(width)))
