@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from edgetube.calibration import graphs, search
@@ -21,8 +22,9 @@ from edgetube.calibration.search import Found, Judge
 from edgetube.calibration.table import Activations, CalibrationTable, LinearPlan, Range, digits
 from edgetube.calibration.walk import State, Walk
 from edgetube.progress import Progress, silent, track
+from edgetube.video import Frames
 
-__all__ = ["Calibrated", "calibrate", "observe"]
+__all__ = ["Calibrated", "calibrate", "mean_inputs", "observe"]
 
 RECIPE = 4
 """Counts the changes of what calibration does: results of another one are not used again."""
@@ -130,6 +132,22 @@ def observe(
     found = {name: least_squares(histogram, activations) for name, histogram in seen.items()}
     rounded = {name: Range(digits(r.low), digits(r.high), r.method) for name, r in found.items()}
     return {name: rounded.get(name, Range(0.0, 1.0, "softmax")) for name in tensors}
+
+
+def mean_inputs(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: Open) -> dict[str, Array]:
+    """The mean over clips (T, H, W, 3) and tokens of what each linear with a bias reads, (K,), by its weight.
+
+    Args:
+        model: a graph with batch 1.
+    """
+    linears = [linear for linear in graphs.linears(model) if linear.bias is not None]
+    read = list(dict.fromkeys(linear.activation for linear in linears))
+    call, (frames,) = open_graph(graphs.only(model, read)), (value.name for value in model.graph.input)
+    sums: dict[str, Any] = dict.fromkeys(read, 0.0)
+    for clip in clips:
+        for name, values in zip(read, call({frames: clip[None]}), strict=True):
+            sums[name] += values.reshape(-1, values.shape[-1]).mean(axis=0, dtype=np.float64) / len(clips)
+    return {linear.weight: sums[linear.activation].astype(np.float32) for linear in linears}
 
 
 def _notes(statistics: Clips, judged: Clips) -> list[str]:

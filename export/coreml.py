@@ -73,6 +73,9 @@ TARGETS = (
 )
 
 
+WEIGHT_ONLY = ("w8", "w4")
+"""Precisions that compress weights and nothing else: biases take up the mean of what that does."""
+
 NOTES = {
     "frames": "RGB frames (clip, time, height, width, colour), whole numbers 0 to 255, not normalised",
     "logits": "One number a class, before the softmax",
@@ -164,8 +167,9 @@ def _convert(graph: Graph, target: Target, table: CalibrationTable | None = None
     program = Program()
     with Function({"frames": frames}, opset_version=deployment) as function:
         blocks = target.setting("deployment") == "iOS18"
-        storage = Storage(mb, target.precision, types.np_uint4_dtype if blocks else None, _plans(graph, table))
-        translation = lowering(mb, graph.model, storage.weight, pins, storage.activation)
+        means = graph.means() if graph.means is not None and target.precision in WEIGHT_ONLY else None
+        storage = Storage(mb, target.precision, types.np_uint4_dtype if blocks else None, _plans(graph, table), means)
+        translation = lowering(mb, graph.model, storage.weight, pins, storage.activation, storage.bias)
         narrow = translation.run(function.inputs["frames"])
         answer = mb.cast(x=narrow, dtype="fp32", name=output) if narrow.dtype != types.fp32 else narrow
         if classify:

@@ -16,13 +16,14 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import torch
@@ -54,6 +55,7 @@ class Graph:
         lowering: how the tubes are lowered, one of `static.LOWERINGS`.
         labels: class names in the order of the logits, where they are known.
         image: traces the graph that answers one image with the same weights; None where the model takes none.
+        means: for the weight of each linear with a bias the mean of what it multiplies (inputs,), where it can be had.
     """
 
     model: onnx.ModelProto
@@ -63,6 +65,7 @@ class Graph:
     lowering: str
     labels: tuple[str, ...] = ()
     image: Callable[[], Graph] | None = field(default=None, compare=False)
+    means: Callable[[], Mapping[str, npt.NDArray[np.float32]]] | None = field(default=None, compare=False)
 
 
 def trace(module: StaticTubeViT | StaticTokenizer, spec: ModelSpec, contract: InputContract, batch: int = 1) -> Graph:

@@ -33,6 +33,10 @@ Activation = Callable[[str, Var, float], Var]
 """(name of the weight, what it is to multiply, unit as above) -> what it multiplies instead."""
 
 
+Bias = Callable[[str, Array], Array]
+"""(name of the weight, float32 bias) -> the bias that goes with the weight as it is stored."""
+
+
 class Lowering:
     """Translates one graph into the function that is being built.
 
@@ -42,6 +46,7 @@ class Lowering:
         weight: makes the constant of a matrix; decides its precision.
         pins: globs of tensor names (`blocks.3.norm1`, `blocks.*.norm?`); what makes them computes in float32.
         quantise: what is done to the input of a linear layer that computes in float16, by default nothing.
+        correct: what is done to its bias when its weight is stored, by default nothing.
 
     Raises:
         InputError: a pin matches no tensor.
@@ -55,8 +60,10 @@ class Lowering:
         weight: Weight,
         pins: Sequence[str] = (),
         quantise: Activation | None = None,
+        correct: Bias | None = None,
     ) -> None:
         self.mb, self.weight, self.quantise = mb, weight, quantise or (lambda _, x, __: x)
+        self.correct = correct or (lambda _, array: array)
         self.nodes, self.output = list(model.graph.node), model.graph.output[0].name
         if unknown := sorted({node.op_type for node in self.nodes} - set(self.operators())):
             raise SpecError(
@@ -219,7 +226,7 @@ class Lowering:
         width = self.width(node, end)
         x = self.activation(node, self.take(node.input[0], width))
         weight = self.matrix(node, np.ascontiguousarray(self.array(node.input[1]).T), width)
-        arguments = {} if bias is None else {"bias": narrow(bias, self.array(bias), width)}
+        arguments = {} if bias is None else {"bias": self.vector(node, bias, width)}
         value = self.mb.linear(x=x, weight=weight, name=self.label(end.output[0]), **arguments)
         self.values[node.output[0]] = self.values[end.output[0]] = value
 
@@ -231,6 +238,11 @@ class Lowering:
                 if name in self.constants and len(self.shapes[name]) == 1:
                     return name, users[0]
         return None, node
+
+    def vector(self, node: onnx.NodeProto, bias: str, width: str) -> Array:
+        """The bias of a product whose matrix is made, corrected unless the product is pinned."""
+        array = self.array(bias)
+        return narrow(bias, array if width == "fp32" else self.correct(node.input[1], array), width)
 
     def activation(self, node: onnx.NodeProto, x: Var) -> Var:
         """What a product multiplies: quantised as the target says, unless the product is pinned."""
@@ -350,7 +362,7 @@ class EngineLowering(Lowering):
         width = self.width(node, end)
         x = self.activation(node, self.column(node.input[0], width))
         weight = self.matrix(node, np.ascontiguousarray(self.array(node.input[1]).T)[:, :, None, None], width)
-        arguments = {} if bias is None else {"bias": narrow(bias, self.array(bias), width)}
+        arguments = {} if bias is None else {"bias": self.vector(node, bias, width)}
         value = self.mb.conv(x=x, weight=weight, pad_type="valid", name=self.label(end.output[0]), **arguments)
         self.columns[node.output[0]] = self.columns[end.output[0]] = value
 

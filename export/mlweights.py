@@ -6,7 +6,7 @@ And what happens to the activations that int8 weights multiply. The builder come
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,15 +40,23 @@ class Storage:
         uint4: numpy's name for the builder's 4-bit integers where a weight may have scales and palettes for parts of it
             (from iOS 18 on), else None.
         plans: of an int8 target: for each weight its plan, and the range of what it multiplies.
+        means: of a target that compresses weights alone: for each weight the mean of what it multiplies (inputs,).
     """
 
     def __init__(
-        self, mb: Any, precision: Precision, uint4: Any, plans: Mapping[str, tuple[LinearPlan, Range]]
+        self,
+        mb: Any,
+        precision: Precision,
+        uint4: Any,
+        plans: Mapping[str, tuple[LinearPlan, Range]],
+        means: Mapping[str, Array] | None = None,
     ) -> None:
         self.mb, self.blocks, self.uint4, self.plans = mb, uint4 is not None, uint4, plans
         ways = {"fp16": self.plain, "w8": self.rounded, "w4": self.palettes, "int8": self.planned}
         self.weight: Weight = ways[precision]
         self.quantised: dict[str, Any] = {}
+        self.means = means or {}
+        self.drifts: dict[str, Array] = {}
 
     def plain(self, name: str, array: Array, unit: float) -> Any:
         """Float16."""
@@ -60,7 +68,9 @@ class Storage:
             return self.plain(name, array, unit)
         scales = channel_scales(array)
         if array.ndim < 4 or array.shape[2:] == (1, 1):
-            return self.integers(name, quantise(array, scales), scales)
+            data = quantise(array, scales)
+            self.note(name, array, lambda: data * scales.reshape(-1, *[1] * (array.ndim - 1)))
+            return self.integers(name, data, scales)
         moments = pixel_moments(array.shape[1] // COLOURS, *array.shape[2:])
         data = rounded_weights(array.reshape(len(array), -1).T, scales, moments)
         return self.integers(name, data.T.reshape(array.shape), scales)
@@ -94,16 +104,29 @@ class Storage:
             quantized_data=data, scale=narrow_scales, zero_point=np.int8(0), axis=np.int32(0), name=label(name)
         )
 
+    def note(self, name: str, array: Array, stored: Callable[[], Array]) -> None:
+        """Remember what storing a weight (O, ...) adds to its product on average (O,)."""
+        if name in self.means:
+            error = (stored().astype(np.float32) - array).reshape(len(array), -1)
+            self.drifts[name] = error @ self.means[name]
+
+    def bias(self, name: str, array: Array) -> Array:
+        """The bias (O,) of a weight that is stored, without what storing it adds on average."""
+        corrected: Array = array - self.drifts.get(name, np.float32(0))
+        return corrected
+
     def palettes(self, name: str, array: Array, unit: float) -> Any:
         """Four bits an element, in the encoder; int8 elsewhere."""
         if not name.startswith("blocks."):  # the ends of the model: few weights, and errors that nothing evens out
             return self.rounded(name, array, unit)
         if not self.blocks:
             lut, indices = palette(array)
+            self.note(name, array, lambda: lut[indices])
             packed = indices.reshape(-1, 2) @ np.array([1, PALETTE], np.uint8)
             shape = np.array(array.shape, np.uint32)
             return self.mb.constexpr_lut_to_dense(lut=lut, indices=packed, shape=shape, name=label(name))
         groups = [palette(rows) for rows in np.split(array, len(array) // math.gcd(len(array), GROUP))]
+        self.note(name, array, lambda: np.concatenate([lut[indices] for lut, indices in groups]))
         lut = np.stack([lut for lut, _ in groups]).reshape(len(groups), *[1] * (array.ndim - 1), PALETTE, 1)
         indices = np.concatenate([indices for _, indices in groups]).astype(self.uint4)
         return self.mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=label(name))

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from typing_extensions import Self
 
 from edgetube import bundle as bundles
-from edgetube import calibration, demo, export, runtimes
+from edgetube import calibration, datasets, demo, export, runtimes
 from edgetube.bench import machine, parity
 from edgetube.bench.latency import interleave
 from edgetube.bundle import Bundle
@@ -40,6 +41,9 @@ from edgetube.video import Clip
 
 PROOF_CLIPS = 16
 """Clips of the proof that every export runs: one of noise, the others rendered from photographs."""
+
+MEAN_CLIPS = 8
+"""Rendered clips that the mean input of every linear is taken over."""
 
 
 @dataclass(frozen=True)
@@ -301,10 +305,17 @@ class Road:
             module = rewrite(checkpoint.model, checkpoint.contract, lowering, batch=batch)
             graph = graphs.trace(module, checkpoint.spec, checkpoint.contract, batch)
             if not tokenizer_only:
-                graph = replace(graph, labels=checkpoint.labels, image=self._image_graph(lowering))
+                image = self._image_graph(lowering)
+                graph = replace(graph, labels=checkpoint.labels, image=image, means=self._mean_inputs)
             self._graphs[key] = graph
             self.progress(f"trace {lowering}", 1, 1)
         return self._graphs[key]
+
+    def _mean_inputs(self) -> dict[str, npt.NDArray[np.float32]]:
+        """What the linears read on average, of clips that are rendered: nobody has to give any."""
+        source = datasets.built_in_calibration(MEAN_CLIPS, ())
+        clips = [clip.frames for clip in source.clips(self.checkpoint.contract)]
+        return calibration.mean_inputs(self._graph("gather", batch=1).model, clips, export.evaluator())
 
     def _image_graph(self, lowering: str) -> Callable[[], Graph] | None:
         """How to trace the graph of the same weights for one image, when the model accepts images."""

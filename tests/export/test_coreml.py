@@ -478,6 +478,35 @@ def test_a_tube_is_rounded_for_pixels_and_a_linear_to_the_nearest(rng):
     assert drift[0] < 0.1 * drift[1]
 
 
+@pytest.mark.parametrize(("precision", "blocks"), [("w8", None), ("w4", None), ("w4", np.uint8)])
+def test_biases_take_up_the_mean_of_what_storing_does(rng, precision, blocks):
+    """On the mean input, the product with the stored weight and its bias is the exact one."""
+    stored = {}
+
+    class Builder:
+        def constexpr_affine_dequantize(self, quantized_data, scale, name, **_):
+            stored[name] = quantized_data * np.float32(scale)[:, None]
+
+        def constexpr_lut_to_dense(self, lut, indices, name, shape=None):
+            if shape is None:  # (groups, 1, 16, 1), (O, I)
+                groups = np.split(indices, len(lut))
+                stored[name] = np.concatenate([t.reshape(-1)[i] for t, i in zip(lut, groups, strict=True)])
+            else:
+                pairs = np.stack([indices & 15, indices >> 4], axis=1).reshape(-1)
+                stored[name] = lut[pairs].reshape(shape)
+
+    weight, bias = rng.normal(size=(32, 64)).astype(np.float32), rng.normal(size=32).astype(np.float32)
+    means = {"blocks.0.x.weight": rng.normal(size=64).astype(np.float32) + 3}
+    storage = mlweights.Storage(Builder(), precision, blocks, {}, means)
+    storage.weight("blocks.0.x.weight", weight, 1.0)
+    found = storage.bias("blocks.0.x.weight", bias)
+    (matrix,) = stored.values()
+    (mean,) = means.values()
+    np.testing.assert_allclose(matrix @ mean + found, weight @ mean + bias, atol=1e-3)
+    assert np.abs(found - bias).max() > 0.01
+    np.testing.assert_array_equal(storage.bias("another", bias), bias)
+
+
 def test_scales_that_float16_does_not_have():
     scales = mlweights.channel_scales(np.array([[0.0, 0.0], [1e-9, -1e-9], [12.7, 1.0]], np.float32))
     np.testing.assert_allclose(scales, [2**-24, 2**-24, 0.1], rtol=1e-3)
