@@ -52,7 +52,8 @@ from edgetube.targets import Precision
 EAGER, NNCF, NNCF_SLICE, BEST_ORT = "PyTorch eager", "NNCF", "NNCF, slice-based graph", "best ORT recipe"
 TARGETS = ("onnx-fp32", "onnx-int8", "openvino-fp32", "openvino-fp16", "openvino-int8")
 ATTENTION: Mapping[str, Precision] = {"onnx-int8": "fp32", "openvino-int8": "fp16"}
-"""Our INT8 targets, and what each computes the products of attention in; "fp16" is bfloat16 where the CPU has that."""
+"""Our INT8 targets, and what each computes the products of attention in; "fp16" is what the CPU has of half
+precision, or float32."""
 
 GOALS = (
     ("openvino-int8", NNCF, 1.1),
@@ -198,7 +199,7 @@ class Bound:
     def of(cls, target: str, rates: Sequence[Mapping[str, Any]], linear: float, rest: float) -> Bound:
         """From `edgetube.bench.latency.peaks`, and 1e9 multiply-accumulates of linears and of everything else."""
         best = {rate["precision"]: rate["gmacs_per_s"] for rate in rates}
-        return cls(1e3 * linear / best["int8"], 1e3 * rest / best[ATTENTION[target]])
+        return cls(1e3 * linear / best["int8"], 1e3 * rest / best.get(ATTENTION[target], best["fp32"]))
 
     @property
     def ms(self) -> float:

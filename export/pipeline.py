@@ -306,13 +306,14 @@ class Road:
             graph = graphs.trace(module, checkpoint.spec, checkpoint.contract, batch)
             if not tokenizer_only:
                 image = self._image_graph(lowering)
-                graph = replace(graph, labels=checkpoint.labels, image=image, means=self._mean_inputs)
+                graph = replace(graph, labels=checkpoint.labels, image=image, means=lambda: self._mean_inputs)
             self._graphs[key] = graph
             self.progress(f"trace {lowering}", 1, 1)
         return self._graphs[key]
 
+    @cached_property
     def _mean_inputs(self) -> dict[str, npt.NDArray[np.float32]]:
-        """What the linears read on average, of clips that are rendered: nobody has to give any."""
+        """What the linears read on average, of clips that are rendered: nobody has to give any. Measured once."""
         source = datasets.built_in_calibration(MEAN_CLIPS, ())
         clips = [clip.frames for clip in source.clips(self.checkpoint.contract)]
         return calibration.mean_inputs(self._graph("gather", batch=1).model, clips, export.evaluator())

@@ -37,6 +37,8 @@ def test_bounds_by_hand():
     bound = int8.Bound.of("onnx-int8", rates, linear=40.0, rest=5.0)
     assert (bound.integers, bound.attention, bound.ms) == pytest.approx((100.0, 50.0, 150.0))
     assert int8.Bound.of("openvino-int8", rates, 40.0, 5.0).attention == pytest.approx(25.0)
+    old = [rate for rate in rates if rate["precision"] != "fp16"]  # a CPU without half precision
+    assert int8.Bound.of("openvino-int8", old, 40.0, 5.0).attention == pytest.approx(50.0)
     found = int8.reached(bound, 200.0, 40.0)
     assert (found["share"], found["int8_share"], found["gmacs_per_s"]) == pytest.approx((0.75, 0.5, 200.0))
 
