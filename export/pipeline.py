@@ -148,6 +148,7 @@ class Road:
         self.lowering_errors = self._prove_lowerings()
         self._graphs: dict[tuple[str, bool, int], Graph] = {}
         self._lowerings: dict[str, dict[str, Any]] = {}
+        self._means: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
         self._calibrations: dict[Activations, Calibrated] = {}
         self._workspace = int8.workspace()
 
@@ -301,35 +302,35 @@ class Road:
         if (key := (lowering, tokenizer_only, batch)) not in self._graphs:
             self.progress(f"trace {lowering}", 0, 1)
             checkpoint = self.checkpoint
-            rewrite = static.StaticTokenizer if tokenizer_only else static.StaticTubeViT
-            module = rewrite(checkpoint.model, checkpoint.contract, lowering, batch=batch)
-            graph = graphs.trace(module, checkpoint.spec, checkpoint.contract, batch)
-            if not tokenizer_only:
-                image = self._image_graph(lowering)
-                graph = replace(graph, labels=checkpoint.labels, image=image, means=lambda: self._mean_inputs)
+            if tokenizer_only:
+                tokenizer = static.StaticTokenizer(checkpoint.model, checkpoint.contract, lowering, batch=batch)
+                graph = graphs.trace(tokenizer, checkpoint.spec, checkpoint.contract, batch)
+            else:
+                graph = replace(self._trace(checkpoint, lowering, batch), image=self._image_graph(lowering))
             self._graphs[key] = graph
             self.progress(f"trace {lowering}", 1, 1)
         return self._graphs[key]
 
-    @cached_property
-    def _mean_inputs(self) -> dict[str, npt.NDArray[np.float32]]:
-        """What the linears read on average, of clips that are rendered: nobody has to give any. Measured once."""
-        source = datasets.built_in_calibration(MEAN_CLIPS, ())
-        clips = [clip.frames for clip in source.clips(self.checkpoint.contract)]
-        return calibration.mean_inputs(self._graph("gather", batch=1).model, clips, export.evaluator())
+    def _trace(self, checkpoint: Checkpoint, lowering: str, batch: int) -> Graph:
+        """The graph of the whole model, for clips or for images as the checkpoint has it."""
+        module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering, batch=batch)
+        graph = graphs.trace(module, checkpoint.spec, checkpoint.contract, batch)
+        return replace(graph, labels=checkpoint.labels, means=partial(self._mean_inputs, checkpoint))
 
     def _image_graph(self, lowering: str) -> Callable[[], Graph] | None:
         """How to trace the graph of the same weights for one image, when the model accepts images."""
         if self.checkpoint.spec.is_image or not self.checkpoint.spec.accepts_images:
             return None
-        image = self.checkpoint.at(1, None)
+        return partial(self._trace, self.checkpoint.at(1, None), lowering, self.options.batch)
 
-        def trace() -> Graph:
-            module = static.StaticTubeViT(image.model, image.contract, lowering, batch=self.options.batch)
-            graph = graphs.trace(module, image.spec, image.contract, self.options.batch)
-            return replace(graph, labels=image.labels)
-
-        return trace
+    def _mean_inputs(self, checkpoint: Checkpoint) -> dict[str, npt.NDArray[np.float32]]:
+        """What the linears read on average, of clips that are rendered: nobody has to give any. Measured once."""
+        if (frames := checkpoint.spec.frames) not in self._means:
+            source = datasets.built_in_calibration(MEAN_CLIPS, ())
+            clips = [clip.frames for clip in source.clips(checkpoint.contract)]
+            model = self._trace(checkpoint, "gather", batch=1).model
+            self._means[frames] = calibration.mean_inputs(model, clips, export.evaluator())
+        return self._means[frames]
 
     def _describe(self, folder: Path, target: Target, built: Built) -> Bundle:
         checkpoint = self.checkpoint

@@ -507,6 +507,29 @@ def test_biases_take_up_the_mean_of_what_storing_does(rng, precision, blocks):
     np.testing.assert_array_equal(storage.bias("another", bias), bias)
 
 
+@pytest.mark.parametrize("frames", [None, 1])
+def test_each_function_knows_the_means_of_its_own_inputs(tiny_checkpoint, checkpoint, tmp_path, monkeypatch, frames):
+    """Against PyTorch: what `fc1` reads on the rendered clips, or on the rendered images."""
+    built = []
+
+    def spy(graph, *rest, build=coreml.build):
+        built.append(graph)
+        return build(graph, *rest)
+
+    monkeypatch.setattr(coreml, "build", spy)
+    options = pipeline.Options(settings={"functions": "video+image", "deployment": "iOS18"})
+    pipeline.export_model("coreml-w8", tiny_checkpoint, tmp_path, options)
+    graph = built[0].image() if frames else built[0]
+    part = checkpoint.at(frames, None)
+    rendered = datasets.built_in_calibration(pipeline.MEAN_CLIPS, ()).clips(part.contract)
+    read = []
+    hook = part.model.blocks[0].mlp.fc1.register_forward_pre_hook(lambda _, x: read.append(x[0].detach().numpy()))
+    Reference(part.model, part.contract)(np.stack([clip.frames for clip in rendered]))
+    hook.remove()
+    expected = np.concatenate(read).mean(axis=(0, 1))
+    np.testing.assert_allclose(graph.means()["blocks.0.mlp.fc1.weight"], expected, atol=1e-4)
+
+
 def test_scales_that_float16_does_not_have():
     scales = mlweights.channel_scales(np.array([[0.0, 0.0], [1e-9, -1e-9], [12.7, 1.0]], np.float32))
     np.testing.assert_allclose(scales, [2**-24, 2**-24, 0.1], rtol=1e-3)
