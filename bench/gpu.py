@@ -151,7 +151,7 @@ def build(names: Iterable[str], checkpoint: str, out: Path, batch: int = 1) -> t
 def _clips(checkpoint: str, out: Path) -> Path:
     contract = checkpoints.load(checkpoint).contract
     path = out / "clips.npy"
-    np.save(path, np.stack([clip.frames for clip in demo.evaluation(contract, CALIBRATION_CLIPS)]))
+    np.save(path, np.stack([clip.frames for clip in demo.scenes(contract, CALIBRATION_CLIPS)]))
     return path
 
 

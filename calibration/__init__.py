@@ -17,6 +17,7 @@ from edgetube.calibration import graphs, search
 from edgetube.calibration.cache import Cache
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import Array, Open
+from edgetube.calibration.numeric import Moments
 from edgetube.calibration.observers import Histogram, least_squares
 from edgetube.calibration.search import Found, Judge
 from edgetube.calibration.table import Activations, CalibrationTable, LinearPlan, Range, digits
@@ -24,7 +25,7 @@ from edgetube.calibration.walk import State, Walk
 from edgetube.progress import Progress, silent, track
 from edgetube.video import Frames
 
-__all__ = ["Calibrated", "calibrate", "mean_inputs", "observe"]
+__all__ = ["Calibrated", "calibrate", "input_moments", "observe"]
 
 RECIPE = 4
 """Counts the changes of what calibration does: results of another one are not used again."""
@@ -134,8 +135,8 @@ def observe(
     return {name: rounded.get(name, Range(0.0, 1.0, "softmax")) for name in tensors}
 
 
-def mean_inputs(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: Open) -> dict[str, Array]:
-    """The mean over clips (T, H, W, 3) and tokens of what each linear with a bias reads, (K,), by its weight.
+def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: Open) -> dict[str, Moments]:
+    """The moments over clips (T, H, W, 3) and tokens of what each linear with a bias reads, by its weight.
 
     Args:
         model: a graph with batch 1.
@@ -143,11 +144,15 @@ def mean_inputs(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: Ope
     linears = [linear for linear in graphs.linears(model) if linear.bias is not None]
     read = list(dict.fromkeys(linear.activation for linear in linears))
     call, (frames,) = open_graph(graphs.only(model, read)), (value.name for value in model.graph.input)
-    sums: dict[str, Any] = dict.fromkeys(read, 0.0)
+    found: dict[str, Moments] = {}
     for clip in clips:
         for name, values in zip(read, call({frames: clip[None]}), strict=True):
-            sums[name] += values.reshape(-1, values.shape[-1]).mean(axis=0, dtype=np.float64) / len(clips)
-    return {linear.weight: sums[linear.activation].astype(np.float32) for linear in linears}
+            rows = np.asarray(values, np.float32).reshape(-1, values.shape[-1])
+            part = Moments(rows.mean(axis=0) / len(clips), rows.T @ rows / np.float32(len(rows) * len(clips)))
+            if name in found:
+                part = Moments(part.mean + found[name].mean, part.second + found[name].second)
+            found[name] = part
+    return {linear.weight: found[linear.activation] for linear in linears}
 
 
 def _notes(statistics: Clips, judged: Clips) -> list[str]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -17,6 +21,14 @@ DAMPING, BLOCK = 0.01, 128
 
 NEAR, COLOURS = 0.97, 0.95
 """Correlations of neighbouring pixels and of one pixel's colours in photographs and videos of them."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the rows that a linear reads are like: their mean (K,), and their second moments (K, K) about zero."""
+
+    mean: Array
+    second: Array
 
 
 def fake_activations(x: Array, found: Range, activations: Activations) -> Array:
@@ -42,33 +54,39 @@ def fake_weights(weight: Array, scales: Array) -> Array:
     return np.asarray(np.clip(np.rint(weight / scales), -LEVELS, LEVELS) * scales, np.float32)
 
 
-def rounded_weights(weight: Array, scales: Array, moments: npt.NDArray[np.float64]) -> npt.NDArray[np.int8]:
-    """Symmetric int8 of `weight` (K, N) whose rounding errors cancel at the output, for what the linear really reads.
+def rounded_weights(weight: Array, scales: Array, moments: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.int8]:
+    """Symmetric int8 of `weight` (K, N) with a scale per column (N,), whose errors cancel at the output; `compensated`."""
+    return quantise_weights(compensated(weight, moments, lambda row: quantise_weights(row, scales) * scales), scales)
 
-    GPTQ (Frantar et al., 2022): row after row is rounded, the largest input channels first, and the rows that are left
-    take up its error as the second moments of the channels allow.
+
+def compensated(
+    weight: Array, moments: npt.NDArray[np.floating[Any]], stored: Callable[[npt.NDArray[np.float64]], npt.NDArray[Any]]
+) -> npt.NDArray[np.float64]:
+    """What is to be rounded instead of `weight` (K, N), so that rounding errors cancel for what the linear really reads.
+
+    Row after row is rounded, the largest input channels first, and those that are left take up its error. This is GPTQ
+    (Frantar et al., 2022) as Babai's nearest plane (Chen et al., 2025): with moments = U' U and U upper triangular, the
+    error E at the output is U E, and its rows are made small from the last to the first; nothing is inverted.
 
     Args:
-        scales: per column (N,).
         moments: second moments of the input channels (K, K), up to a factor; see `second_moments`, `pixel_moments`.
+        stored: what a row (N,) is after rounding.
     """
     power = moments.diagonal().mean()
     if power == 0:
-        return quantise_weights(weight, scales)
-    moments = moments + DAMPING * power * np.eye(len(weight))
-    order = np.argsort(-moments.diagonal(), kind="stable")
-    left = weight[order].astype(np.float64)
-    factor = np.linalg.cholesky(np.linalg.inv(moments[np.ix_(order, order)])).T
-    rounded = np.empty(weight.shape, np.int8)
-    for start in range(0, len(weight), BLOCK):
-        end = min(start + BLOCK, len(weight))
-        errors = np.empty((end - start, weight.shape[1]))
-        for i in range(start, end):
-            rounded[order[i]] = integers = quantise_weights(left[i], scales)
-            errors[i - start] = (left[i] - integers * scales) / factor[i, i]
-            left[i + 1 : end] -= np.outer(factor[i, i + 1 : end], errors[i - start])
-        left[end:] -= factor[start:end, end:].T @ errors
-    return rounded
+        return weight.astype(np.float64)
+    order = np.argsort(-moments.diagonal(), kind="stable")[::-1]
+    exact, size = weight[order].astype(np.float64), len(weight)
+    factor = np.linalg.cholesky(moments[np.ix_(order, order)] + DAMPING * power * np.eye(size)).T
+    factor /= factor.diagonal()[:, None]
+    errors, found = np.empty_like(exact), np.empty_like(exact)
+    for end in range(size, 0, -BLOCK):
+        start = max(end - BLOCK, 0)
+        moved = exact[start:end] + factor[start:end, end:] @ errors[end:]
+        for i in reversed(range(start, end)):
+            found[order[i]] = row = moved[i - start] + factor[i, i + 1 : end] @ errors[i + 1 : end]
+            errors[i] = exact[i] - stored(row)
+    return found
 
 
 def second_moments(rows: Array) -> npt.NDArray[np.float64]:

@@ -74,7 +74,7 @@ TARGETS = (
 
 
 WEIGHT_ONLY = ("w8", "w4")
-"""Precisions that compress weights and nothing else: biases take up the mean of what that does."""
+"""Precisions that compress weights and nothing else, as fits what the linears read on rendered clips."""
 
 NOTES = {
     "frames": "RGB frames (clip, time, height, width, colour), whole numbers 0 to 255, not normalised",
@@ -167,8 +167,8 @@ def _convert(graph: Graph, target: Target, table: CalibrationTable | None = None
     program = Program()
     with Function({"frames": frames}, opset_version=deployment) as function:
         blocks = target.setting("deployment") == "iOS18"
-        means = graph.means() if graph.means is not None and target.precision in WEIGHT_ONLY else None
-        storage = Storage(mb, target.precision, types.np_uint4_dtype if blocks else None, _plans(graph, table), means)
+        moments = graph.moments() if graph.moments is not None and target.precision in WEIGHT_ONLY else None
+        storage = Storage(mb, target.precision, types.np_uint4_dtype if blocks else None, _plans(graph, table), moments)
         translation = lowering(mb, graph.model, storage.weight, pins, storage.activation, storage.bias)
         narrow = translation.run(function.inputs["frames"])
         answer = mb.cast(x=narrow, dtype="fp32", name=output) if narrow.dtype != types.fp32 else narrow

@@ -23,7 +23,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import torch
@@ -31,6 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer, rewriter
 
+from edgetube.calibration.numeric import Moments
 from edgetube.errors import SpecError
 from edgetube.export.static import StaticTokenizer, StaticTubeViT
 from edgetube.spec import InputContract, ModelSpec
@@ -55,7 +55,7 @@ class Graph:
         lowering: how the tubes are lowered, one of `static.LOWERINGS`.
         labels: class names in the order of the logits, where they are known.
         image: traces the graph that answers one image with the same weights; None where the model takes none.
-        means: for the weight of each linear with a bias the mean of what it multiplies (inputs,), where it can be had.
+        moments: measures for the weight of each linear with a bias what it multiplies is like, where that can be had.
     """
 
     model: onnx.ModelProto
@@ -65,7 +65,7 @@ class Graph:
     lowering: str
     labels: tuple[str, ...] = ()
     image: Callable[[], Graph] | None = field(default=None, compare=False)
-    means: Callable[[], Mapping[str, npt.NDArray[np.float32]]] | None = field(default=None, compare=False)
+    moments: Callable[[], Mapping[str, Moments]] | None = field(default=None, compare=False)
 
 
 def trace(module: StaticTubeViT | StaticTokenizer, spec: ModelSpec, contract: InputContract, batch: int = 1) -> Graph:

@@ -6,13 +6,13 @@ And what happens to the activations that int8 weights multiply. The builder come
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgetube.calibration.numeric import pixel_moments, rounded_weights
+from edgetube.calibration.numeric import Moments, compensated, pixel_moments, rounded_weights
 from edgetube.calibration.table import LinearPlan, Range
 from edgetube.errors import SpecError
 from edgetube.export.mlprogram import Weight, label, narrow
@@ -40,7 +40,7 @@ class Storage:
         uint4: numpy's name for the builder's 4-bit integers where a weight may have scales and palettes for parts of it
             (from iOS 18 on), else None.
         plans: of an int8 target: for each weight its plan, and the range of what it multiplies.
-        means: of a target that compresses weights alone: for each weight the mean of what it multiplies (inputs,).
+        moments: of a target that compresses weights alone: for each weight what it multiplies is like.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class Storage:
         precision: Precision,
         uint4: Any,
         plans: Mapping[str, tuple[LinearPlan, Range]],
-        means: Mapping[str, Array] | None = None,
+        moments: Mapping[str, Moments] | None = None,
     ) -> None:
         self.mb, self.blocks, self.uint4, self.plans = mb, uint4 is not None, uint4, plans
         ways = {"fp16": self.plain, "w8": self.rounded, "w4": self.palettes, "int8": self.planned}
         self.weight: Weight = ways[precision]
         self.quantised: dict[str, Any] = {}
-        self.means = means or {}
+        self.moments = moments or {}
         self.drifts: dict[str, Array] = {}
 
     def plain(self, name: str, array: Array, unit: float) -> Any:
@@ -63,17 +63,18 @@ class Storage:
         return self.mb.const(val=narrow(name, array, "fp16"), name=label(name))
 
     def rounded(self, name: str, array: Array, unit: float) -> Any:
-        """Int8 that clips nothing; a tube, which is a convolution, is rounded for what pixels are like."""
+        """Int8 that clips nothing, for what the weight is known to read; of a tube, a convolution, what pixels are like."""
         if array.size < SMALL:
             return self.plain(name, array, unit)
-        scales = channel_scales(array)
-        if array.ndim < 4 or array.shape[2:] == (1, 1):
-            data = quantise(array, scales)
-            self.note(name, array, lambda: data * scales.reshape(-1, *[1] * (array.ndim - 1)))
-            return self.integers(name, data, scales)
-        moments = pixel_moments(array.shape[1] // COLOURS, *array.shape[2:])
-        data = rounded_weights(array.reshape(len(array), -1).T, scales, moments)
-        return self.integers(name, data.T.reshape(array.shape), scales)
+        scales, matrix = channel_scales(array), array.reshape(len(array), -1)
+        if array.ndim == 4 and array.shape[2:] != (1, 1):
+            data = rounded_weights(matrix.T, scales, pixel_moments(array.shape[1] // COLOURS, *array.shape[2:])).T
+        elif name in self.moments:
+            data = rounded_weights(matrix.T, scales, self.moments[name].second).T
+            self.note(name, matrix, data * scales[:, None])
+        else:
+            data = quantise(matrix, scales)
+        return self.integers(name, np.ascontiguousarray(data.reshape(array.shape)), scales)
 
     def planned(self, name: str, array: Array, unit: float) -> Any:
         """Int8 with the scales of the table, or float16 where the table says float."""
@@ -104,11 +105,9 @@ class Storage:
             quantized_data=data, scale=narrow_scales, zero_point=np.int8(0), axis=np.int32(0), name=label(name)
         )
 
-    def note(self, name: str, array: Array, stored: Callable[[], Array]) -> None:
-        """Remember what storing a weight (O, ...) adds to its product on average (O,)."""
-        if name in self.means:
-            error = (stored().astype(np.float32) - array).reshape(len(array), -1)
-            self.drifts[name] = error @ self.means[name]
+    def note(self, name: str, matrix: Array, stored: Array) -> None:
+        """Remember what storing a weight (O, I) adds to its product on average (O,)."""
+        self.drifts[name] = (stored.astype(np.float32) - matrix) @ self.moments[name].mean
 
     def bias(self, name: str, array: Array) -> Array:
         """The bias (O,) of a weight that is stored, without what storing it adds on average."""
@@ -119,17 +118,22 @@ class Storage:
         """Four bits an element, in the encoder; int8 elsewhere."""
         if not name.startswith("blocks."):  # the ends of the model: few weights, and errors that nothing evens out
             return self.rounded(name, array, unit)
-        if not self.blocks:
-            lut, indices = palette(array)
-            self.note(name, array, lambda: lut[indices])
-            packed = indices.reshape(-1, 2) @ np.array([1, PALETTE], np.uint8)
-            shape = np.array(array.shape, np.uint32)
-            return self.mb.constexpr_lut_to_dense(lut=lut, indices=packed, shape=shape, name=label(name))
-        groups = [palette(rows) for rows in np.split(array, len(array) // math.gcd(len(array), GROUP))]
-        self.note(name, array, lambda: np.concatenate([lut[indices] for lut, indices in groups]))
-        lut = np.stack([lut for lut, _ in groups]).reshape(len(groups), *[1] * (array.ndim - 1), PALETTE, 1)
-        indices = np.concatenate([indices for _, indices in groups]).astype(self.uint4)
-        return self.mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=label(name))
+        matrix = array.reshape(len(array), -1)
+        groups = len(array) // math.gcd(len(array), GROUP) if self.blocks else 1
+        luts = np.stack([palette(rows) for rows in np.split(matrix, groups)])
+        if name in self.moments:
+            wanted = compensated(matrix.T, self.moments[name].second, lambda row: looked_up(luts, nearest(luts, row)))
+            indices = nearest(luts, wanted)
+            self.note(name, matrix, looked_up(luts, indices).T)
+        else:
+            indices = nearest(luts, matrix.T)
+        indices = np.ascontiguousarray(indices.T).reshape(array.shape)
+        if self.blocks:
+            lut = luts.reshape(groups, *[1] * (array.ndim - 1), PALETTE, 1)
+            return self.mb.constexpr_lut_to_dense(indices=indices.astype(self.uint4), lut=lut, name=label(name))
+        packed = indices.reshape(-1, 2) @ np.array([1, PALETTE], np.uint8)
+        shape = np.array(array.shape, np.uint32)
+        return self.mb.constexpr_lut_to_dense(lut=luts[0], indices=packed, shape=shape, name=label(name))
 
 
 def channel_scales(array: Array) -> Array:
@@ -159,8 +163,8 @@ def quantise(array: Array, scales: Array) -> Array:
     return np.clip(np.rint(steps), -127, 127).astype(np.int8)
 
 
-def palette(array: Array, steps: int = 50) -> tuple[Array, Array]:
-    """The 16 float16 numbers that stand for an array with the least squared error, and each element's index.
+def palette(array: Array, steps: int = 50) -> Array:
+    """The 16 float16 numbers that stand for an array with the least squared error, in ascending order.
 
     Lloyd's iteration on the sorted numbers: a cluster is a range, its mean a difference of cumulative sums.
     """
@@ -177,6 +181,20 @@ def palette(array: Array, steps: int = 50) -> tuple[Array, Array]:
         if np.array_equal(moved, centres):
             break
         centres = moved
-    lut = centres.astype(np.float16)
-    bounds = (lut[1:].astype(np.float32) + lut[:-1].astype(np.float32)) / 2
-    return lut, np.searchsorted(bounds, array).astype(np.uint8)
+    return centres.astype(np.float16)
+
+
+def nearest(luts: Array, rows: Array) -> Array:
+    """The index of the nearest number in the palettes (groups, 16) of output channels, for weights (..., O)."""
+    middles = (luts[:, 1:].astype(np.float32) + luts[:, :-1].astype(np.float32)) / 2
+    indices = np.zeros(rows.shape, np.uint8)
+    for bound in np.repeat(middles, rows.shape[-1] // len(luts), axis=0).T:
+        indices += rows > bound
+    return indices
+
+
+def looked_up(luts: Array, indices: Array) -> Array:
+    """The numbers (..., O) float32 that indices into the palettes (groups, 16) of output channels stand for."""
+    channels = np.arange(indices.shape[-1]) // (indices.shape[-1] // len(luts))
+    numbers: Array = luts.astype(np.float32)[channels, indices]
+    return numbers

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from typing_extensions import Self
 
 from edgetube import bundle as bundles
-from edgetube import calibration, datasets, demo, export, runtimes
+from edgetube import calibration, demo, export, runtimes
 from edgetube.bench import machine, parity
 from edgetube.bench.latency import interleave
 from edgetube.bundle import Bundle
 from edgetube.calibration import Calibrated
 from edgetube.calibration.clips import Clips, collect
+from edgetube.calibration.numeric import Moments
 from edgetube.calibration.table import Activations, CalibrationTable, Range
 from edgetube.errors import InputError, MissingPackageError, ParityError
 from edgetube.export import graph as graphs
@@ -42,8 +42,8 @@ from edgetube.video import Clip
 PROOF_CLIPS = 16
 """Clips of the proof that every export runs: one of noise, the others rendered from photographs."""
 
-MEAN_CLIPS = 8
-"""Rendered clips that the mean input of every linear is taken over."""
+MOMENT_CLIPS = 8
+"""Rendered clips that tell a target without calibration what every linear reads."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Road:
         self.lowering_errors = self._prove_lowerings()
         self._graphs: dict[tuple[str, bool, int], Graph] = {}
         self._lowerings: dict[str, dict[str, Any]] = {}
-        self._means: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
+        self._moments: dict[int, dict[str, Moments]] = {}
         self._calibrations: dict[Activations, Calibrated] = {}
         self._workspace = int8.workspace()
 
@@ -315,7 +315,7 @@ class Road:
         """The graph of the whole model, for clips or for images as the checkpoint has it."""
         module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering, batch=batch)
         graph = graphs.trace(module, checkpoint.spec, checkpoint.contract, batch)
-        return replace(graph, labels=checkpoint.labels, means=partial(self._mean_inputs, checkpoint))
+        return replace(graph, labels=checkpoint.labels, moments=partial(self._input_moments, checkpoint))
 
     def _image_graph(self, lowering: str) -> Callable[[], Graph] | None:
         """How to trace the graph of the same weights for one image, when the model accepts images."""
@@ -323,14 +323,13 @@ class Road:
             return None
         return partial(self._trace, self.checkpoint.at(1, None), lowering, self.options.batch)
 
-    def _mean_inputs(self, checkpoint: Checkpoint) -> dict[str, npt.NDArray[np.float32]]:
-        """What the linears read on average, of clips that are rendered: nobody has to give any. Measured once."""
-        if (frames := checkpoint.spec.frames) not in self._means:
-            source = datasets.built_in_calibration(MEAN_CLIPS, ())
-            clips = [clip.frames for clip in source.clips(checkpoint.contract)]
+    def _input_moments(self, checkpoint: Checkpoint) -> dict[str, Moments]:
+        """What the linears read, of clips that are rendered: nobody has to give any. Measured once."""
+        if (frames := checkpoint.spec.frames) not in self._moments:
+            clips = [clip.frames for clip in demo.scenes(checkpoint.contract, MOMENT_CLIPS)]
             model = self._trace(checkpoint, "gather", batch=1).model
-            self._means[frames] = calibration.mean_inputs(model, clips, export.evaluator())
-        return self._means[frames]
+            self._moments[frames] = calibration.input_moments(model, clips, export.evaluator())
+        return self._moments[frames]
 
     def _describe(self, folder: Path, target: Target, built: Built) -> Bundle:
         checkpoint = self.checkpoint

@@ -56,7 +56,7 @@ def prepare(work: Path, checkpoint: str) -> None:
     (work / SOURCE).write_text(json.dumps({"checkpoint": checkpoint}))
     contract = checkpoints.load(checkpoint).contract
     np.save(work / CLIPS, np.stack([clip.frames for clip in demo.evaluation(contract, JUDGED)]))
-    np.save(work / CALIBRATION, np.stack([clip.frames for clip in demo.calibration(contract, CALIBRATED)]))
+    np.save(work / CALIBRATION, np.stack([clip.frames for clip in demo.scenes(contract, CALIBRATED)]))
     call = eager(work, work)
     np.save(work / "logits.npy", np.concatenate([call(clip[None]) for clip in clips(work)]))
 

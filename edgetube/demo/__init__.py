@@ -25,6 +25,7 @@ __all__ = [
     "golden",
     "photo_files",
     "photos",
+    "scenes",
     "videos",
 ]
 
@@ -48,6 +49,16 @@ def evaluation(contract: InputContract, count: int = 504) -> Iterator[Clip]:
 def calibration(contract: InputContract, count: int = 128) -> Iterator[Clip]:
     """`count` clips for calibration, like `evaluation` but over other photographs."""
     return clips("calibration", photos(CALIBRATION), contract, count)
+
+
+def scenes(contract: InputContract, count: int) -> Iterator[Clip]:
+    """`count` clips of the calibration set, each of another photograph and another movement than the one before.
+
+    For what has to be learned from few clips: those that come first in `calibration` all show the same photograph.
+    """
+    shown = photos(CALIBRATION)
+    for index in range(count):
+        yield clip("calibration", shown, index * (len(LABELS) + 1), contract)
 
 
 def golden(contract: InputContract) -> Clip:

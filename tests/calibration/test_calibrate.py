@@ -5,7 +5,7 @@ import onnx
 import pytest
 
 from edgetube import export, metrics
-from edgetube.calibration import calibrate, graphs, mean_inputs, numeric, search
+from edgetube.calibration import calibrate, graphs, input_moments, numeric, search
 from edgetube.calibration.cache import Cache
 from edgetube.calibration.clips import collect
 from edgetube.calibration.walk import State, Walk
@@ -63,16 +63,18 @@ def test_errors_of_tubes_cancel_on_other_clips(walk, clips):
         assert first < second / 4
 
 
-def test_mean_inputs_are_means_of_what_linears_read(hard_graph, clips):
+def test_moments_are_those_of_what_linears_read(hard_graph, clips):
     """Of a block's last linear, whose input is the output of its GELU."""
     frames = list(clips[0].frames)[:3]
-    found = mean_inputs(hard_graph.model, frames, export.evaluator())
+    found = input_moments(hard_graph.model, frames, export.evaluator())
     with_bias = [linear for linear in graphs.linears(hard_graph.model) if linear.bias]
     assert set(found) == {linear.weight for linear in with_bias}
     last = next(linear for linear in with_bias if linear.name.endswith("fc2"))
     call = export.evaluator()(graphs.only(hard_graph.model, [last.activation]))
-    every = np.concatenate([call({"frames": clip[None]})[0].reshape(-1, len(found[last.weight])) for clip in frames])
-    np.testing.assert_allclose(found[last.weight], every.mean(axis=0), atol=1e-5)
+    mean, second = found[last.weight].mean, found[last.weight].second
+    every = np.concatenate([call({"frames": clip[None]})[0].reshape(-1, len(mean)) for clip in frames])
+    np.testing.assert_allclose(mean, every.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(second, np.einsum("ri,rj->ij", every, every) / len(every), rtol=1e-4, atol=1e-5)
 
 
 class TestPlaces:

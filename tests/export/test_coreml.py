@@ -9,7 +9,7 @@ import pytest
 
 import edgetube
 from edgetube import bundle as bundles
-from edgetube import calibration, datasets, export, metrics, mlpackage, runtimes
+from edgetube import calibration, datasets, demo, export, metrics, mlpackage, runtimes
 from edgetube.bundle import Bundle
 from edgetube.calibration import numeric
 from edgetube.calibration.clips import collect
@@ -429,7 +429,8 @@ def test_palettes_are_the_best_sixteen_numbers(rng):
     """Against a k-means that somebody else wrote, started at the same kind of place, and no worse than it."""
     cluster = pytest.importorskip("sklearn.cluster")
     weights = (rng.normal(size=(64, 96)) * 0.02).astype(np.float32)
-    lut, indices = mlweights.palette(weights)
+    lut = mlweights.palette(weights)
+    indices = mlweights.nearest(lut[None], weights.reshape(-1, 1)).reshape(weights.shape)
     assert lut.dtype == np.float16
     assert indices.max() == 15
     ours = np.square(lut[indices].astype(np.float32) - weights).sum()
@@ -443,7 +444,8 @@ def test_palettes_are_the_best_sixteen_numbers(rng):
 
 def test_palettes_of_few_numbers_are_exact():
     weights = np.array([[0.0, 1.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0]], np.float32)
-    lut, indices = mlweights.palette(weights)
+    lut = mlweights.palette(weights)
+    indices = mlweights.nearest(lut[None], weights.reshape(-1, 1)).reshape(weights.shape)
     np.testing.assert_allclose(lut[indices], weights, atol=1e-3)
 
 
@@ -478,37 +480,73 @@ def test_a_tube_is_rounded_for_pixels_and_a_linear_to_the_nearest(rng):
     assert drift[0] < 0.1 * drift[1]
 
 
-@pytest.mark.parametrize(("precision", "blocks"), [("w8", None), ("w4", None), ("w4", np.uint8)])
-def test_biases_take_up_the_mean_of_what_storing_does(rng, precision, blocks):
-    """On the mean input, the product with the stored weight and its bias is the exact one."""
-    stored = {}
+class Builder:
+    """Keeps the numbers that the stored weights stand for."""
 
-    class Builder:
-        def constexpr_affine_dequantize(self, quantized_data, scale, name, **_):
-            stored[name] = quantized_data * np.float32(scale)[:, None]
+    def __init__(self):
+        self.stored = {}
 
-        def constexpr_lut_to_dense(self, lut, indices, name, shape=None):
-            if shape is None:  # (groups, 1, 16, 1), (O, I)
-                groups = np.split(indices, len(lut))
-                stored[name] = np.concatenate([t.reshape(-1)[i] for t, i in zip(lut, groups, strict=True)])
-            else:
-                pairs = np.stack([indices & 15, indices >> 4], axis=1).reshape(-1)
-                stored[name] = lut[pairs].reshape(shape)
+    def constexpr_affine_dequantize(self, quantized_data, scale, name, **_):
+        self.stored[name] = quantized_data * np.float32(scale)[:, None]
 
-    weight, bias = rng.normal(size=(32, 64)).astype(np.float32), rng.normal(size=32).astype(np.float32)
-    means = {"blocks.0.x.weight": rng.normal(size=64).astype(np.float32) + 3}
-    storage = mlweights.Storage(Builder(), precision, blocks, {}, means)
+    def constexpr_lut_to_dense(self, lut, indices, name, shape=None):
+        if shape is None:  # (groups, 1, 16, 1), (O, I)
+            groups = np.split(indices, len(lut))
+            self.stored[name] = np.concatenate([t.reshape(-1)[i] for t, i in zip(lut, groups, strict=True)])
+        else:
+            pairs = np.stack([indices & 15, indices >> 4], axis=1).reshape(-1)
+            self.stored[name] = lut[pairs].reshape(shape)
+
+
+STORAGES = pytest.mark.parametrize(("precision", "blocks"), [("w8", None), ("w4", None), ("w4", np.uint8)])
+
+
+def stored(precision, blocks, weight, moments):
+    """A weight as it is stored, and the storage."""
+    builder = Builder()
+    storage = mlweights.Storage(builder, precision, blocks, {}, {"blocks.0.x.weight": moments} if moments else {})
     storage.weight("blocks.0.x.weight", weight, 1.0)
+    (matrix,) = builder.stored.values()
+    return np.float32(matrix), storage
+
+
+@pytest.fixture
+def read(rng):
+    """Rows of channels that know of one another, and whose mean is not zero."""
+    mixed = 3 + rng.normal(size=(400, 20)) @ rng.normal(size=(20, 64)) * np.geomspace(5, 0.1, 64)
+    return (mixed + 0.05 * rng.normal(size=(400, 64))).astype(np.float32)
+
+
+def moments_of(rows):
+    return numeric.Moments(rows.mean(axis=0), numeric.second_moments(rows) / len(rows))
+
+
+@STORAGES
+def test_biases_take_up_the_mean_of_what_storing_does(rng, read, precision, blocks):
+    """On the mean input, the product with the stored weight and its bias is the exact one."""
+    weight, bias = rng.normal(size=(32, 64)).astype(np.float32), rng.normal(size=32).astype(np.float32)
+    moments = moments_of(read)
+    matrix, storage = stored(precision, blocks, weight, moments)
     found = storage.bias("blocks.0.x.weight", bias)
-    (matrix,) = stored.values()
-    (mean,) = means.values()
-    np.testing.assert_allclose(matrix @ mean + found, weight @ mean + bias, atol=1e-3)
-    assert np.abs(found - bias).max() > 0.01
+    np.testing.assert_allclose(matrix @ moments.mean + found, weight @ moments.mean + bias, atol=1e-3)
+    assert np.abs(found - bias).max() > 1e-4
     np.testing.assert_array_equal(storage.bias("another", bias), bias)
 
 
+@STORAGES
+def test_errors_of_weights_cancel_for_what_they_read(rng, read, precision, blocks):
+    """On rows that were not seen, and with numbers of the same palettes."""
+    weight = rng.normal(size=(32, 64)).astype(np.float32)
+    (ours, _), (plain, _) = (stored(precision, blocks, weight, moments) for moments in (moments_of(read[::2]), None))
+    errors = [np.square(read[1::2] @ (matrix - weight).T).mean() for matrix in (ours, plain)]
+    assert errors[0] < 0.3 * errors[1]
+    groups = 2 if blocks else 1
+    for one, other in zip(np.split(ours, groups), np.split(plain, groups), strict=True):
+        assert precision == "w8" or set(one.ravel()) <= set(other.ravel())
+
+
 @pytest.mark.parametrize("frames", [None, 1])
-def test_each_function_knows_the_means_of_its_own_inputs(tiny_checkpoint, checkpoint, tmp_path, monkeypatch, frames):
+def test_each_function_knows_the_moments_of_its_own_inputs(tiny_checkpoint, checkpoint, tmp_path, monkeypatch, frames):
     """Against PyTorch: what `fc1` reads on the rendered clips, or on the rendered images."""
     built = []
 
@@ -521,13 +559,13 @@ def test_each_function_knows_the_means_of_its_own_inputs(tiny_checkpoint, checkp
     pipeline.export_model("coreml-w8", tiny_checkpoint, tmp_path, options)
     graph = built[0].image() if frames else built[0]
     part = checkpoint.at(frames, None)
-    rendered = datasets.built_in_calibration(pipeline.MEAN_CLIPS, ()).clips(part.contract)
+    rendered = demo.scenes(part.contract, pipeline.MOMENT_CLIPS)
     read = []
     hook = part.model.blocks[0].mlp.fc1.register_forward_pre_hook(lambda _, x: read.append(x[0].detach().numpy()))
     Reference(part.model, part.contract)(np.stack([clip.frames for clip in rendered]))
     hook.remove()
     expected = np.concatenate(read).mean(axis=(0, 1))
-    np.testing.assert_allclose(graph.means()["blocks.0.mlp.fc1.weight"], expected, atol=1e-4)
+    np.testing.assert_allclose(graph.moments()["blocks.0.mlp.fc1.weight"].mean, expected, atol=1e-4)
 
 
 def test_scales_that_float16_does_not_have():

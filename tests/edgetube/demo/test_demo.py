@@ -46,6 +46,16 @@ def test_each_photo_meets_each_class(clips):
     assert set(pairs.values()) == {2}
 
 
+def test_scenes_are_of_different_photos_and_movements():
+    found = list(demo.scenes(SMALL, 8))
+    shown = [clip.name.split("/")[1] for clip in found]
+    assert set(shown[:5]) == set(demo.CALIBRATION)
+    assert all(a != b for a, b in itertools.pairwise(shown))
+    assert len({clip.label for clip in found}) == 8
+    every = {clip.name: clip.frames for clip in demo.calibration(SMALL, 71)}
+    assert all((clip.frames == every[clip.name]).all() for clip in found)
+
+
 def test_evaluation_and_calibration_share_no_photo():
     names = {path.stem for path in demo.photo_files()}
     assert not set(demo.EVALUATION) & set(demo.CALIBRATION)
