@@ -259,7 +259,7 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
 
 
 RUNS, TURNS = 8, 5
-"""Calls of a profile, the first two of which do not count; the files take turns, and the fastest turn of each counts."""
+"""Calls of a profile, the first two of which do not count; turns of each file, the fastest of which counts."""
 
 
 def profile_onnx(path: Path, frames: np.ndarray) -> dict[str, float]:

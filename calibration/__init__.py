@@ -136,17 +136,14 @@ def observe(
 
 
 def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: Open) -> dict[str, Moments]:
-    """The moments over clips (T, H, W, 3) and tokens of what each linear with a bias reads, by its weight.
-
-    Args:
-        model: a graph with batch 1.
-    """
+    """The moments over clips (T, H, W, 3) and tokens of what each linear with a bias reads, by its weight."""
     linears = [linear for linear in graphs.linears(model) if linear.bias is not None]
     read = list(dict.fromkeys(linear.activation for linear in linears))
-    call, (frames,) = open_graph(graphs.only(model, read)), (value.name for value in model.graph.input)
+    call, (frames,) = open_graph(graphs.only(model, read)), model.graph.input
+    batch = frames.type.tensor_type.shape.dim[0].dim_value
     found: dict[str, Moments] = {}
     for clip in clips:
-        for name, values in zip(read, call({frames: clip[None]}), strict=True):
+        for name, values in zip(read, call({frames.name: np.stack([clip] * batch)}), strict=True):
             rows = np.asarray(values, np.float32).reshape(-1, values.shape[-1])
             part = Moments(rows.mean(axis=0) / len(clips), rows.T @ rows / np.float32(len(rows) * len(clips)))
             if name in found:

@@ -55,14 +55,14 @@ def fake_weights(weight: Array, scales: Array) -> Array:
 
 
 def rounded_weights(weight: Array, scales: Array, moments: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.int8]:
-    """Symmetric int8 of `weight` (K, N) with a scale per column (N,), whose errors cancel at the output; `compensated`."""
+    """Symmetric int8 of `weight` (K, N) with a scale per column (N,), by `compensated`: errors cancel at the output."""
     return quantise_weights(compensated(weight, moments, lambda row: quantise_weights(row, scales) * scales), scales)
 
 
 def compensated(
     weight: Array, moments: npt.NDArray[np.floating[Any]], stored: Callable[[npt.NDArray[np.float64]], npt.NDArray[Any]]
 ) -> npt.NDArray[np.float64]:
-    """What is to be rounded instead of `weight` (K, N), so that rounding errors cancel for what the linear really reads.
+    """What is to be rounded instead of `weight` (K, N), so that rounding errors cancel for what the linear reads.
 
     Row after row is rounded, the largest input channels first, and those that are left take up its error. This is GPTQ
     (Frantar et al., 2022) as Babai's nearest plane (Chen et al., 2025): with moments = U' U and U upper triangular, the

@@ -63,7 +63,7 @@ class Storage:
         return self.mb.const(val=narrow(name, array, "fp16"), name=label(name))
 
     def rounded(self, name: str, array: Array, unit: float) -> Any:
-        """Int8 that clips nothing, for what the weight is known to read; of a tube, a convolution, what pixels are like."""
+        """Int8 that clips nothing, for what the weight is known to read; a tube, a convolution, reads pixels."""
         if array.size < SMALL:
             return self.plain(name, array, unit)
         scales, matrix = channel_scales(array), array.reshape(len(array), -1)

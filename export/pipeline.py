@@ -315,7 +315,7 @@ class Road:
         """The graph of the whole model, for clips or for images as the checkpoint has it."""
         module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering, batch=batch)
         graph = graphs.trace(module, checkpoint.spec, checkpoint.contract, batch)
-        return replace(graph, labels=checkpoint.labels, moments=partial(self._input_moments, checkpoint))
+        return replace(graph, labels=checkpoint.labels, moments=partial(self._input_moments, graph))
 
     def _image_graph(self, lowering: str) -> Callable[[], Graph] | None:
         """How to trace the graph of the same weights for one image, when the model accepts images."""
@@ -323,12 +323,11 @@ class Road:
             return None
         return partial(self._trace, self.checkpoint.at(1, None), lowering, self.options.batch)
 
-    def _input_moments(self, checkpoint: Checkpoint) -> dict[str, Moments]:
-        """What the linears read, of clips that are rendered: nobody has to give any. Measured once."""
-        if (frames := checkpoint.spec.frames) not in self._moments:
-            clips = [clip.frames for clip in demo.scenes(checkpoint.contract, MOMENT_CLIPS)]
-            model = self._trace(checkpoint, "gather", batch=1).model
-            self._moments[frames] = calibration.input_moments(model, clips, export.evaluator())
+    def _input_moments(self, graph: Graph) -> dict[str, Moments]:
+        """What the linears read, of clips that are rendered: nobody has to give any. Measured once, for any lowering."""
+        if (frames := graph.spec.frames) not in self._moments:
+            clips = [clip.frames for clip in demo.scenes(graph.contract, MOMENT_CLIPS)]
+            self._moments[frames] = calibration.input_moments(graph.model, clips, export.evaluator())
         return self._moments[frames]
 
     def _describe(self, folder: Path, target: Target, built: Built) -> Bundle:
