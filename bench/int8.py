@@ -21,8 +21,10 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -249,17 +251,17 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
         args.folder.glob(f"{checkpoint.name}.ort*")
     )
     found: dict[str, dict[str, float]] = {}
-    for _ in range(TURNS):
-        for path in files:
-            if path.suffix in (".onnx", ".xml"):
-                name = (path.parent.name if path.stem == "model" else path.stem).removeprefix(f"{checkpoint.name}.")
-                times = profile_onnx(path, frames) if path.suffix == ".onnx" else profile_xml(path, frames)
-                found[name] = min(found.get(name, times), times, key=lambda one: sum(one.values()))
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        for path in TURNS * [path for path in files if path.suffix in (".onnx", ".xml")]:
+            name = (path.parent.name if path.stem == "model" else path.stem).removeprefix(f"{checkpoint.name}.")
+            times = processes.submit(profile_onnx if path.suffix == ".onnx" else profile_xml, path, frames).result()
+            found[name] = min(found.get(name, times), times, key=lambda one: sum(one.values()))
     return {"machine": machine.describe(), "checkpoint": checkpoint.name, "operators": found}
 
 
 RUNS, TURNS = 8, 5
-"""Calls of a profile, the first two of which do not count; turns of each file, the fastest of which counts."""
+"""Calls of a profile, the first two of which do not count; turns of each file, in processes of their own: the fastest
+one counts."""
 
 
 def profile_onnx(path: Path, frames: np.ndarray) -> dict[str, float]:

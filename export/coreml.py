@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -25,6 +26,7 @@ from edgetube.runtimes.coreml import NEEDS as RUN_NEEDS
 from edgetube.targets import Setting, Target
 
 if TYPE_CHECKING:
+    from edgetube.calibration.numeric import Moments
     from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
     from edgetube.export.graph import Graph
 
@@ -105,7 +107,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     path = folder / "model.mlpackage"
     with _quiet():
         if both and graph.image is not None:
-            _save_both(graph, graph.image(), target, path)
+            _save_both(graph, _sharing(graph.image(), graph), target, path)
         else:
             _save(_convert(graph, target, table), graph, path)
     details: dict[str, Any] = {"settings": {s.name: target.setting(s.name) for s in target.settings}}
@@ -231,6 +233,22 @@ def _save_both(video: Graph, image: Graph, target: Target, path: Path) -> None:
             setattr(model, name, getattr(source, name))
         model.user_defined_metadata.update(source.user_defined_metadata)
         model.save(str(path))
+
+
+def _sharing(image: Graph, video: Graph) -> Graph:
+    """The graph for images, its weights rounded for what those of the video graph read: they are stored once.
+
+    Its biases are corrected for images.
+    """
+    if image.moments is None or video.moments is None:
+        return image
+    of_images, of_videos = image.moments, video.moments
+
+    def moments() -> dict[str, Moments]:
+        second = of_videos()
+        return {name: replace(found, second=second[name].second) for name, found in of_images().items()}
+
+    return replace(image, moments=moments)
 
 
 def _plans(graph: Graph, table: CalibrationTable | None) -> dict[str, tuple[LinearPlan, Range]]:

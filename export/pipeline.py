@@ -324,7 +324,7 @@ class Road:
         return partial(self._trace, self.checkpoint.at(1, None), lowering, self.options.batch)
 
     def _input_moments(self, graph: Graph) -> dict[str, Moments]:
-        """What the linears read, of clips that are rendered: nobody has to give any. Measured once, for any lowering."""
+        """What the linears read, of clips that are rendered: nobody has to give any. Measured once."""
         if (frames := graph.spec.frames) not in self._moments:
             clips = [clip.frames for clip in demo.scenes(graph.contract, MOMENT_CLIPS)]
             self._moments[frames] = calibration.input_moments(graph.model, clips, export.evaluator())

@@ -327,6 +327,22 @@ def test_video_and_image_share_their_weights(tmp_path, traced, checkpoint, clips
     assert spec.description.metadata.author == "edgetube"
 
 
+@pytest.mark.parametrize(("precision", "numbers"), [("w8", "data"), ("w4", "indices")])
+def test_rounded_weights_are_the_same_in_both_functions_and_biases_are_not(
+    tmp_path, tiny_checkpoint, precision, numbers
+):
+    options = pipeline.Options(settings={"functions": "video+image", "deployment": "iOS18"})
+    bundle = pipeline.export_model(f"coreml-{precision}", tiny_checkpoint, tmp_path, options)
+    found = {}
+    for name, function in mlpackage.load(bundle.path / bundle.artifact).functions.items():
+        found[name] = {operation.outputs[0][0]: operation.inputs for operation in function.operations}
+    video, image = (found[name] for name in ("video", "image"))
+    (one,), (other,) = (part["blocks_0_mlp_fc1_weight"][numbers] for part in (video, image))
+    np.testing.assert_array_equal(one, other)
+    (one,), (other,) = (part["blocks_0_mlp_fc1_bias_0"]["val"] for part in (video, image))
+    assert (one != other).any()
+
+
 def validate(path):
     """The package as coremltools opens it: its proto loader makes a valid program of the operations that we read."""
     from coremltools.converters.mil.frontend.milproto import load
