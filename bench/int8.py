@@ -21,7 +21,6 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -251,10 +250,10 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
         args.folder.glob(f"{checkpoint.name}.ort*")
     )
     found: dict[str, dict[str, float]] = {}
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
         for path in TURNS * [path for path in files if path.suffix in (".onnx", ".xml")]:
             name = (path.parent.name if path.stem == "model" else path.stem).removeprefix(f"{checkpoint.name}.")
-            times = processes.submit(profile_onnx if path.suffix == ".onnx" else profile_xml, path, frames).result()
+            times = processes.apply(profile_onnx if path.suffix == ".onnx" else profile_xml, (path, frames))
             found[name] = min(found.get(name, times), times, key=lambda one: sum(one.values()))
     return {"machine": machine.describe(), "checkpoint": checkpoint.name, "operators": found}
 

@@ -44,7 +44,7 @@ def fake_activations(x: Array, found: Range, activations: Activations) -> Array:
     return np.asarray(q, np.float32)
 
 
-def quantise_weights(weight: Array, scales: Array) -> npt.NDArray[np.int8]:
+def quantise_weights(weight: npt.NDArray[np.floating[Any]], scales: Array) -> npt.NDArray[np.int8]:
     """Symmetric int8 of `weight` (K, N) with a scale per column (N,)."""
     return np.asarray(np.clip(np.rint(weight / scales), -LEVELS, LEVELS), np.int8)
 

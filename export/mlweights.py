@@ -181,7 +181,8 @@ def palette(array: Array, steps: int = 50) -> Array:
         if np.array_equal(moved, centres):
             break
         centres = moved
-    return centres.astype(np.float16)
+    lut: Array = centres.astype(np.float16)
+    return lut
 
 
 def nearest(luts: Array, rows: Array) -> Array:
