@@ -17,6 +17,9 @@ from edgetube.rows import Rows, Spool
 from edgetube.spec import InputContract
 from edgetube.video import Frames
 
+FEW = 16
+"""Fewer clips than this may all show the same scene."""
+
 
 @dataclass(frozen=True)
 class Clips:
@@ -90,6 +93,7 @@ def _notes(source: str, names: tuple[str, ...], flat: list[str]) -> tuple[str, .
     notes = []
     if flat:
         notes.append(f"{len(flat)} of {len(names)} clips are one flat colour, {flat[0]} among them")
-    if len(names) == 1:
-        notes.append(f"calibrated on one clip, {names[0]}: ranges of other clips are a guess; give 128 or more")
+    if len(names) < FEW:
+        some = f"one clip, {names[0]}" if len(names) == 1 else f"{len(names)} clips"
+        notes.append(f"calibrated on {some}: ranges of other scenes are a guess; give 128 or more, of many scenes")
     return tuple(notes)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgetube.calibration.clips import Clips, collect
+from edgetube.calibration.clips import FEW, Clips, collect
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import InputError
 from edgetube.rows import Spool
@@ -28,13 +28,14 @@ class TestBadClips:
         with pytest.raises(InputError, match="every clip of mine is one flat colour"):
             self.collect(hard_checkpoint, tmp_path, [black, black])
         noise = rng.integers(0, 255, black.shape, np.uint8)
-        (note,) = self.collect(hard_checkpoint, tmp_path, [black, noise]).notes
-        assert "1 of 2 clips are one flat colour" in note
+        (note,) = self.collect(hard_checkpoint, tmp_path, [black, *[noise] * FEW]).notes
+        assert f"1 of {FEW + 1} clips are one flat colour" in note
 
-    def test_one_clip_is_a_stated_warning(self, hard_checkpoint, tmp_path, rng):
+    @pytest.mark.parametrize(("count", "named"), [(1, "one clip, 0:"), (FEW - 1, f"{FEW - 1} clips:"), (FEW, None)])
+    def test_few_clips_are_a_stated_warning(self, hard_checkpoint, tmp_path, rng, count, named):
         noise = rng.integers(0, 255, hard_checkpoint.contract.shape, np.uint8)
-        (note,) = self.collect(hard_checkpoint, tmp_path, [noise]).notes
-        assert "calibrated on one clip" in note
+        notes = self.collect(hard_checkpoint, tmp_path, [noise] * count).notes
+        assert [note.startswith(f"calibrated on {named} ") for note in notes] == ([True] if named else [])
 
     def test_more_labels_than_the_head(self, hard_checkpoint, tmp_path, rng):
         noise = rng.integers(0, 255, (2, *hard_checkpoint.contract.shape), np.uint8)
