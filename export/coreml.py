@@ -75,9 +75,6 @@ TARGETS = (
 )
 
 
-WEIGHT_ONLY = ("w8", "w4")
-"""Precisions that compress weights and nothing else, as fits what the linears read on rendered clips."""
-
 NOTES = {
     "frames": "RGB frames (clip, time, height, width, colour), whole numbers 0 to 255, not normalised",
     "logits": "One number a class, before the softmax",
@@ -169,8 +166,8 @@ def _convert(graph: Graph, target: Target, table: CalibrationTable | None = None
     program = Program()
     with Function({"frames": frames}, opset_version=deployment) as function:
         blocks = target.setting("deployment") == "iOS18"
-        moments = graph.moments() if graph.moments is not None and target.precision in WEIGHT_ONLY else None
-        storage = Storage(mb, target.precision, types.np_uint4_dtype if blocks else None, _plans(graph, table), moments)
+        uint4 = types.np_uint4_dtype if blocks else None
+        storage = Storage(mb, target.precision, uint4, _plans(graph, table), graph.moments)
         translation = lowering(mb, graph.model, storage.weight, pins, storage.activation, storage.bias)
         narrow = translation.run(function.inputs["frames"])
         answer = mb.cast(x=narrow, dtype="fp32", name=output) if narrow.dtype != types.fp32 else narrow
@@ -240,13 +237,10 @@ def _sharing(image: Graph, video: Graph) -> Graph:
 
     Its biases are corrected for images.
     """
-    if image.moments is None or video.moments is None:
-        return image
-    of_images, of_videos = image.moments, video.moments
 
     def moments() -> dict[str, Moments]:
-        second = of_videos()
-        return {name: replace(found, second=second[name].second) for name, found in of_images().items()}
+        read = video.moments()
+        return {name: replace(found, second=read[name].second) for name, found in image.moments().items()}
 
     return replace(image, moments=moments)
 

@@ -55,7 +55,7 @@ class Graph:
         lowering: how the tubes are lowered, one of `static.LOWERINGS`.
         labels: class names in the order of the logits, where they are known.
         image: traces the graph that answers one image with the same weights; None where the model takes none.
-        moments: measures for the weight of each linear with a bias what it multiplies is like, where that can be had.
+        moments: measures for the weight of each linear with a bias what it multiplies is like; of none by default.
     """
 
     model: onnx.ModelProto
@@ -65,7 +65,7 @@ class Graph:
     lowering: str
     labels: tuple[str, ...] = ()
     image: Callable[[], Graph] | None = field(default=None, compare=False)
-    moments: Callable[[], Mapping[str, Moments]] | None = field(default=None, compare=False)
+    moments: Callable[[], Mapping[str, Moments]] = field(default=dict, compare=False)
 
 
 def trace(module: StaticTubeViT | StaticTokenizer, spec: ModelSpec, contract: InputContract, batch: int = 1) -> Graph:

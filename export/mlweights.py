@@ -6,7 +6,8 @@ And what happens to the activations that int8 weights multiply. The builder come
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class Storage:
         uint4: numpy's name for the builder's 4-bit integers where a weight may have scales and palettes for parts of it
             (from iOS 18 on), else None.
         plans: of an int8 target: for each weight its plan, and the range of what it multiplies.
-        moments: of a target that compresses weights alone: for each weight what it multiplies is like.
+        moments: measures for each weight what it multiplies is like; a target that compresses weights alone asks.
     """
 
     def __init__(
@@ -49,14 +50,19 @@ class Storage:
         precision: Precision,
         uint4: Any,
         plans: Mapping[str, tuple[LinearPlan, Range]],
-        moments: Mapping[str, Moments] | None = None,
+        moments: Callable[[], Mapping[str, Moments]] = dict,
     ) -> None:
         self.mb, self.blocks, self.uint4, self.plans = mb, uint4 is not None, uint4, plans
         ways = {"fp16": self.plain, "w8": self.rounded, "w4": self.palettes, "int8": self.planned}
         self.weight: Weight = ways[precision]
         self.quantised: dict[str, Any] = {}
-        self.moments = moments or {}
+        self.measure = moments
         self.drifts: dict[str, Array] = {}
+
+    @cached_property
+    def moments(self) -> Mapping[str, Moments]:
+        """Of what the weights multiply; measured when a weight is first rounded for that."""
+        return self.measure()
 
     def plain(self, name: str, array: Array, unit: float) -> Any:
         """Float16."""
@@ -121,12 +127,13 @@ class Storage:
         matrix = array.reshape(len(array), -1)
         groups = len(array) // math.gcd(len(array), GROUP) if self.blocks else 1
         luts = np.stack([palette(rows) for rows in np.split(matrix, groups)])
+        found = Palettes(luts, len(array))
         if name in self.moments:
-            wanted = compensated(matrix.T, self.moments[name].second, lambda row: looked_up(luts, nearest(luts, row)))
-            indices = nearest(luts, wanted)
-            self.note(name, matrix, looked_up(luts, indices).T)
+            second = self.moments[name].second
+            indices = found.nearest(compensated(matrix.T, second, lambda row: found.look_up(found.nearest(row))))
+            self.note(name, matrix, found.look_up(indices).T)
         else:
-            indices = nearest(luts, matrix.T)
+            indices = found.nearest(matrix.T)
         indices = np.ascontiguousarray(indices.T).reshape(array.shape)
         if self.blocks:
             lut = luts.reshape(groups, *[1] * (array.ndim - 1), PALETTE, 1)
@@ -185,17 +192,21 @@ def palette(array: Array, steps: int = 50) -> Array:
     return lut
 
 
-def nearest(luts: Array, rows: Array) -> Array:
-    """The index of the nearest number in the palettes (groups, 16) of output channels, for weights (..., O)."""
-    middles = (luts[:, 1:].astype(np.float32) + luts[:, :-1].astype(np.float32)) / 2
-    indices = np.zeros(rows.shape, np.uint8)
-    for bound in np.repeat(middles, rows.shape[-1] // len(luts), axis=0).T:
-        indices += rows > bound
-    return indices
+class Palettes:
+    """Palettes (groups, 16) of `channels` output channels, as many in each group."""
 
+    def __init__(self, luts: Array, channels: int) -> None:
+        self.numbers = np.repeat(luts.astype(np.float32), channels // len(luts), axis=0)  # (O, 16)
+        self.middles = ((self.numbers[:, 1:] + self.numbers[:, :-1]) / 2).T  # (15, O)
 
-def looked_up(luts: Array, indices: Array) -> Array:
-    """The numbers (..., O) float32 that indices into the palettes (groups, 16) of output channels stand for."""
-    channels = np.arange(indices.shape[-1]) // (indices.shape[-1] // len(luts))
-    numbers: Array = luts.astype(np.float32)[channels, indices]
-    return numbers
+    def nearest(self, rows: Array) -> Array:
+        """The index of the number that is nearest to each weight (..., O)."""
+        indices = np.zeros(rows.shape, np.uint8)
+        for middle in self.middles:
+            indices += rows > middle
+        return indices
+
+    def look_up(self, indices: Array) -> Array:
+        """The numbers (..., O) float32 that indices stand for."""
+        found: Array = self.numbers[np.arange(len(self.numbers)), indices]
+        return found

@@ -446,7 +446,7 @@ def test_palettes_are_the_best_sixteen_numbers(rng):
     cluster = pytest.importorskip("sklearn.cluster")
     weights = (rng.normal(size=(64, 96)) * 0.02).astype(np.float32)
     lut = mlweights.palette(weights)
-    indices = mlweights.nearest(lut[None], weights.reshape(-1, 1)).reshape(weights.shape)
+    indices = mlweights.Palettes(lut[None], 1).nearest(weights.reshape(-1, 1)).reshape(weights.shape)
     assert lut.dtype == np.float16
     assert indices.max() == 15
     ours = np.square(lut[indices].astype(np.float32) - weights).sum()
@@ -461,7 +461,7 @@ def test_palettes_are_the_best_sixteen_numbers(rng):
 def test_palettes_of_few_numbers_are_exact():
     weights = np.array([[0.0, 1.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0]], np.float32)
     lut = mlweights.palette(weights)
-    indices = mlweights.nearest(lut[None], weights.reshape(-1, 1)).reshape(weights.shape)
+    indices = mlweights.Palettes(lut[None], 1).nearest(weights.reshape(-1, 1)).reshape(weights.shape)
     np.testing.assert_allclose(lut[indices], weights, atol=1e-3)
 
 
@@ -520,7 +520,9 @@ STORAGES = pytest.mark.parametrize(("precision", "blocks"), [("w8", None), ("w4"
 def stored(precision, blocks, weight, moments):
     """A weight as it is stored, and the storage."""
     builder = Builder()
-    storage = mlweights.Storage(builder, precision, blocks, {}, {"blocks.0.x.weight": moments} if moments else {})
+    storage = mlweights.Storage(
+        builder, precision, blocks, {}, lambda: {"blocks.0.x.weight": moments} if moments else {}
+    )
     storage.weight("blocks.0.x.weight", weight, 1.0)
     (matrix,) = builder.stored.values()
     return np.float32(matrix), storage
