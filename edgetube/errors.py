@@ -16,6 +16,8 @@ A message says what is wrong, with which value, and what to do: `given`, `expect
 
 from __future__ import annotations
 
+import unicodedata
+
 
 class EdgetubeError(Exception):
     """Base of all errors raised on purpose; the CLI prints it as one line and exits with `exit_code`."""
@@ -51,3 +53,28 @@ class ParityError(EdgetubeError):
     """An artifact does not answer like the reference within the stated tolerance."""
 
     exit_code = 1
+
+
+_ESCAPED = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+"""Unicode categories that a terminal acts on instead of showing: controls, directions, surrogates, line ends."""
+
+_JOINERS = frozenset("\u200c\u200d")
+"""Format characters that words and emoji are written with."""
+
+
+def printable(text: object) -> str:
+    """`str(text)` in one line that is safe on a terminal: every character that is not shown as itself is escaped.
+
+    For names and messages that come from elsewhere: file names, manifests, checkpoints, vendors' errors. A byte of a
+    file name that is not valid UTF-8 (a surrogate escape) becomes `\\xNN`.
+    """
+    plain = str(text)
+    return plain if plain.isprintable() else "".join(map(_escape, plain))
+
+
+def _escape(character: str) -> str:
+    if unicodedata.category(character) not in _ESCAPED or character in _JOINERS:
+        return character
+    if 0xDC80 <= (code := ord(character)) <= 0xDCFF:  # os.fsdecode's way to carry a byte
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from edgetube import errors
@@ -32,3 +34,22 @@ def test_every_error_is_caught_as_one_and_carries_its_exit_code(name, code):
 def test_callers_who_know_only_the_standard_library_catch_the_usual_types():
     assert issubclass(errors.SpecError, ValueError)
     assert issubclass(errors.MissingPackageError, ImportError)
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("clip.mp4", "clip.mp4"),
+        ("Ünï cödé 影 😀 👨‍👩‍👧 نمی‌خواهم", "Ünï cödé 影 😀 👨‍👩‍👧 نمی‌خواهم"),
+        ("\x1b]0;title\x07\x1b[2J", r"\x1b]0;title\x07\x1b[2J"),
+        ("a\r\nb\tc\x9b\x7f", r"a\r\nb\tc\x9b\x7f"),
+        ("gpj\u202eexe", r"gpj\u202eexe"),
+        ("a\u2028b\u2029", r"a\u2028b\u2029"),
+        (os.fsdecode(b"caf\xe9.mp4"), r"caf\xe9.mp4"),
+        ("\ud800", r"\ud800"),
+        (OSError("a\x00b"), r"a\x00b"),
+    ],
+)
+def test_text_from_elsewhere_is_one_harmless_line(given: object, shown: str) -> None:
+    assert errors.printable(given) == shown
+    assert errors.printable(shown) == shown
