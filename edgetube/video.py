@@ -279,8 +279,11 @@ def _vendor_errors(name: object) -> Iterator[None]:
 @contextmanager
 def _open(source: Source | _Address) -> Iterator[_Reader]:
     import av
+    from av.container import InputContainer
     from av.stream import Disposition
 
+    # Titles that are not UTF-8 must not stop a film: PyAV before 19 has to be told, later ones have no such option.
+    lenient: dict[str, Any] = {"metadata_errors": "ignore"} if hasattr(InputContainer, "metadata_errors") else {}
     address = source if isinstance(source, _Address) else _address(source)
     with (
         _vendor_errors(address.name),
@@ -289,8 +292,8 @@ def _open(source: Source | _Address) -> Iterator[_Reader]:
             "r",
             format=address.format,
             options=dict(address.options),
-            metadata_errors="ignore",
             timeout=None if address.path else TIMEOUT,
+            **lenient,
         ) as container,
     ):
         # The cover picture of a song is a video stream too; and FFmpeg renders any .txt as a video of its text.

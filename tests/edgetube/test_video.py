@@ -263,6 +263,20 @@ def test_what_is_no_video_is_refused(tmp_path, name, data, message):
             read()
 
 
+@pytest.mark.parametrize("form", ["mp4", "matroska"])
+def test_a_title_that_is_not_utf8_does_not_stop_a_film(tmp_path: Path, form: str) -> None:
+    """PyAV before 19 has to be told so, and later ones refuse to be told."""
+    path = tmp_path / "film"
+    with av.open(str(path), "w", format=form) as container:
+        container.metadata["title"] = "Film: XXXXXXXX"
+        stream = container.add_stream("libx264", rate=25)
+        stream.width = stream.height = SIZE
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(barcode(7))))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"XXXXXXXX", "Müßiggäng".encode("latin-1")[:8]))
+    assert numbers(frame for _, frame in video.frames(path)) == [7]
+
+
 def test_index_at_the_end_is_missing(clips, tmp_path):
     path = cut(clips["cfr.mp4"], tmp_path / "cut.mp4", 0.8)
     with pytest.raises(
