@@ -21,6 +21,7 @@ from edgetube.bench.journal import clip_key
 from edgetube.bundle import MANIFEST, Bundle
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError
+from edgetube.files import atomic_write
 from edgetube.progress import Progress, silent
 from edgetube.targets import need
 from edgetube.video import Frames
@@ -80,7 +81,7 @@ def kept(folder: Path, name: str, found: Sequence[Bundle], how: Mapping[str, Any
             return stored["document"]
     document = make()
     path.parent.mkdir(exist_ok=True)
-    _write(path, json.dumps({"key": key, "document": document}, indent=1) + "\n")
+    atomic_write(path, json.dumps({"key": key, "document": document}, indent=1) + "\n")
     return document
 
 
@@ -318,13 +319,7 @@ def save(text: str, path: Path) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, text)
+        atomic_write(path, text)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, "utf-8")
-    beside.replace(path)

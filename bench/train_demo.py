@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from edgetube import demo, video
 from edgetube.demo.moves import DIRECTIONS, LABELS, Move
 from edgetube.demo.render import TEXTURE, Photo, generator, render_clip, texture
+from edgetube.files import atomic_write, replacing
 from edgetube.model import checkpoints, positions
 from edgetube.model.tubevit import TubeViT
 from edgetube.spec import InputContract, ModelSpec, TubeSpec
@@ -517,9 +518,8 @@ def _save(
         "optimizer": optimizer.state_dict(),
         "step": step,
     }
-    partial = args.work / "state.pt.partial"
-    torch.save(saved, partial)
-    partial.replace(args.work / "state.pt")
+    with replacing(args.work / "state.pt") as part:
+        torch.save(saved, part)
     model = TubeViT(SPEC)
     model.load_state_dict(ema.model.state_dict())
     checkpoints.save(checkpoints.Checkpoint("motion", model, CONTRACT, LABELS, ""), args.work / "motion.safetensors")
@@ -591,9 +591,7 @@ def evaluate(args: argparse.Namespace) -> None:
     text = json.dumps(result, indent=1)
     print(text)
     args.json.parent.mkdir(exist_ok=True)
-    partial = args.json.with_name(args.json.name + ".partial")
-    partial.write_text(text + "\n")
-    partial.replace(args.json)
+    atomic_write(args.json, text + "\n")
 
 
 # Videos

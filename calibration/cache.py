@@ -23,6 +23,7 @@ from edgetube.calibration.graphs import Array
 from edgetube.calibration.table import CalibrationTable, Range
 from edgetube.calibration.walk import Choice, State
 from edgetube.errors import InputError
+from edgetube.files import atomic_write, replacing
 
 BUDGET = frozenset({"judged clips", "max_drop"})
 """Parts of the key that the finished calibration depends on, but not its stages."""
@@ -112,15 +113,11 @@ class Cache:
         return found
 
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
-        partial = self.folder / f"{name}.partial"
-        partial.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
-        partial.replace(self.folder / name)
+        atomic_write(self.folder / name, json.dumps(data, indent=1) + "\n")
 
     def _write_arrays(self, name: str, arrays: Mapping[str, Array]) -> None:
-        partial = self.folder / f"{name}.partial"
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        partial.replace(self.folder / name)
+        with replacing(self.folder / name) as part:
+            np.savez(part, **arrays)  # type: ignore[arg-type]
 
 
 def _part(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from edgetube.errors import InputError
+from edgetube.files import atomic_write
 
 SCHEMA = 1
 
@@ -159,11 +160,7 @@ class CalibrationTable:
 
     def save(self, path: str | Path) -> Path:
         """Write JSON with one line a tensor and a few a linear, beside the target first and then renamed."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(_lines(self.to_json()), "utf-8")
-        partial.replace(path)
-        return path
+        return atomic_write(path, _lines(self.to_json()))
 
     @classmethod
     def load(cls, path: str | Path) -> CalibrationTable:

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from edgetube.bundle import sha256
 from edgetube.errors import BackendError
+from edgetube.files import atomic_write, replacing
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,9 @@ def make_once(name: str, suffix: str, key: Mapping[str, str], make: Callable[[Pa
         with _locked(place / f"{name}{suffix}.lock"):
             reason = _reason(path, record, name, suffix, key)
             if reason:
-                partial = path.with_name(path.name + ".partial")
-                make(partial, reason)
-                partial.replace(path)
-                record.write_text(json.dumps({"key": dict(key), "sha256": sha256(path)}, indent=1) + "\n", "utf-8")
+                with replacing(path) as part:
+                    make(part, reason)
+                atomic_write(record, json.dumps({"key": dict(key), "sha256": sha256(path)}, indent=1) + "\n")
     except OSError as error:
         raise BackendError(
             f"cannot write to the cache {place}: {error.strerror}; set EDGETUBE_CACHE to another folder"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetube.errors import InputError
+from edgetube.files import replacing
 from edgetube.spec import ModelSpec, Triple, TubeSpec
 from edgetube.targets import need
 from edgetube.video import Frames
@@ -126,12 +126,8 @@ def tubes(path: Path, spec: ModelSpec, clip: Frames, kernels: Mapping[int, Array
             _strip(figure, top, tube, clip, colour)
             _kernels(figure, top, tube, (kernels or {}).get(index), kernels is not None)
         _text(figure, MARGIN, height - 0.3, LEGEND, size=10, color=SOFT)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with replacing(path) as part:
             figure.savefig(part, format="png")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
     return path
 
 

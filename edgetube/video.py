@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
-import os
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +18,7 @@ import numpy as np
 
 from edgetube import preprocess
 from edgetube.errors import InputError
+from edgetube.files import replacing
 from edgetube.preprocess import TOLERANCE, Frames
 from edgetube.spec import InputContract
 
@@ -187,13 +186,8 @@ def write(path: str | Path, frames: Iterable[Frames], fps: float) -> Path:
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     if not 0 < fps < 1000:
         raise InputError(f"fps is {fps}; expected a rate in (0, 1000)")
-    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        with _vendor_errors(path):
-            _encode(part, iter(frames), Fraction(fps).limit_denominator(1001))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part, _vendor_errors(path):
+        _encode(part, iter(frames), Fraction(fps).limit_denominator(1001))
     return path
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from edgetube import cache, cuda
 from edgetube.bundle import CLIPS, Bundle, sha256
 from edgetube.errors import BackendError, InputError
+from edgetube.files import atomic_write
 from edgetube.runtimes.base import Backend, Output
 from edgetube.targets import GPU, need
 from edgetube.video import Frames
@@ -201,7 +202,7 @@ def build(
         raise kit.error(f"cannot build an engine of {onnx.name}")
     del parser
     if timings is not None:
-        _replace(Path(settings.timing_cache), bytes(timings.serialize()))
+        atomic_write(settings.timing_cache, bytes(timings.serialize()))
     return bytes(plan)
 
 
@@ -345,7 +346,7 @@ def calibrator(
 
         def write_calibration_cache(self, cache: Any) -> None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            _replace(kept, bytes(cache))
+            atomic_write(kept, bytes(cache))
 
     return cast("tensorrt.IInt8Calibrator", Calibrator())
 
@@ -396,13 +397,6 @@ def _load_timings(config: tensorrt.IBuilderConfig, settings: Settings) -> tensor
     timings = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     config.set_timing_cache(timings, ignore_mismatch=False)
     return timings
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 KERNEL = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]+), Inputs: (?P<tensors>.*)")
@@ -596,7 +590,7 @@ class _Compiled:
         if self.cache is not None and not self.path.is_file():
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                _replace(self.path, bytes(self.cache.serialize()))
+                atomic_write(self.path, bytes(self.cache.serialize()))
             except OSError as error:  # costs the next process its compile time, nothing else
                 LOGGER.warning("cannot keep compiled kernels in %s: %s", self.path, error.strerror)
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from edgetube import demo
 from edgetube.bundle import Bundle, sha256
 from edgetube.errors import CheckpointError, InputError
+from edgetube.files import replacing
 from edgetube.model.tubevit import TubeViT
 from edgetube.spec import InputContract, ModelSpec, named
 
@@ -124,13 +125,9 @@ def save(checkpoint: Checkpoint, path: str | Path) -> Path:
         "labels": list(checkpoint.labels),
         "other_labels": {name: list(labels) for name, labels in checkpoint.other_labels.items()},
     }
-    partial = path.with_name(path.name + ".partial")
     state = {key: value.contiguous() for key, value in checkpoint.model.state_dict().items()}
-    try:
-        save_file(state, partial, metadata={HEADER: json.dumps(header)})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as part:
+        save_file(state, part, metadata={HEADER: json.dumps(header)})
     return path
 
 
