@@ -145,7 +145,7 @@ class Road:
         self.progress = progress
         self.clips = proof_clips(checkpoint, PROOF_CLIPS)
         self.reference = self._answers(Reference(checkpoint.model, checkpoint.contract), "reference answers")
-        self.lowering_errors = self._prove_lowerings()
+        self.lowerings = self._prove_lowerings()
         self._graphs: dict[tuple[str, bool, int], Graph] = {}
         self._lowerings: dict[str, dict[str, Any]] = {}
         self._moments: dict[int, dict[str, Moments]] = {}
@@ -256,12 +256,25 @@ class Road:
         )
         return statistics, judged
 
-    def _prove_lowerings(self) -> dict[str, float]:
-        """Every lowering's tokens against the reference tokenizer's, on noise and on a rendered clip."""
+    def _prove_lowerings(self) -> dict[str, static.LoweringError]:
+        """The lowerings to choose from against the reference tokenizer, on noise and on a rendered clip.
+
+        Raises:
+            ParityError: none of them is sound; the tubes cannot be exported.
+        """
         self.progress("prove lowerings", 0, 1)
         clips = np.stack([clip.frames for clip in self.clips[:2]])
-        errors = static.tokenizer_errors(self.checkpoint.model, self.checkpoint.contract, clips)
+        names = (self.options.lowering,) if self.options.lowering else static.LOWERINGS
+        errors = static.tokenizer_errors(self.checkpoint.model, self.checkpoint.contract, clips, names)
         self.progress("prove lowerings", 1, 1)
+        for name in (wrong := [name for name, error in errors.items() if not error.sound]):
+            self.progress(f"drop lowering {name}: off by {errors[name]}", 1, 1)
+        if len(wrong) == len(errors):
+            found = "; ".join(f"{name}: {error}" for name, error in errors.items())
+            raise ParityError(
+                f"{self.checkpoint.name}: no lowering gives the tokens of the reference tokenizer (largest error "
+                f"of a token: {found}); nothing was written"
+            )
         return errors
 
     def _choose_lowering(self, target: Target) -> dict[str, Any]:
@@ -276,15 +289,22 @@ class Road:
         return self._lowerings[target.name]
 
     def _time_lowerings(self, target: Target) -> dict[str, Any]:
-        record: dict[str, Any] = {"max_abs_error": self.lowering_errors}
+        sound = [name for name, error in self.lowerings.items() if error.sound]
+        record: dict[str, Any] = {
+            "max_abs_error": {name: error.max_abs for name, error in self.lowerings.items()},
+            "dropped": {name: str(error) for name, error in self.lowerings.items() if not error.sound},
+        }
         if self.options.lowering:
             return record | {"chosen": self.options.lowering, "why": "asked for"}
         if missing := target.missing(target.run_needs):
-            return record | {"chosen": target.lowering, "why": f"not timed: that needs {', '.join(missing)}"}
+            chosen = target.lowering if target.lowering in sound else sound[0]
+            return record | {"chosen": chosen, "why": f"not timed: that needs {', '.join(missing)}"}
+        if len(sound) == 1:
+            return record | {"chosen": sound[0], "why": "the only one that is sound"}
         self.progress(f"{target.name}: time lowerings", 0, 1)
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             calls = {}
-            for name in static.LOWERINGS:
+            for name in sound:
                 part = Path(folder) / name
                 part.mkdir()
                 graph = self._graph(name, tokenizer_only=True)
