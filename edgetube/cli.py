@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
 import traceback
@@ -16,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from edgetube import __version__, datasets, export, health, terminal, video
+from edgetube import __version__, datasets, errors, export, health, interrupts, terminal, video
 from edgetube import bundle as bundles
 from edgetube.bench import latency
 from edgetube.bundle import Bundle
@@ -24,13 +23,12 @@ from edgetube.errors import EdgetubeError, InputError, ParityError
 from edgetube.runtime import Runtime
 from edgetube.spec import Prediction
 from edgetube.targets import need
-from edgetube.terminal import err, out, print_json, progress
+from edgetube.terminal import out, print_json, progress
 
 app = typer.Typer(
     name="edgetube",
     help="Take a trained sparse-tube video transformer to the camera, with the measured proof that it still answers "
     "the same. Start with: edgetube export --target onnx-fp32",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -41,25 +39,52 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; the runtime choo
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run the command line; errors of ours become one line and an exit code, others keep their traceback.
+    """Run the command line; what a user can cause is one line and an exit code, a fault of ours keeps its traceback.
 
-    Exit codes: 0 done, 1 a gate failed, 2 bad input or environment.
+    Exit codes: 0 done, 1 a gate failed, 2 bad input or environment, 128 + a signal's number when one ended it.
     """
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
-    logging.basicConfig(format="%(message)s")  # to stderr: an engine that is built on the first load takes minutes
-    logging.getLogger("edgetube").setLevel(logging.INFO)
+    terminal.prepare()
+    signals = interrupts.Handled()
+    caught: BaseException
     try:
-        app(args=[a for a in argv if a != "--debug"], prog_name="edgetube")
+        with signals:
+            sys.exit(_run([a for a in argv if a != "--debug"]))
+    except KeyboardInterrupt as error:
+        caught, code, text = error, signals.exit_code, "interrupted"
     except EdgetubeError as error:
-        if debug:
-            traceback.print_exc()
-        terminal.error(str(error))
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(130)
-    sys.exit(0)
+        caught, code, text = error, error.exit_code, str(error)
+    except UsageError as error:
+        caught, code, text = error, 2, _usage(error)
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        terminal.abandon()
+        sys.exit(128 + 13)
+    except (OSError, MemoryError, RecursionError, EOFError) as error:
+        caught, code, text = error, 2, errors.of_system(error)
+    if "--debug" in argv:
+        traceback.print_exception(caught)
+    terminal.error(text)
+    sys.exit(code)
+
+
+def _run(argv: list[str]) -> int:
+    """Run one command; returns the exit code that it asks for."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("edgetube", argv or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as asked:
+        return asked.exit_code
+    return 0
+
+
+UsageError: Any = typer.BadParameter.__bases__[0]
+"""What typer raises for options and arguments that it cannot read; its own module of it differs between versions."""
+
+
+def _usage(error: Any) -> str:
+    where = error.ctx.command_path if error.ctx else "edgetube"
+    return f"{' '.join(error.format_message().split()).rstrip('.')}; see: {where} --help"
 
 
 def _version(value: bool) -> None:

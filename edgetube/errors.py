@@ -55,6 +55,19 @@ class ParityError(EdgetubeError):
     exit_code = 1
 
 
+def of_system(error: Exception) -> str:
+    """One line for what the machine refuses wherever it happens: OSError, MemoryError, RecursionError, EOFError."""
+    if isinstance(error, MemoryError):
+        said = f" ({error})" if str(error) else ""
+        return f"this machine has not enough memory for it{said}; close other programs, or give less at a time"
+    if isinstance(error, RecursionError):
+        return f"something is nested too deeply to be read ({error})"
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return f"{' -> '.join(names)}: {error.strerror}" if names else f"the system refuses: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
 _ESCAPED = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 """Unicode categories that a terminal acts on instead of showing: controls, directions, surrogates, line ends."""
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shlex
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,30 +15,59 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
+from edgetube import interrupts
 from edgetube.bundle import Bundle
+from edgetube.errors import printable
 from edgetube.health import Check
 from edgetube.progress import Progress
 from edgetube.spec import Prediction
 from edgetube.targets import Target
 
-out = Console(width=None if sys.stdout.isatty() else 140)
-err = Console(stderr=True)
+out = Console(width=None if sys.stdout.isatty() else 140, emoji=False, markup=False, highlight=False)
+err = Console(stderr=True, emoji=False, markup=False, highlight=False)
+
+PLAIN_S = 10.0
+"""Seconds between two lines of progress about one stage in a pipe."""
+
+
+def prepare() -> None:
+    """Make stdout and stderr take any text: what their encoding lacks is escaped. Log messages go to stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if not logging.root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Line())
+        logging.root.addHandler(handler)
+    logging.getLogger("edgetube").setLevel(logging.INFO)  # an engine that is built on the first load takes minutes
+
+
+class _Line(logging.Formatter):
+    """The message of a record in one line, as `printable` has it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(record.getMessage())
+
+
+def abandon() -> None:
+    """Nobody reads stdout any more: what is left of it goes nowhere, so that Python does not complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def progress() -> Iterator[Progress]:
     """A bar on a terminal, plain lines on stderr in a pipe."""
     if not err.is_terminal:
-        yield _plain
+        yield _Plain()
         return
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
+        SpinnerColumn("dots" if err.encoding.startswith("utf") else "line"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -43,44 +76,68 @@ def progress() -> Iterator[Progress]:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, done: int, total: int) -> None:
+            interrupts.check()
             if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total or None)
+                tasks[stage] = bar.add_task(printable(stage), total=total or None)
             bar.update(tasks[stage], completed=done)
 
         yield show
 
 
-def _plain(stage: str, done: int, total: int) -> None:
-    if done == total:
-        print(f"{stage}: done ({total})" if total > 1 else f"{stage}: done", file=sys.stderr, flush=True)  # noqa: T201
+class _Plain:
+    """A line when a stage is done, and every `PLAIN_S` seconds before."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        interrupts.check()
+        now = time.monotonic()
+        if 0 < total <= done:
+            self._say(f"{stage}: done ({total})" if total > 1 else f"{stage}: done")
+        elif now - self._said.setdefault(stage, now) >= PLAIN_S:
+            self._said[stage] = now
+            self._say(f"{stage}: {done} of {total}" if total else f"{stage}: {done}")
+
+    def _say(self, text: str) -> None:
+        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def table(*columns: str) -> Table:
     """An empty table of the house's look."""
     found = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
-        found.add_column(column, overflow="fold", no_wrap=i == 0)
+        found.add_column(printable(column), overflow="fold", no_wrap=i == 0)
     return found
+
+
+def add(found: Table, *cells: str | Text) -> None:
+    """Add a row; text is shown as it is, what is styled comes as `Text`."""
+    found.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells))
 
 
 def say(text: str) -> None:
     """A finding, as it is, in one line."""
-    out.print(escape(text), highlight=False, soft_wrap=True)
+    out.print(printable(text), soft_wrap=True)
 
 
 def warn(kind: str, text: str) -> None:
     """A `note` or `warning` beside the result."""
-    err.print(f"[yellow]{kind}:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    _remark(kind, "yellow", text)
 
 
 def error(text: str) -> None:
     """Why it ended."""
-    err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
+    _remark("error", "bold red", text)
 
 
 def wrote(path: Path) -> None:
     """That a file is there now."""
-    err.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
+    err.print(f"wrote {printable(path)}", soft_wrap=True)
+
+
+def _remark(kind: str, style: str, text: str) -> None:
+    err.print(Text.assemble((f"{kind}:", style), " ", printable(text)), soft_wrap=True)
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
@@ -93,18 +150,18 @@ def targets(known: Iterable[Target]) -> None:
     known = list(known)
     found = table("target", "build here", "run here", "what it is")
     for t in known:
-        found.add_row(t.name, _yes(t.missing(t.build_needs)), _yes(t.missing(t.run_needs)), t.summary)
+        add(found, t.name, _yes(t.missing(t.build_needs)), _yes(t.missing(t.run_needs)), t.summary)
     out.print(found)
     for remedy in sorted({t.remedy for t in known} - {""}):
-        out.print(f"to install what is missing: [bold]{escape(remedy)}[/]", highlight=False)
+        out.print(Text.assemble("to install what is missing: ", (remedy, "bold")), soft_wrap=True)
 
 
 def exported(made: Sequence[Bundle], rows: Sequence[Mapping[str, Any]]) -> None:
     """The bundles that `edgetube export` wrote, with their rows of `--json`."""
     found = table("bundle", "status", "size", "lowering", "agreement", "largest logit error")
     for row in rows:
-        found.add_row(
-            row["bundle"], row["status"], f"{row['bytes'] / 1e6:.1f} MB", str(row["lowering"]),
+        add(
+            found, row["bundle"], row["status"], f"{row['bytes'] / 1e6:.1f} MB", str(row["lowering"]),
             percent(row["agreement"]), number(row["max_abs_error"]),
         )  # fmt: skip
     out.print(found)
@@ -114,14 +171,15 @@ def exported(made: Sequence[Bundle], rows: Sequence[Mapping[str, Any]]) -> None:
             for note in int8["notes"]:
                 warn("warning", note)
     if made:
-        out.print(f"next: [bold]edgetube run {made[0].path} VIDEO[/]", highlight=False)
+        command = f"edgetube run {shlex.quote(printable(made[0].path))} VIDEO"
+        out.print(Text.assemble("next: ", (command, "bold")), soft_wrap=True)
 
 
 def checks(found: Iterable[Check]) -> None:
     """What `edgetube doctor` looked at."""
     rows = table("check", "", "what was found")
     for check in found:
-        rows.add_row(check.name, "[green]ok[/]" if check.ok else "[bold red]failed[/]", escape(check.detail))
+        add(rows, check.name, Text("ok", "green") if check.ok else Text("failed", "bold red"), check.detail)
     out.print(rows)
 
 
@@ -129,7 +187,7 @@ def bundle(found: Bundle) -> None:
     """What is in a bundle."""
     rows = table("", found.name)
     for key, value in _facts(found):
-        rows.add_row(key, escape(value))
+        add(rows, key, value)
     out.print(rows)
 
 
@@ -138,8 +196,8 @@ def parity(document: Mapping[str, Any]) -> None:
     found = table("bundle", "status", "clips", "top-1", "reference", "agreement", "KL", "largest logit error")
     for row in document["bundles"]:
         interval = f"{percent(row['agreement'])} ({percent(row['agreement_low'])}-{percent(row['agreement_high'])})"
-        found.add_row(
-            row["name"], row["status"], str(row["clips"]), percent(row["top1"]), percent(row["top1_reference"]),
+        add(
+            found, row["name"], row["status"], str(row["clips"]), percent(row["top1"]), percent(row["top1_reference"]),
             interval, number(row["kl"]), number(row["max_abs_error"]),
         )  # fmt: skip
     out.print(found)
@@ -166,8 +224,8 @@ def _video(watched: Mapping[str, Any]) -> None:
     found = table("bundle", "agreement", "flip rate", "changes", "missed", "mean delay", "largest delay")
     for one in [{"name": "reference", **watched["reference"]}, *watched["bundles"]]:
         delays = [one.get("onset_delay_mean_s"), one.get("onset_delay_max_s")]
-        found.add_row(
-            one["name"], percent(one.get("agreement")), percent(one["flip_rate"]), str(one["onsets"]),
+        add(
+            found, one["name"], percent(one.get("agreement")), percent(one["flip_rate"]), str(one["onsets"]),
             str(one.get("missed", "-")), *("-" if delay is None else f"{delay:.2f} s" for delay in delays),
         )  # fmt: skip
     out.print(found)
@@ -177,7 +235,7 @@ def _layers(curves: Sequence[Mapping[str, Any]]) -> None:
     found = table("layer", *(f"{curve['name']}, dB" for curve in curves))
     ratios = [{one["layer"]: one["sqnr_db"] for one in curve["curve"]} for curve in curves]
     for layer in dict.fromkeys(one["layer"] for curve in curves for one in curve["curve"]):
-        found.add_row(layer, *(_decibels(known[layer]) if layer in known else "-" for known in ratios))
+        add(found, layer, *(_decibels(known[layer]) if layer in known else "-" for known in ratios))
     out.print(found)
     for curve in curves:
         jump = f"the error jumps at {curve['first_jump']}" if curve["first_jump"] else "no layer where the error jumps"
@@ -193,10 +251,10 @@ def bench(document: Mapping[str, Any], notes: Sequence[str]) -> None:
     found = table("bundle", "threads", "p50 ms", "p90", "p99", "clips/s", "prepare", "cold start", "memory", "of peak")
     for row in document["bundles"]:
         if row["p50_ms"] is None:
-            found.add_row(row["name"], row["status"])
+            add(found, row["name"], row["status"])
             continue
-        found.add_row(
-            row["name"], str(row["threads"] or "default"),
+        add(
+            found, row["name"], str(row["threads"] or "default"),
             f"{row['p50_ms']:.2f} ±{row['noise']:.1%}", f"{row['p90_ms']:.2f}", f"{row['p99_ms']:.2f}",
             f"{row['throughput']:.1f}", f"{row['preprocess_ms']:.1f} ms", f"{row['cold_start_ms']:.0f} ms",
             f"{row['peak_mb']:.0f} MB" if row["peak_mb"] else "-", percent(row["peak_share"]),
@@ -214,8 +272,8 @@ def bench(document: Mapping[str, Any], notes: Sequence[str]) -> None:
             "idle",
         )
         for name, row in ((row["name"], row["camera"]) for row in paced):
-            found.add_row(
-                name, f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}", f"{row['due_ms']:.0f}",
+            add(
+                found, name, f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}", f"{row['due_ms']:.0f}",
                 f"{row['late']} of {row['predictions']}", str(row["late_frames"]),
                 f"{row['dropped_frames']} of {row['frames']}", percent(row["idle_share"]),
             )  # fmt: skip
@@ -228,21 +286,22 @@ def report(columns: Sequence[str], rows: Sequence[Sequence[str]], headline: str)
     """The verdicts of `edgetube report`, and the one sentence."""
     found = table(*columns)
     for row in rows:
-        found.add_row(*row)
+        add(found, *row)
     out.print(found)
     say(headline)
 
 
 def prediction(source: str, found: Prediction) -> None:
     """One answer of `edgetube run`."""
-    scores = "  ".join(f"{label} {score:.2f}" for label, score in list(found.scores.items())[1:])
+    scores = "  ".join(f"{printable(label)} {score:.2f}" for label, score in list(found.scores.items())[1:])
     span = "" if found.start is None else f"{found.start:6.2f}-{found.end:.2f} s  "
-    out.print(
-        f"{escape(Path(source).name)}  {span}[bold]{escape(found.label)}[/] {found.score:.2f}  "
-        f"[dim]{escape(scores)}  {found.latency_ms:.0f} ms[/]",
-        highlight=False,
-        soft_wrap=True,
+    line = Text.assemble(
+        f"{printable(Path(source).name)}  {span}",
+        (printable(found.label), "bold"),
+        f" {found.score:.2f}  ",
+        (f"{scores}  {found.latency_ms:.0f} ms", "dim"),
     )
+    out.print(line, soft_wrap=True)
 
 
 def _facts(b: Bundle) -> Iterator[tuple[str, str]]:
@@ -273,8 +332,8 @@ def _facts(b: Bundle) -> Iterator[tuple[str, str]]:
     yield "made by", ", ".join(f"{k} {v}" for k, v in b.versions.items())
 
 
-def _yes(missing: tuple[str, ...]) -> str:
-    return f"[red]no:[/] needs {', '.join(missing)}" if missing else "[green]yes[/]"
+def _yes(missing: tuple[str, ...]) -> Text:
+    return Text.assemble(("no:", "red"), f" needs {', '.join(missing)}") if missing else Text("yes", "green")
 
 
 def percent(share: float | None) -> str:

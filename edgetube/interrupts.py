@@ -1,0 +1,100 @@
+"""Signals that end a command: Ctrl-C, SIGTERM and SIGHUP unwind the stack, so that everything is cleaned up.
+
+The exit code is 128 + the signal's number, as a shell gives it. Nothing but the standard library is imported, so that
+the handlers are in place before anything else is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+from typing_extensions import Self
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Those that this system has."""
+
+PATIENCE_S = 2.0
+"""While cleaning up takes no longer than this, further signals do not disturb it; a later one ends the process."""
+
+_current: Handled | None = None
+
+
+class Handled:
+    """A block in which the first of `SIGNALS` raises KeyboardInterrupt; outside the main thread it changes nothing.
+
+    Libraries swallow or wrap what is raised inside of them. Once a signal has come, `check` raises again, and the block
+    ends with KeyboardInterrupt whatever else it would have ended with.
+
+    Attributes:
+        received: the first signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+        self._hook = sys.unraisablehook
+
+    @property
+    def exit_code(self) -> int:
+        """What the process ends with: Ctrl-C's code where no other signal was seen."""
+        return 128 + (self.received or int(signal.SIGINT))
+
+    def __enter__(self) -> Self:
+        global _current
+        if threading.current_thread() is threading.main_thread():
+            _current, sys.unraisablehook = self, self._unraisable
+            self._before = _install(self._handle)
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
+        global _current
+        if self._before:
+            _current, sys.unraisablehook = None, self._hook
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+        if self.received is not None and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._since = number, now
+            raise KeyboardInterrupt
+        if now - self._since > PATIENCE_S:
+            os._exit(self.exit_code)
+
+    def _unraisable(self, error: Any) -> None:
+        """Python drops what is raised in a finaliser or in a C callback; `check` raises it again."""
+        if not isinstance(error.exc_value, KeyboardInterrupt):
+            self._hook(error)
+
+
+def check() -> None:
+    """Raise KeyboardInterrupt if a signal has come that a library swallowed: for functions that are called often."""
+    if _current is not None and _current.received is not None:
+        raise KeyboardInterrupt
+
+
+def leave_at_once() -> None:
+    """From now on the first of `SIGNALS` ends the process: while there is nothing to clean up."""
+    _install(_leave)
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+def _install(handler: Any) -> dict[int, Any]:
+    """Handle `SIGNALS`, without those that are ignored (nohup); returns the handlers that were there."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    return before

@@ -1,0 +1,88 @@
+"""What a person sees: any name, on any encoding, and nothing that a terminal would act on."""
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.text import Text
+
+from edgetube import terminal
+from edgetube.spec import Prediction
+
+NAMES = (
+    "Ünï cödé 影 😀.mp4",
+    "\x1b]0;owned\x07\x1b[2J.mp4",
+    "new\nline\r.mp4",
+    os.fsdecode(b"caf\xe9.mp4"),
+    "[red]50%[bold] :dog: off [a].mp4",
+)
+
+
+ENCODINGS = ("utf-8", "ascii", "cp1252", "latin-1")
+
+
+def streams(encoding: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """Put stdout and stderr of an encoding in place, prepared; gives what was written to both."""
+    files = [(raw := io.BytesIO(), io.TextIOWrapper(raw, encoding=encoding)) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", files[0][1])
+    monkeypatch.setattr(sys, "stderr", files[1][1])
+    monkeypatch.setattr(logging.root, "handlers", [])
+    terminal.prepare()
+
+    def written() -> str:
+        for _, file in files:
+            file.flush()
+        return "".join(raw.getvalue().decode(encoding) for raw, _ in files)
+
+    return written
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_on_any_encoding(encoding: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = streams(encoding, monkeypatch)
+    prediction = Prediction(label=name, score=0.5, scores={name: 0.5, name + "2": 0.1}, logits=(), latency_ms=1.0)
+    terminal.prediction(name, prediction)
+    terminal.say(name)
+    terminal.error(name)
+    terminal.warn("note", name)
+    terminal.wrote(Path(name))
+    terminal.print_json({name: name})
+    logging.getLogger("edgetube").info("engine %s", name)
+    with terminal.progress() as show:
+        show(name, 3, 3)
+    found = terminal.table("a", name)
+    terminal.add(found, name, Text("ok", "green"))
+    terminal.out.print(found)
+    text = written()
+    assert not any(character in text for character in "\x1b\x07\r")
+    assert text.count("owned") == name.count("owned") * 13
+    assert text.count("50%") == text.count(":dog: off [a].mp4") == name.count("50%") * 13
+    assert len([line for line in text.splitlines() if line.startswith("error: ")]) == 1
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "影\n"), ("ascii", "\\u5f71\n"), ("cp1252", "\\u5f71\n")])
+def test_what_an_encoding_lacks_is_escaped(encoding: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = streams(encoding, monkeypatch)
+    terminal.say("影")
+    assert written() == shown
+
+
+def test_progress_in_a_pipe_goes_on_while_a_stage_lasts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with terminal.progress() as show:
+        for done in range(7):
+            show("read clips", done, 6)
+            now += 4
+        show("scan", 0, 0)
+        now += 11
+        show("scan", 5, 0)
+    lines = ["read clips: 3 of 6", "read clips: done (6)", "scan: 5"]
+    assert capsys.readouterr().err.splitlines() == lines
