@@ -17,7 +17,7 @@ from edgetube.calibration import graphs, search
 from edgetube.calibration.cache import Cache
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import Array, Open
-from edgetube.calibration.numeric import Moments
+from edgetube.calibration.numeric import GramMatrix, Moments
 from edgetube.calibration.observers import Histogram, least_squares
 from edgetube.calibration.search import Found, Judge
 from edgetube.calibration.table import Activations, CalibrationTable, LinearPlan, Range, digits
@@ -27,11 +27,15 @@ from edgetube.video import Frames
 
 __all__ = ["Calibrated", "calibrate", "input_moments", "observe"]
 
-RECIPE = 4
+RECIPE = 5
 """Counts the changes of what calibration does: results of another one are not used again."""
 
 OBSERVED_CLIPS = 32
 """Clips that ranges of single tensors come from: they settle long before output errors do."""
+
+
+HELD_OUT_CLIPS = 16
+"""Clips, of those that judge, on which the errors of single linears are reported."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def calibrate(
     if (finished := kept.result()) is not None:
         values, table, report = finished
         return Calibrated(values, table, judge, {**report, "notes": _notes(statistics, judged), "cached": True})
-    walk = Walk(model, statistics, open_graph, activations, workspace, progress)
+    walk = Walk(model, statistics, open_graph, activations, workspace, progress, _held_out(statistics, judged))
     state = kept.state()
     walk.choose(state, lambda: kept.save_state(state))
     found = search.search(walk, state, judge)
@@ -141,15 +145,21 @@ def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: O
     read = list(dict.fromkeys(linear.activation for linear in linears))
     call, (frames,) = open_graph(graphs.only(model, read)), model.graph.input
     batch = frames.type.tensor_type.shape.dim[0].dim_value
-    found: dict[str, Moments] = {}
+    found: dict[str, GramMatrix] = {}
     for clip in clips:
         for name, values in zip(read, call({frames.name: np.stack([clip] * batch)}), strict=True):
             rows = np.asarray(values, np.float32).reshape(-1, values.shape[-1])
-            part = Moments(rows.mean(axis=0) / len(clips), rows.T @ rows / np.float32(len(rows) * len(clips)))
-            if name in found:
-                part = Moments(part.mean + found[name].mean, part.second + found[name].second)
-            found[name] = part
-    return {linear.weight: found[linear.activation] for linear in linears}
+            found.setdefault(name, GramMatrix(rows.shape[1])).add(rows)
+    moments = {name: gram.moments for name, gram in found.items()}
+    return {linear.weight: moments[linear.activation] for linear in linears}
+
+
+def _held_out(statistics: Clips, judged: Clips) -> list[Frames]:
+    """Some of the judging clips that are not among the statistics clips, spread evenly."""
+    known = set(statistics.names)
+    others = [index for index, name in enumerate(judged.names) if name not in known]
+    step = max(1, len(others) // HELD_OUT_CLIPS)
+    return [judged.frames[index] for index in others[::step][:HELD_OUT_CLIPS]]
 
 
 def _notes(statistics: Clips, judged: Clips) -> list[str]:
@@ -202,6 +212,7 @@ def _report(walk: Walk, state: State, found: Found) -> dict[str, Any]:
                 "equalisation": choice.equalisation,
                 "observer": choice.range.method,
                 "error": choice.error,
+                "held_out_error": walk.held_out_errors.get(name),
                 "plain_error": choice.plain_error,
             }
             for name, choice in state.choices.items()

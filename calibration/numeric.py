@@ -69,7 +69,7 @@ def compensated(
     error E at the output is U E, and its rows are made small from the last to the first; nothing is inverted.
 
     Args:
-        moments: second moments of the input channels (K, K), up to a factor; see `second_moments`, `pixel_moments`.
+        moments: second moments of the input channels (K, K), up to a factor; see `GramMatrix`, `pixel_moments`.
         stored: what a row (N,) is after rounding.
     """
     power = moments.diagonal().mean()
@@ -90,13 +90,43 @@ def compensated(
 
 
 def second_moments(rows: Array) -> npt.NDArray[np.float64]:
-    """Of the channels of sampled activations (R, K): (K, K)."""
-    moments: npt.NDArray[np.float64] = rows.T.astype(np.float64) @ rows
-    return moments
+    """The sum over the rows (R, K) of each row times itself: (K, K), multiplied in the type of the rows."""
+    return np.asarray(rows.T @ rows, np.float64)
+
+
+class GramMatrix:
+    """`second_moments` of all rows (R, K) of an activation, which are shown piece by piece.
+
+    Attributes:
+        total: (K, K) float64; a piece is multiplied in float32.
+        sums: of each channel (K,).
+        rows: how many rows were shown.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.total: npt.NDArray[np.float64] = np.zeros((size, size), np.float64)
+        self.sums: npt.NDArray[np.float64] = np.zeros(size, np.float64)
+        self.rows = 0
+
+    def add(self, rows: Array) -> None:
+        """Take in more rows (R, K)."""
+        self.total += second_moments(rows)
+        self.sums += rows.sum(axis=0, dtype=np.float64)
+        self.rows += len(rows)
+
+    @property
+    def power(self) -> Array:
+        """Mean square of each channel (K,)."""
+        return np.asarray(self.total.diagonal() / self.rows, np.float32)
+
+    @property
+    def moments(self) -> Moments:
+        """Mean and second moments of the rows that were shown."""
+        return Moments(np.float32(self.sums / self.rows), np.float32(self.total / self.rows))
 
 
 def pixel_moments(frames: int, height: int, width: int, colours: int = 3) -> npt.NDArray[np.float64]:
-    """What `second_moments` of the pixels under a kernel are like before any clip was seen: (K, K), K = T * C * H * W.
+    """What the moments of the pixels under a kernel are like before any clip was seen: (K, K), K = T * C * H * W.
 
     Neighbours in time, height and width correlate by `NEAR` to the power of their distance, as in the Markov model of
     images (Jain, Fundamentals of Digital Image Processing, 1989), colours by `COLOURS`, and the mean is as large as the

@@ -20,11 +20,13 @@ from edgetube.calibration import equalize, graphs, numeric, observers
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.equalize import Channels, Equalisation, Half, Halves
 from edgetube.calibration.graphs import Linear, Open, Stage
+from edgetube.calibration.numeric import GramMatrix
 from edgetube.calibration.observers import Histogram
 from edgetube.calibration.table import Activations, Range, digits
-from edgetube.errors import ParityError
+from edgetube.errors import InputError, ParityError
 from edgetube.progress import Progress, silent, track
 from edgetube.rows import Rows, Spool
+from edgetube.video import Frames
 
 Array = npt.NDArray[np.float32]
 
@@ -33,6 +35,8 @@ ROWS, ROW_VALUES = (512, 2048), 1_500_000
 
 GROUPS = 8
 """Groups of neighbouring clips, which are often of one scene, that a set is cut into to judge one half by the other."""
+
+PIXELS = Range(0.0, 255.0, "min-max")
 
 CORRECTION_CLIPS = 32
 """Clips that biases are corrected on: their means settle long before ranges do."""
@@ -49,8 +53,9 @@ class Choice:
         range: of its activation.
         scales: of its weight's columns (N,).
         equalisation: name of the equalisation folded in before it.
-        error, plain_error: relative output error on sampled rows as chosen, and without equalisation under min-max.
-        errors: relative output error of each observer.
+        error: relative output error as chosen, on sampled rows of the statistics clips.
+        plain_error: the same without calibration: no equalisation, min-max, weights rounded to the nearest.
+        errors: relative output error of each observer, on the rows of `error`.
     """
 
     range: Range
@@ -81,24 +86,43 @@ class State:
 
 
 class Sample:
-    """What is kept of one activation while clips pass: extremes and means of its channels, rows, and a histogram.
+    """What is kept of one activation while clips pass: extremes and means of its channels, and sampled rows.
 
     The rows are drawn by the tensor's name and the clip's number, so that every walk draws the same ones.
+
+    Args:
+        whole: also keep a histogram of all values, and the Gram matrix of all rows.
+
+    Attributes:
+        histogram, gram: of every token of every clip; None without `whole`.
     """
 
-    def __init__(self, name: str, clips: int, histogram: bool = False) -> None:
-        self.seed, self.clips = zlib.crc32(name.encode()), clips
-        self.histogram = Histogram() if histogram else None
+    def __init__(self, name: str, clips: int, whole: bool = False) -> None:
+        self.name, self.seed, self.clips = name, zlib.crc32(name.encode()), clips
+        self.whole = whole
+        self.histogram = Histogram() if whole else None
+        self.gram: GramMatrix | None = None
         self.means: npt.NDArray[np.float64] = np.empty((clips, 0))
         self._channels: list[Channels] = []
         self._rows: list[Array] = []
 
     def add(self, index: int, values: Array) -> None:
-        """Take in the activation (1, ..., K) of clip number `index`."""
+        """Take in the activation (1, ..., K) of clip number `index`.
+
+        Raises:
+            InputError: a value is NaN or infinite.
+        """
         rows = values.reshape(-1, values.shape[-1])
+        channels = Channels(rows.min(axis=0), rows.max(axis=0))
+        if not (np.isfinite(channels.low).all() and np.isfinite(channels.high).all()):
+            raise InputError(
+                f"the model gives NaN or infinite values in {self.name} on calibration clip {index}; check weights "
+                "and clips"
+            )
         if not self._channels:
             self.means = np.empty((self.clips, rows.shape[1]))
-        self._channels.append(Channels(rows.min(axis=0), rows.max(axis=0)))
+            self.gram = GramMatrix(rows.shape[1]) if self.whole else None
+        self._channels.append(channels)
         self.means[index] = rows.mean(axis=0, dtype=np.float64)
         wanted = min(max(ROW_VALUES // rows.shape[1], ROWS[0]), ROWS[1])
         count = min(len(rows), -(-wanted // self.clips))
@@ -106,11 +130,18 @@ class Sample:
         self._rows.append(rows[np.sort(drawn)])
         if self.histogram is not None:
             self.histogram.add(rows)
+        if self.gram is not None:
+            self.gram.add(rows)
 
     @property
     def rows(self) -> Array:
         """The sampled rows (R, K)."""
         return np.concatenate(self._rows)
+
+    @property
+    def channels(self) -> Channels:
+        """Over all clips."""
+        return Channels.of(self._channels)
 
     @property
     def halves(self) -> Halves:
@@ -132,6 +163,10 @@ class Walk:
         model: canonical graph with batch 1.
         open_graph: opens any graph for running.
         activations: the scheme to choose ranges under.
+        held_out: clips (N, T, H, W, 3) that nothing is chosen from, to measure errors on.
+
+    Attributes:
+        held_out_errors: by linear, the relative output error as chosen on those clips; empty when there are none.
     """
 
     def __init__(
@@ -142,7 +177,9 @@ class Walk:
         activations: Activations,
         workspace: Path,
         progress: Progress = silent,
+        held_out: Sequence[Frames] = (),
     ) -> None:
+        self.held_out, self.held_out_errors = held_out, dict[str, float]()
         self.model, self.clips, self.open, self.activations = model, clips, open_graph, activations
         self.workspace, self.progress = workspace, progress
         self.stages = graphs.stages(model)
@@ -158,6 +195,7 @@ class Walk:
     def choose(self, state: State, done: Callable[[], None] = lambda: None) -> None:
         """Equalisations, ranges and weight scales of every linear, stage by stage; stages in `state` are only run."""
         streams: dict[str, Rows] = {self.input: self.clips.frames}
+        others: dict[str, Rows] = {self.input: np.stack(self.held_out)} if len(self.held_out) else {}
         for stage in track(self.stages, "calibrate", len(self.stages), self.progress):
             linears = self._linears(stage)
             if any(linear.name not in state.choices for linear in linears):
@@ -165,6 +203,7 @@ class Walk:
                 done()
             else:
                 streams = self._run(stage, state.values, streams, range(len(self.clips)), {})
+            others = self._hold_out(stage, linears, others, state)
 
     def _choose_stage(
         self, stage: Stage, linears: Sequence[Linear], streams: dict[str, Rows], state: State
@@ -172,14 +211,42 @@ class Walk:
         everything = range(len(self.clips))
         survey = {linear.activation: Sample(linear.activation, len(everything)) for linear in linears}
         outputs = self._run(stage, state.values, streams, everything, survey)
+        plain = {linear.name: self._plain_error(linear, survey[linear.activation]) for linear in linears}
         folded = {linear.name: self._equalise(linear, survey[linear.activation], state) for linear in linears}
-        samples = {name: Sample(name, len(everything), histogram=True) for name in survey}
+        samples = {name: Sample(name, len(everything), whole=True) for name in survey}
         again = self._run(stage, state.values, streams, everything, samples)
         self._assert_equal(stage, outputs, again)
         for linear in linears:
-            state.choices[linear.name] = self._quantise(linear, samples[linear.activation], folded[linear.name], state)
+            state.choices[linear.name] = self._quantise(
+                linear, samples[linear.activation], folded[linear.name], plain[linear.name], state
+            )
             state.means[linear.name] = samples[linear.activation].means[list(self.correction)].mean(axis=0)
         return again
+
+    def _hold_out(
+        self, stage: Stage, linears: Sequence[Linear], streams: dict[str, Rows], state: State
+    ) -> dict[str, Rows]:
+        """Run a stage on the held-out clips and note the errors there; what later stages read."""
+        if not streams:
+            return {}
+        samples = {linear.activation: Sample(linear.activation, len(self.held_out)) for linear in linears}
+        outputs = self._run(stage, state.values, streams, range(len(self.held_out)), samples)
+        for linear in linears:
+            choice, rows = state.choices[linear.name], samples[linear.activation].rows
+            weight, quantised = self._value(linear.weight, state), self.rounded(linear, state)
+            self.held_out_errors[linear.name] = self._error(rows, choice.range, weight, quantised)
+        return outputs
+
+    def _error(self, rows: Array, found: Range, weight: Array, quantised: Array) -> float:
+        """Relative output error of a linear whose input has the range `found`, on rows (R, K) of it."""
+        return numeric.output_error(rows @ weight, numeric.fake_activations(rows, found, self.activations), quantised)
+
+    def _plain_error(self, linear: Linear, sample: Sample) -> float:
+        """The error of a linear as it was given, under min-max, with weights rounded to the nearest."""
+        weight, seen = np.asarray(self.initial[linear.weight], np.float32), sample.channels
+        low, high = min(0.0, float(seen.low.min())), max(0.0, float(seen.high.max()))
+        found = PIXELS if self._pixels(linear) else Range(low, high, "min-max")
+        return self._error(sample.rows, found, weight, numeric.fake_weights(weight, numeric.full_scales(weight)))
 
     def _equalise(self, linear: Linear, sample: Sample, state: State) -> Equalisation:
         """Choose an equalisation and fold it into producer, weight and bias."""
@@ -233,11 +300,14 @@ class Walk:
             return into_values
         return None
 
-    def _quantise(self, linear: Linear, sample: Sample, folded: Equalisation, state: State) -> Choice:
-        """The range and the weight scales with the smallest output error on the sampled rows."""
+    def _quantise(
+        self, linear: Linear, sample: Sample, folded: Equalisation, plain_error: float, state: State
+    ) -> Choice:
+        """Weights rounded for all tokens that were seen, and the range with the smallest output error on the rows."""
+        assert sample.gram is not None
         weight, rows = self._value(linear.weight, state), sample.rows
-        scales = numeric.mse_scales(weight, np.square(rows).mean(axis=0))
-        state.integers[linear.weight] = numeric.rounded_weights(weight, scales, numeric.second_moments(rows))
+        scales = numeric.mse_scales(weight, sample.gram.power)
+        state.integers[linear.weight] = numeric.rounded_weights(weight, scales, sample.gram.total)
         quantised, exact = state.integers[linear.weight] * scales, rows @ weight
         errors: dict[str, float] = {}
         best: Range | None = None
@@ -249,11 +319,11 @@ class Walk:
                 best = found
         assert best is not None
         best = Range(digits(best.low), digits(best.high), best.method)
-        return Choice(best, scales, folded.name, errors[best.method], errors["min-max"], errors)
+        return Choice(best, scales, folded.name, errors[best.method], plain_error, errors)
 
     def _ranges(self, linear: Linear, sample: Sample) -> list[Range]:
         if self._pixels(linear):
-            return [Range(0.0, 255.0, "min-max")]
+            return [PIXELS]
         assert sample.histogram is not None
         return list(observers.candidates(sample.histogram, self.activations))
 

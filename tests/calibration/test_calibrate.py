@@ -1,16 +1,22 @@
 """The whole calibration on a small graph with outliers: equal in float, better in int8, the same in any order."""
 
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 
 from edgetube import export, metrics
 from edgetube.calibration import calibrate, graphs, input_moments, numeric, search
 from edgetube.calibration.cache import Cache
-from edgetube.calibration.clips import collect
+from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.walk import State, Walk
 from edgetube.datasets import ClipSet, built_in_calibration
 from edgetube.errors import ParityError
+from edgetube.export.graph import Graph
 from edgetube.export.quantize import apply, qdq
 
 SCHEMES = ("int8", "uint8")
@@ -61,6 +67,81 @@ def test_errors_of_tubes_cancel_on_other_clips(walk, clips):
         nearest = numeric.fake_weights(weight, scales)
         first, second = (np.square(rows @ (w - weight)).mean() for w in (walk.rounded(tube, state), nearest))
         assert first < second / 4
+
+
+def rows_of(model: onnx.ModelProto, tensor: str, frames: Iterable[Any]) -> npt.NDArray[np.float32]:
+    """All rows of an activation on clips."""
+    call = export.evaluator()(graphs.only(model, [tensor]))
+    seen = [np.asarray(call({"frames": np.asarray(clip)[None]})[0]) for clip in frames]
+    return np.concatenate([x.reshape(-1, x.shape[-1]) for x in seen])
+
+
+def relative_error(
+    rows: npt.NDArray[np.float32],
+    weight: npt.NDArray[Any],
+    scales: npt.NDArray[Any],
+    integers: npt.NDArray[Any],
+    low: float,
+    high: float,
+) -> float:
+    """Of a product with both sides quantised to 8 bits (int8, zero point 0), in float64, by its definition."""
+    scale = max(-low, high) / 127
+    exact = rows.astype(np.float64) @ weight.astype(np.float64)
+    quantised = (np.clip(np.rint(rows / scale), -128, 127) * scale) @ (integers * scales.astype(np.float64))
+    return float(np.square(quantised - exact).sum() / np.square(exact).sum())
+
+
+def test_weights_are_rounded_for_every_token(
+    walk: Walk, clips: tuple[Clips, Clips], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few rows are sampled: the Gram matrix is of all of them."""
+    monkeypatch.setattr("edgetube.calibration.walk.ROWS", (16, 16))
+    monkeypatch.setattr("edgetube.calibration.walk.ROW_VALUES", 1)
+    state = State()
+    walk.choose(state)
+    folded = graphs.replaced(walk.model, state.values)
+    for linear in walk.linears:
+        if not linear.name.endswith(("fc2", "qkv")):
+            continue
+        rows = rows_of(folded, linear.activation, clips[0].frames).astype(np.float64)
+        weight = np.asarray(graphs.weights(folded)[linear.weight], np.float32)
+        scales = state.choices[linear.name].scales
+        np.testing.assert_array_equal(scales, numeric.mse_scales(weight, np.float32(np.square(rows).mean(axis=0))))
+        found, expected = state.integers[linear.weight], numeric.rounded_weights(weight, scales, rows.T @ rows)
+        assert (found != expected).mean() < 0.005  # ties between float32 and float64
+        assert (found != numeric.rounded_weights(weight, scales, rows[:16].T @ rows[:16])).mean() > 0.02
+
+
+def test_errors_are_reported_on_clips_that_nothing_was_chosen_from(
+    hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path
+) -> None:
+    seen, others = clips[0].frames, [clips[1].frames[index] for index in range(3)]
+    walk = Walk(hard_graph.model, clips[0], export.evaluator(), "int8", tmp_path, held_out=others)
+    state = State()
+    walk.choose(state)
+    folded = graphs.replaced(walk.model, state.values)
+    for linear in walk.linears:
+        if not linear.in_block:
+            continue
+        choice, integers = state.choices[linear.name], state.integers[linear.weight]
+        for frames, found in ((seen, choice.error), (others, walk.held_out_errors[linear.name])):
+            rows, weight = rows_of(folded, linear.activation, frames), graphs.weights(folded)[linear.weight]
+            by_hand = relative_error(rows, weight, choice.scales, integers, choice.range.low, choice.range.high)
+            assert found == pytest.approx(by_hand, rel=0.02)
+        rows, weight = rows_of(walk.model, linear.activation, seen), walk.initial[linear.weight]
+        scales = np.abs(weight).max(axis=0) / 127
+        by_hand = relative_error(rows, weight, scales, np.rint(weight / scales), min(0, rows.min()), rows.max())
+        assert choice.plain_error == pytest.approx(by_hand, rel=0.02)
+
+
+def test_held_out_clips_are_those_that_only_judge(
+    hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path
+) -> None:
+    for judged, known in ((clips[1], True), (clips[0], False)):
+        options: dict[str, Any] = {"activations": "uint8", "workspace": tmp_path, "max_drop": 100.0}
+        report = calibrate(hard_graph.model, clips[0], judged, export.evaluator(), **options).report
+        errors = {name: linear["held_out_error"] for name, linear in report["linears"].items()}
+        assert [error is not None for error in errors.values()] == [known] * len(errors)
 
 
 def test_moments_are_those_of_what_linears_read(hard_graph, clips):

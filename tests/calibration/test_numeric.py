@@ -1,6 +1,7 @@
 """Fake quantisation against the ONNX reference implementation, scales against brute force."""
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 from onnx import helper, numpy_helper
@@ -64,6 +65,25 @@ def test_clipping_is_chosen_by_the_error_at_the_output(rng):
     assert (cost(best) <= cost(full)).all()
 
 
+def second_moments(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    return np.asarray(np.einsum("ri,rj->ij", rows, rows, dtype=np.float64))
+
+
+def test_the_gram_matrix_is_of_all_rows_whatever_the_pieces(rng: np.random.Generator) -> None:
+    """In float64: what is shown first is not lost in what comes later."""
+    rows = (rng.standard_normal((5000, 6)) * [1, 1e-3, 30, 1, 1, 0] + [0, 0, 0, 5, -5, 0]).astype(np.float32)
+    gram = numeric.GramMatrix(6)
+    for piece in np.array_split(rows, 700):
+        gram.add(piece)
+    exact = second_moments(rows)
+    assert gram.rows == 5000
+    np.testing.assert_allclose(gram.total, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max() ** 0.5)
+    np.testing.assert_allclose(gram.power, np.square(rows, dtype=np.float64).mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(gram.moments.mean, rows.mean(axis=0, dtype=np.float64), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gram.moments.second, exact / 5000, rtol=1e-5, atol=1e-5)
+    assert gram.total.dtype == np.float64
+
+
 class TestRounding:
     """GPTQ against what it is: each row rounded, its error solved for by the rows that are left."""
 
@@ -93,13 +113,13 @@ class TestRounding:
         for block in (1, 7, 128):
             monkeypatch.setattr(numeric, "BLOCK", block)
             np.testing.assert_array_equal(
-                numeric.rounded_weights(weight, scales, numeric.second_moments(rows))[order], expected
+                numeric.rounded_weights(weight, scales, second_moments(rows))[order], expected
             )
 
     def test_errors_cancel_at_the_output(self, rows, weight):
         scales = numeric.mse_scales(weight, np.square(rows).mean(axis=0))
         nearest = numeric.fake_weights(weight, scales)
-        ours = (numeric.rounded_weights(weight, scales, numeric.second_moments(rows)) * scales).astype(np.float32)
+        ours = (numeric.rounded_weights(weight, scales, second_moments(rows)) * scales).astype(np.float32)
         other = rows[::-1][:300] @ weight  # of rows alike
         errors = [numeric.output_error(other, rows[::-1][:300], w) for w in (ours, nearest)]
         assert errors[0] < 0.3 * errors[1]
@@ -110,12 +130,12 @@ class TestRounding:
             numeric.quantise_weights(weight, numeric.full_scales(weight)),
         )
         rows[:, 7] = 0
-        moments = numeric.second_moments(rows)
+        moments = second_moments(rows)
         assert np.abs(numeric.rounded_weights(weight, numeric.full_scales(weight), moments)).max() <= 127
 
     def test_rounding_to_the_nearest_gives_the_integers_back(self, rows, weight):
         scales = numeric.full_scales(weight)
-        integers = numeric.rounded_weights(weight, scales, numeric.second_moments(rows))
+        integers = numeric.rounded_weights(weight, scales, second_moments(rows))
         values = np.asarray(integers * scales, np.float32)
         np.testing.assert_array_equal(numeric.quantise_weights(values, scales), integers)
 

@@ -536,7 +536,9 @@ def read(rng):
 
 
 def moments_of(rows):
-    return numeric.Moments(rows.mean(axis=0), numeric.second_moments(rows) / len(rows))
+    gram = numeric.GramMatrix(rows.shape[1])
+    gram.add(rows)
+    return gram.moments
 
 
 @STORAGES
