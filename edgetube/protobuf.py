@@ -65,6 +65,11 @@ def field(number: int, content: bytes) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
+def number(number: int, value: int) -> bytes:
+    """A field that holds a number that is not negative, as it is written."""
+    return _varint(number << 3) + _varint(value)
+
+
 def _varint(value: int) -> bytes:
     parts = []
     while value >= 0x80:

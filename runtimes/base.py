@@ -12,6 +12,7 @@ import numpy.typing as npt
 from typing_extensions import Self
 
 from edgetube import preprocess
+from edgetube.bundle import Bundle
 from edgetube.errors import BackendError
 from edgetube.spec import InputContract
 from edgetube.targets import Status
@@ -108,3 +109,11 @@ class Backend(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def may_saturate(bundle: Bundle) -> bool:
+    """Whether an INT8 artifact may be computed wrongly on x86 without VNNI, whose sums of two products have 16 bits.
+
+    The manifest says in `build.integers.saturates` that it cannot; artifacts of older versions say nothing.
+    """
+    return bundle.precision == "int8" and bundle.build.get("integers", {}).get("saturates", True) is not False

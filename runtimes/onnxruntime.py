@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from edgetube import protobuf
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
-from edgetube.runtimes.base import Backend, Output, Tap
+from edgetube.runtimes.base import Backend, Output, Tap, may_saturate
 from edgetube.video import Frames
 
 PROVIDERS = {
@@ -38,12 +38,18 @@ FAILURES = (
     native.RuntimeException,
 )
 
+EXACT = "session.x64quantprecision"
+"""Multiplies uint8 by uint8 where a file says uint8 by int8: exact on every x86, and slower."""
 
-CPUINFO = Path("/proc/cpuinfo")
+AS_THEY_STAND = "session.disable_quant_qdq"
+"""Q/DQ pairs are computed one by one, in float32 between them, and not fused into integer kernels."""
 
 
 class Session(Backend):
     """An ONNX file in one inference session.
+
+    INT8 artifacts whose sums would saturate on this processor are computed in another form, or refused. Q/DQ pairs of
+    another backend's artifact, which is emulated here, are computed as they stand.
 
     Args:
         bundle: a bundle whose artifact is an ONNX file with one input and one output.
@@ -52,17 +58,17 @@ class Session(Backend):
 
     Raises:
         InputError: the device is unknown.
-        BackendError: this ONNX Runtime was not built for the device, or refuses the file.
+        BackendError: this ONNX Runtime was not built for the device, cannot use it, or refuses the file; or the file
+            would be computed wrongly.
     """
 
     thread_safe = True
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
         super().__init__(bundle.contract, bundle.batch)
-        options, provider = _options(threads), _provider(device or "cpu")
-        with _mapped(f"cannot open {bundle.artifact_path}"):
-            self.session = ort.InferenceSession(bundle.artifact_path, options, providers=[provider])
-        self.path, self.provider, self.threads = bundle.artifact_path, provider, threads
+        self.path, self.provider, self.threads = bundle.artifact_path, _provider(device or "cpu"), threads
+        self.entries = _entries(bundle)
+        self.session = _open(self.path, _options(threads, self.entries), self.provider, f"cannot open {self.path}")
         self.input = self.session.get_inputs()[0].name
 
     def infer(self, clips: Frames) -> Output:
@@ -84,10 +90,10 @@ class Session(Backend):
     def tap(self, names: Sequence[str]) -> Tap:
         given = {value.name for value in self.session.get_outputs()}
         hidden = [name for name in names if name not in given]
-        options = _options(self.threads)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path.parent))
-        with _mapped(f"cannot open {self.path} with more outputs"):
-            session = ort.InferenceSession(_with_outputs(self.path, hidden), options, providers=[self.provider])
+        beside = {"session.model_external_initializers_file_folder_path": str(self.path.parent)}
+        options = _options(self.threads, {**self.entries, **beside})
+        what = f"cannot open {self.path} with more outputs"
+        session = _open(_with_outputs(self.path, hidden), options, self.provider, what)
 
         def show(clips: Frames) -> dict[str, Output]:
             with _mapped("the session failed"):
@@ -123,39 +129,78 @@ def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
     return path.read_bytes() + protobuf.field(GRAPH, added)
 
 
-def _options(threads: int | None = None) -> ort.SessionOptions:
+def _options(threads: int | None = None, entries: Mapping[str, str] | None = None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
-    if _saturates():  # multiply uint8 by uint8 instead: exact, and 1.4x slower where it is not needed
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
     return options
 
 
-def _saturates() -> bool:
-    """Whether sums of uint8 times int8 may overflow 16 bits: on x86 without VNNI, and where that cannot be told."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    return not CPUINFO.is_file() or "vnni" not in CPUINFO.read_text("utf-8", "replace")
+def _open(model: Path | bytes, options: ort.SessionOptions, provider: str, what: str) -> ort.InferenceSession:
+    """A session on the provider that was asked for, and on no other in its place.
+
+    Raises:
+        BackendError: the provider cannot be used here, or ONNX Runtime refuses the model.
+    """
+    with _mapped(what):
+        session = ort.InferenceSession(model, options, providers=[provider], enable_fallback=0)
+    if (got := session.get_providers()[0]) != provider:
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} could not load {provider} and took {got}: install the driver and the "
+            "libraries that this build of it needs, or leave out the device"
+        )
+    return session
+
+
+def _entries(bundle: Bundle) -> dict[str, str]:
+    """Session options with which a bundle's products of integers are exact on this processor.
+
+    Raises:
+        BackendError: there are none.
+    """
+    if bundle.backend != __name__.rpartition(".")[2]:
+        return {AS_THEY_STAND: "1"}
+    if not may_saturate(bundle) or not _saturates(""):
+        return {}
+    signed = bundle.build.get("integers", {}).get("cpu") == "arm"  # int8 activations, which have no uint8 weights
+    if signed or _saturates(EXACT):
+        raise BackendError(
+            f"{bundle.path} was made for processors with VNNI: sums of its 8-bit products overflow here, and ONNX "
+            f"Runtime {ort.__version__} has no other form; export it again with this edgetube"
+        )
+    return {EXACT: "1"}
+
+
+@functools.cache
+def _saturates(entry: str) -> bool:
+    """Whether sums of uint8 times int8 overflow here, under one session option: 255 times 127, computed."""
+    size, scale = 64, np.ones(1, np.float32)
+    weights: dict[str, npt.NDArray[np.generic]] = {
+        "b": np.full((size, size), 127, np.int8),
+        "one": scale,
+        "other": scale,
+    }
+    model = _product("MatMulIntegerToFloat", np.uint8, np.float32, weights, "com.microsoft")
+    session = _open(model, _options(1, {entry: "1"} if entry else {}), PROVIDERS["cpu"], "cannot multiply integers")
+    with _mapped("cannot multiply integers"):
+        (result,) = session.run(None, {"a": np.full((size, size), 255, np.uint8)})
+    return not bool((np.asarray(result) == size * 255 * 127).all())
 
 
 def optimise(source: Path, optimised: Path) -> Path:
     """Write the graph that a session really runs, after ONNX Runtime's own rewriting; returns `optimised`."""
     options = _options()
     options.optimized_model_filepath = str(optimised)
-    with _mapped(f"cannot open {source}"):
-        ort.InferenceSession(source, options, providers=[PROVIDERS["cpu"]])
+    _open(source, options, PROVIDERS["cpu"], f"cannot open {source}")
     return optimised
 
 
 def evaluate(model: bytes) -> Callable[[Mapping[str, npt.NDArray[Any]]], list[npt.NDArray[np.float32]]]:
     """Open any ONNX graph on the CPU: feeds by input name -> its outputs. Q/DQ pairs are computed as they stand."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    with _mapped("cannot open a graph"):
-        session = ort.InferenceSession(model, options, providers=[PROVIDERS["cpu"]])
+    options = _options(entries={AS_THEY_STAND: "1", "session.intra_op.allow_spinning": "0"})
+    session = _open(model, options, PROVIDERS["cpu"], "cannot open a graph")
     outputs = [output.name for output in session.get_outputs()]
 
     def call(feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
@@ -166,41 +211,53 @@ def evaluate(model: bytes) -> Callable[[Mapping[str, npt.NDArray[Any]]], list[np
 
 
 def product(precision: str, size: int, threads: int | None) -> Callable[[], object] | None:
-    """A call that multiplies two matrices (size, size) on the CPU, for `runtimes.products`; float32 and int8 only.
-
-    The graph is written by hand (onnx.proto, field by field): a device has no package for that.
-    """
-    kinds = {"fp32": ("MatMul", 1, np.float32, 1, np.float32), "int8": ("MatMulInteger", 2, np.uint8, 3, np.int8)}
+    """A call that multiplies two matrices (size, size) on the CPU, for `runtimes.products`; float32 and int8 only."""
+    kinds: dict[str, tuple[str, _Type, _Type, _Type]] = {
+        "fp32": ("MatMul", np.float32, np.float32, np.float32),
+        "int8": ("MatMulInteger", np.uint8, np.int8, np.int32),
+    }
     if precision not in kinds:
         return None
-    operator, kind, dtype, weight_kind, weight_dtype = kinds[precision]
-    weight = np.ones((size, size), weight_dtype)
-    shape = _field(2, *[_field(1, _field(1, size))] * 2)
-    frames = _field(1, b"a") + _field(2, _field(1, _field(1, kind), shape))
-    result = _field(1, b"c") + _field(2, _field(1, _field(1, 1 if precision == "fp32" else 6), shape))
-    constant = _field(1, size) * 2 + _field(2, weight_kind) + _field(8, b"b") + _field(9, weight.tobytes())
-    node = _field(1, b"a") + _field(1, b"b") + _field(2, b"c") + _field(4, operator.encode())
-    graph = _field(1, node) + _field(2, b"g") + _field(5, constant) + _field(11, frames) + _field(12, result)
-    model = _field(1, 8) + _field(8, _field(1, b"") + _field(2, 17)) + _field(7, graph)
-    session = ort.InferenceSession(model, _options(threads), providers=[PROVIDERS["cpu"]])
-    feed = {"a": np.ones((size, size), dtype)}
+    operator, left, right, result = kinds[precision]
+    model = _product(operator, left, result, {"b": np.ones((size, size), right)})
+    session = _open(model, _options(threads), PROVIDERS["cpu"], "cannot multiply")
+    feed = {"a": np.ones((size, size), left)}
     return lambda: session.run(None, feed)
 
 
-def _field(number: int, *values: bytes | int) -> bytes:
-    """One field of a protobuf message: a number, or the joined bytes of a string or of a message."""
-    if isinstance(values[0], int):
-        return _varint(number << 3) + _varint(values[0])
-    content = b"".join(value for value in values if isinstance(value, bytes))
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
+_Type = type[np.generic]
+
+TYPES: Mapping[_Type, int] = {np.float32: 1, np.uint8: 2, np.int8: 3, np.int32: 6}
+"""Numbers of element types in onnx.proto."""
 
 
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
+def _product(
+    operator: str, left: _Type, result: _Type, constants: Mapping[str, npt.NDArray[np.generic]], domain: str = ""
+) -> bytes:
+    """An ONNX file with one operator: `a`, of any shape (M, K), and constants -> `c`.
+
+    Written by hand (onnx.proto, field by field): a device has no package for that.
+    """
+    text, field, number = _text, protobuf.field, protobuf.number
+    rank = field(2, field(1, b"") * 2)
+
+    def value(name: str, dtype: _Type) -> bytes:
+        return text(1, name) + field(2, field(1, number(1, TYPES[dtype]) + rank))
+
+    def constant(name: str, array: npt.NDArray[np.generic]) -> bytes:
+        dims = b"".join(number(1, size) for size in array.shape)
+        return dims + number(2, TYPES[array.dtype.type]) + text(8, name) + field(9, array.tobytes())
+
+    inputs = b"".join(text(1, name) for name in ("a", *constants))
+    graph = field(1, inputs + text(2, "c") + text(4, operator) + text(7, domain)) + text(2, "g")
+    graph += b"".join(field(5, constant(name, array)) for name, array in constants.items())
+    graph += field(11, value("a", left)) + field(12, value("c", result))
+    opsets = field(8, text(1, "") + number(2, 17)) + (field(8, text(1, domain) + number(2, 1)) if domain else b"")
+    return number(1, 8) + opsets + field(7, graph)
+
+
+def _text(number: int, value: str) -> bytes:
+    return protobuf.field(number, value.encode())
 
 
 def _provider(device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import numpy as np
 
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
-from edgetube.runtimes.base import Backend, Output, Tap
+from edgetube.runtimes.base import Backend, Output, Tap, may_saturate
 from edgetube.video import Frames
 
 
@@ -51,13 +52,18 @@ class Session(Backend):
 
     Raises:
         InputError: OpenVINO has no such device here.
-        BackendError: OpenVINO refuses the file.
+        BackendError: OpenVINO refuses the file, or would compute it wrongly on this processor.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
         super().__init__(bundle.contract, bundle.batch)
         precisions = bundle.build.get("inference_precision", ["f32"])
         self.path, self.how = bundle.artifact_path, (precisions, threads, device or "cpu")
+        if self.how[2].lower() == "cpu" and may_saturate(bundle) and _saturates():
+            raise BackendError(
+                f"{bundle.path} was made for processors with VNNI: sums of its 8-bit products overflow here; export "
+                "it again with this edgetube"
+            )
         with _mapped(f"cannot open {bundle.artifact_path}"):
             self.compiled = compile_model(bundle.artifact_path, *self.how)
             self.request = self.compiled.create_infer_request()
@@ -134,12 +140,8 @@ def product(precision: str, size: int, threads: int | None) -> Callable[[], obje
     from openvino import opset13 as ops
 
     frames = ops.parameter([size, size], np.float32)
-    left, right = frames, ops.constant(np.ones((size, size), np.float32))
-    if precision == "int8":
-        low, high = np.float32(-128 / 127), np.float32(1)
-        left = ops.fake_quantize(left, np.float32(0), high, np.float32(0), high, 256)
-        right = ops.fake_quantize(right, low, high, low, high, 256)
-    model = ov.Model([ops.matmul(left, right, False, True)], [frames])
+    right = ops.constant(np.ones((size, size), np.float32))
+    model = _integers(size, 1) if precision == "int8" else ov.Model([ops.matmul(frames, right, False, True)], [frames])
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     config["INFERENCE_PRECISION_HINT"] = next(kind for kind in wanted[precision] if CAPABILITY[kind] in able)
     if threads is not None:
@@ -147,6 +149,28 @@ def product(precision: str, size: int, threads: int | None) -> Callable[[], obje
     request = ov.Core().compile_model(model, "CPU", config).create_infer_request()
     feed = [np.ones((size, size), np.float32)]
     return lambda: request.infer(feed, share_inputs=True)
+
+
+def _integers(size: int, weight: int) -> ov.Model:
+    """A matrix of whole numbers (size, size), 0 to 255, times one of `weight`, -128 to 127, in 8-bit integers."""
+    from openvino import opset13 as ops
+
+    frames = ops.parameter([size, size], np.float32)
+    zero, low, high, highest = (np.float32(bound) for bound in (0, -128, 127, 255))
+    left = ops.fake_quantize(frames, zero, highest, zero, highest, 256)
+    constant = ops.constant(np.full((size, size), weight, np.float32))
+    right = ops.fake_quantize(constant, low, high, low, high, 256)
+    return ov.Model([ops.matmul(left, right, False, True)], [frames])
+
+
+@functools.cache
+def _saturates() -> bool:
+    """Whether sums of uint8 times int8 overflow on this processor: 255 times 127, computed."""
+    size = 64
+    with _mapped("cannot multiply integers"):
+        request = compile_model(_integers(size, 127), ["f32"], threads=1).create_infer_request()
+        result = np.array(request.infer([np.full((size, size), 255, np.float32)])[0])
+    return not bool((result == size * 255 * 127).all())
 
 
 @contextmanager

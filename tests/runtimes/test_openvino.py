@@ -82,3 +82,27 @@ def test_importing_the_backend_tells_nobody(tmp_path):
     environment = {"HOME": str(tmp_path), "PATH": "", "USERPROFILE": str(tmp_path)}
     subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, check=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_int8_artifact_is_refused_where_its_sums_overflow(exported, monkeypatch):
+    """x86 without VNNI: OpenVINO has no other form of a product of integers."""
+    from edgetube.runtimes import openvino
+
+    monkeypatch.setattr(openvino, "_saturates", lambda: True)
+    old = replace(exported["fp32"], precision="int8")
+    with pytest.raises(BackendError, match=r"sums of its 8-bit products overflow here; export it again") as e:
+        runtimes.open_bundle(old)
+    assert "\n" not in str(e.value)
+    runtimes.open_bundle(exported["fp32"]).close()
+    marked = {**old.build, "integers": {"saturates": False}}
+    runtimes.open_bundle(replace(old, build=marked)).close()
+
+
+def test_the_probe_is_a_product_of_integers_that_would_overflow():
+    """What the CPU plugin runs is 8-bit, and 255 times 127 twice is more than 16 bits hold."""
+    from edgetube.runtimes import openvino
+
+    compiled = openvino.compile_model(openvino._integers(64, 127), ["f32"])
+    kinds = [op.get_rt_info()["runtimePrecision"].astype(str) for op in compiled.get_runtime_model().get_ops()]
+    assert {"i8", "u8"} & set(kinds)
+    assert isinstance(openvino._saturates(), bool)
