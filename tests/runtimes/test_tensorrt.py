@@ -1,14 +1,12 @@
-"""The runtime of engines. Without a GPU: the road from bundle to logits over doubles whose arithmetic is ONNX
-Runtime's, so that what is copied where is checked by the answer. With one: the tests marked `gpu`.
-"""
+"""The runtime of engines, over the doubles of `doubles.py`; the tests of bundles also on a GPU, marked `gpu`."""
 
 import sys
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 import edgetube
@@ -21,179 +19,17 @@ from edgetube.model import checkpoints
 from edgetube.runtimes import tensorrt as runtime
 from edgetube.runtimes.torch import Reference
 from edgetube.targets import installed
+from tests.runtimes import doubles
+from tests.runtimes.doubles import HostStream, vendor
 
 GATHER = pipeline.Options(lowering="gather")
 
 
-class HostStream(cuda.Stream):
-    """A stream whose GPU is the host's memory; it runs what is queued when it is synchronised."""
-
-    library = "host"
-    opened = 0
-
-    def __init__(self, index, can_capture=True, name="RTX 4070", capability="8.9"):
-        HostStream.opened += 1
-        self.name, self.capability, self.driver, self.handle = name, capability, "12.4", 77
-        self.can_capture = can_capture
-        self.memory, self.queue, self.depth, self.closed, self.recording = {}, [], 0, False, None
-
-    def current(self):
-        stream = self
-
-        class Current:
-            def __enter__(self):
-                stream.depth += 1
-
-            def __exit__(self, *_):
-                stream.depth -= 1
-
-        return Current()
-
-    def device(self, size):
-        assert self.depth
-        address = 4096 * (len(self.memory) + 1)
-        self.memory[address] = np.zeros(size, np.uint8)
-        return address
-
-    def pinned(self, size):
-        assert self.depth
-        return np.zeros(size, np.uint8)
-
-    def put(self, work):
-        assert self.depth
-        (self.queue if self.recording is None else self.recording).append(work)
-
-    def upload(self, address, host):
-        self.put(lambda: self.memory[address].__setitem__(slice(None), host))
-
-    def download(self, host, address):
-        self.put(lambda: host.__setitem__(slice(None), self.memory[address]))
-
-    def synchronize(self):
-        assert self.depth
-        for work in self.queue:
-            work()
-        self.queue.clear()
-
-    def capture(self, work):
-        if not self.can_capture:
-            raise BackendError("CUDA cannot record a CUDA graph: error 901 of the driver")
-        self.recording = recorded = []
-        work()
-        self.recording = None
-
-        class Graph:
-            launches = 0
-
-            def __call__(graph):
-                graph.launches += 1
-                self.queue.extend(recorded)
-
-            def close(graph):
-                assert not self.closed
-
-        return Graph()
-
-    def close(self):
-        assert not self.depth
-        self.closed = True
-
-
-def vendor(version="10.3.0", opens=True, runs=True):
-    """A module like tensorrt whose engines are ONNX files; it keeps what it was asked to build."""
-    trt = ModuleType("tensorrt")
-    trt.__version__, trt.built, trt.flags = version, [], []
-
-    class Logger:
-        Severity = SimpleNamespace(WARNING=2)
-
-        def __init__(self):
-            pass
-
-    class Context:
-        def __init__(self, engine):
-            self.engine, self.addresses = engine, {}
-
-        def set_tensor_address(self, name, address):
-            self.addresses[name] = address
-            return True
-
-        def execute_async_v3(self, handle):
-            assert handle == 77
-            if not runs:
-                trt.logger.log(1, "IExecutionContext::enqueueV3: Error Code 1: Cuda Runtime\n(illegal address)")
-                return False
-            stream, session = trt.stream, self.engine.session
-
-            def work():
-                spec = session.get_inputs()[0]
-                clips = stream.memory[self.addresses["frames"]].reshape(spec.shape)
-                (logits,) = session.run(None, {"frames": clips})
-                stream.memory[self.addresses["logits"]][:] = logits.reshape(-1).view(np.uint8)
-
-            stream.put(work)
-            return True
-
-    class Engine:
-        num_io_tensors = 2
-
-        def __init__(self, plan):
-            self.session = ort.InferenceSession(plan, providers=["CPUExecutionProvider"])
-
-        def get_tensor_name(self, i):
-            return ("logits", "frames")[i]
-
-        def get_tensor_shape(self, name):
-            return {t.name: t.shape for t in [*self.session.get_inputs(), *self.session.get_outputs()]}[name]
-
-        def create_execution_context(self, config=None):
-            return Context(self)
-
-        def create_engine_inspector(self):
-            line = "Name: m, LayerType: gemm, Inputs: [ { Name: x, Datatype: Half } ], Metadata: [ONNX Layer: a.matmul]"
-            return SimpleNamespace(get_engine_information=lambda form: f"Layers:\n{line}\n")
-
-    class Runtime:
-        def __init__(self, logger):
-            trt.logger = logger
-
-        def deserialize_cuda_engine(self, plan):
-            if opens:
-                return Engine(plan)
-            trt.logger.log(1, "Error Code 6: The engine plan file is generated on an incompatible device")
-            return None
-
-    trt.ILogger, trt.Runtime = Logger, Runtime
-    trt.LayerInformationFormat = SimpleNamespace(ONELINE=0)
-    return trt
-
-
 @pytest.fixture
-def machine(monkeypatch, tmp_path):
-    """A machine with a GPU, TensorRT and pycuda: all three doubles, and a builder that writes the graph's bytes."""
-    monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
-    here = SimpleNamespace(trt=vendor(), stream={}, builds=[])
-
-    def use(**changes):
-        here.trt = vendor(**changes)
-        monkeypatch.setitem(sys.modules, "tensorrt", here.trt)
-        here.trt.__spec__ = None
-        runtime.sdk.cache_clear()
-
-    def open_stream(index, extra):
-        here.trt.stream = HostStream(index, **here.stream)
-        return here.trt.stream
-
-    def build(kit, path, settings, tell=None, calibrator=None):
-        here.builds.append((kit.version, settings))
-        return path.read_bytes()
-
-    use()
-    here.use = use
-    monkeypatch.setattr(cuda, "open_stream", open_stream)
-    monkeypatch.setattr(runtime, "build", build)
-    yield here
-    runtime.sdk.cache_clear()
+def machine(tmp_path):
+    """A machine of doubles: a GPU, both SDKs, and a builder that writes the graph's bytes."""
+    with doubles.machine(tmp_path / "cache") as here:
+        yield here
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +50,7 @@ def test_clips_go_up_and_logits_come_down(machine, deferred, tiny_checkpoint, co
     with edgetube.Runtime(deferred) as rt:
         np.testing.assert_allclose(rt(clips), expected, atol=2e-2)
         assert rt.describe()["replay"] == "CUDA graph"
-    assert machine.trt.stream.closed
+    assert machine.opened[-1].closed
 
 
 def test_the_first_load_builds_and_the_next_ones_do_not(machine, deferred, caplog):
@@ -316,10 +152,10 @@ def test_without_a_cuda_graph_it_runs_and_says_so(machine, deferred, rng, caplog
 def test_no_call_allocates(machine, deferred, rng):
     clips = rng.integers(0, 256, (2, *deferred.contract.shape), np.uint8)
     with edgetube.Runtime(deferred) as rt:
-        before = len(machine.trt.stream.memory)
+        before = len(machine.opened[-1].memory)
         for _ in range(3):
             rt(clips)
-        assert len(machine.trt.stream.memory) == before == 2
+        assert len(machine.opened[-1].memory) == before == 2
 
 
 def test_several_runtimes_in_one_process_and_threads(machine, deferred, rng):
@@ -337,23 +173,23 @@ def test_several_runtimes_in_one_process_and_threads(machine, deferred, rng):
         for thread in threads:
             thread.join()
     np.testing.assert_array_equal(np.stack(got), np.stack(expected))
-    opened = HostStream.opened
+    opened = len(machine.opened)
     with edgetube.Runtime(deferred), edgetube.Runtime(deferred):
-        assert HostStream.opened == opened + 2
+        assert len(machine.opened) == opened + 2
 
 
 def test_an_engine_that_does_not_open_says_what_the_sdk_said(machine, deferred):
     machine.use(opens=False)
     with pytest.raises(BackendError, match=r"TensorRT 10\.3\.0: cannot open .* on RTX 4070: .*incompatible device$"):
         edgetube.Runtime(deferred)
-    assert machine.trt.stream.closed
+    assert machine.opened[-1].closed
 
 
 def test_a_call_that_fails_says_what_the_sdk_said(machine, deferred):
     machine.use(runs=False)
     with pytest.raises(BackendError, match=r"cannot run the engine: .*Cuda Runtime \(illegal address\)"):
         edgetube.Runtime(deferred)
-    assert machine.trt.stream.closed
+    assert machine.opened[-1].closed
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu", "cuda:x"])
@@ -401,7 +237,6 @@ Bindings: frames
 @pytest.mark.parametrize(("version", "works"), [("8.6.1", False), ("9.3.0", False), ("10.0.1", True), ("11.0.0", True)])
 def test_versions_of_typed_networks(monkeypatch, version, works):
     trt = vendor(version=version)
-    trt.__spec__ = None
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     flags = {"STRONGLY_TYPED": 1} if version.startswith("10") else {}
     trt.NetworkDefinitionCreationFlag = SimpleNamespace(**flags)
@@ -430,12 +265,7 @@ def old_vendor(layers):
     """A module like TensorRT 8.6's: networks without types, precision flags and calibrators."""
     trt = vendor(version="8.6.1")
 
-    class Calibrator:
-        def __init__(self):
-            self.base_was_initialised = True
-
     trt.float32, trt.float16, trt.int8, trt.int32 = "fp32", "fp16", "int8", "int32"
-    trt.IInt8EntropyCalibrator2 = Calibrator
     trt.BuilderFlag = SimpleNamespace(FP16="FP16", INT8="INT8", TF32="TF32", OBEY_PRECISION_CONSTRAINTS="OBEY")
     trt.NetworkDefinitionCreationFlag = SimpleNamespace(EXPLICIT_BATCH=0)
     trt.LayerType = SimpleNamespace(CONSTANT="constant")
@@ -472,7 +302,6 @@ class TestLegacy:
             layer("gather", dtype="int32"),
         ]  # fmt: skip
         trt = old_vendor(layers)
-        trt.__spec__ = None
         trt.recorded = layers
         monkeypatch.setitem(sys.modules, "tensorrt", trt)
         return runtime.Sdk(runtime.FAMILIES["trt"])
@@ -581,21 +410,27 @@ def test_a_long_build_says_where_it_is_but_not_at_every_step(monkeypatch, caplog
     assert [r.message for r in caplog.records] == ["2 s: Building engine, 2 of 5", "5 s: Building engine, 4 of 5"]
 
 
-def gpu_targets():
-    return [t.name for t in export.targets().values() if t.backend == "tensorrt"]
+def targets_here():
+    """Every target of the two SDKs, on the doubles, and marked `gpu` on this machine's GPU."""
+    for target in export.targets().values():
+        if target.backend == "tensorrt":
+            slow = [] if target.name == "trt-fp16" else [pytest.mark.slow]
+            yield pytest.param((target.name, True), id=f"{target.name}-double", marks=slow)
+            yield pytest.param((target.name, False), id=target.name, marks=pytest.mark.gpu)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", gpu_targets())
+@pytest.fixture(scope="class")
+def bundle(request, tmp_path_factory):
+    """The built-in model for one target, exported where its engine can run; `request.param` says what and where."""
+    (name, double), folder = request.param, tmp_path_factory.mktemp("gpu")
+    with doubles.machine(folder / "cache") if double else pytest.MonkeyPatch.context() as here:
+        if not double:
+            here.setenv("EDGETUBE_CACHE", str(folder / "cache"))
+        yield export_here(name, folder / "out", GATHER)
+
+
+@pytest.mark.parametrize("bundle", list(targets_here()), indirect=True)
 class TestOnAGpu:
-    @pytest.fixture
-    def bundle(self, name, tmp_path, monkeypatch):
-        target = export.target(name)
-        if missing := target.missing(target.run_needs):
-            pytest.skip(f"{name} cannot run here: that needs {', '.join(missing)}")
-        monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
-        return export_here(name, tmp_path / "out", GATHER)
-
     def test_it_answers_like_pytorch_and_says_what_ran(self, bundle, rng):
         checkpoint = checkpoints.load("demo")
         clips = rng.integers(0, 256, (3, *bundle.contract.shape), np.uint8)
@@ -640,31 +475,43 @@ class TestOnAGpu:
         with edgetube.Runtime(bundle) as rt:
             rt.check()
 
-    def test_the_evaluation_set(self, bundle):
-        source = datasets.built_in(252, bundle.labels)
-        ((_, measured),) = parity.measure([bundle], source.clips, total=source.count)
-        assert measured.status == "executed"
-        assert measured.agreement >= 0.99
-        assert measured.top1 >= measured.top1_reference - 0.01
+    def test_the_evaluation_set(self, bundle, request):
+        double = "double" in request.node.name  # its answers are those of the processor, which takes its time
+        found = parity.measure([bundle], datasets.built_in(27 if double else 252, bundle.labels))
+        (measured,) = found.measured
+        assert measured.parity.status == "executed"
+        assert measured.parity.agreement >= 0.99
+        assert measured.parity.top1 >= measured.parity.top1_reference - 0.01
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["trt-fp32", "trt-fp16", "trt-int8"])
-def test_on_a_gpu_networks_without_types(name, tmp_path, monkeypatch):
+def legacy_targets():
+    for name in ("trt-fp32", "trt-fp16", "trt-int8"):
+        yield pytest.param(name, True, id=f"{name}-double", marks=pytest.mark.slow)
+        yield pytest.param(name, False, id=name, marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize(("name", "double"), list(legacy_targets()))
+def test_on_a_gpu_networks_without_types(name, double, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
+    with doubles.machine(tmp_path / "cache") if double else nullcontext():
+        skip_where_it_cannot_run(name)
+        if int((version := runtime.sdk("trt").version).split(".")[0]) > 10:
+            pytest.skip(f"TensorRT {version} knows typed networks only")
+        bundle = export_here(name, tmp_path / "out", replace(GATHER, settings={"legacy": "yes"}))
+        assert bundle.status == "executed"
+        with edgetube.Runtime(bundle) as rt:
+            assert (rt.describe()["layers"]["gemms"].get("int8", 0) > 0) == (name == "trt-int8")
+
+
+def skip_where_it_cannot_run(name):
     target = export.target(name)
     if missing := target.missing(target.run_needs):
         pytest.skip(f"{name} cannot run here: that needs {', '.join(missing)}")
-    if int((version := runtime.sdk("trt").version).split(".")[0]) > 10:
-        pytest.skip(f"TensorRT {version} knows typed networks only")
-    monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
-    bundle = export_here(name, tmp_path / "out", replace(GATHER, settings={"legacy": "yes"}))
-    assert bundle.status == "executed"
-    with edgetube.Runtime(bundle) as rt:
-        assert (rt.describe()["layers"]["gemms"].get("int8", 0) > 0) == (name == "trt-int8")
 
 
 def export_here(name, out, options):
     """A bundle of the built-in model; skipped with the SDK's own words where it does not take this GPU."""
+    skip_where_it_cannot_run(name)
     gpu = cuda.open_stream(0, "rtx")
     gpu.close()
     try:
