@@ -94,16 +94,20 @@ def launched(lap: Lap, path: str) -> Subject:
     return Subject(lambda: session(clips), about=session.describe())
 
 
-def limits(lap: Lap) -> Subject:
-    """What this GPU reaches at best; `about` has `gmacs_per_s` by precision and `gb_per_s`."""
+def limits(lap: Lap, size: int = 8192, copied: int = 1 << 30) -> Subject:
+    """What this GPU reaches at best; `about` has `gmacs_per_s` by precision and `gb_per_s`.
+
+    Args:
+        size: of the square matrices that are multiplied.
+        copied: bytes of the block that is copied.
+    """
     import torch
 
     if not torch.cuda.is_available():
         raise BackendError(f"PyTorch {torch.__version__} sees no GPU; install a build of it for CUDA")
-    size = 8192
     halves = torch.randn(2, size, size, device="cuda", dtype=torch.float16)
     bytes_ = torch.randint(-100, 100, (2, size, size), device="cuda", dtype=torch.int8)
-    block = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
+    block = torch.empty(copied, device="cuda", dtype=torch.uint8)
     gmac = size**3 / 1e9
     found = {
         "gmacs_per_s": {

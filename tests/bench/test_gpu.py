@@ -1,17 +1,23 @@
-"""`bench/gpu.py` without a GPU: its arithmetic, its tables, and that it says why nothing was measured."""
+"""`bench/gpu.py`: its arithmetic, its tables, and all of it on a GPU (marked `gpu`) and on doubles."""
 
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from edgetube import bundle as bundles
 from edgetube import datasets, demo, targets
 from edgetube.bench import gpu, parity
-from edgetube.bench.worker import Subject
 from edgetube.errors import BackendError
+from edgetube.model import checkpoints
+from edgetube.runtimes.torch import Reference
+from tests.runtimes import doubles
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {"gmacs_per_s": {"fp16": 100_000.0, "int8": 200_000.0}, "gb_per_s": 1000.0}
@@ -121,13 +127,70 @@ def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_the_fastest_of_pytorch_is_measured():
+@pytest.fixture(params=["double", pytest.param("gpu", marks=pytest.mark.gpu)])
+def torch_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """PyTorch with a GPU, or with the processor in its place."""
     torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("needs a PyTorch that sees an NVIDIA GPU")
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a PyTorch that sees an NVIDIA GPU")
+        return torch
+    for name, answer in (("is_available", True), ("get_device_name", "a double"), ("synchronize", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    for owner in (torch.Tensor, torch.nn.Module):
+        monkeypatch.setattr(owner, "cuda", lambda self, **_: self)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    for name in ("randn", "randint", "empty"):
+        monkeypatch.setattr(torch, name, _on_the_processor(getattr(torch, name)))
+    return torch
+
+
+def _on_the_processor(make: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments, device=None, **names: make(*arguments, **names)
+
+
+def test_on_a_gpu_pytorch_answers_in_float16(torch_gpu: Any) -> None:
     subject = gpu.eager(lambda stage: None, "demo", 2, compiled=False)
-    assert isinstance(subject, Subject)
-    assert tuple(subject.call().shape) == (2, 9)
-    found = gpu.limits(lambda stage: None).about
-    assert found["gmacs_per_s"]["int8"] > 0 < found["gb_per_s"]
+    logits = np.asarray(subject.call())
+    assert (logits.shape, logits.dtype) == ((2, 9), np.float32)
+    checkpoint = checkpoints.load("demo")
+    clip = demo.golden(checkpoint.contract).frames
+    expected = Reference(checkpoint.model, checkpoint.contract)(clip[None])
+    np.testing.assert_allclose(logits, expected.repeat(2, axis=0), atol=0.05)
+    assert subject.about["torch"] == torch_gpu.__version__
+
+
+def test_on_a_gpu_the_limits_are_measured(torch_gpu: Any) -> None:
+    found = gpu.limits(lambda stage: None, size=256, copied=1 << 16).about
+    assert found["gmacs_per_s"]["int8"] > 0 < found["gmacs_per_s"]["fp16"]
+    assert found["gb_per_s"] > 0
+
+
+def test_a_session_without_its_cuda_graph_answers_the_same(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with doubles.machine(tmp_path / "cache"):
+        made, reasons = gpu.build(["trt-fp16"], str(tiny_checkpoint), tmp_path, batch=2)
+        assert reasons == {}
+        bundle = made["trt-fp16"]
+        subject = gpu.launched(lambda stage: None, str(bundle.path))
+        assert subject.about["replay"] == "none: to compare with"
+        logits = bundle.golden()[1]
+        np.testing.assert_allclose(np.asarray(subject.call()), np.stack([logits, logits]), atol=2e-2)
+
+
+@pytest.mark.slow
+def test_all_of_the_script_where_the_processes_that_it_starts_find_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "missing", lambda needs: ())
+    monkeypatch.setattr(gpu, "TARGETS", ("trt-fp16",))
+    written = tmp_path / "results" / "gpu.json"
+    given = ["--models", "ti", "--batches", "1", "--clips", "9", "--seconds", "0.2", "--json", str(written)]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *given])
+    assert gpu.main() == 0
+    document, printed = json.loads(written.read_text("utf-8")), capsys.readouterr().out
+    assert document["parity"]["data"]["clips"] == 9
+    assert document["parity"]["bundles"][0]["agreement"] == 1.0
+    rows = {row["name"]: row for row in document["rows"]}
+    assert list(rows) == ["PyTorch eager fp16", "torch.compile fp16", gpu.ORT, "trt-fp16", "trt-fp16, no CUDA graph"]
+    assert all((row["p50_ms"] is None) == bool(row["reason"]) for row in rows.values())
+    assert "TubeViT-Ti, batch 1" in printed

@@ -1,7 +1,4 @@
-"""Streams without a GPU: what is asked of pycuda, cuda-python and the driver, recorded by doubles.
-
-What needs a GPU to be true is in `tests/runtimes/test_tensorrt.py`, marked `gpu`.
-"""
+"""Streams: what is asked of pycuda, cuda-python and the driver, recorded by doubles; the real ones, marked `gpu`."""
 
 import ctypes
 import sys
@@ -184,15 +181,72 @@ class FakeBindings(ModuleType):
         return (self.Code(101 if index else 0), 0)
 
 
-@pytest.fixture(params=["pycuda", "cuda-python"])
+MODULES = {"pycuda": "pycuda.driver", "cuda-python": "cuda.bindings.driver"}
+
+
+@pytest.fixture(params=MODULES)
 def library(request, monkeypatch):
     """One of the two libraries, replaced by its double; the other one is not installed."""
-    module, fake = {"pycuda": ("pycuda.driver", FakePyCuda()), "cuda-python": ("cuda.bindings.driver", FakeBindings())}[
-        request.param
-    ]
+    module, fake = MODULES[request.param], {"pycuda": FakePyCuda, "cuda-python": FakeBindings}[request.param]()
     monkeypatch.setitem(sys.modules, module, fake)
     monkeypatch.setattr(cuda, "installed", lambda name: name == module)
     return request.param, fake
+
+
+@pytest.fixture(params=[*MODULES, *(pytest.param(f"real {name}", marks=pytest.mark.gpu) for name in MODULES)])
+def stream(request, monkeypatch):
+    """An open stream through each library; the doubles replay at once what was recorded."""
+    kind, _, name = request.param.rpartition(" ")
+    module = MODULES[name]
+    monkeypatch.setattr(cuda, "installed", lambda name: name == module)
+    if kind:
+        if absent := targets.missing((module, targets.GPU)):
+            pytest.skip(f"needs {', '.join(absent)}")
+    else:
+        fake = {"pycuda": FakePyCuda, "cuda-python": FakeBindings}[name]()
+        monkeypatch.setitem(sys.modules, module, fake)
+        monkeypatch.setattr(cuda.Stream, "capture", lambda self, work: Replayed(work))
+    stream = cuda.open_stream(0, "rtx")
+    yield stream
+    stream.close()
+
+
+class Replayed:
+    """A double of a CUDA graph: it does the work again."""
+
+    def __init__(self, work):
+        self.work = work
+        work()
+
+    def __call__(self):
+        self.work()
+
+    def close(self):
+        pass
+
+
+def test_a_recorded_round_trip_moves_what_lies_there_when_it_is_replayed(stream, rng):
+    size = 1 << 20
+    with stream.current():
+        up, down, address = stream.pinned(size), stream.pinned(size), stream.device(size)
+        up[:] = down[:] = 0
+
+        def work():
+            stream.upload(address, up)
+            stream.download(down, address)
+
+        work()
+        stream.synchronize()
+        graph = stream.capture(work)
+        for _ in range(3):
+            up[:] = rng.integers(0, 256, size)
+            graph()
+            stream.synchronize()
+            np.testing.assert_array_equal(down, up)
+        graph.close()
+    assert stream.name
+    assert float(stream.capability) > 0
+    assert float(stream.driver) > 0
 
 
 def test_bytes_go_up_and_come_down(library, rng):
