@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> int:
     """Run one command; returns the exit code that it asks for."""
     command = typer.main.get_command(app)
     try:
-        with command.make_context("edgetube", argv or ["--help"]) as context:
+        with terminal.input_warnings(), command.make_context("edgetube", argv or ["--help"]) as context:
             command.invoke(context)
     except typer.Exit as asked:
         return asked.exit_code

@@ -12,6 +12,8 @@
     └─ ParityError           1   an artifact does not answer like the reference
 
 A message says what is wrong, with which value, and what to do: `given`, `expected`, `remedy`.
+
+`InputWarning` is what Python's `warnings` carry where data is used although something about it is wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ class EdgetubeError(Exception):
 
 class InputError(EdgetubeError):
     """Frames, a video, an image, a label or an option that cannot be used as given."""
+
+
+class InputWarning(UserWarning):
+    """Data that was used although something about it is wrong: lost packets, a clock that leaps."""
 
 
 class BundleError(EdgetubeError):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,12 @@ Frames = npt.NDArray[np.uint8]
 TOLERANCE = 1e-3
 """Seconds by which a frame may be late and still count: containers round timestamps, many to milliseconds."""
 
+SLOWEST, FASTEST = 1e-6, 1e6
+"""Frames per second that a source may have."""
+
+LATEST = 1e11
+"""Seconds that a clock may show: 3000 years, whatever it counts from; sums with 1 / fps are still exact to 1e-4."""
+
 ONE = 1 << 16
 """Filter weights are integers that sum to this, see `_weights`."""
 
@@ -35,6 +41,48 @@ T = TypeVar("T")
 
 
 # ------------------------------------------------------------------------------------------------------------- time
+
+
+def number(value: object, name: str, expected: str) -> float:
+    """A finite number that a caller gave, as a float.
+
+    Raises:
+        InputError: text, a bool, None, an array, infinity or no number at all.
+    """
+    try:
+        if isinstance(value, str | bytes | bool | np.bool_ | np.ndarray):
+            raise TypeError
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{name} is {value!r:.60}; expected {expected}") from error
+    if not math.isfinite(found):
+        raise InputError(f"{name} is {value!r:.60}; expected {expected}")
+    return found
+
+
+def frame_rate(value: object, name: str = "fps") -> float:
+    """A rate in frames per second that a caller gave.
+
+    Raises:
+        InputError: not a number, or outside of what a camera can do.
+    """
+    expected = f"frames per second from {SLOWEST:g} to {FASTEST:g}"
+    found = number(value, name, expected)
+    if not SLOWEST <= found <= FASTEST:
+        raise InputError(f"{name} is {value!r:.60}; expected {expected}")
+    return found
+
+
+def seconds(value: object, name: str) -> float:
+    """A time in seconds that a caller gave.
+
+    Raises:
+        InputError: not a number, or one that no clock shows in seconds.
+    """
+    found = number(value, name, "seconds")
+    if abs(found) > LATEST:
+        raise InputError(f"{name} is {value!r:.60}; expected seconds: divide milliseconds by 1e3, nanoseconds by 1e9")
+    return found
 
 
 def window(contract: InputContract, duration: float, rate: float, start: float | None = None) -> float:
@@ -50,6 +98,7 @@ def window(contract: InputContract, duration: float, rate: float, start: float |
     """
     if start is None:
         return max(0.0, (duration - contract.frames / (contract.fps or rate)) / 2)
+    start = seconds(start, "start")
     if not 0 <= start < duration:
         raise InputError(f"start is {start} s; expected a time within the {duration:.3f} s of the source")
     return start
@@ -128,9 +177,7 @@ def sample(
     """
     if count < 1:
         raise InputError("there are no frames; expected at least one")
-    if source_fps is not None and not (source_fps > 0 and math.isfinite(source_fps)):
-        raise InputError(f"source_fps is {source_fps}; expected a positive rate")
-    rate = source_fps or contract.fps
+    rate = contract.fps if source_fps is None else frame_rate(source_fps)
     if rate is None and start is not None:
         raise InputError(f"start is {start} s, but these frames have no clock: give source_fps too")
     rate = rate or 1.0
@@ -259,24 +306,79 @@ def spatial(frames: Frames, contract: InputContract) -> Frames:
 # ----------------------------------------------------------------------------------------------------------- arrays
 
 
-def _pixels(array: npt.ArrayLike, expected: str) -> Frames:
-    """`array` as uint8 with colours last.
+def _array(given: object, what: str) -> npt.NDArray[Any]:
+    """What a caller gave as an array.
 
     Raises:
-        InputError: another dtype, or a last axis that is not RGB.
+        InputError: nothing, the pair that OpenCV's `read` gives, or what is no array.
     """
-    frames = np.asarray(array)
+    if given is None:
+        raise InputError(f"{what}: None; expected an array: a camera that gives None has lost its picture")
+    first = given[0] if isinstance(given, tuple | list) and given else None
+    for pair in (given, first):
+        if isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], bool | np.bool_):
+            remedy = "where ok is true, give the frame alone, as RGB: cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)"
+            raise InputError(f"{what}: a pair (ok, frame), as OpenCV reads it; expected an array: {remedy}")
+    try:
+        return np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors on a GPU
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{what}: a {type(given).__name__} that is no array ({reason}); expected an array") from error
+
+
+def _pixels(given: object, expected: str, what: str) -> Frames:
+    """Pixels that a caller gave, (..., H, W, 3) uint8; the one door for arrays.
+
+    Raises:
+        InputError: no array, another dtype, or a last axis that is not RGB.
+    """
+    frames = _array(given, what)
     if frames.dtype != np.uint8:
         remedy = "give raw RGB pixels"
         if np.issubdtype(frames.dtype, np.floating):
             remedy = "do not normalise; pixels in 0..1 become (frames * 255).round().astype(numpy.uint8)"
-        raise InputError(f"the frames are {frames.dtype}; expected uint8 RGB in 0..255: {remedy}")
+        kind = type(given).__name__ if frames.dtype == object else f"dtype {frames.dtype}"
+        raise InputError(f"{what}: {kind}; expected uint8 RGB in 0..255: {remedy}")
     if frames.ndim < 3 or frames.shape[-1] != 3:
-        remedy = "the last axis is the colour"
-        if frames.ndim >= 3 and frames.shape[-3] == 3:
-            remedy = "move the colours last, numpy.moveaxis(frames, -3, -1)"
-        raise InputError(f"the frames have shape {frames.shape}; expected {expected}: {remedy}")
+        raise InputError(f"{what}: shape {frames.shape}; expected {expected}: {_colours_last(frames.shape)}")
     return frames
+
+
+def _colours_last(shape: tuple[int, ...]) -> str:
+    """How pixels of a wrong shape become (..., H, W, 3)."""
+    if len(shape) >= 3 and shape[-3] == 3:
+        return "move the colours last, numpy.moveaxis(frames, -3, -1)"
+    if len(shape) >= 3 and shape[-1] == 4:
+        return "leave out alpha, frames[..., :3]"
+    if len(shape) >= 3 and shape[-1] == 1:
+        return "repeat the grey channel, numpy.repeat(frames, 3, -1)"
+    return "the last axis is the colour"
+
+
+def frame(given: object, what: str = "the frame") -> Frames:
+    """One frame that a caller gave, as a copy: a camera may fill its buffer again.
+
+    Args:
+        given: (H, W, 3) uint8 RGB, any strides.
+        what: how errors name it.
+
+    Returns:
+        (H, W, 3) uint8, C-contiguous.
+
+    Raises:
+        InputError: what `prepare` refuses, too.
+    """
+    expected = "(height, width, 3)"
+    pixels = _pixels(given, expected, what)
+    if pixels.ndim != 3:
+        raise InputError(f"{what}: shape {pixels.shape}; expected {expected}")
+    return np.array(_not_empty(pixels, what), order="C")
+
+
+def _not_empty(pixels: Frames, what: str) -> Frames:
+    if 0 in pixels.shape:
+        raise InputError(f"{what}: shape {pixels.shape}; there is no pixel in them")
+    return pixels
 
 
 def prepare(
@@ -295,13 +397,13 @@ def prepare(
         InputError: wrong dtype, rank or colours, no frames, or times outside the frames.
     """
     expected = "(frames, height, width, 3)"
-    pixels = _pixels(frames, expected)
+    what = "the frames"
+    pixels = _pixels(frames, expected, what)
     if pixels.ndim == 3 and contract.is_image:
         pixels = pixels[None]
     if pixels.ndim != 4:
-        raise InputError(f"the frames have shape {pixels.shape}; expected {expected}")
-    if 0 in pixels.shape:
-        raise InputError(f"the frames have shape {pixels.shape}: there is no pixel in them")
+        raise InputError(f"{what}: shape {pixels.shape}; expected {expected}")
+    _not_empty(pixels, what)
     taken, repeats = np.unique(sample(len(pixels), source_fps, contract, start), return_counts=True)
     resized = spatial(pixels[taken], contract)
     return np.ascontiguousarray(np.repeat(resized, repeats, axis=0))
@@ -320,7 +422,7 @@ def check(clips: npt.ArrayLike, contract: InputContract) -> Frames:
         InputError: wrong dtype or shape, with what was given and what was expected.
     """
     expected = f"{contract.shape} or a batch of such clips (B, {', '.join(map(str, contract.shape))})"
-    pixels = _pixels(clips, expected)
+    pixels = _pixels(clips, expected, "the clip")
     batch = pixels
     if batch.ndim == 3 and contract.is_image:
         batch = batch[None]
@@ -328,5 +430,5 @@ def check(clips: npt.ArrayLike, contract: InputContract) -> Frames:
         batch = batch[None]
     if batch.ndim != 5 or batch.shape[1:] != contract.shape or not len(batch):
         remedy = "edgetube.preprocess.prepare makes it from frames of another size or number"
-        raise InputError(f"the clip has shape {pixels.shape}; expected {expected}: {remedy}")
+        raise InputError(f"the clip: shape {pixels.shape}; expected {expected}: {remedy}")
     return np.ascontiguousarray(batch)

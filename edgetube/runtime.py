@@ -101,9 +101,14 @@ class Runtime:
             start: second at which the clip starts; None takes the middle of the source.
 
         Raises:
-            InputError: frames or a file that cannot be used; says why.
+            InputError: frames, a file or an option that cannot be used; says why.
+
+        Frames of OpenCV are BGR: give `cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)`.
         """
         began = time.perf_counter()
+        top_k = stream.count_of(top_k, "top_k")
+        if fps is not None:
+            fps = preprocess.frame_rate(fps)
         return self._predict(self._clip(source, fps, start), top_k, began)
 
     def stream(
@@ -124,14 +129,25 @@ class Runtime:
 
         Yields:
             A prediction each time `hop` new frames have come, from the first full clip on; a source that ends
-            before its first full clip gives one, with its last frame repeated.
+            before its first full clip gives one, with its last frame repeated. Where the clock leaps by more than
+            10 s, or back, the window starts anew (an `InputWarning`).
+
+        Raises:
+            InputError: a source, a frame, its time or an option that cannot be used; says why. Options are checked
+                at the call, frames as they come; the same is refused as in `predict`.
+
+        A frame is copied as it comes, so a camera may fill one buffer again and again. OpenCV reads BGR:
+
+        >>> def camera(capture):
+        ...     while (read := capture.read())[0]:
+        ...         yield time.monotonic(), cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
+        >>> for p in rt.stream(camera(cv2.VideoCapture(0))): ...
         """
-        if isinstance(source, Source):
-            frames: Iterable[Any] = video.frames(source)
-        else:
-            frames = stream.timed(source, fps or self.contract.fps)
-        for arrived, clip in stream.windows(frames, self.contract, hop):
-            yield self._predict(clip, top_k, arrived)
+        top_k = stream.count_of(top_k, "top_k")
+        fps = self.contract.fps if fps is None else preprocess.frame_rate(fps)
+        frames = video.frames(source) if isinstance(source, Source) else stream.timed(source, fps)
+        clips = stream.windows(frames, self.contract, hop)
+        return (self._predict(clip, top_k, arrived) for arrived, clip in clips)
 
     def check(self) -> float:
         """Run the golden clip on this device; the largest logit error against the reference.
@@ -168,13 +184,11 @@ class Runtime:
     def _clip(self, source: Source | npt.NDArray[np.uint8], fps: float | None, start: float | None) -> Clip:
         if isinstance(source, str | Path):
             return video.load(source, self.contract, start)
-        if isinstance(source, int):
+        if isinstance(source, int) and not isinstance(source, bool):
             raise InputError(f"predict takes a file or frames; read camera {source} with stream({source})")
         return Clip("array", preprocess.prepare(source, self.contract, fps, start))
 
     def _predict(self, clip: Clip, top_k: int, began: float) -> Prediction:
-        if top_k < 1:
-            raise InputError(f"top_k is {top_k}; expected >= 1")
         logits = self(clip.frames[None])[0]
         scores = metrics.softmax(logits)
         best = [int(i) for i in np.argsort(-scores, kind="stable")[:top_k]]

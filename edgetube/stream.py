@@ -2,26 +2,80 @@
 
 from __future__ import annotations
 
+import operator
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from edgetube import preprocess
-from edgetube.errors import InputError
+from edgetube.errors import InputError, InputWarning
 from edgetube.spec import InputContract
 from edgetube.video import Clip, Frames
 
 TimedFrame = tuple[float, Frames]
 """(seconds, frame (H, W, 3) uint8)."""
 
+MAX_GAP = 10.0
+"""Seconds that a picture is held at most. A clock that leaps further ahead starts the window anew."""
+
+MAX_LATE = 4
+"""Frames in a row that may be out of order. With one more the clock was set back, and the window starts anew."""
+
+
+def count_of(value: object, name: str) -> int:
+    """A whole number >= 1 that a caller gave.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        found = operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise InputError(f"{name} is {value!r:.60}; expected a whole number >= 1") from error
+    if found < 1:
+        raise InputError(f"{name} is {found}; expected >= 1")
+    return found
+
 
 def timed(frames: Iterable[Any], fps: float | None) -> Iterator[TimedFrame]:
-    """Give bare frames a clock: frame i is shown at i / fps; (seconds, frame) pairs pass as they are."""
-    for i, item in enumerate(frames):
-        yield item if isinstance(item, tuple) else (i / (fps or 1.0), item)
+    """The door for frames of a caller: each is checked, copied, and given a time.
+
+    Args:
+        frames: (H, W, 3) uint8 RGB, of which number i is shown at i / fps; or (seconds, frame) tuples.
+        fps: frames per second of bare frames; None counts whole seconds.
+
+    Raises:
+        InputError: `frames` is no iterable, or a frame or its time cannot be used; says which and why.
+    """
+    rate = 1.0 if fps is None else preprocess.frame_rate(fps)
+    try:
+        items = iter(frames)
+    except TypeError as error:
+        raise InputError(
+            f"the source is a {type(frames).__name__}; expected a file, a camera, a URL or frames"
+        ) from error
+    return _timed(items, rate)
+
+
+def _timed(items: Iterator[Any], rate: float) -> Iterator[TimedFrame]:
+    clocked: bool | None = None
+    for i, item in enumerate(items):
+        what = f"frame {i} of the stream"
+        paired = isinstance(item, tuple) and len(item) == 2 and not isinstance(item[0], bool | np.bool_)
+        if clocked not in (None, paired):
+            raise InputError(f"{what} has {'a' if paired else 'no'} time, unlike those before; expected one kind")
+        clocked = paired
+        if paired:
+            yield preprocess.seconds(item[0], f"the time of {what}"), preprocess.frame(item[1], what)
+        else:
+            yield i / rate, preprocess.frame(item, what)
 
 
 def windows(
@@ -32,29 +86,58 @@ def windows(
     Frames are resampled by holding: the frame of time t is the last one shown at or before t, so a slow camera
     repeats frames and a fast one skips them. Each frame is resized once. Memory is one clip.
 
+    A contract with a rate needs a steady clock. A frame that is earlier than one before it is left out. Where the
+    clock leaps by more than `MAX_GAP` seconds, or is set back (more than `MAX_LATE` such frames in a row), the window
+    starts anew: no clip holds frames of both sides. The first leap is an `InputWarning`.
+
+    Args:
+        frames: (seconds, frame); a frame must not change afterwards.
+
     Yields:
-        (arrival of the newest frame on the `time.perf_counter` clock, clip). A source that ends before T frames
-        gives one clip, its last frame repeated.
+        (arrival of the newest frame on the `time.perf_counter` clock, clip). A source that ends before its first
+        full clip gives one clip, its last frame repeated.
 
     Raises:
         InputError: hop < 1, or a source without frames.
     """
-    hop = max(1, contract.frames // 4) if hop is None else hop
-    if hop < 1:
-        raise InputError(f"hop is {hop}; expected >= 1 frame")
+    hop = max(1, contract.frames // 4) if hop is None else count_of(hop, "hop")
+    return _windows(frames, contract, hop)
+
+
+def _windows(frames: Iterable[TimedFrame], contract: InputContract, hop: int) -> Iterator[tuple[float, Clip]]:
     held: deque[TimedFrame] = deque(maxlen=contract.frames)
-    arrived, count = time.perf_counter(), 0
-    for seconds, frame in ticks(frames, contract):
-        arrived = time.perf_counter()
-        held.append((seconds, frame))
-        count += 1
-        if count >= contract.frames and (count - contract.frames) % hop == 0:
-            yield arrived, _clip(held, contract)
+    arrived, given = time.perf_counter(), False
+    for _, span in groupby(_spans(frames, contract), key=lambda item: item[0]):
+        held.clear()
+        for count, (seconds, frame) in enumerate(ticks((item for _, item in span), contract), 1):
+            arrived = time.perf_counter()
+            held.append((seconds, frame))
+            if count >= contract.frames and (count - contract.frames) % hop == 0:
+                given = True
+                yield arrived, _clip(held, contract)
     if not held:
         raise InputError("the source ended without a frame")
-    if count < contract.frames:
-        held.extend([held[-1]] * (contract.frames - count))
+    if not given:
+        held.extend([held[-1]] * (contract.frames - len(held)))
         yield arrived, _clip(held, contract)
+
+
+def _spans(frames: Iterable[TimedFrame], contract: InputContract) -> Iterator[tuple[int, TimedFrame]]:
+    """Each frame with the number of the span of steady clock that it lies in, without those that are out of order."""
+    span, late, newest = 0, 0, None
+    for item in frames:
+        now = item[0]
+        if newest is not None and contract.fps is not None:
+            late = late + 1 if now < newest else 0
+            if 0 < late <= MAX_LATE:
+                continue
+            if late or now - newest > MAX_GAP:
+                if not span:
+                    leap = f"the clock of the stream leaps from {newest:.3f} s to {now:.3f} s"
+                    warnings.warn(f"{leap}: the window starts anew", InputWarning, stacklevel=2)
+                span, late = span + 1, 0
+        newest = now
+        yield span, item
 
 
 def ticks(frames: Iterable[TimedFrame], contract: InputContract) -> Iterator[TimedFrame]:
@@ -62,16 +145,8 @@ def ticks(frames: Iterable[TimedFrame], contract: InputContract) -> Iterator[Tim
     shown: Frames | None = None
     for seconds, frame in preprocess.resample(frames, contract.fps):
         if frame is not shown:
-            shown, resized = frame, _resize(frame, contract)
+            shown, resized = frame, preprocess.spatial(frame[None], contract)[0]
         yield seconds, resized
-
-
-def _resize(frame: Frames, contract: InputContract) -> Frames:
-    frame = np.asarray(frame)
-    if frame.ndim != 3:
-        raise InputError(f"a frame of the stream has shape {frame.shape}; expected (height, width, 3) uint8")
-    resized: Frames = preprocess.spatial(frame[None], contract)[0]
-    return resized
 
 
 def _clip(held: deque[TimedFrame], contract: InputContract) -> Clip:

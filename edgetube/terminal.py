@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.text import Text
 
 from edgetube import interrupts
 from edgetube.bundle import Bundle
-from edgetube.errors import printable
+from edgetube.errors import InputWarning, printable
 from edgetube.health import Check
 from edgetube.progress import Progress
 from edgetube.spec import Prediction
@@ -124,6 +125,23 @@ def say(text: str) -> None:
 def warn(kind: str, text: str) -> None:
     """A `note` or `warning` beside the result."""
     _remark(kind, "yellow", text)
+
+
+@contextmanager
+def input_warnings() -> Iterator[None]:
+    """Show each `InputWarning` as a line on stderr; other warnings are shown as Python shows them."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, InputWarning):
+            warn("warning", str(message))
+        else:
+            usual(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", InputWarning)
+        warnings.showwarning = show
+        yield
 
 
 def error(text: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # PyAV takes half as long to import as numpy; `import edgetub
 
 __all__ = ["IMAGES", "VIDEOS", "Clip", "Frames", "Source", "frames", "load", "sources", "write"]
 
-Source = int | str | Path
+Source: TypeAlias = int | str | Path
 """A camera's index (also as digits), a URL, or a file."""
 
 VIDEOS = frozenset(
@@ -207,7 +207,13 @@ class _Address:
 
 
 def _known(source: Source) -> Source:
-    """A source with digits as a camera's number and everything that is no URL as a path."""
+    """A source with digits as a camera's number and everything that is no URL as a path.
+
+    Raises:
+        InputError: neither a number, nor text, nor a path.
+    """
+    if isinstance(source, bool) or not isinstance(source, Source):
+        raise InputError(f"the source is {source!r:.60}; expected a path, a URL or a camera's index")
     if isinstance(source, str):
         if source.isdecimal():
             return int(source)

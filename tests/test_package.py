@@ -25,6 +25,7 @@ PUBLIC = [
     "EdgetubeError",
     "InputContract",
     "InputError",
+    "InputWarning",
     "MissingPackageError",
     "ModelSpec",
     "ParityError",

@@ -70,8 +70,8 @@ class TestArrays:
         ("array", "message"),
         [
             (np.full((4, 16, 24, 3), np.nan, np.float32), "NaN or infinite pixels"),
-            (np.zeros((4, 16, 24, 3), np.float32), "bad.npy: the frames are float32; expected uint8"),
-            (np.zeros((4, 16, 24), np.uint8), "bad.npy: the frames have shape"),
+            (np.zeros((4, 16, 24, 3), np.float32), "bad.npy: the frames: dtype float32; expected uint8"),
+            (np.zeros((4, 16, 24), np.uint8), "bad.npy: the frames: shape"),
         ],
     )
     def test_bad_arrays_are_named(self, array, message, tmp_path):

@@ -241,11 +241,11 @@ def test_sample_by_hand(count, source, fps, frames, start, expected):
     ("arguments", "message"),
     [
         ((0, 30, None), "no frames"),
-        ((10, 0, None), "source_fps is 0; expected a positive rate"),
-        ((10, math.nan, None), "source_fps is nan"),
+        ((10, 0, None), "fps is 0; expected frames per second"),
+        ((10, math.nan, None), "fps is nan"),
         ((10, 10, 1.0), "start is 1.0 s; expected a time within the 1.000 s"),
         ((10, 10, -0.1), "start is -0.1 s"),
-        ((10, 10, math.nan), "start is nan s"),
+        ((10, 10, math.nan), "start is nan; expected seconds"),
         ((10, None, 0.0), "no clock: give source_fps"),
     ],
 )
@@ -373,8 +373,8 @@ FLOATS = np.zeros((3, 8, 8, 3), np.float32)
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (FLOATS, r"are float32; expected uint8 RGB in 0..255: do not normalise; .*\(frames \* 255\)"),
-        (FLOATS.astype(np.int64), "are int64; expected uint8 RGB in 0..255: give raw RGB pixels"),
+        (FLOATS, r": dtype float32; expected uint8 RGB in 0..255: do not normalise; .*\(frames \* 255\)"),
+        (FLOATS.astype(np.int64), ": dtype int64; expected uint8 RGB in 0..255: give raw RGB pixels"),
         (np.zeros((4, 8, 8), np.uint8), r"shape \(4, 8, 8\); expected .*: the last axis is the colour"),
         (np.zeros((3, 3, 8, 8), np.uint8), r"shape \(3, 3, 8, 8\); expected .*numpy.moveaxis\(frames, -3, -1\)"),
         (np.zeros((3, 8, 8, 4), np.uint8), r"shape \(3, 8, 8, 4\); expected"),

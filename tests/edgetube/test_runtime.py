@@ -1,7 +1,9 @@
 """`edgetube.Runtime` as a camera app uses it."""
 
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,6 +159,42 @@ def test_stream_slides_a_window(rt, rng):
         assert prediction.logits == pytest.approx(rt(frames[None, 3 * i : 3 * i + 8])[0].tolist(), abs=1e-6)
         assert prediction.start == pytest.approx(0.3 * i)
         assert prediction.end == pytest.approx(0.3 * i + 0.8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fps": 0}, "fps is 0; expected frames per second"),
+        ({"fps": float("nan")}, "fps is nan"),
+        ({"fps": True}, "fps is True"),
+        ({"top_k": 0}, "top_k is 0; expected >= 1"),
+        ({"top_k": 1.5}, "top_k is 1.5; expected a whole number"),
+    ],
+)
+def test_stream_and_predict_refuse_the_same_options(
+    rt: edgetube.Runtime, clips: np.ndarray, options: dict[str, Any], message: str
+) -> None:
+    """At the call: a stream that has begun is too late."""
+    with pytest.raises(InputError, match=message):
+        rt.predict(clips[0], **options)
+    with pytest.raises(InputError, match=message):
+        rt.stream(iter(clips[0]), **options)
+    with pytest.raises(InputError, match="hop is 0"):
+        rt.stream(iter(clips[0]), hop=0)
+
+
+def test_stream_copies_what_it_is_given(rt: edgetube.Runtime, rng: np.random.Generator) -> None:
+    frames = rng.integers(0, 256, (20, 32, 48, 3), np.uint8)
+
+    def camera() -> Iterator[np.ndarray]:
+        buffer = np.empty_like(frames[0])
+        for frame in frames:
+            buffer[...] = frame
+            yield buffer
+
+    reused, fresh = list(rt.stream(camera())), list(rt.stream(iter(frames)))
+    assert [p.logits for p in reused] == [p.logits for p in fresh]
+    assert len({p.logits for p in fresh}) == len(fresh) == 7
 
 
 def test_batches_of_another_size_run_in_pieces(tiny_checkpoint, tmp_path, clips, rt):

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from rich.text import Text
 
 from edgetube import terminal
+from edgetube.errors import InputWarning
 from edgetube.spec import Prediction
 
 NAMES = (
@@ -86,3 +88,18 @@ def test_progress_in_a_pipe_goes_on_while_a_stage_lasts(
         show("scan", 5, 0)
     lines = ["read clips: 3 of 6", "read clips: done (6)", "scan: 5"]
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_warnings_about_the_input_are_lines_and_others_are_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = streams("utf-8", monkeypatch)
+
+    def read() -> None:
+        with terminal.input_warnings():
+            for _ in range(2):
+                warnings.warn("a.ts is damaged\nat 1 s", InputWarning, stacklevel=1)
+            warnings.warn("something else", UserWarning, stacklevel=1)
+
+    with pytest.warns(UserWarning, match="something else") as others:
+        read()
+    assert written().splitlines() == [r"warning: a.ts is damaged\nat 1 s"] * 2
+    assert len(others) == 1
