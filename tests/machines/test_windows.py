@@ -1,0 +1,41 @@
+"""INT8 on filmed videos: the answers of PyTorch, on the processor that runs this test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from edgetube import export
+from edgetube.export import pipeline
+
+INT8 = [t.name for t in export.targets().values() if t.precision == "int8"]
+
+
+def test_answers_are_compared_row_by_row(films: SimpleNamespace) -> None:
+    expected = np.array([[3.0, 0.0], [0.0, 4.0]], np.float32)
+    given = np.array([[3.0, 0.0], [4.0, 3.0]], np.float32)
+    found = films.compare(expected, given)
+    assert found == {
+        "windows": 2,
+        "agreement": 0.5,
+        "worst_cosine": pytest.approx(0.6),
+        "max_abs_error": 4.0,
+        "max_abs_logit": 4.0,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INT8)
+def test_int8_answers_filmed_videos_like_pytorch(
+    name: str, films: SimpleNamespace, windows: Path, tmp_path: Path
+) -> None:
+    target = export.target(name)
+    if absent := target.missing(target.build_needs):
+        pytest.skip(f"{name} needs {', '.join(absent)}")
+    bundle = pipeline.export_model(name, "demo", tmp_path)
+    found = films.judge(bundle.path, windows)
+    assert found["windows"] == films.COUNT
+    assert min(found["agreement"], found["worst_cosine"]) >= films.BAR, found
