@@ -36,7 +36,7 @@ from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.table import Activations, CalibrationTable
 from edgetube.datasets import ClipSet, Item
 from edgetube.export import graph as graphs
-from edgetube.export import integer, openvino, static
+from edgetube.export import int8, integer, openvino, static
 from edgetube.export.graph import Graph
 from edgetube.export.quantize import apply, qdq
 from edgetube.model.tubevit import TubeViT
@@ -168,9 +168,18 @@ def fit_probe(model: TubeViT, features: np.ndarray, labels: np.ndarray) -> None:
 def ours(traced: Graph, seen: Clips, judged: Clips, folder: Path) -> dict[str, Path]:
     """What edgetube's INT8 targets write: ONNX Runtime's and OpenVINO's forms of one table, TensorRT's of another."""
     made: dict[Activations, tuple[onnx.ModelProto, CalibrationTable]] = {}
-    for scheme in ("uint8", "int8"):
+    for name in ("onnx-int8", "trt-int8"):
+        target = export.target(name)
+        scheme = int8.activations(target)
         found = calibration.calibrate(
-            traced.model, seen, judged, export.evaluator(), activations=scheme, workspace=folder, max_drop=100.0
+            traced.model,
+            seen,
+            judged,
+            export.evaluator(),
+            activations=scheme,
+            scales=int8.scale_format(target),
+            workspace=folder,
+            max_drop=100.0,
         )
         applied, table = apply(found, traced)
         made[scheme] = applied.model, table

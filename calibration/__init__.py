@@ -20,7 +20,16 @@ from edgetube.calibration.graphs import Array, Open
 from edgetube.calibration.numeric import GramMatrix, Moments
 from edgetube.calibration.observers import Histogram, least_squares
 from edgetube.calibration.search import Found, Judge
-from edgetube.calibration.table import Activations, CalibrationTable, LinearPlan, Range, digits
+from edgetube.calibration.table import (
+    FLOAT32_SCALES,
+    Activations,
+    CalibrationTable,
+    LinearPlan,
+    Range,
+    ScaleFormat,
+    ScaleType,
+    digits,
+)
 from edgetube.calibration.walk import State, Walk
 from edgetube.progress import Progress, silent, track
 from edgetube.video import Frames
@@ -63,6 +72,7 @@ def calibrate(
     *,
     activations: Activations,
     workspace: Path,
+    scales: ScaleFormat = FLOAT32_SCALES,
     max_drop: float | None = None,
     cache: Path | None = None,
     versions: Mapping[str, str] | None = None,
@@ -75,7 +85,7 @@ def calibrate(
         statistics: clips that ranges, equalisations and biases come from.
         judged: clips that the accuracy budget is held against.
         open_graph: opens any graph for running.
-        activations: the scheme of the runtime that the table is for.
+        activations, scales: the scheme of the runtime that the table is for, and how it stores scales.
         workspace: folder for what does not stay in memory.
         max_drop: points of top-1 (or of agreement, without labels) that may be lost; None for the default.
         cache: folder of an earlier calibration, finished or not; used only if made from exactly the same things.
@@ -87,12 +97,12 @@ def calibrate(
     """
     reference = search.answers(model, judged, open_graph, "float answers", progress)
     judge = Judge(judged, reference, max_drop)
-    kept = Cache(cache or workspace / "cache", _key(model, statistics, judge, activations, versions or {}))
+    kept = Cache(cache or workspace / "cache", _key(model, statistics, judge, activations, scales, versions or {}))
     model = graphs.prepared(model, activations)
     if (finished := kept.result()) is not None:
         values, table, report = finished
         return Calibrated(values, table, judge, {**report, "notes": _notes(statistics, judged), "cached": True})
-    walk = Walk(model, statistics, open_graph, activations, workspace, progress, _held_out(statistics, judged))
+    walk = Walk(model, statistics, open_graph, activations, workspace, progress, _held_out(statistics, judged), scales)
     state = kept.state()
     walk.choose(state, lambda: kept.save_state(state))
     found = search.search(walk, state, judge)
@@ -122,6 +132,7 @@ def observe(
     open_graph: Open,
     activations: Activations,
     progress: Progress = silent,
+    scales: ScaleType = "float32",
 ) -> dict[str, Range]:
     """Ranges of any tensors of a graph with batch 1: those with the least squared error on the clips.
 
@@ -135,8 +146,8 @@ def observe(
         for histogram, values in zip(seen.values(), call({frames: clips.frames[index][None]}), strict=True):
             histogram.add(values)
     found = {name: least_squares(histogram, activations) for name, histogram in seen.items()}
-    rounded = {name: Range(digits(r.low), digits(r.high), r.method) for name, r in found.items()}
-    return {name: rounded.get(name, Range(0.0, 1.0, "softmax")) for name in tensors}
+    found = {name: found.get(name, Range(0.0, 1.0, "softmax")).stored(activations, scales) for name in tensors}
+    return {name: Range(digits(r.low), digits(r.high), r.method) for name, r in found.items()}
 
 
 def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: Open) -> dict[str, Moments]:
@@ -174,13 +185,18 @@ def _notes(statistics: Clips, judged: Clips) -> list[str]:
 
 
 def _key(
-    model: onnx.ModelProto, clips: Clips, judge: Judge, activations: Activations, versions: Mapping[str, str]
+    model: onnx.ModelProto,
+    clips: Clips,
+    judge: Judge,
+    activations: Activations,
+    scales: ScaleFormat,
+    versions: Mapping[str, str],
 ) -> dict[str, Any]:
     """What a calibration depends on; the names are those that a person is told when one differs."""
     return {
         "the model": graphs.digest(model),
         "the clips or their preprocessing": clips.sha256,
-        "the scheme": activations,
+        "the scheme": [activations, scales.dtype, scales.pixels],
         "the recipe": RECIPE,
         "the tools": dict(sorted(versions.items())),
         "judged clips": judge.clips.sha256,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from edgetube.calibration import observers
 from edgetube.calibration.numeric import fake_activations, fake_weights, full_scales, output_error
 from edgetube.calibration.observers import Histogram
-from edgetube.calibration.table import LEVELS, Activations, Range
+from edgetube.calibration.table import LEVELS, Activations, Range, ScaleType
 
 Array = npt.NDArray[np.float32]
 
@@ -122,7 +122,7 @@ class Half:
 Halves = tuple[Half, Half]
 
 
-def choose(halves: Halves, weight: Array, activations: Activations) -> Equalisation:
+def choose(halves: Halves, weight: Array, activations: Activations, scales: ScaleType = "float32") -> Equalisation:
     """The equalisation with the smallest output error of the linear `weight` (K, N).
 
     Each is made from one half of the clips and judged on the other: a shift that fits the clips that were seen, and no
@@ -133,7 +133,7 @@ def choose(halves: Halves, weight: Array, activations: Activations) -> Equalisat
     return best if best.error < GAIN * plain.error else plain
 
 
-def behind_gelu(halves: Halves, weight: Array, activations: Activations) -> Equalisation:
+def behind_gelu(halves: Halves, weight: Array, activations: Activations, scales: ScaleType = "float32") -> Equalisation:
     """For a tensor whose producer can take neither scale nor shift, so that each is one more operator.
 
     A scale for each channel has to halve the error. For int8, which has no zero point, half of the integers would be
@@ -143,6 +143,7 @@ def behind_gelu(halves: Halves, weight: Array, activations: Activations) -> Equa
 
     Args:
         weight: (K, N) of the linear that reads the tensor.
+        scales: the type that the target stores scales in.
     """
     plain, *scaled = _judged(halves, weight, "uint8", shifts=False)
     chosen = min(scaled, key=lambda option: option.error)
@@ -152,7 +153,7 @@ def behind_gelu(halves: Halves, weight: Array, activations: Activations) -> Equa
     else:
         chosen = plain
     rows = np.concatenate([half.rows for half in halves])
-    return _centred(chosen, rows, weight) if activations == "int8" else chosen
+    return _centred(chosen, rows, weight, scales) if activations == "int8" else chosen
 
 
 def _judged(halves: Halves, weight: Array, activations: Activations, shifts: bool) -> list[Equalisation]:
@@ -167,7 +168,7 @@ def _judged(halves: Halves, weight: Array, activations: Activations, shifts: boo
     return [replace(option, error=float(error)) for option, error in found]
 
 
-def _centred(chosen: Equalisation, rows: Array, weight: Array) -> Equalisation:
+def _centred(chosen: Equalisation, rows: Array, weight: Array, scales: ScaleType) -> Equalisation:
     """The same with a shift that is the zero point that int8 lacks, where that lowers the error."""
     x, w = chosen.apply(rows), chosen.weight(weight)
     exact, quantised = x @ w, fake_weights(w, full_scales(w))
@@ -175,7 +176,7 @@ def _centred(chosen: Equalisation, rows: Array, weight: Array) -> Equalisation:
     seen.add(x)
 
     def best(activations: Activations) -> tuple[float, Range]:
-        found = list(observers.candidates(seen, activations))
+        found = [each.stored(activations, scales) for each in observers.candidates(seen, activations)]
         errors = [output_error(exact, fake_activations(x, r, activations), quantised) for r in found]
         return min(zip(errors, found, strict=True), key=lambda pair: pair[0])
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetube.calibration.table import LEVELS, Activations, Range
+from edgetube.calibration.table import LEVELS, Activations, Range, stored_scales
 
 Array = npt.NDArray[np.float32]
 
@@ -142,8 +142,7 @@ def pixel_moments(frames: int, height: int, width: int, colours: int = 3) -> npt
 
 def full_scales(weight: Array) -> Array:
     """Scales (N,) that clip nothing."""
-    largest = np.abs(weight).max(axis=0) / np.float32(LEVELS)
-    return np.asarray(np.where(largest > np.finfo(np.float32).tiny, largest, 1), np.float32)
+    return stored_scales(np.abs(weight).max(axis=0) / np.float32(LEVELS), "float32", "a weight")
 
 
 def mse_scales(weight: Array, power: Array) -> Array:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from edgetube.errors import InputError
+from edgetube.errors import InputError, SpecError
 from edgetube.files import atomic_write
 
 SCHEMA = 1
@@ -28,7 +29,49 @@ LEVELS = 127
 Activations = Literal["int8", "uint8"]
 """How activations are quantised: symmetric int8, or uint8 with a zero point."""
 
+ScaleType = Literal["float16", "float32"]
+"""What a runtime stores scales in."""
+
 CACHE_HEADER = re.compile(r"TRT-\S+-\S*Calibration\S*")
+
+
+@dataclass(frozen=True)
+class ScaleFormat:
+    """How a target stores the scales of its integers.
+
+    Attributes:
+        dtype: of a scale.
+        pixels: the target divides pixels by this number, so that the scale of pixels is smaller by as much, and those
+            of weights that multiply pixels are larger.
+    """
+
+    dtype: ScaleType = "float32"
+    pixels: float = 1.0
+
+
+FLOAT32_SCALES = ScaleFormat()
+
+
+def stored_scales(scales: npt.ArrayLike, dtype: ScaleType, name: str = "a tensor") -> npt.NDArray[np.float32]:
+    """Quantisation scales as a runtime holds them, for every target: the nearest normal numbers of `dtype`, in float32.
+
+    What is below the smallest normal number becomes that: a scale of zero divides by zero, and accelerators flush
+    subnormal numbers to zero. Where a scale is zero, there is nothing to scale, and it becomes 1.
+
+    Args:
+        name: of what is scaled, for the error.
+
+    Raises:
+        SpecError: a scale is above the largest number of `dtype`, or NaN.
+    """
+    given, limits = np.asarray(scales, np.float64), np.finfo(dtype)
+    if not (given <= float(limits.max)).all():
+        raise SpecError(
+            f"{name} needs a scale of {given.max():.3g}; {dtype} ends at {float(limits.max):.6g}: export this model "
+            "to a target in float32, or keep what uses it in float"
+        )
+    kept = np.where(given == 0, 1.0, np.maximum(given, float(limits.smallest_normal)))
+    return kept.astype(dtype).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -59,10 +102,18 @@ class Range:
         scale = _scale((self.high - self.low) / 255)
         return scale, min(255, max(0, round(-self.low / scale)))
 
+    def stored(self, activations: Activations, dtype: ScaleType, unit: float = 1.0) -> Range:
+        """The nearest range whose scale, divided by `unit`, a runtime can hold in `dtype`: see `stored_scales`."""
+        scale = self.symmetric if activations == "int8" else self.asymmetric[0]
+        wanted = float(stored_scales(scale / unit, dtype, "an activation")) * unit
+        if wanted == scale or self.low == self.high:
+            return self
+        low, high = self.low * wanted / scale, self.high * wanted / scale
+        return Range(digits(low), digits(high), self.method)
+
 
 def _scale(value: float) -> float:
-    """The float32 nearest to a scale; 1 where a tensor is zero."""
-    return float(np.float32(value)) if np.float32(value) >= np.finfo(np.float32).tiny else 1.0
+    return float(stored_scales(value, "float32", "an activation"))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from edgetube.targets import Setting, Target
 
 if TYPE_CHECKING:
     from edgetube.calibration.numeric import Moments
-    from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
+    from edgetube.calibration.table import CalibrationTable, LinearPlan, Range, ScaleFormat
     from edgetube.export.graph import Graph
 
 SETTINGS = (
@@ -82,6 +82,14 @@ NOTES = {
     "label": "The most probable class",
     "label_probs": "Probability of each class",
 }
+
+
+def scale_format(target: Target) -> ScaleFormat:
+    """Scales are float16 like all constants, and pixels are divided so that sums of them stay within it."""
+    from edgetube.calibration.table import ScaleFormat
+    from edgetube.export.graph import PIXEL_SCALE
+
+    return ScaleFormat("float16", PIXEL_SCALE)
 
 
 def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:

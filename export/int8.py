@@ -14,7 +14,7 @@ import numpy as np
 from edgetube import datasets, demo, export
 from edgetube.bench.latency import interleave
 from edgetube.calibration import Calibrated
-from edgetube.calibration.table import Activations
+from edgetube.calibration.table import FLOAT32_SCALES, Activations, ScaleFormat
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
 from edgetube.export.base import Wishes
@@ -68,6 +68,12 @@ def activations(target: Target) -> Activations:
     """The scheme that a target's exporter asks for in `activations`; int8 without a zero point if it is silent."""
     ask: Callable[[Target], Activations] = getattr(export.exporter(target.backend), "activations", lambda _: "int8")
     return ask(target)
+
+
+def scale_format(target: Target) -> ScaleFormat:
+    """How a target stores scales: what its exporter says in `scale_format`; in float32 if it is silent."""
+    ask: Callable[[Target], ScaleFormat] | None = getattr(export.exporter(target.backend), "scale_format", None)
+    return ask(target) if ask else FLOAT32_SCALES
 
 
 def wishes(graph: Graph, target: Target) -> Wishes:

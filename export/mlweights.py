@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetube.calibration.numeric import Moments, compensated, pixel_moments, rounded_weights
-from edgetube.calibration.table import LinearPlan, Range
-from edgetube.errors import SpecError
+from edgetube.calibration.table import LinearPlan, Range, stored_scales
 from edgetube.export.mlprogram import Weight, label, narrow
 from edgetube.targets import Precision
 
@@ -87,7 +86,7 @@ class Storage:
         if name not in self.plans:
             return self.plain(name, array, unit)
         scales = np.array(self.plans[name][0].weight_scales, np.float32) * np.float32(unit)
-        scales = half_scales(name, scales)
+        scales = stored_scales(scales, "float16", name)
         return self.integers(name, quantise(array, scales), scales)
 
     def activation(self, name: str, x: Any, unit: float) -> Any:
@@ -96,7 +95,7 @@ class Storage:
             return x
         plan, found = self.plans[name]
         if (tensor := plan.activation) not in self.quantised:
-            scale = np.float16(half_scales(tensor, np.array([found.symmetric / unit], np.float32))[0])
+            scale = np.float16(stored_scales(found.symmetric / unit, "float16", tensor))
             integers = self.mb.quantize(input=x, scale=scale, output_dtype="int8", name=f"{label(tensor)}_int8")
             self.quantised[tensor] = self.mb.dequantize(input=integers, scale=scale, name=f"{label(tensor)}_rounded")
         return self.quantised[tensor]
@@ -146,22 +145,7 @@ class Storage:
 def channel_scales(array: Array) -> Array:
     """The scale (O,) float32 with which each output channel of (O, ...) fills int8 symmetrically."""
     largest = np.abs(array).reshape(len(array), -1).max(axis=1)
-    return half_scales("a weight", largest / 127)
-
-
-def half_scales(name: str, scales: Array) -> Array:
-    """Scales as float16 holds them, in float32; what is below its smallest number becomes that: nothing is finer.
-
-    Raises:
-        SpecError: a scale is above its largest number.
-    """
-    with np.errstate(over="ignore"):
-        narrowed: Array = np.maximum(scales.astype(np.float16), np.finfo(np.float16).smallest_subnormal)
-    if not np.isfinite(narrowed).all():
-        raise SpecError(
-            f"{name} needs a scale of {scales.max():.3g}; float16 ends at 65504: pin what uses it to float32"
-        )
-    return narrowed.astype(np.float32)
+    return stored_scales(largest / 127, "float16", "a weight")
 
 
 def quantise(array: Array, scales: Array) -> Array:

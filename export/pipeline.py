@@ -25,7 +25,7 @@ from edgetube.bundle import Bundle
 from edgetube.calibration import Calibrated
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.numeric import Moments
-from edgetube.calibration.table import Activations, CalibrationTable, Range
+from edgetube.calibration.table import Activations, CalibrationTable, Range, ScaleFormat, ScaleType
 from edgetube.errors import InputError, MissingPackageError, ParityError
 from edgetube.export import graph as graphs
 from edgetube.export import int8, quantize, static
@@ -149,7 +149,7 @@ class Road:
         self._graphs: dict[tuple[str, bool, int], Graph] = {}
         self._lowerings: dict[str, dict[str, Any]] = {}
         self._moments: dict[int, dict[str, Moments]] = {}
-        self._calibrations: dict[Activations, Calibrated] = {}
+        self._calibrations: dict[tuple[Activations, ScaleFormat], Calibrated] = {}
         self._workspace = int8.workspace()
 
     def __enter__(self) -> Self:
@@ -186,9 +186,10 @@ class Road:
     def _build_int8(self, folder: Path, target: Target, graph: Graph) -> tuple[Bundle, Built]:
         """Calibrate, build, and measure against the float artifact of the same runtime."""
         wishes = int8.wishes(graph, target)  # refuses what cannot be before the long work begins
-        calibrated = self._calibrate(int8.activations(target), folder.parent)
+        calibrated = self._calibrate(target, folder.parent)
         equalised, table = quantize.apply(calibrated, graph)
-        table = replace(table, ranges={**table.ranges, **self._observe(wishes.tensors, calibrated)})
+        scales = int8.scale_format(target).dtype
+        table = replace(table, ranges={**table.ranges, **self._observe(wishes.tensors, calibrated, scales)})
         if wishes.clips:
             np.save(folder / bundles.CLIPS, self._calibration_clips[0].first(wishes.clips))
         bundle, built = self._build(folder, target, equalised, table)
@@ -216,35 +217,38 @@ class Road:
             )
             return int8.measure(calibrated, first, second, self.progress)
 
-    def _calibrate(self, activations: Activations, out: Path) -> Calibrated:
-        """The calibration under a scheme: made once, on the plainest graph, and used for every lowering and batch.
+    def _calibrate(self, target: Target, out: Path) -> Calibrated:
+        """The calibration under a target's scheme: made once, on the plainest graph, for every lowering and batch.
 
         It is kept in a hidden folder of `out`, for the next export.
         """
-        if activations not in self._calibrations:
+        activations, scales = key = int8.activations(target), int8.scale_format(target)
+        if key not in self._calibrations:
             folder = Path(self._workspace.name)
             statistics, judged = self._calibration_clips
-            self._calibrations[activations] = calibration.calibrate(
+            self._calibrations[key] = calibration.calibrate(
                 self._graph("gather", batch=1).model,
                 statistics,
                 judged,
                 export.evaluator(),
                 activations=activations,
+                scales=scales,
                 workspace=folder,
                 max_drop=self.options.max_drop,
-                cache=out / ".calibration" / f"{self.checkpoint.name}.{activations}",
+                cache=out / ".calibration" / f"{self.checkpoint.name}.{activations}.{scales.dtype}",
                 versions=machine.versions(),
                 progress=self.progress,
             )
-        return self._calibrations[activations]
+        return self._calibrations[key]
 
-    def _observe(self, tensors: Sequence[str], calibrated: Calibrated) -> dict[str, Range]:
+    def _observe(self, tensors: Sequence[str], calibrated: Calibrated, scales: ScaleType) -> dict[str, Range]:
         """The ranges of more tensors, in the calibrated float graph."""
         if not tensors:
             return {}
         plain, table = quantize.apply(calibrated, self._graph("gather", batch=1))
         clips, _ = self._calibration_clips
-        return calibration.observe(plain.model, tensors, clips, export.evaluator(), table.activations, self.progress)
+        scheme = table.activations
+        return calibration.observe(plain.model, tensors, clips, export.evaluator(), scheme, self.progress, scales)
 
     @cached_property
     def _calibration_clips(self) -> tuple[Clips, Clips]:

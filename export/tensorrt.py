@@ -21,7 +21,7 @@ from edgetube.targets import Precision, Setting, Target, installed
 if TYPE_CHECKING:
     import onnx
 
-    from edgetube.calibration.table import CalibrationTable
+    from edgetube.calibration.table import CalibrationTable, ScaleFormat
     from edgetube.export.graph import Graph
     from edgetube.spec import ModelSpec
 
@@ -96,6 +96,14 @@ TARGETS = (
 
 CACHE = "calibration.cache"
 """The ranges in the text that TensorRT's own calibrators read and write."""
+
+
+def scale_format(target: Target) -> ScaleFormat:
+    """Scales are float16 like all constants, and pixels are divided so that sums of them stay within it."""
+    from edgetube.calibration.table import ScaleFormat
+    from edgetube.export.graph import PIXEL_SCALE
+
+    return ScaleFormat("float16", PIXEL_SCALE)
 
 
 def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:

@@ -1,6 +1,7 @@
 """The whole calibration on a small graph with outliers: equal in float, better in int8, the same in any order."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from edgetube import export, metrics
 from edgetube.calibration import calibrate, graphs, input_moments, numeric, search
 from edgetube.calibration.cache import Cache
 from edgetube.calibration.clips import Clips, collect
+from edgetube.calibration.table import ScaleFormat
 from edgetube.calibration.walk import State, Walk
 from edgetube.datasets import ClipSet, built_in_calibration
 from edgetube.errors import ParityError
-from edgetube.export.graph import Graph
+from edgetube.export.graph import PIXEL_SCALE, Graph, half
 from edgetube.export.quantize import apply, qdq
 
 SCHEMES = ("int8", "uint8")
@@ -110,6 +113,31 @@ def test_weights_are_rounded_for_every_token(
         found, expected = state.integers[linear.weight], numeric.rounded_weights(weight, scales, rows.T @ rows)
         assert (found != expected).mean() < 0.005  # ties between float32 and float64
         assert (found != numeric.rounded_weights(weight, scales, rows[:16].T @ rows[:16])).mean() > 0.02
+
+
+def test_a_nearly_dead_channel_has_a_scale_that_float16_holds(
+    hard_graph: Graph, clips: tuple[Clips, Clips], answer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """From the calibration to the graph in half precision: no scale is changed, let alone to zero."""
+    known = graphs.weights(hard_graph.model)
+    weight = np.array(known["blocks.1.mlp.fc1.weight"])
+    weight[:, 5] *= 1e-7 / np.abs(weight[:, 5]).max()
+    weight[:, 6] *= 1e-5 / np.abs(weight[:, 6]).max()
+    model = graphs.replaced(hard_graph.model, {"blocks.1.mlp.fc1.weight": weight})
+    options: dict[str, Any] = {"activations": "int8", "workspace": tmp_path, "max_drop": 100.0}
+    found = calibrate(model, *clips, export.evaluator(), scales=ScaleFormat("float16", PIXEL_SCALE), **options)
+    equalised, table = apply(found, replace(hard_graph, model=model))
+    typed = half(qdq(equalised.model, table))
+    written = {tensor.name: numpy_helper.to_array(tensor) for tensor in typed.graph.initializer}
+    for plan in table.quantised:
+        unit = PIXEL_SCALE if plan.name.startswith("tubes") else 1
+        expected = np.array(plan.weight_scales, np.float32) * np.float32(unit)
+        np.testing.assert_array_equal(written[f"{plan.weight}.scale"].astype(np.float32), expected)
+        assert expected.min() >= 2.0**-14
+        by = float(written[f"{plan.activation}.scale"])
+        assert by == pytest.approx(table.ranges[plan.activation].symmetric / unit, rel=1e-6)
+    exact = answer(model, clips[1])
+    assert metrics.sqnr(exact, answer(typed, clips[1])) > 30
 
 
 def test_errors_are_reported_on_clips_that_nothing_was_chosen_from(

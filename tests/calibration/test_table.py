@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgetube.calibration.table import CalibrationTable, LinearPlan, Range, digits
-from edgetube.errors import InputError
+from edgetube.calibration.table import (
+    Activations,
+    CalibrationTable,
+    LinearPlan,
+    Range,
+    ScaleType,
+    digits,
+    stored_scales,
+)
+from edgetube.errors import InputError, SpecError
 
 FLOATS = st.floats(0, 1e6, width=32)
 
@@ -108,3 +116,70 @@ def test_no_table_is_an_error_with_the_file(tmp_path):
         CalibrationTable.load(tmp_path / "x.json")
     with pytest.raises(InputError, match=r"none\.json"):
         CalibrationTable.load(tmp_path / "none.json")
+
+
+DTYPES = ("float16", "float32")
+LARGEST = {"float16": 65504.0, "float32": float(np.finfo(np.float32).max)}
+SMALLEST = {"float16": 2.0**-14, "float32": 2.0**-126}
+EPSILON = {"float16": 2.0**-11, "float32": 2.0**-24}
+
+
+class TestStoredScales:
+    """The one rule for scales: what the runtime will hold, before anything is rounded by it."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @given(exponent=st.floats(-150, 15.99))
+    def test_a_scale_is_a_normal_number_of_the_type(self, dtype: ScaleType, exponent: float) -> None:
+        scale = 2.0**exponent
+        (found,) = stored_scales(np.array([scale]), dtype)
+        assert found == np.dtype(dtype).type(found)  # it exists in the type
+        assert SMALLEST[dtype] <= found <= LARGEST[dtype]
+        if scale >= SMALLEST[dtype]:
+            assert found == pytest.approx(scale, rel=1.001 * EPSILON[dtype])
+        else:
+            assert found == SMALLEST[dtype]
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_the_ends(self, dtype: ScaleType) -> None:
+        given_scales = np.array([0.0, SMALLEST[dtype], SMALLEST[dtype] * 0.6, 1e-44, LARGEST[dtype]])
+        expected = [1.0, SMALLEST[dtype], SMALLEST[dtype], SMALLEST[dtype], LARGEST[dtype]]
+        np.testing.assert_array_equal(stored_scales(given_scales, dtype), np.float32(expected))
+
+    @pytest.mark.parametrize("scale", [65520.0, 1e9, np.inf, np.nan])
+    def test_what_is_too_large_is_named(self, scale: float) -> None:
+        with pytest.raises(SpecError, match=r"fc1 needs a scale of .*; float16 ends at 65504"):
+            stored_scales(np.array([1.0, scale]), "float16", "fc1")
+
+    @given(
+        low=st.floats(0, 1e4, width=32),
+        high=st.floats(0, 1e4, width=32),
+        activations=st.sampled_from(["int8", "uint8"]),
+        unit=st.sampled_from([1.0, 256.0]),
+    )
+    def test_a_range_has_a_scale_that_exists(
+        self, low: float, high: float, activations: Activations, unit: float
+    ) -> None:
+        found = Range(-low, high, "mse")
+        stored = found.stored(activations, "float16", unit)
+
+        def scale(of: Range) -> float:
+            return (of.symmetric if activations == "int8" else of.asymmetric[0]) / unit
+
+        assert scale(stored) == pytest.approx(float(np.float16(scale(stored))), rel=1e-6)
+        assert scale(stored) >= SMALLEST["float16"] * (1 - 1e-6)
+        if scale(found) >= SMALLEST["float16"]:
+            assert scale(stored) == pytest.approx(scale(found), rel=1e-3)
+            assert stored.low == pytest.approx(-low, rel=1e-3)
+            assert stored.high == pytest.approx(high, rel=1e-3)
+        assert stored.method == "mse"
+
+    @given(low=st.floats(0, 1e6, width=32), high=st.floats(0, 1e6, width=32))
+    def test_in_float32_nothing_changes(self, low: float, high: float) -> None:
+        found = Range(-low, high, "x")
+        if max(low, high) > 1e-30:
+            assert found.stored("int8", "float32") == found.stored("uint8", "float32") == found
+
+    def test_a_range_of_pixels_by_hand(self) -> None:
+        stored = Range(0.0, 255.0, "min-max").stored("int8", "float16", 256.0)
+        assert stored.symmetric == 256 * float(np.float16(255 / 127 / 256))
+        assert np.rint(255 / stored.symmetric) == 127
