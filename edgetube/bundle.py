@@ -17,18 +17,20 @@ import hashlib
 import json
 import shutil
 import tempfile
-import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from edgetube.errors import BundleError, SpecError
-from edgetube.spec import InputContract, ModelSpec
+from edgetube import rows, strict
+from edgetube.errors import BundleError, FormatError, SpecError
+from edgetube.files import atomic_write
+from edgetube.spec import MOST_CLASSES, InputContract, ModelSpec
 from edgetube.targets import Precision, Status
 from edgetube.video import Frames
 
@@ -37,6 +39,7 @@ MANIFEST = "edgetube.json"
 GOLDEN = "golden.npz"
 CALIBRATION = "calibration.json"
 CLIPS = "calibration.npy"
+SHA256 = "[0-9a-f]{64}"
 
 
 @dataclass(frozen=True)
@@ -93,24 +96,38 @@ class Bundle:
         """Size of the raw artifact on disk, external weight files included."""
         return sum(record.bytes for name, record in self.files.items() if name not in (GOLDEN, CALIBRATION, CLIPS))
 
+    @property
+    def artifact_files(self) -> tuple[str, ...]:
+        """Those of `files` that are the artifact, or lie in its folder."""
+        return tuple(name for name in self.files if name == self.artifact or name.startswith(f"{self.artifact}/"))
+
+    def file(self, name: str) -> Path:
+        """The path of a file that the manifest lists, so that it is hashed; while a bundle is made nothing is listed.
+
+        Raises:
+            BundleError: the manifest does not list it.
+        """
+        if self.files and name not in self.files:
+            raise BundleError(
+                f"{self.path}: {name!r} is not among the files of the manifest; export or copy the bundle again"
+            )
+        return self.path / name
+
     def golden(self) -> tuple[Frames, npt.NDArray[np.float32]]:
         """The golden clip (T, H, W, 3) uint8 and the reference's logits for it (classes,) float32.
 
         Raises:
             BundleError: the file is missing or does not fit the manifest.
         """
-        path = self.path / GOLDEN
+        path = self.file(GOLDEN)
+        wanted = {"frames": (self.contract.shape, np.uint8), "logits": ((len(self.labels),), np.float32)}
         try:
-            with np.load(path, allow_pickle=False) as data:
-                frames, logits = data["frames"], data["logits"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            found = rows.read_arrays(path, wanted)
+        except (OSError, FormatError) as error:
             raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
-        if frames.shape != self.contract.shape or logits.shape != (len(self.labels),):
-            raise BundleError(
-                f"{path} holds a clip {frames.shape} and {logits.shape} logits; "
-                f"the manifest says {self.contract.shape} and ({len(self.labels)},)"
-            )
-        return frames, logits
+        if not np.isfinite(found["logits"]).all():
+            raise BundleError(f"{path} holds logits that are not finite; export the bundle again")
+        return found["frames"], found["logits"]
 
     def verify(self) -> None:
         """Hash every file.
@@ -118,6 +135,14 @@ class Bundle:
         Raises:
             BundleError: a file is missing, or is not the one that was proven.
         """
+        for found in self.path.glob(f"{self.artifact}*"):  # the artifact, what lies beside it, what lies in it
+            for part in found.rglob("*") if found.is_dir() else [found]:
+                name = part.relative_to(self.path).as_posix()
+                if part.is_file() and name not in self.files and not part.name.startswith("."):
+                    raise BundleError(
+                        f"{self.path}: {name!r} is not among the files of the manifest; remove it, or export or copy "
+                        "the bundle again"
+                    )
         for name, record in self.files.items():
             path = self.path / name
             if not path.is_file():
@@ -153,67 +178,181 @@ def load(path: str | Path, verify: bool = True) -> Bundle:
     """Read a bundle's manifest and, unless `verify` is false, hash its files.
 
     Raises:
-        BundleError: no bundle there, a newer schema, a damaged manifest, or files that differ from it.
+        BundleError: no bundle there, a newer schema, a manifest that does not follow its format or contradicts itself,
+            or files that differ from it.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     manifest = path / MANIFEST
     if not manifest.is_file():
         found = "no such folder" if not path.exists() else f"it has no {MANIFEST}"
         raise BundleError(f"{path} is not a bundle: {found}; make one with: edgetube export --target onnx-fp32")
     try:
-        data = json.loads(manifest.read_text("utf-8"))
-        schema = data["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{manifest} is damaged ({error}); export or copy the bundle again") from error
-    if schema != SCHEMA:
-        raise BundleError(
-            f"{path} has bundle schema {schema}; this edgetube reads schema {SCHEMA}: upgrade edgetube or export again"
-        )
-    try:
+        data = strict.record(strict.read_json(manifest), "the manifest", ["schema"])
+        schema = strict.integer(data["schema"], "schema", 1, 1 << 31)
+        if schema != SCHEMA:
+            raise BundleError(
+                f"{path} has bundle schema {schema}; this edgetube reads schema {SCHEMA}: upgrade edgetube or export "
+                "again"
+            )
         bundle = _parse(path, data)
-    except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
+    except OSError as error:
+        raise BundleError(f"{manifest} cannot be read: {error.strerror}") from error
+    except (FormatError, SpecError) as error:
         raise BundleError(f"{manifest} is damaged ({error}); export or copy the bundle again") from error
     if verify:
         bundle.verify()
     return bundle
 
 
+FIELDS = (
+    "name", "target", "precision", "backend", "status", "artifact", "batch", "labels", "input", "model", "checkpoint",
+    "build", "parity", "versions", "files",
+)  # fmt: skip
+"""Of the manifest, beside its schema; all of them are needed."""
+
+NAME = r"\w[\w.-]*"
+"""What a bundle, a target and a backend may be called: their names become names of files."""
+
+MOST_BATCH = 1 << 12
+MOST_FILES = 1 << 16
+
+
 def _parse(path: Path, data: dict[str, Any]) -> Bundle:
-    for name in (*data["files"], data["artifact"]):
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts:
-            raise BundleError(f"{path}: the manifest names {name!r}, which is outside the bundle")
-    for key, allowed in (("precision", get_args(Precision)), ("status", get_args(Status))):
-        if data[key] not in allowed:
-            raise ValueError(f"{key} is {data[key]!r}, expected one of {', '.join(allowed)}")
-    return Bundle(
+    """The manifest, every field in its type and within its bounds.
+
+    Raises:
+        FormatError, SpecError: it is not one, or contradicts itself.
+    """
+    strict.record(data, "the manifest", ("schema", *FIELDS), ())
+    bundle = Bundle(
         path=path,
-        name=str(data["name"]),
-        target=str(data["target"]),
-        precision=cast(Precision, data["precision"]),
-        backend=str(data["backend"]),
+        **{key: strict.text(data[key], key, NAME, most=200) for key in ("name", "target", "backend")},
+        precision=cast(Precision, strict.choice(data["precision"], "precision", get_args(Precision))),
+        status=cast(Status, strict.choice(data["status"], "status", get_args(Status))),
         spec=ModelSpec.from_json(data["model"]),
         contract=InputContract.from_json(data["input"]),
-        labels=tuple(map(str, data["labels"])),
-        batch=int(data["batch"]),
-        artifact=str(data["artifact"]),
-        status=cast(Status, data["status"]),
-        checkpoint=data["checkpoint"],
-        build=data["build"],
-        parity=data["parity"],
-        versions=data["versions"],
-        files={name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in data["files"].items()},
+        labels=parse_labels(data["labels"], "labels"),
+        batch=strict.integer(data["batch"], "batch", 1, MOST_BATCH),
+        artifact=strict.path(data["artifact"], "artifact"),
+        checkpoint=_parse_checkpoint(data["checkpoint"]),
+        build=_parse_build(data["build"]),
+        parity=_parse_parity(data["parity"], "parity"),
+        versions=_texts(data["versions"], "versions"),
+        files=_parse_files(data["files"]),
     )
+    _check_consistency(bundle)
+    return bundle
+
+
+def parse_labels(value: Any, where: str) -> tuple[str, ...]:
+    """Class names: at least one, none twice.
+
+    Raises:
+        FormatError: something else.
+    """
+    labels = tuple(strict.text(label, where, most=1000) for label in strict.items(value, where, 1, MOST_CLASSES))
+    if len(set(labels)) < len(labels):
+        twice, _ = Counter(labels).most_common(1)[0]
+        raise FormatError(f"{where} has {twice!r} more than once")
+    return labels
+
+
+def _parse_checkpoint(value: Any) -> dict[str, str]:
+    found = _texts(strict.record(value, "checkpoint", ("name", "source", "sha256"), ()), "checkpoint")
+    strict.text(found["sha256"], "checkpoint.sha256", f"({SHA256})?")  # a checkpoint made in memory has none
+    return found
+
+
+def _parse_build(value: Any) -> dict[str, Any]:
+    """The free record of the exporter; what edgetube itself shows of it has its type."""
+    build = strict.record(value, "build")
+    for key in ("lowering", "graph", "int8", "layers", "settings", "engine"):
+        if key in build:
+            strict.record(build[key], f"build.{key}")
+    if "lowering" in build:
+        for key in ("chosen", "why"):
+            strict.text(build["lowering"].get(key), f"build.lowering.{key}")
+        for name, timing in strict.record(build["lowering"].get("timings", {}), "build.lowering.timings").items():
+            record = strict.record(timing, f"build.lowering.timings.{name}", ["p50_ms"])
+            strict.number(record["p50_ms"], f"build.lowering.timings.{name}.p50_ms", 0)
+    if "int8" in build:
+        strict.text(build["int8"].get("summary"), "build.int8.summary")
+    if "command" in build:
+        strict.text(build["command"], "build.command")
+    for operator, count in strict.record(build.get("graph", {}).get("operators", {}), "build.graph.operators").items():
+        strict.integer(count, f"build.graph.operators.{operator}", 0, 1 << 31)
+    return build
+
+
+def _parse_parity(value: Any, where: str) -> dict[str, Any]:
+    """What the proof measured: numbers, texts, null, and records of such, by name."""
+    for key, entry in strict.record(value, where).items():
+        strict.text(key, f"a name in {where}", NAME)
+        if isinstance(entry, dict):
+            _parse_parity(entry, f"{where}.{key}")
+        elif not (entry is None or isinstance(entry, str)):
+            strict.number(entry, f"{where}.{key}", -1e30, 1e30)
+    if (error := value.get("max_abs_error")) is not None:
+        strict.number(error, f"{where}.max_abs_error", 0, 1e30)
+    return dict(value)
+
+
+def _texts(value: Any, where: str) -> dict[str, str]:
+    return {key: strict.text(entry, f"{where}.{key}") for key, entry in strict.record(value, where).items()}
+
+
+def _parse_files(value: Any) -> dict[str, FileRecord]:
+    records = strict.record(value, "files")
+    if len(records) > MOST_FILES:
+        raise FormatError(f"files has {len(records)} entries; expected at most {MOST_FILES}")
+    files = {}
+    for name, record in records.items():
+        record = strict.record(record, f"files.{name}", ("bytes", "sha256"), ())
+        files[strict.path(name, "a name in files")] = FileRecord(
+            strict.integer(record["bytes"], f"files.{name}.bytes", 0, 1 << 50),
+            strict.text(record["sha256"], f"files.{name}.sha256", SHA256),
+        )
+    if MANIFEST in files:
+        raise FormatError(f"files names {MANIFEST}, which cannot hold its own hash")
+    if len({name.casefold() for name in files}) < len(files):
+        raise FormatError("files has two names that differ in case alone")
+    return files
+
+
+def _check_consistency(bundle: Bundle) -> None:
+    """That what the manifest says in two places is the same.
+
+    Raises:
+        FormatError: it is not.
+    """
+    name, classes = bundle.spec.classifiers[0]
+    if len(bundle.labels) != classes:
+        raise FormatError(f"there are {len(bundle.labels)} labels, but the classifier {name} has {classes} classes")
+    if bundle.contract.shape != (clip := (*bundle.spec.clip, bundle.spec.channels)):
+        raise FormatError(f"the input is {bundle.contract.shape}, but the model takes clips {clip}")
+    if bundle.target.rpartition("-")[2] != bundle.precision:
+        raise FormatError(f"the target is {bundle.target}, but the precision is {bundle.precision}")
+    if GOLDEN not in bundle.files:
+        raise FormatError(f"{GOLDEN} is not in files")
+    if not bundle.artifact_files:
+        raise FormatError(f"the artifact {bundle.artifact} is not in files")
 
 
 def seal(bundle: Bundle) -> Bundle:
-    """Record every file in the folder and write the manifest; returns the bundle with its `files`."""
-    from dataclasses import replace
+    """Record every file in the folder and write the manifest; returns the bundle with its `files`.
 
+    Raises:
+        BundleError: `load` would refuse it.
+    """
     found = sorted(p for p in bundle.path.rglob("*") if p.is_file() and p.name != MANIFEST)
     files = {p.relative_to(bundle.path).as_posix(): FileRecord(p.stat().st_size, sha256(p)) for p in found}
     bundle = replace(bundle, files=files)
-    (bundle.path / MANIFEST).write_text(json.dumps(bundle.to_json(), indent=2) + "\n", "utf-8")
+    text = json.dumps(bundle.to_json(), indent=2) + "\n"
+    try:
+        _parse(bundle.path, strict.parse_json(text, MANIFEST))
+    except (FormatError, SpecError) as error:
+        raise BundleError(f"{bundle.name}: its manifest would be refused ({error}); nothing was written") from error
+    atomic_write(bundle.path / MANIFEST, text)
     return bundle
 
 

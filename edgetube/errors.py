@@ -5,6 +5,7 @@
     EdgetubeError            exit code
     ├─ InputError            2   the caller's data: wrong shape, broken video, unknown label
     ├─ BundleError           2   a bundle that is incomplete, tampered with, foreign or too new
+    ├─ FormatError           2   a file that does not follow its format; says where in it
     ├─ SpecError             2   a model that cannot exist or cannot be lowered
     ├─ CheckpointError       2   weights that do not fit the model they claim to be
     ├─ MissingPackageError   2   an optional package is absent; says the pip line
@@ -37,6 +38,10 @@ class InputWarning(UserWarning):
 
 class BundleError(EdgetubeError):
     """A bundle that cannot be trusted or understood."""
+
+
+class FormatError(EdgetubeError, ValueError):
+    """A file, or a value in it, that does not follow its format."""
 
 
 class SpecError(EdgetubeError, ValueError):

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import struct
 import tempfile
+import tokenize
 import weakref
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import IO, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from edgetube.errors import FormatError
 
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 """Of NumPy's file format by version; the third is for names of fields that are not ASCII."""
@@ -105,37 +110,133 @@ def stored(file: Path) -> dict[str, Rows]:
     Those that are compressed, or not in C order, are read at once.
 
     Raises:
-        OSError, ValueError, zipfile.BadZipFile: the file is damaged or truncated, or holds Python objects.
+        OSError: the file cannot be read.
+        FormatError: it is damaged or truncated, or holds something else than numbers and texts.
     """
-    if file.suffix == ".npy":
-        with file.open("rb") as opened:
+    with _readable(file), file.open("rb") as opened:
+        if file.suffix == ".npy":
             return {"": _rows(file, opened, file.stat().st_size)}
-    found: dict[str, Rows] = {}
-    with zipfile.ZipFile(file) as archive, file.open("rb") as opened:
-        if bad := archive.testzip():
-            raise zipfile.BadZipFile(f"{bad} in it is damaged")
-        for member in archive.infolist():
-            name = member.filename.removesuffix(".npy")
-            if member.compress_type == zipfile.ZIP_STORED:
-                opened.seek(member.header_offset + 26)  # local file header, APPNOTE.TXT 4.3.7
-                opened.seek(sum(struct.unpack("<HH", opened.read(4))), 1)
-                found[name] = _rows(file, opened, opened.tell() + member.file_size)
-            else:
-                with archive.open(member) as compressed:
-                    found[name] = np.lib.format.read_array(compressed, allow_pickle=False)
+        found: dict[str, Rows] = {}
+        with zipfile.ZipFile(opened) as archive:
+            members = _members(archive)
+            if bad := archive.testzip():
+                raise FormatError(f"{bad} in it is damaged")
+            for name, member in members.items():
+                if member.compress_type == zipfile.ZIP_STORED:
+                    with file.open("rb") as own:
+                        own.seek(member.header_offset + 26)  # local file header, APPNOTE.TXT 4.3.7
+                        own.seek(sum(struct.unpack("<HH", own.read(4))), 1)
+                        found[name] = _rows(file, own, own.tell() + member.file_size)
+                else:
+                    found[name] = _member(archive, member)
     return found
 
 
+def read_arrays(file: Path, wanted: Mapping[str, tuple[tuple[int, ...], npt.DTypeLike]]) -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` file that has those of `wanted`, of their shapes and types, and no others.
+
+    No more is decompressed than they take.
+
+    Raises:
+        OSError: the file cannot be read.
+        FormatError: it is damaged, or holds something else.
+    """
+    with _readable(file), zipfile.ZipFile(file) as archive:
+        members = _members(archive)
+        if members.keys() != wanted.keys():
+            raise FormatError(f"it holds {', '.join(sorted(members)) or 'nothing'}; expected {', '.join(wanted)}")
+        return {name: _member(archive, members[name], wanted[name]) for name in wanted}
+
+
+MOST_MEMBERS = 1 << 16
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The members of an archive by the name of their array."""
+    found: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        name = member.filename.removesuffix(".npy")
+        if name in found or len(found) >= MOST_MEMBERS:
+            raise FormatError(f"it has {name!r} twice, or more than {MOST_MEMBERS} arrays")
+        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise FormatError(f"{name!r} in it is encrypted, or compressed in another way than NumPy does")
+        found[name] = member
+    return found
+
+
+def _member(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, wanted: tuple[tuple[int, ...], npt.DTypeLike] | None = None
+) -> np.ndarray:
+    """The array of one member, which has to be of the wanted shape and type if they are given."""
+    with archive.open(member) as opened:
+        header = _header(opened)
+        if wanted is not None and (header.shape, header.dtype) != (wanted[0], np.dtype(wanted[1])):
+            raise FormatError(
+                f"{member.filename} is {header.shape} {header.dtype}; expected {wanted[0]} {np.dtype(wanted[1])}"
+            )
+        header.check(member.file_size - opened.tell())
+        flat = np.empty(math.prod(header.shape), header.dtype)
+        target, done = flat.view(np.uint8).data, 0
+        while done < len(target) and (count := opened.readinto(target[done:])):  # type: ignore[attr-defined]
+            done += count
+        header.check(done + len(opened.read(1)))
+    return flat.reshape(header.shape, order="F" if header.fortran else "C")
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What the header of an array in NumPy's format says."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def check(self, there: int) -> None:
+        """That exactly its bytes are there."""
+        if there != self.bytes:
+            what = f"{self.bytes - there} bytes too short" if there < self.bytes else "longer than its header says"
+            raise FormatError(f"it is {what}")
+
+
+def _header(opened: IO[bytes]) -> _Header:
+    """The header at the place where `opened` is; numbers and texts only."""
+    version = np.lib.format.read_magic(opened)
+    if version not in HEADERS:
+        raise FormatError(f"it is of version {version} of NumPy's format")
+    shape, fortran, dtype = HEADERS[version](opened)
+    if dtype.kind not in "biufUS" or dtype.itemsize == 0 or min(shape, default=0) < 0:
+        raise FormatError(f"it holds {dtype} of shape {shape}; expected numbers")
+    return _Header(shape, fortran, dtype)
+
+
 def _rows(file: Path, opened: BinaryIO, end: int) -> Rows:
-    """The array at the place where `opened` is."""
-    start = opened.tell()
-    if header := HEADERS.get(np.lib.format.read_magic(opened)):
-        shape, fortran, dtype = header(opened)
-        if shape and not fortran and not dtype.hasobject:
-            missing = opened.tell() + math.prod(shape) * dtype.itemsize - end
-            if missing > 0:
-                raise ValueError(f"it is {missing} bytes too short")
-            return Stored(file, opened.tell(), shape, dtype)
-    opened.seek(start)
-    array: np.ndarray = np.lib.format.read_array(opened, allow_pickle=False)
-    return array
+    """The array at the place where `opened` is, whose bytes go to `end`."""
+    header = _header(opened)
+    header.check(end - opened.tell())
+    if header.shape and not header.fortran:
+        return Stored(file, opened.tell(), header.shape, header.dtype)
+    flat = np.fromfile(opened, header.dtype, math.prod(header.shape))
+    return flat.reshape(header.shape, order="F" if header.fortran else "C")
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """What NumPy and zipfile raise of a damaged file, as one error."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{file.name}: {error}") from error
+    except DAMAGES as error:
+        raise FormatError(f"{file.name} is damaged: {error}") from error
+
+
+DAMAGES = (
+    zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError,
+    EOFError, IndexError, KeyError, NotImplementedError, OverflowError, RecursionError, RuntimeError,
+    SyntaxError, TypeError, ValueError,
+)  # fmt: skip
+"""A header is a Python literal, and a damaged one fails in any way that a literal can."""

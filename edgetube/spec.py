@@ -7,13 +7,13 @@ All types are frozen, validated when made, and survive a round trip through JSON
 from __future__ import annotations
 
 import math
-import operator
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_args
 
-from edgetube.errors import SpecError
+from edgetube import strict
+from edgetube.errors import FormatError, SpecError
 
 Triple = tuple[int, int, int]
 """(time, height, width), in voxels of the input clip."""
@@ -26,20 +26,48 @@ Positions = Literal["fixed", "stored"]
 T = TypeVar("T")
 
 
+LARGEST = 1 << 16
+"""Most voxels along an axis, most channels of a layer, most blocks: what no model is, and what arithmetic on a
+damaged file must not begin with."""
+
+MOST_TOKENS = 1 << 17
+MOST_CLASSES = 1 << 20
+MOST_TUBES = 64
+MOST_VOXELS = 1 << 30
+"""Of one clip: a gigabyte of bytes."""
+
+MOST_PARAMETERS = 1 << 34
+"""Of one layer: 64 GiB of float32."""
+
+
 def _known(cls: type[T], data: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `data` that `cls` has; refuses unknown keys rather than dropping them."""
-    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(set(data) - names):
-        raise SpecError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(names))}")
-    return dict(data)
+    """The entries of `data`, which may come from a file: all that `cls` needs, and nothing that it does not have."""
+    known = fields(cls)  # type: ignore[arg-type]
+    needed = [f.name for f in known if f.default is MISSING and f.default_factory is MISSING]
+    return dict(strict.record(data, cls.__name__, needed, [f.name for f in known]))
 
 
-def _triple(value: Any) -> Triple | None:
-    """Three integers, or None when `value` is something else: 8.5 is refused, not cut to 8."""
+@contextmanager
+def _refused() -> Iterator[None]:
+    """What does not follow the format cannot exist either."""
     try:
-        t, h, w = map(operator.index, value)
-    except (TypeError, ValueError):
-        return None
+        yield
+    except FormatError as error:
+        raise SpecError(str(error)) from error
+
+
+def _integers(value: Any, where: str, count: int, low: int, high: int = LARGEST) -> tuple[int, ...]:
+    return tuple(strict.integer(v, where, low, high) for v in strict.items(value, where, count, count))
+
+
+def _triple(value: Any, where: str, low: int) -> Triple:
+    """Three integers: 8.5 is refused, not cut to 8."""
+    try:
+        t, h, w = _integers(value, where, 3, low)
+    except FormatError as error:
+        raise SpecError(
+            f"{where} is {value!r:.60}; expected three integers >= {low} (time, height, width), at most {LARGEST}"
+        ) from error
     return t, h, w
 
 
@@ -60,11 +88,8 @@ class TubeSpec:
 
     def __post_init__(self) -> None:
         for name in ("kernel", "stride", "offset", "space_to_depth"):
-            given, low = getattr(self, name), 0 if name == "offset" else 1
-            value = _triple(given)
-            if value is None or min(value) < low:
-                raise SpecError(f"tube {name} is {given}; expected three integers >= {low} (time, height, width)")
-            object.__setattr__(self, name, value)
+            low = 0 if name == "offset" else 1
+            object.__setattr__(self, name, _triple(getattr(self, name), f"tube {name}", low))
         for axis, stride, s in zip(AXES, self.stride, self.space_to_depth, strict=True):
             if stride % s:
                 raise SpecError(f"tube {self}: the {axis} stride {stride} is not divisible by space_to_depth {s}")
@@ -119,7 +144,8 @@ class TubeSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TubeSpec:
-        return cls(**{k: tuple(v) for k, v in _known(cls, data).items()})
+        with _refused():
+            return cls(**_known(cls, data))
 
 
 PAPER_TUBES = (
@@ -177,40 +203,77 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not self.tubes:
             raise SpecError("a model needs at least one tube; given none")
-        for name in ("frames", "width", "depth", "heads", "channels"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"{name} is {getattr(self, name)}; expected >= 1")
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise SpecError(f"size is {self.size}; expected (height, width), both >= 1")
+        with _refused():
+            self._normalise()
         if self.width % self.heads:
             raise SpecError(f"width {self.width} is not divisible by {self.heads} attention heads")
         if not self.hidden >= 1 or not self.norm_eps > 0:
             raise SpecError(f"mlp_ratio {self.mlp_ratio}, norm_eps {self.norm_eps}; expected both > 0")
-        if self.kernel is not None and min(_triple(self.kernel) or (0,)) < 1:
-            raise SpecError(f"the shared kernel is {self.kernel}; expected three integers >= 1 (time, height, width)")
         for name, allowed in (("pool", get_args(Pool)), ("positions", get_args(Positions))):
             if getattr(self, name) not in allowed:
-                raise SpecError(f"{name} is {getattr(self, name)!r}; this version knows {', '.join(allowed)}")
+                raise SpecError(f"{name} is {getattr(self, name)!r:.60}; this version knows {', '.join(allowed)}")
         self._check_classifiers()
         for tube in self.tubes:
             if self.width % tube.merge:
                 raise SpecError(f"width {self.width} is not divisible by the {tube.merge} neighbours of tube {tube}")
         if bad := [g for g in self.gates if not 0 <= g < self.depth]:
             raise SpecError(f"gates {bad} are outside the {self.depth} blocks")
+        if len(set(self.gates)) < len(self.gates):
+            raise SpecError(f"gates {self.gates} name a block twice")
         if not self.active:
             raise SpecError(f"an image needs a 2-D tube (1, h, w); the tubes are {', '.join(map(str, self.tubes))}")
         for index in self.active:
             self._must_fit(index)
+        self._check_amount()
+
+    def _normalise(self) -> None:
+        """Every field in its own type, within the bounds of what is a model at all."""
+        tubes = strict.items(self.tubes, "tubes", 1, MOST_TUBES)
+        if not all(isinstance(tube, TubeSpec) for tube in tubes):
+            raise SpecError("tubes holds something else than a TubeSpec")
+        found: dict[str, Any] = {"tubes": tuple(tubes)}
+        for name in ("frames", "width", "depth", "heads", "channels"):
+            found[name] = strict.integer(getattr(self, name), name, 1, LARGEST)
+        found["size"] = _integers(self.size, "size (height, width)", 2, 1)
+        for name in ("mlp_ratio", "norm_eps"):
+            found[name] = strict.number(getattr(self, name), name, 0, LARGEST)
+        if self.kernel is not None:
+            found["kernel"] = _triple(self.kernel, "the shared kernel", 1)
+        gates = strict.items(self.gates, "gates", 0, LARGEST)
+        found["gates"] = tuple(strict.integer(gate, "gates", -LARGEST, LARGEST) for gate in gates)
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     def _check_classifiers(self) -> None:
-        names = [name for name, _ in self.classifiers]
-        if not names or min(n for _, n in self.classifiers) < 1:
-            raise SpecError(f"classifiers is {self.classifiers}; expected at least one (name, classes >= 1)")
+        with _refused():
+            pairs = [strict.items(p, "a classifier", 2, 2) for p in strict.items(self.classifiers, "classifiers")]
+            # The names are part of the weights' tensor names, where a dot separates modules.
+            found = tuple(
+                (
+                    strict.text(name, "name of a classifier", r"\w[\w-]*", most=200),
+                    strict.integer(n, f"classes of {name}", 1, MOST_CLASSES),
+                )
+                for name, n in pairs
+            )
+        if not found:
+            raise SpecError("classifiers is empty; expected at least one (name, classes >= 1)")
+        names = [name for name, _ in found]
         if len(set(names)) < len(names):
             raise SpecError(f"classifiers {names} do not have distinct names")
-        # The names are part of the weights' tensor names, where a dot separates modules.
-        if bad := [name for name in names if not re.fullmatch(r"\w[\w-]*", name)]:
-            raise SpecError(f"classifiers {bad} cannot be names of tensors; expected letters, digits, _ and -")
+        object.__setattr__(self, "classifiers", found)
+
+    def _check_amount(self) -> None:
+        """That nothing which is computed from the geometry alone can exhaust a machine."""
+        kernels = [self.kernel] if self.kernel else [tube.kernel for tube in self.tubes]
+        amounts = {
+            "voxels of a clip": (math.prod(self.clip) * self.channels, MOST_VOXELS),
+            "tokens": (self.tokens, MOST_TOKENS),
+            "channels of the MLP": (self.hidden, 16 * LARGEST),
+            "parameters of a tube": (self.width * self.channels * max(map(math.prod, kernels)), MOST_PARAMETERS),
+        }
+        for what, (amount, most) in amounts.items():
+            if amount > most:
+                raise SpecError(f"the model has {amount} {what}; this version goes up to {most}")
 
     def _must_fit(self, index: int) -> None:
         tube = self.tubes[index]
@@ -286,13 +349,10 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
-        data = _known(cls, data)
-        data["tubes"] = tuple(TubeSpec.from_json(tube) for tube in data["tubes"])
-        data["size"] = tuple(data["size"])
-        data["classifiers"] = tuple((str(name), int(n)) for name, n in data["classifiers"])
-        data["gates"] = tuple(data.get("gates", ()))
-        data["kernel"] = tuple(data["kernel"]) if data.get("kernel") else None
-        return cls(**data)
+        with _refused():
+            data = _known(cls, data)
+            tubes = strict.items(data["tubes"], "tubes", 1, MOST_TUBES)
+            return cls(**data | {"tubes": tuple(TubeSpec.from_json(tube) for tube in tubes)})
 
 
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -326,6 +386,13 @@ def named(name: str, frames: int = 32, size: tuple[int, int] = (224, 224), class
     )
 
 
+FPS = (1e-3, 1e5)
+"""Slowest and fastest rate of frames, per second."""
+
+LEAST_STD, MOST_MEAN = 1e-6, 1e6
+"""Of pixels in 0..1; float32 divides by them."""
+
+
 @dataclass(frozen=True)
 class InputContract:
     """The one description of preprocessing; executed by `edgetube.preprocess` and nowhere else.
@@ -355,17 +422,27 @@ class InputContract:
     color: Literal["RGB"] = "RGB"
 
     def __post_init__(self) -> None:
-        if min(self.frames, self.height, self.width) < 1:
-            raise SpecError(f"the clip is {self.shape}; expected sizes >= 1")
-        if self.fps is not None and not self.fps > 0:
-            raise SpecError(f"fps is {self.fps}; expected a positive rate or null")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise SpecError(f"mean {self.mean}, std {self.std}; expected three of each and std > 0")
+        with _refused():
+            self._normalise()
+        if math.prod(self.shape) > MOST_VOXELS:
+            raise SpecError(f"the clip is {self.shape}; this version goes up to {MOST_VOXELS} voxels")
         choices = {"resize": ("short-side", "stretch"), "crop": ("center",), "sampling": ("uniform",)}
         choices |= {"layout": ("THWC",), "dtype": ("uint8",), "color": ("RGB",)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise SpecError(f"input {name} is {getattr(self, name)!r}; this version knows {', '.join(allowed)}")
+                raise SpecError(f"input {name} is {getattr(self, name)!r:.60}; this version knows {', '.join(allowed)}")
+
+    def _normalise(self) -> None:
+        found: dict[str, Any] = {
+            name: strict.integer(getattr(self, name), name, 1, LARGEST) for name in ("frames", "height", "width")
+        }
+        if self.fps is not None:
+            found["fps"] = strict.number(self.fps, "fps", *FPS)
+        for name, low in (("mean", -MOST_MEAN), ("std", LEAST_STD)):
+            values = strict.items(getattr(self, name), name, 3, 3)
+            found[name] = tuple(strict.number(value, name, low, MOST_MEAN) for value in values)
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -386,8 +463,8 @@ class InputContract:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> InputContract:
-        data = _known(cls, data)
-        return cls(**data | {"mean": tuple(data["mean"]), "std": tuple(data["std"])})
+        with _refused():
+            return cls(**_known(cls, data))
 
 
 @dataclass(frozen=True)
@@ -415,5 +492,7 @@ class Prediction:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Prediction:
-        data = _known(cls, data)
-        return cls(**data | {"logits": tuple(data["logits"])})
+        with _refused():
+            data = _known(cls, data)
+            logits = strict.items(data["logits"], "logits", 1, MOST_CLASSES)
+            return cls(**data | {"logits": tuple(strict.number(value, "logits") for value in logits)})

@@ -342,9 +342,9 @@ def _facts(b: Bundle) -> Iterator[tuple[str, str]]:
         yield "engine", ", ".join(f"{key.replace('_', ' ')} {_counts(value)}" for key, value in layers.items())
     if command := b.build.get("command"):
         yield "by hand", command
-    lowering = b.build["lowering"]
-    times = ", ".join(f"{name} {t['p50_ms']:.2f} ms" for name, t in lowering.get("timings", {}).items())
-    yield "lowering", f"{lowering['chosen']}: {lowering['why']}" + (f" ({times})" if times else "")
+    if lowering := b.build.get("lowering"):
+        times = ", ".join(f"{name} {t['p50_ms']:.2f} ms" for name, t in lowering.get("timings", {}).items())
+        yield "lowering", f"{lowering['chosen']}: {lowering['why']}" + (f" ({times})" if times else "")
     yield "proof", ", ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in b.parity.items())
     yield "checkpoint", f"{b.checkpoint['source']} sha256 {b.checkpoint['sha256'][:12]}"
     yield "made by", ", ".join(f"{k} {v}" for k, v in b.versions.items())

@@ -1,5 +1,8 @@
 """One file a backend. The folder is the registry; a backend is imported only when it is asked for.
 
+A backend says in `RUNS` which targets are its own, by the first part of their names: ("onnx",) for onnx-fp32. One that
+has no `RUNS` opens no bundle that names it.
+
 A backend whose runtime exists on some machines only says so in `NEEDS` (where its targets differ, by the first part of
 their names), and may name another backend that evaluates its artifacts anywhere in `EMULATOR`. Its file must import
 without what it needs. With a function `product` it takes part in measuring how fast a machine can multiply.
@@ -14,7 +17,7 @@ from typing import Any, Literal
 
 from edgetube.bundle import Bundle
 from edgetube.errors import BundleError, InputError
-from edgetube.runtimes.base import Backend
+from edgetube.runtimes.base import Backend, Interface, Shape
 from edgetube.targets import missing
 
 EMULATED: Literal["emulated"] = "emulated"
@@ -30,7 +33,8 @@ def open_bundle(bundle: Bundle, *, threads: int | None = None, device: str | Non
     """Open a bundle's artifact with the backend that its manifest names, or on `EMULATED` with that one's emulator.
 
     Raises:
-        BundleError: this version has no such backend.
+        BundleError: this version has no such backend, the backend does not run such targets, or the artifact takes or
+            gives something else than the manifest says.
         InputError: `device` is `EMULATED` and nothing emulates the backend.
         MissingPackageError: the vendor's package is not installed.
         BackendError: the vendor's runtime refuses the artifact or the device.
@@ -46,11 +50,45 @@ def open_bundle(bundle: Bundle, *, threads: int | None = None, device: str | Non
         if emulator is None:
             raise InputError(f"nothing emulates {name}; leave out the device {EMULATED!r}")
         name, device = emulator, None
+    families = _stated(bundle.backend, "RUNS") or ()
+    if bundle.target.partition("-")[0] not in families:
+        raise BundleError(
+            f"{bundle.path}: the target is {bundle.target}, but the backend is {bundle.backend}; export or copy the "
+            "bundle again"
+        )
     module = importlib.import_module(f"edgetube.runtimes.{name}")
     backend: Backend = module.Session(bundle, threads=threads, device=device)
+    try:
+        _check_interface(bundle, backend.interface())
+    except BundleError:
+        backend.close()
+        raise
     if name != bundle.backend:
         backend.status = EMULATED
     return backend
+
+
+def _check_interface(bundle: Bundle, stated: Interface | None) -> None:
+    """That an artifact takes and gives what the manifest says.
+
+    A part of a model, which is opened to be timed, gives tokens instead of logits; it is in no manifest.
+
+    Raises:
+        BundleError: it does not.
+    """
+    if stated is None:
+        return
+    clips, logits = (bundle.batch, *bundle.contract.shape), (bundle.batch, len(bundle.labels))
+    is_part = not bundle.files and len(stated.outputs) == 1 and len(stated.outputs[0]) != len(logits)
+    if stated.inputs != (clips,) or (stated.outputs != (logits,) and not is_part):
+        raise BundleError(
+            f"{bundle.path}: {bundle.artifact} takes {_shapes(stated.inputs)} and gives {_shapes(stated.outputs)}, but "
+            f"the manifest says {clips} and {logits}; export or copy the bundle again"
+        )
+
+
+def _shapes(shapes: tuple[Shape, ...]) -> str:
+    return ", ".join(map(str, shapes)) or "nothing"
 
 
 def proof_device(target: str, backend: str) -> str | None:

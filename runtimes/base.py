@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +23,18 @@ Output = npt.NDArray[np.float32]
 
 Tap = Callable[[Frames], dict[str, Output]]
 """Shows inner tensors of an artifact, by their names in the canonical graph."""
+
+
+Shape = tuple[int | None, ...]
+"""Of a tensor; None for an axis that is left open."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Shapes of an artifact's inputs and outputs, as it states them itself."""
+
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
 
 
 class Backend(ABC):
@@ -43,6 +56,10 @@ class Backend(ABC):
     @abstractmethod
     def infer(self, clips: Frames) -> Output:
         """Logits (batch, classes) float32 of exactly `batch` contiguous clips (batch, T, H, W, 3) uint8."""
+
+    def interface(self) -> Interface | None:
+        """What the opened artifact takes and gives; None when it does not say."""
+        return None
 
     def describe(self) -> dict[str, Any]:
         """What runs it: versions, device, threads; plain JSON."""

@@ -10,11 +10,12 @@ import numpy as np
 from edgetube import mlpackage
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError, MissingPackageError
-from edgetube.runtimes.base import Backend, Output
-from edgetube.runtimes.mil import function_for
+from edgetube.runtimes.base import Backend, Interface, Output
+from edgetube.runtimes.mil import function_for, interface_of
 from edgetube.targets import missing, need
 from edgetube.video import Frames
 
+RUNS = ("coreml",)
 NEEDS = ("macOS", "coremltools")
 EMULATOR = "mil"
 
@@ -55,6 +56,7 @@ class Session(Backend):
         package = mlpackage.load(bundle.artifact_path)
         function = function_for(package, shape)
         self.function = function if len(package.functions) > 1 else None
+        self._interface = interface_of(package.functions[function])
         dtype = np.int32 if package.functions[function].inputs["frames"].dtype == "int32" else np.float16
         self.buffers = [np.empty(shape, dtype) for _ in range(BUFFERS)]
         self.ct = need("coremltools", "coreml")
@@ -65,6 +67,9 @@ class Session(Backend):
             )
         except (RuntimeError, ValueError) as error:
             raise BackendError(f"Core ML cannot open {bundle.artifact_path}: {' '.join(str(error).split())}") from error
+
+    def interface(self) -> Interface:
+        return self._interface
 
     def infer(self, clips: Frames) -> Output:
         buffer = self.buffers.pop(0)

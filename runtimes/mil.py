@@ -20,7 +20,7 @@ from edgetube import mlpackage
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, BundleError, InputError, ParityError
 from edgetube.mlpackage import Function, Operation, Package, Ref, TensorType
-from edgetube.runtimes.base import Backend, Output, Tap
+from edgetube.runtimes.base import Backend, Interface, Output, Tap
 from edgetube.targets import Status
 from edgetube.video import Frames
 
@@ -58,6 +58,9 @@ class Session(Backend):
         answers = self.program({name: clips})
         (output,) = (answers[key] for key in ("logits", "tokens") if key in answers)
         return np.asarray(output, np.float32)
+
+    def interface(self) -> Interface:
+        return interface_of(self.program.function)
 
     def layers(self, names: Sequence[str]) -> tuple[str, ...]:
         made = {name for operation in self.program.steps for name, _ in operation.outputs}
@@ -97,6 +100,13 @@ def function_for(package: Package, shape: tuple[int, ...]) -> str:
     if not found:
         raise BundleError(f"{package.path} has no function for an input of {shape}; it has {shapes}: export it again")
     return package.default if package.default in found else found[0]
+
+
+def interface_of(function: mlpackage.Function) -> Interface:
+    """What a function takes, and the answer that it gives for every clip beside the label of the best class."""
+    types = {name: kind for operation in function.operations for name, kind in operation.outputs}
+    answers = [types[name].shape for name in ("logits", "tokens") if name in function.outputs and name in types]
+    return Interface(tuple(kind.shape for kind in function.inputs.values()), tuple(answers))
 
 
 class Program:

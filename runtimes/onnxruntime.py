@@ -16,8 +16,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from edgetube import protobuf
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
-from edgetube.runtimes.base import Backend, Output, Tap, may_saturate
+from edgetube.runtimes.base import Backend, Interface, Output, Tap, may_saturate
 from edgetube.video import Frames
+
+RUNS = ("onnx",)
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -69,7 +71,14 @@ class Session(Backend):
         self.path, self.provider, self.threads = bundle.artifact_path, _provider(device or "cpu"), threads
         self.entries = _entries(bundle)
         self.session = _open(self.path, _options(threads, self.entries), self.provider, f"cannot open {self.path}")
-        self.input = self.session.get_inputs()[0].name
+        self.input = self.session.get_inputs()[0].name if self.session.get_inputs() else ""
+
+    def interface(self) -> Interface:
+        inputs, outputs = (
+            tuple(tuple(n if isinstance(n, int) else None for n in value.shape) for value in values)
+            for values in (self.session.get_inputs(), self.session.get_outputs())
+        )
+        return Interface(inputs, outputs)
 
     def infer(self, clips: Frames) -> Output:
         with _mapped("the session failed"):

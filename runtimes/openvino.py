@@ -13,7 +13,7 @@ import numpy as np
 
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
-from edgetube.runtimes.base import Backend, Output, Tap, may_saturate
+from edgetube.runtimes.base import Backend, Interface, Output, Tap, may_saturate
 from edgetube.video import Frames
 
 
@@ -34,6 +34,8 @@ with _absent("openvino_telemetry"):  # else importing openvino reports the impor
     import openvino as ov
 
 __all__ = ["Session", "compile_model", "ov"]  # `ov` for whoever needs OpenVINO as quiet as it is here
+
+RUNS = ("openvino",)
 
 CAPABILITY = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
 """What OpenVINO calls a device's ability to compute in a type."""
@@ -67,6 +69,16 @@ class Session(Backend):
         with _mapped(f"cannot open {bundle.artifact_path}"):
             self.compiled = compile_model(bundle.artifact_path, *self.how)
             self.request = self.compiled.create_infer_request()
+
+    def interface(self) -> Interface:
+        inputs, outputs = (
+            tuple(
+                tuple(axis.get_length() if axis.is_static else None for axis in value.get_partial_shape())
+                for value in values
+            )
+            for values in (self.compiled.inputs, self.compiled.outputs)
+        )
+        return Interface(inputs, outputs)
 
     def infer(self, clips: Frames) -> Output:
         with _mapped("the inference request failed"):

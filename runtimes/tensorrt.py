@@ -25,7 +25,7 @@ from edgetube import cache, cuda
 from edgetube.bundle import CLIPS, Bundle, sha256
 from edgetube.errors import BackendError, InputError
 from edgetube.files import atomic_write
-from edgetube.runtimes.base import Backend, Output
+from edgetube.runtimes.base import Backend, Interface, Output
 from edgetube.targets import GPU, need
 from edgetube.video import Frames
 
@@ -79,6 +79,8 @@ FAMILIES = {
     "rtx": Family("tensorrt_rtx", "rtx", "TensorRT for RTX"),
 }
 """By the first part of a target's name."""
+
+RUNS = tuple(FAMILIES)
 
 NEEDS = {name: (family.module, "|".join(cuda.LIBRARIES), GPU) for name, family in FAMILIES.items()}
 
@@ -521,6 +523,9 @@ class Session(Backend):
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(cast(Any, self.engine.get_tensor_shape(name)))
+
+    def interface(self) -> Interface:
+        return Interface((self._shape(self.input),), (self._shape(self.output),))
 
     def _enqueue(self) -> None:
         self.stream.upload(self.address[self.input], self.host[self.input])

@@ -2,7 +2,10 @@
 
 import errno
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +13,14 @@ import pytest
 from edgetube import bundle as bundles
 from edgetube.bundle import MANIFEST, Bundle
 from edgetube.errors import BundleError
+from edgetube.runtime import Runtime
 from edgetube.spec import InputContract, ModelSpec, TubeSpec
 
 CONTRACT = InputContract(4, 16, 16, fps=8.0)
 SPEC = ModelSpec((TubeSpec((2, 8, 8), (2, 8, 8)),), 4, (16, 16), 12, 1, 2, (("main", 2),))
 
 
-def write(out, weights=b"weights"):
+def write(out: Path, weights: bytes = b"weights") -> Path:
     with bundles.staging(out) as folder:
         (folder / "model.onnx").write_bytes(weights)
         bundles.save_golden(folder, np.zeros(CONTRACT.shape, np.uint8), np.array([1.0, 2.0], np.float32))
@@ -32,7 +36,7 @@ def write(out, weights=b"weights"):
                 labels=("a", "b"),
                 batch=1,
                 artifact="model.onnx",
-                checkpoint={"name": "x", "source": "x", "sha256": "0"},
+                checkpoint={"name": "x", "source": "x", "sha256": "0" * 64},
                 parity={"max_abs_error": 1e-6},
             )
         )
@@ -40,13 +44,20 @@ def write(out, weights=b"weights"):
 
 
 @pytest.fixture
-def out(tmp_path):
+def out(tmp_path: Path) -> Path:
     return write(tmp_path / "x.onnx-fp32")
 
 
-def edit(out, **changes):
+def edit(out: Path, **changes: Any) -> None:
+    """Change fields of the manifest, those of records by `record__field`."""
     data = json.loads((out / MANIFEST).read_text())
-    (out / MANIFEST).write_text(json.dumps(data | changes))
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        inner = data
+        for part in path:
+            inner = inner[part]
+        inner[last] = value
+    (out / MANIFEST).write_text(json.dumps(data))
 
 
 def test_round_trip_keeps_everything(out):
@@ -76,31 +87,232 @@ def test_a_missing_file_is_named(out):
         bundles.load(out)
 
 
-def test_a_newer_schema_says_to_upgrade(out):
-    edit(out, schema=99)
-    with pytest.raises(BundleError, match="schema 99; this edgetube reads schema 1: upgrade"):
+def test_a_newer_schema_says_to_upgrade(out: Path) -> None:
+    edit(out, schema=2)
+    with pytest.raises(BundleError, match="schema 2; this edgetube reads schema 1: upgrade"):
         bundles.load(out)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', "\x00\x01", '{"schema": 1, "files": 3}'])
-def test_a_damaged_manifest_is_one_error(out, text):
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"schema": 1}', "\x00\x01", '{"schema": 1, "files": 3}', '{"schema": true}', '{"schema": 0}',
+     '{"schema": "1"}', '{"schema": 1.0}', '{"schema": 1, "schema": 1}', "[" * 200_000, '{"a": ' * 200_000],
+)  # fmt: skip
+def test_a_damaged_manifest_is_one_error(out: Path, text: str) -> None:
     (out / MANIFEST).write_text(text)
+    with pytest.raises(BundleError, match=r"edgetube\.json is damaged \(.*; export or copy the bundle again") as caught:
+        bundles.load(out)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("1e-06", "Infinity"), ("1e-06", "NaN"), ("1e-06", "1e999"), ("8.0", "-Infinity")]
+)
+def test_numbers_that_json_does_not_have(out: Path, old: str, new: str) -> None:
+    text = (out / MANIFEST).read_text()
+    assert old in text
+    (out / MANIFEST).write_text(text.replace(old, new))
     with pytest.raises(BundleError, match="damaged"):
         bundles.load(out)
 
 
-@pytest.mark.parametrize("change", [{"precision": "fp12"}, {"status": "great"}, {"model": {}}, {"input": {"x": 1}}])
-def test_impossible_values_are_refused(out, change):
+def test_a_field_twice(out: Path) -> None:
+    text = (out / MANIFEST).read_text()
+    (out / MANIFEST).write_text(text.replace('"batch": 1', '"batch": 2, "batch": 1'))
+    with pytest.raises(BundleError, match="the key 'batch' stands twice"):
+        bundles.load(out)
+
+
+def test_every_field_is_needed_and_no_other_is_known(out: Path) -> None:
+    data = json.loads((out / MANIFEST).read_text())
+    for key in data:
+        (out / MANIFEST).write_text(json.dumps({k: v for k, v in data.items() if k != key}))
+        with pytest.raises(BundleError, match=f"the manifest lacks the field {key}"):
+            bundles.load(out)
+    (out / MANIFEST).write_text(json.dumps(data | {"extra": 1}))
+    with pytest.raises(BundleError, match="the manifest has no field extra; it has artifact, backend"):
+        bundles.load(out)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"name": "a b"}, "name is 'a b'"),
+    ({"name": ""}, "name is ''"),
+    ({"name": "../x"}, "name is '../x'"),
+    ({"name": "-x"}, "name is '-x'"),
+    ({"name": "x" * 201}, "name is .*expected text of at most 200 characters"),
+    ({"name": "x\x1b[2J"}, "name|control characters"),
+    ({"target": "onnx fp32"}, "target is"),
+    ({"backend": "onnxruntime;"}, "backend is"),
+    ({"backend": None}, "backend is None"),
+    ({"precision": "fp12"}, "precision is 'fp12'; expected one of fp32, fp16, int8"),
+    ({"precision": "int8"}, "the target is onnx-fp32, but the precision is int8"),
+    ({"target": "onnx-int8"}, "the target is onnx-int8, but the precision is fp32"),
+    ({"status": "great"}, "status is 'great'"),
+    ({"batch": 0}, "batch is 0; expected an integer, 1 to 4096"),
+    ({"batch": 4097}, "batch is 4097"),
+    ({"batch": True}, "batch is True"),
+    ({"batch": 1.0}, "batch is 1.0"),
+    ({"batch": "1"}, "batch is '1'"),
+    ({"model": {}}, "ModelSpec lacks the field"),
+    ({"model__depth": 10**9}, "depth is 1000000000"),
+    ({"model__frames": True}, "frames is True"),
+    ({"model__tubes": 3}, "tubes is 3"),
+    ({"input": {"x": 1}}, "InputContract lacks the field"),
+    ({"input__fps": -1}, "fps is -1"),
+    ({"input__height": 32}, r"the input is \(4, 32, 16, 3\), but the model takes clips \(4, 16, 16, 3\)"),
+    ({"model__channels": 1}, r"the input is \(4, 16, 16, 3\), but the model takes clips \(4, 16, 16, 1\)"),
+    ({"labels": ["a"]}, "there are 1 labels, but the classifier main has 2 classes"),
+    ({"labels": ["a", "b", "c"]}, "there are 3 labels"),
+    ({"labels": ["a", "a"]}, "labels has 'a' more than once"),
+    ({"labels": ["a", 7]}, "labels is 7; expected text"),
+    ({"labels": ["a", "x" * 1001]}, "labels is .*at most 1000 characters"),
+    ({"labels": ["a", "b\x1b[31m"]}, "control characters"),
+    ({"labels": "ab"}, "labels is 'ab'; expected a list"),
+    ({"labels": []}, "labels has 0 entries"),
+    ({"artifact": "/etc/passwd"}, "artifact is '/etc/passwd'; expected a path inside the folder"),
+    ({"artifact": "../other/model.onnx"}, "expected a path inside"),
+    ({"artifact": "C:\\model.onnx"}, "expected a path inside"),
+    ({"artifact": "other.onnx"}, "the artifact other.onnx is not in files"),
+    ({"artifact": "model"}, "the artifact model is not in files"),
+    ({"checkpoint": {}}, "checkpoint lacks the field name, source, sha256"),
+    ({"checkpoint__sha256": "0"}, r"checkpoint.sha256 is '0'"),
+    ({"checkpoint__sha256": 0}, "checkpoint.sha256 is 0"),
+    ({"checkpoint__more": "x"}, "checkpoint has no field more"),
+    ({"build": []}, r"build is \[\]; expected an object"),
+    ({"build": {"lowering": 3}}, "build.lowering is 3"),
+    ({"build": {"lowering": {"chosen": "gather"}}}, "build.lowering.why is None"),
+    ({"build": {"lowering": {"why": "asked for"}}}, "build.lowering.chosen is None"),
+    ({"build": {"lowering": {"chosen": "a", "why": "b", "timings": {"a": {}}}}}, "timings.a lacks the field p50_ms"),
+    ({"build": {"lowering": {"chosen": "a", "why": "b", "timings": {"a": {"p50_ms": "1"}}}}}, "p50_ms is '1'"),
+    ({"build": {"int8": {"notes": []}}}, "build.int8.summary is None"),
+    ({"build": {"graph": {"operators": {"Add": "many"}}}}, "build.graph.operators.Add is 'many'"),
+    ({"build": {"command": ["trtexec"]}}, "build.command is"),
+    ({"build": {"settings": []}}, "build.settings is"),
+    ({"build": {"engine": "x"}}, "build.engine is"),
+    ({"build": {"layers": "x"}}, "build.layers is"),
+    ({"build": {"free": {"deep": "\x07"}}}, "control characters"),
+    ({"parity": None}, "parity is None"),
+    ({"parity": {"max_abs_error": -1}}, "parity.max_abs_error is -1"),
+    ({"parity": {"max_abs_error": "0"}}, "parity.max_abs_error is '0'"),
+    ({"parity": {"max_abs_error": 2e30}}, "parity.max_abs_error is 2e"),
+    ({"parity": {"image": {"max_abs_error": -1}}}, "parity.image.max_abs_error is -1"),
+    ({"parity": {"clips": True}}, "parity.clips is True"),
+    ({"parity": {"clips": [1]}}, "parity.clips is"),
+    ({"parity": {"a b": 1}}, "a name in parity is 'a b'"),
+    ({"versions": {"edgetube": 1}}, "versions.edgetube is 1; expected text"),
+    ({"versions": []}, "versions is"),
+    ({"files": {}}, "golden.npz is not in files"),
+    ({"files": []}, "files is"),
+    ({"files__golden.npz": 3}, "files.golden.npz is 3"),
+    ({"files__golden.npz__bytes": -1}, "files.golden.npz.bytes is -1"),
+    ({"files__golden.npz__bytes": 1.5}, "files.golden.npz.bytes is 1.5"),
+    ({"files__golden.npz__bytes": (1 << 50) + 1}, "files.golden.npz.bytes is"),
+    ({"files__golden.npz__sha256": "x" * 64}, "files.golden.npz.sha256 is"),
+    ({"files__golden.npz__sha256": "0" * 63}, "files.golden.npz.sha256 is"),
+    ({"files__golden.npz__mode": "0"}, "files.golden.npz has no field mode"),
+    ({"files__../x": {"bytes": 1, "sha256": "0" * 64}}, "a name in files is '../x'; expected a path inside"),
+    ({"files__nul": {"bytes": 1, "sha256": "0" * 64}}, "a name in files is 'nul'"),
+    ({"files__edgetube.json": {"bytes": 1, "sha256": "0" * 64}}, "cannot hold its own hash"),
+    ({"files__MODEL.onnx": {"bytes": 1, "sha256": "0" * 64}}, "differ in case alone"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[f"{next(iter(c))}-{m[:20]}" for c, m in WRONG])
+def test_impossible_values_are_refused(out: Path, change: dict[str, Any], message: str) -> None:
     edit(out, **change)
-    with pytest.raises(BundleError, match="damaged"):
+    with pytest.raises(BundleError, match=message) as caught:
+        bundles.load(out, verify=False)
+    assert str(caught.value).isprintable()
+    assert str(caught.value).startswith(f"{out / MANIFEST} is damaged (")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch": 4096},
+        {"name": "x" * 200},
+        {"name": "モデル-1.onnx_fp32"},
+        {"labels": ["", "x" * 1000]},
+        {"checkpoint__sha256": ""},
+        {"parity": {"max_abs_error": 0, "note": "not run here", "top1": None, "image": {"agreement": 1.0}}},
+        {"build": {"anything": [{"at": {"all": [None, True, 1.5, "x"]}}]}},
+        {"files__golden.npz__bytes": 1 << 50},
+        {"versions": {}},
+    ],
+)
+def test_what_is_at_a_bound_is_read(out: Path, change: dict[str, Any]) -> None:
+    edit(out, **change)
+    data = json.loads((out / MANIFEST).read_text())
+    assert json.loads(json.dumps(bundles.load(out, verify=False).to_json())) == data
+
+
+def test_the_folder_of_an_artifact_is_in_files(out: Path) -> None:
+    (out / "model.mlpackage" / "Data").mkdir(parents=True)
+    (out / "model.mlpackage" / "Data" / "weights.bin").write_bytes(b"12345")
+    sealed = bundles.seal(replace(bundles.load(out), artifact="model.mlpackage"))
+    assert sealed.artifact_files == ("model.mlpackage/Data/weights.bin",)
+    assert bundles.load(out).artifact_bytes == 5 + len(b"weights")
+    (out / "model.mlpackage" / "Data" / "more.bin").write_bytes(b"1")
+    with pytest.raises(BundleError, match=r"'model.mlpackage/Data/more.bin' is not among the files of the manifest"):
         bundles.load(out)
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../other/model.onnx"])
-def test_a_manifest_cannot_point_outside(out, name):
-    edit(out, artifact=name)
-    with pytest.raises(BundleError, match="outside the bundle"):
+def test_what_lies_beside_the_artifact_is_hashed_or_refused(out: Path) -> None:
+    (out / "model.onnx.data").write_bytes(b"weights of somebody else")
+    with pytest.raises(BundleError, match=r"'model.onnx.data' is not among the files of the manifest; remove it"):
         bundles.load(out)
+
+
+def test_other_files_in_the_folder_do_no_harm(out: Path) -> None:
+    (out / "README.txt").write_text("how we made this")
+    (out / "model.engine").write_bytes(b"built by hand")
+    assert set(bundles.load(out).files) == {"model.onnx", "golden.npz"}
+
+
+def test_only_listed_files_are_opened(out: Path) -> None:
+    (out / "extra.bin").touch()
+    found = bundles.load(out)
+    assert found.file("golden.npz") == out / "golden.npz"
+    with pytest.raises(BundleError, match=r"'extra.bin' is not among the files of the manifest"):
+        found.file("extra.bin")
+    assert replace(found, files={}).file("extra.bin") == out / "extra.bin"  # while it is made
+
+
+def test_a_bundle_that_would_be_refused_is_not_written(tmp_path: Path) -> None:
+    old = write(tmp_path / "y")
+
+    def write_badly() -> None:
+        with bundles.staging(tmp_path / "x") as folder:
+            shutil.copytree(old, folder, dirs_exist_ok=True)
+            bundles.seal(replace(bundles.load(folder), name="a b"))
+
+    with pytest.raises(BundleError, match=r"its manifest would be refused .*name is 'a b'.*; nothing was written"):
+        write_badly()
+    assert [p.name for p in tmp_path.iterdir()] == ["y"]
+
+
+def test_paths_hold_when_the_working_folder_changes(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(out.parent)
+    found = bundles.load(out.name)
+    monkeypatch.chdir("/")
+    assert found.path == out
+    found.verify()
+    assert found.golden()[1].tolist() == [1.0, 2.0]
+
+
+OLD = Path(__file__).parent / "schema1"
+
+
+@pytest.mark.parametrize(("target", "size"), [("onnx-fp32", 152199), ("onnx-int8", 48618)])
+def test_bundles_that_were_made_before_the_manifest_was_checked_still_load(target: str, size: int) -> None:
+    found = bundles.load(OLD / f"old.{target}")
+    assert (found.name, found.target, found.batch) == (f"old.{target}", target, 1)
+    assert (found.contract.shape, found.contract.fps, found.spec.tokens) == ((4, 16, 32, 3), 8.0, 18)
+    assert (len(found.labels), found.labels[1]) == (9, "pan-left")
+    assert found.files["model.onnx"].bytes == size
+    frames, logits = found.golden()
+    with Runtime(found) as rt:
+        assert np.abs(rt(frames[None])[0] - logits).max() <= 2 * found.parity["max_abs_error"]
 
 
 def test_no_bundle_there(tmp_path):
@@ -146,7 +358,10 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
 
 def test_golden_must_fit_the_manifest(out):
     bundles.save_golden(out, np.zeros((2, 16, 16, 3), np.uint8), np.zeros(2, np.float32))
-    with pytest.raises(BundleError, match=r"holds a clip \(2, 16, 16, 3\)"):
+    with pytest.raises(BundleError, match=r"frames.npy is \(2, 16, 16, 3\) uint8; expected \(4, 16, 16, 3\) uint8"):
+        bundles.load(out, verify=False).golden()
+    bundles.save_golden(out, np.zeros(CONTRACT.shape, np.uint8), np.float32([1, np.nan]))
+    with pytest.raises(BundleError, match="holds logits that are not finite"):
         bundles.load(out, verify=False).golden()
     (out / "golden.npz").write_bytes(b"not a zip")
     with pytest.raises(BundleError, match="cannot be read"):

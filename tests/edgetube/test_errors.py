@@ -8,6 +8,7 @@ CODES = {
     "EdgetubeError": 2,
     "InputError": 2,
     "BundleError": 2,
+    "FormatError": 2,
     "SpecError": 2,
     "CheckpointError": 2,
     "MissingPackageError": 2,

@@ -1,6 +1,7 @@
 """Geometry and arithmetic of a spec against counts made another way, its refusals, and JSON."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -186,8 +187,8 @@ class TestRefusals:
         ("change", "message"),
         [
             ({"tubes": ()}, "at least one tube"),
-            ({"frames": 0}, "frames is 0; expected >= 1"),
-            ({"size": (16, 0)}, r"size is \(16, 0\); expected \(height, width\), both >= 1"),
+            ({"frames": 0}, "frames is 0; expected an integer, 1 to 65536"),
+            ({"size": (16, 0)}, r"size \(height, width\) is 0; expected an integer, 1 to 65536"),
             ({"depth": 0}, "depth is 0"),
             ({"heads": 5}, "width 12 is not divisible by 5 attention heads"),
             ({"mlp_ratio": 0.0}, "mlp_ratio 0.0"),
@@ -196,9 +197,24 @@ class TestRefusals:
             ({"pool": "max"}, "pool is 'max'; this version knows attention, mean"),
             ({"positions": "learned"}, "positions is 'learned'; this version knows fixed, stored"),
             ({"classifiers": ()}, "expected at least one"),
-            ({"classifiers": (("a", 0),)}, "classes >= 1"),
+            ({"classifiers": (("a", 0),)}, "classes of a is 0; expected an integer, 1 to 1048576"),
             ({"classifiers": (("a", 2), ("a", 3))}, "distinct names"),
-            ({"classifiers": (("kinetics.400", 2),)}, "cannot be names of tensors"),
+            ({"classifiers": (("kinetics.400", 2),)}, r"name of a classifier is 'kinetics.400'; expected \\w"),
+            ({"frames": True}, "frames is True; expected an integer"),
+            ({"width": 12.0}, "width is 12.0; expected an integer"),
+            ({"depth": 10**9}, "depth is 1000000000; expected an integer, 1 to 65536"),
+            ({"mlp_ratio": math.inf}, "mlp_ratio is inf; expected a finite number"),
+            ({"norm_eps": math.nan}, "norm_eps is nan; expected a finite number"),
+            ({"tubes": [{}]}, "something else than a TubeSpec"),
+            ({"kernel": (2, True, 8)}, r"shared kernel is \(2, True, 8\); expected three integers"),
+            ({"kernel": (60000, 60000, 60000)}, "parameters of a tube; this version goes up to"),
+            ({"frames": 60000, "size": (60000, 60000)}, "648000000000000 voxels of a clip"),
+            (
+                {"frames": 64, "size": (512, 512), "tubes": (TubeSpec((1, 1, 1), (1, 1, 1)),)},
+                "16777216 tokens; this version goes up to 131072",
+            ),
+            ({"mlp_ratio": 60000.0, "width": 60000}, "3600000000 channels of the MLP"),
+            ({"gates": (0, 0)}, "name a block twice"),
             ({"gates": (1,)}, r"gates \[1\] are outside the 1 blocks"),
             (
                 {"tubes": (TubeSpec((2, 4, 4), (4, 4, 4), space_to_depth=(1, 1, 4)),), "width": 6},
@@ -219,7 +235,7 @@ class TestRefusals:
     def test_zero_frames_are_not_taken_for_the_model_s_own(self):
         with pytest.raises(SpecError, match="frames is 0"):
             SMALL.at(frames=0)
-        with pytest.raises(SpecError, match="expected sizes >= 1"):
+        with pytest.raises(SpecError, match="frames is 0; expected an integer, 1 to 65536"):
             InputContract(4, 16, 16).at(frames=0)
 
     def test_stored_positions_belong_to_one_clip(self):
@@ -232,11 +248,17 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"frames": 0}, "expected sizes >= 1"),
-            ({"fps": 0.0}, "fps is 0.0"),
+            ({"frames": 0}, "frames is 0; expected an integer"),
+            ({"width": True}, "width is True; expected an integer"),
+            ({"height": 16.0}, "height is 16.0; expected an integer"),
+            ({"frames": 1 << 11, "height": 1 << 10, "width": 1 << 10}, "up to 1073741824 voxels"),
+            ({"fps": 0.0}, "fps is 0.0; expected a finite number, 0.001 to 100000"),
+            ({"fps": math.inf}, "fps is inf"),
             ({"fps": float("nan")}, "fps is nan"),
-            ({"mean": (0.5,)}, "expected three of each"),
-            ({"std": (1.0, 0.0, 1.0)}, "std > 0"),
+            ({"mean": (0.5,)}, "mean has 1 entries; expected 3"),
+            ({"mean": (0.5, math.nan, 0.5)}, "mean is nan; expected a finite number"),
+            ({"mean": ("0.5", 0.5, 0.5)}, "mean is '0.5'; expected a finite number"),
+            ({"std": (1.0, 0.0, 1.0)}, "std is 0.0; expected a finite number, 1e-06"),
             ({"resize": "letterbox"}, "input resize is 'letterbox'; this version knows short-side, stretch"),
             ({"crop": "random"}, "input crop is 'random'"),
             ({"color": "BGR"}, "input color is 'BGR'; this version knows RGB"),
@@ -276,6 +298,21 @@ class TestJson:
     def test_prediction(self):
         prediction = Prediction("pan-left", 0.9, {"pan-left": 0.9, "static": 0.1}, (2.5, 0.5), 1.0, 2.0, 3.5)
         assert Prediction.from_json(json.loads(json.dumps(prediction.to_json()))) == prediction
+
+    @pytest.mark.parametrize(
+        "value", [SMALL.tubes[0], SMALL, InputContract(4, 16, 16)], ids=lambda value: type(value).__name__
+    )
+    def test_a_missing_field_and_what_is_no_object_are_refused(self, value):
+        data = value.to_json()
+        first = next(iter(data))
+        with pytest.raises(SpecError, match=f"{type(value).__name__} lacks the field {first}"):
+            type(value).from_json({key: item for key, item in data.items() if key != first})
+        with pytest.raises(SpecError, match=f"{type(value).__name__} is 3; expected an object"):
+            type(value).from_json(3)
+
+    def test_optional_fields_may_be_left_out(self):
+        assert TubeSpec.from_json({"kernel": [1, 2, 3], "stride": [4, 5, 6]}) == TubeSpec((1, 2, 3), (4, 5, 6))
+        assert InputContract.from_json({"frames": 4, "height": 16, "width": 16}) == InputContract(4, 16, 16)
 
     @pytest.mark.parametrize(
         "value", [SMALL.tubes[0], SMALL, InputContract(4, 16, 16)], ids=lambda value: type(value).__name__

@@ -1,13 +1,24 @@
 """One suite for every backend: what `edgetube.runtimes.base` promises, whoever keeps it."""
 
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
 import numpy as np
 import pytest
 
-from edgetube import export, runtimes
+from edgetube import bundle as bundles
+from edgetube import demo, export, runtimes
 from edgetube.errors import BackendError, BundleError, InputError
 from edgetube.export import pipeline
 from edgetube.model import checkpoints
+from edgetube.runtimes.base import Backend
 from edgetube.runtimes.torch import Reference
+from edgetube.spec import InputContract
+from edgetube.targets import Target
+
+Opened: TypeAlias = tuple[Backend, Target]
 
 TARGETS = export.targets()
 
@@ -61,8 +72,6 @@ def test_it_says_what_runs_it(opened):
 
 
 def test_closing_is_final(tiny_bundle, rng):
-    from edgetube import bundle as bundles
-
     backend = runtimes.open_bundle(bundles.load(tiny_bundle))
     clips = np.zeros((1, *backend.contract.shape), np.uint8)
     backend(clips)
@@ -72,12 +81,41 @@ def test_closing_is_final(tiny_bundle, rng):
 
 
 def test_a_bundle_of_an_unknown_backend_says_to_upgrade(tiny_bundle):
-    from dataclasses import replace
-
-    from edgetube import bundle as bundles
-
     with pytest.raises(BundleError, match=r"needs the backend 'abacus'; this edgetube has .*: upgrade"):
         runtimes.open_bundle(replace(bundles.load(tiny_bundle), backend="abacus"))
+
+
+@pytest.mark.parametrize("backend", ["openvino", "torch", "mil", "coreml"])
+def test_a_bundle_whose_backend_is_that_of_other_targets_is_refused(tiny_bundle: Path, backend: str) -> None:
+    with pytest.raises(BundleError, match=rf"the target is onnx-fp32, but the backend is {backend}"):
+        runtimes.open_bundle(replace(bundles.load(tiny_bundle), backend=backend))
+
+
+def test_every_target_is_one_of_its_backend() -> None:
+    for target in TARGETS.values():
+        assert target.name.partition("-")[0] in importlib.import_module(f"edgetube.runtimes.{target.backend}").RUNS
+
+
+def test_what_an_artifact_takes_and_gives_is_what_the_manifest_says(opened: Opened) -> None:
+    backend, _ = opened
+    (clips,), (logits,) = backend.interface().inputs, backend.interface().outputs
+    assert clips == (2, *backend.contract.shape)
+    assert logits == (2, len(demo.LABELS))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch": 2},
+        {"labels": ("a", "b")},
+        {"contract": InputContract(8, 32, 64)},
+        {"contract": InputContract(16, 32, 48)},
+    ],
+)
+def test_a_manifest_that_its_artifact_contradicts_is_refused(tiny_bundle: Path, change: dict[str, Any]) -> None:
+    message = r"model.onnx takes \(1, 8, 32, 48, 3\) and gives \(1, 9\), but the manifest says"
+    with pytest.raises(BundleError, match=message):
+        runtimes.open_bundle(replace(bundles.load(tiny_bundle), **change))
 
 
 def test_base_is_not_a_backend():
