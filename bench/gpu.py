@@ -1,12 +1,14 @@
 """TensorRT and TensorRT for RTX on this machine's NVIDIA GPU, against PyTorch and ONNX Runtime on the same GPU.
 
-    python bench/gpu.py [--models ti,s,b] [--batches 1,8] [--json bench/results/gpu.json]
+    python bench/gpu.py [--models ti,s,b] [--batches 1,8] [--targets trt-fp16,...] [--json bench/results/gpu.json]
 
 1. Parity: the built-in model as trt-fp16, trt-int8, rtx-fp16 and rtx-int8 against PyTorch over the built-in evaluation
-   set.
+   set; and the graphs of the trt targets in PyTorch's own kernels on this GPU (`gpu_witness.py`), which shows what
+   their float16 and their integer products answer on silicon where TensorRT is not installed.
 2. Latency, contestants in turns and each in a process of its own: PyTorch eager and `torch.compile` in float16, ONNX
-   Runtime's CUDA provider, the four TensorRT bundles, and trt-fp16 without its CUDA graph. Every call begins with
-   uint8 frames in the host's memory and ends with logits there. Random weights: a time does not depend on them.
+   Runtime's CUDA provider, the four TensorRT bundles, trt-fp16 without its CUDA graph, and the trt graphs in PyTorch,
+   as they are and fused by `torch.compile`. Every call begins with uint8 frames in the host's memory and ends with
+   logits there. Random weights: a time does not depend on them.
 3. Shares: of the rate of one large product of matrices and of the bandwidth of one large copy, both measured here. The
    work is the model's multiplications, the traffic its weights once and its clips once, so both shares are lower
    bounds of what the GPU does.
@@ -21,7 +23,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from edgetube.bench.worker import Lap, Subject
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, EdgetubeError, MissingPackageError
 from edgetube.export import pipeline
+from edgetube.files import atomic_write
 from edgetube.model import checkpoints
 from edgetube.runtimes import tensorrt
 from edgetube.targets import GPU, Precision, missing
@@ -51,8 +54,8 @@ CALIBRATION_CLIPS = 8
 # ------------------------------------------------------------------------------------------------------- contestants
 
 
-def eager(lap: Lap, model: str, batch: int, compiled: bool) -> Subject:
-    """The reference model in float16 on the GPU, as it is or through `torch.compile`."""
+def eager(lap: Lap, model: str, batch: int, compiled: str) -> Subject:
+    """The reference model in float16 on the GPU, as it is or through `torch.compile` in the mode `compiled`."""
     import torch
 
     if not torch.cuda.is_available():
@@ -66,7 +69,7 @@ def eager(lap: Lap, model: str, batch: int, compiled: bool) -> Subject:
         logits: torch.Tensor = network(((frames.half() / 255 - mean) / std).permute(0, 4, 1, 2, 3))
         return logits.float()
 
-    run = torch.compile(forward, mode="max-autotune") if compiled else forward
+    run = torch.compile(forward, mode=compiled) if compiled else forward
     clips = demo.golden(checkpoint.contract).frames[None].repeat(batch, axis=0)
     pinned = torch.from_numpy(clips).pin_memory()
     lap("load")
@@ -159,11 +162,11 @@ def _clips(checkpoint: str, out: Path) -> Path:
     return path
 
 
-def contestants(model: str, batch: int, made: Mapping[str, Bundle]) -> list[Contestant]:
-    """Everybody who takes part with one model and batch."""
+def contestants(model: str, batch: int, made: Mapping[str, Bundle], mode: str = "max-autotune") -> list[Contestant]:
+    """Everybody who takes part with one model and batch; `mode` is that of `torch.compile`."""
     macs = checkpoints.load(model).spec.macs()
     found = []
-    for name, compiled in (("PyTorch eager fp16", False), ("torch.compile fp16", True)):
+    for name, compiled in (("PyTorch eager fp16", ""), ("torch.compile fp16", mode)):
         given: dict[str, Any] = {"model": model, "batch": batch, "compiled": compiled}
         facts = {"model": model, "precision": "fp16"}
         found.append(Contestant(name, "edgetube.bench.gpu:eager", given, None, batch, facts, macs, "fp16"))
@@ -177,6 +180,10 @@ def contestants(model: str, batch: int, made: Mapping[str, Bundle]) -> list[Cont
         if target == "trt-fp16":
             given = {"path": str(bundle.path)}
             found.append(Contestant(f"{target}, no CUDA graph", "edgetube.bench.gpu:launched", given, *about))
+        if target.startswith("trt-"):
+            for name, compiled in ((f"{target}'s graph in PyTorch", False), (f"{target}'s graph, torch.compile", True)):
+                given = {"path": str(bundle.path), "compiled": compiled}
+                found.append(Contestant(name, "edgetube.bench.gpu_witness:subject", given, *about))
     return found
 
 
@@ -252,6 +259,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="ti,s,b")
     parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--targets", default=",".join((ORT, *TARGETS)))
+    parser.add_argument("--bundles", type=Path, help="folder of the built-in model's bundles, exported before")
+    parser.add_argument("--compile", default="max-autotune", help="mode of torch.compile")
     parser.add_argument("--clips", type=int, default=504, help="of the evaluation set")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing, per contestant")
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
@@ -261,23 +271,66 @@ def main() -> int:
         return 2
     document: dict[str, Any] = {"machine": machine.describe(), "rows": []}
     with tempfile.TemporaryDirectory() as scratch:
-        made, reasons = build(TARGETS, "demo", Path(scratch))
+        names = args.targets.split(",")
+        if args.bundles:
+            made, reasons = {b.target: b for b in map(bundles.load, sorted(args.bundles.glob("demo.*")))}, {}
+        else:
+            made, reasons = build([name for name in names if name != ORT], "demo", Path(scratch))
         source = datasets.built_in(args.clips, demo.LABELS)
         found = parity.measure(list(made.values()), source) if made else None
         document["parity"] = (found.to_json() if found else {}) | {"not_run": reasons}
         print(f"{document['machine']}\n\n{parity_table(found.measured if found else (), reasons)}")
+        document["witness"] = witness(made.values(), args.clips)
+        print(f"\nThe graphs in PyTorch's kernels:\n\n{witness_table(document['witness'])}")
         document["limits"] = best = _limits()
+        _save(document, args.json)
         for size in args.models.split(","):
             for batch in map(int, args.batches.split(",")):
-                rows = _race(f"random:tubevit-{size}", batch, Path(scratch), args.seconds, best)
+                rows = _race(f"random:tubevit-{size}", batch, names, Path(scratch), args.seconds, best, args.compile)
                 document["rows"] += rows
                 gain = graph_gain(rows)
                 said = "" if gain is None else f"\n\nThe CUDA graph makes trt-fp16 {gain:.2f}x as fast."
-                print(f"\nTubeViT-{size.title()}, batch {batch}\n\n{table(rows)}{said}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+                print(f"\nTubeViT-{size.title()}, batch {batch}\n\n{table(rows)}{said}", flush=True)
+                _save(document, args.json)
     return 0
+
+
+def witness(made: Iterable[Bundle], clips: int) -> list[dict[str, Any]]:
+    """What `gpu_witness.agreement` finds for the bundles of full TensorRT on this GPU; a reason where it cannot run."""
+    from edgetube.bench import gpu_witness
+
+    found = []
+    for bundle in made:
+        if bundle.target.startswith("trt-"):
+            try:
+                found.append({"target": bundle.target} | gpu_witness.agreement(bundle, "cuda", clips))
+            except BackendError as error:
+                found.append({"target": bundle.target, "reason": str(error)})
+    return found
+
+
+def witness_table(found: Iterable[Mapping[str, Any]]) -> str:
+    """The rows of `witness` as Markdown."""
+    lines = [
+        "| graph of | clips | agreement | worst cosine | largest logit error | int8 products |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        if "reason" in one:
+            lines.append(f"| {one['target']} | not run: {one['reason']} | | | | |")
+            continue
+        lines.append(
+            f"| {one['target']} | {one['clips']} | {one['agreement']:.2%} | {one['worst_cosine']:.6f} | "
+            f"{one['max_abs_error']:.3g} of {one['largest_logit']:.3g} | {one['integer_products']} |"
+        )
+    return "\n".join(lines)
+
+
+def _save(document: Mapping[str, Any], path: Path | None) -> None:
+    """Keep what is measured so far: a lease can end."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps(document, indent=1) + "\n")
 
 
 def _limits() -> dict[str, Any] | None:
@@ -290,13 +343,19 @@ def _limits() -> dict[str, Any] | None:
 
 
 def _race(
-    model: str, batch: int, scratch: Path, seconds: float, best: Mapping[str, Any] | None
+    model: str,
+    batch: int,
+    names: Sequence[str],
+    scratch: Path,
+    seconds: float,
+    best: Mapping[str, Any] | None,
+    mode: str = "max-autotune",
 ) -> list[dict[str, Any]]:
     """The rows of one model and batch, those that cannot be built among them."""
     out = scratch / f"{model.partition(':')[2]}.{batch}"
     out.mkdir()
-    made, reasons = build((ORT, *TARGETS), model, out, batch)
-    takes_part = contestants(model, batch, made)
+    made, reasons = build(names, model, out, batch)
+    takes_part = contestants(model, batch, made, mode)
     rows = latency.race(takes_part, Options(seconds=seconds, starts=1))
     checkpoint = checkpoints.load(model)
     weights = sum(tensor.numel() for tensor in checkpoint.model.parameters())

@@ -1,5 +1,6 @@
 """`bench/gpu.py`: its arithmetic, its tables, and all of it on a GPU (marked `gpu`) and on doubles."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -20,6 +21,7 @@ from edgetube.runtimes.torch import Reference
 from tests.runtimes import doubles
 
 ROOT = Path(__file__).parents[2]
+WITNESS = ["trt-fp16's graph in PyTorch", "trt-fp16's graph, torch.compile"]
 LIMITS = {"gmacs_per_s": {"fp16": 100_000.0, "int8": 200_000.0}, "gb_per_s": 1000.0}
 
 
@@ -72,13 +74,13 @@ def test_the_table_of_answers(tiny_bundle):
 def test_who_takes_part(tiny_bundle):
     onnx = bundles.load(tiny_bundle)
     found = gpu.contestants("random:tubevit-ti", 8, {"onnx-fp16": onnx, "trt-fp16": onnx})
-    names = ["PyTorch eager fp16", "torch.compile fp16", "onnx-fp16", "trt-fp16", "trt-fp16, no CUDA graph"]
+    names = ["PyTorch eager fp16", "torch.compile fp16", "onnx-fp16", "trt-fp16", "trt-fp16, no CUDA graph", *WITNESS]
     assert [contestant.name for contestant in found] == names
     assert {contestant.batch for contestant in found} == {8}
     assert found[2].given["device"] == "cuda"
     for contestant in found:
         module, _, function = contestant.opener.partition(":")
-        assert callable(getattr(sys.modules[module], function))
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_what_cannot_be_built_says_why(tmp_path):
@@ -91,8 +93,7 @@ def test_what_cannot_be_built_says_why(tmp_path):
 def test_without_a_gpu_everybody_has_a_row_that_says_why(tmp_path, monkeypatch):
     if not targets.missing((targets.GPU,)):
         pytest.skip("this machine has a GPU")
-    monkeypatch.setattr(gpu, "TARGETS", ("trt-fp16", "no-such-target"))
-    rows = gpu._race("demo", 2, tmp_path, 0.1, LIMITS)
+    rows = gpu._race("demo", 2, (gpu.ORT, "trt-fp16", "no-such-target"), tmp_path, 0.1, LIMITS)
     reasons = {row["name"]: row["reason"] for row in rows}
     assert [row["p50_ms"] for row in rows] == [None] * len(rows)
     assert "sees no GPU" in reasons["PyTorch eager fp16"]
@@ -100,10 +101,11 @@ def test_without_a_gpu_everybody_has_a_row_that_says_why(tmp_path, monkeypatch):
     assert "not built for cuda" in reasons["onnx-fp16"]
     assert reasons["trt-fp16"] == reasons["trt-fp16, no CUDA graph"] != ""
     assert "no target is called" in reasons["no-such-target"]
-    assert gpu.table(rows).count("not run: ") == 6
+    assert all("sees no GPU" in reasons[name] for name in WITNESS)
+    assert gpu.table(rows).count("not run: ") == 8
 
 
-@pytest.mark.parametrize("opener", [lambda lap: gpu.eager(lap, "demo", 1, compiled=False), gpu.limits])
+@pytest.mark.parametrize("opener", [lambda lap: gpu.eager(lap, "demo", 1, compiled=""), gpu.limits])
 def test_without_a_gpu_the_openers_say_so(opener):
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
@@ -150,7 +152,7 @@ def _on_the_processor(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_on_a_gpu_pytorch_answers_in_float16(torch_gpu: Any) -> None:
-    subject = gpu.eager(lambda stage: None, "demo", 2, compiled=False)
+    subject = gpu.eager(lambda stage: None, "demo", 2, compiled="")
     logits = np.asarray(subject.call())
     assert (logits.shape, logits.dtype) == ((2, 9), np.float32)
     checkpoint = checkpoints.load("demo")
@@ -182,15 +184,25 @@ def test_all_of_the_script_where_the_processes_that_it_starts_find_no_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "missing", lambda needs: ())
-    monkeypatch.setattr(gpu, "TARGETS", ("trt-fp16",))
     written = tmp_path / "results" / "gpu.json"
     given = ["--models", "ti", "--batches", "1", "--clips", "9", "--seconds", "0.2", "--json", str(written)]
+    given += ["--targets", f"{gpu.ORT},trt-fp16"]
     monkeypatch.setattr(sys, "argv", ["gpu.py", *given])
     assert gpu.main() == 0
     document, printed = json.loads(written.read_text("utf-8")), capsys.readouterr().out
     assert document["parity"]["data"]["clips"] == 9
     assert document["parity"]["bundles"][0]["agreement"] == 1.0
     rows = {row["name"]: row for row in document["rows"]}
-    assert list(rows) == ["PyTorch eager fp16", "torch.compile fp16", gpu.ORT, "trt-fp16", "trt-fp16, no CUDA graph"]
+    torch_rows, trt_rows = ["PyTorch eager fp16", "torch.compile fp16"], ["trt-fp16", "trt-fp16, no CUDA graph"]
+    assert list(rows) == [*torch_rows, gpu.ORT, *trt_rows, *WITNESS]
+    assert "sees no GPU" in document["witness"][0]["reason"]
     assert all((row["p50_ms"] is None) == bool(row["reason"]) for row in rows.values())
     assert "TubeViT-Ti, batch 1" in printed
+
+
+def test_the_table_of_the_graphs_in_pytorch() -> None:
+    found = {"clips": 9, "agreement": 1.0, "worst_cosine": 0.9995, "max_abs_error": 0.0712, "largest_logit": 6.84}
+    rows = [{"target": "trt-int8", "integer_products": 28} | found, {"target": "trt-fp16", "reason": "no GPU"}]
+    _, _, ran, other = gpu.witness_table(rows).splitlines()
+    assert ran == "| trt-int8 | 9 | 100.00% | 0.999500 | 0.0712 of 6.84 | 28 |"
+    assert other == "| trt-fp16 | not run: no GPU | | | | |"

@@ -1,0 +1,263 @@
+"""Run a TensorRT bundle's graph on a GPU with PyTorch's kernels: what its Q/DQ says, on silicon, without TensorRT.
+
+    python bench/gpu_witness.py BUNDLE [--device cuda|cpu] [--clips 504]
+
+The graph is the very `model.onnx` that TensorRT parses. Float tensors have the types that the graph gives them, and a
+product whose two operands come out of DequantizeLinear multiplies int8 by int8 into int32 (`torch._int_mm`, tensor
+cores on a GPU), as TensorRT's kernels do; the scales are multiplied in float32 behind it. A whole call is replayed as
+one CUDA graph. What it says: executed on a GPU, not TensorRT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F
+from onnx import helper, numpy_helper
+
+from edgetube import bundle as bundles
+from edgetube import datasets
+from edgetube.bench import machine
+from edgetube.bench.worker import Lap, Subject
+from edgetube.bundle import Bundle
+from edgetube.errors import BackendError, EdgetubeError
+from edgetube.model import checkpoints
+from edgetube.runtimes.base import Backend, Output
+from edgetube.runtimes.torch import Reference
+from edgetube.video import Frames
+
+TYPES = {1: torch.float32, 2: torch.uint8, 3: torch.int8, 6: torch.int32, 7: torch.int64, 10: torch.float16}
+"""onnx.TensorProto's numbers."""
+
+Values = dict[str, torch.Tensor]
+Step = Callable[[Values], None]
+
+
+class Witness(Backend):
+    """A bundle's `model.onnx` (float types as written, int8 by Q/DQ) on a PyTorch device.
+
+    Args:
+        bundle: made for a `trt-*` or `rtx-*` target.
+        device: "cuda" or "cpu"; the latter is for tests.
+        compiled: have `torch.compile` fuse what lies between the products.
+
+    Raises:
+        BackendError: PyTorch has no such device, or the graph has an operator that is not known here.
+    """
+
+    def __init__(self, bundle: Bundle, device: str = "cuda", compiled: bool = False) -> None:
+        super().__init__(bundle.contract, bundle.batch)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise BackendError(f"PyTorch {torch.__version__} sees no GPU; install a build of it for CUDA")
+        self.device = torch.device(device)
+        self.program = Program(onnx.load(bundle.artifact_path), self.device)
+        self.run: Callable[[torch.Tensor], torch.Tensor] = (
+            torch.compile(self.program, dynamic=False) if compiled else self.program
+        )
+        shape = (bundle.batch, *bundle.contract.shape)
+        self.frames = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        self.host = torch.zeros(shape, dtype=torch.uint8, pin_memory=device == "cuda")
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if device == "cuda":
+            self._capture()
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.inference_mode(), torch.cuda.stream(side):
+            for _ in range(3):
+                self.run(self.frames)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(self.graph):
+            self.logits = self.run(self.frames)
+
+    def infer(self, clips: Frames) -> Output:
+        self.host.copy_(torch.from_numpy(clips))
+        self.frames.copy_(self.host, non_blocking=True)
+        if self.graph is None:
+            with torch.inference_mode():
+                return np.asarray(self.run(self.frames).float().numpy())
+        self.graph.replay()
+        return np.asarray(self.logits.float().cpu().numpy())
+
+    def describe(self) -> dict[str, Any]:
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        return {"torch": torch.__version__, "device": name, "integer_products": self.program.integer_products}
+
+    def release(self) -> None:
+        del self.program, self.run, self.graph
+
+
+class Program:
+    """An ONNX graph as a list of PyTorch calls, one a node.
+
+    Attributes:
+        integer_products: how many MatMul multiply int8 by int8.
+    """
+
+    def __init__(self, model: onnx.ModelProto, device: torch.device) -> None:
+        self.integer_products = 0
+        self.constants: Values = {
+            tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()).to(device)
+            for tensor in model.graph.initializer
+        }
+        (self.input,), (self.output,) = ([v.name for v in side] for side in (model.graph.input, model.graph.output))
+        self.made_by = {name: node for node in model.graph.node for name in node.output}
+        self.steps: list[Step] = [self._step(node) for node in model.graph.node]
+
+    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+        values = {**self.constants, self.input: frames}
+        for step in self.steps:
+            step(values)
+        return values[self.output]
+
+    def _step(self, node: onnx.NodeProto) -> Step:
+        if node.op_type == "MatMul" and (pair := self._integers(node)) is not None:
+            self.integer_products += 1
+            return self._integer_product(node, *pair)
+        if node.op_type not in OPERATORS:
+            raise BackendError(f"{node.name}: this evaluator knows no {node.op_type}")
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        call, names, outputs = OPERATORS[node.op_type], list(node.input), list(node.output)
+        if node.op_type in ("Reshape", "Split") and len(names) > 1:  # read now: a CUDA graph could not
+            attributes["given"] = self.constants[names.pop()].tolist()
+
+        def step(values: Values) -> None:
+            found = call([values[name] for name in names], attributes)
+            values.update(zip(outputs, found if isinstance(found, tuple | list) else (found,), strict=True))
+
+        return step
+
+    def _integers(self, node: onnx.NodeProto) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
+        """The DequantizeLinear nodes in front of both operands; None when one is float, or the right one no weight."""
+        makers = [self.made_by.get(name) for name in node.input]
+        left, right = makers
+        if left is None or right is None or {left.op_type, right.op_type} != {"DequantizeLinear"}:
+            return None
+        return (left, right) if right.input[0] in self.constants else None
+
+    def _integer_product(self, node: onnx.NodeProto, left: onnx.NodeProto, right: onnx.NodeProto) -> Step:
+        weight = self.constants[right.input[0]]  # (K, N) int8
+        k, n = weight.shape
+        wide = F.pad(weight, (0, -n % 8, 0, -k % 8)).t().contiguous().t()  # column-major, as the kernels want it
+        scale = self.constants[left.input[1]].float() * self.constants[right.input[1]].float()
+        dtype = self.constants[right.input[1]].dtype
+        source, out = left.input[0], node.output[0]
+
+        def step(values: Values) -> None:
+            x = values[source]
+            rows = x.reshape(-1, k)
+            short = max(0, 32 - len(rows))
+            rows = F.pad(rows, (0, -k % 8, 0, short)) if short or k % 8 else rows
+            product = torch._int_mm(rows, wide)[: len(rows) - short, :n]
+            values[out] = (product.float() * scale).to(dtype).reshape(*x.shape[:-1], n)
+
+        return step
+
+
+def _quantize(inputs: list[torch.Tensor], attributes: Mapping[str, Any]) -> torch.Tensor:
+    x, scale, zero = inputs
+    limits = torch.iinfo(zero.dtype)
+    return (torch.round(x.float() / scale.float()) + zero).clamp(limits.min, limits.max).to(zero.dtype)
+
+
+def _dequantize(inputs: list[torch.Tensor], attributes: Mapping[str, Any]) -> torch.Tensor:
+    q, scale, *zero = inputs
+    shape = [1] * q.ndim
+    if scale.ndim:
+        shape[attributes.get("axis", 1)] = -1
+    shift = zero[0].float().reshape(shape) if zero else 0
+    return ((q.float() - shift) * scale.float().reshape(shape)).to(scale.dtype)
+
+
+def _layer_norm(inputs: list[torch.Tensor], attributes: Mapping[str, Any]) -> torch.Tensor:
+    x, weight, *bias = inputs
+    return F.layer_norm(x, weight.shape, weight, bias[0] if bias else None, attributes["epsilon"])
+
+
+def _split(inputs: list[torch.Tensor], attributes: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    axis, sizes = attributes.get("axis", 0), attributes.get("given")
+    return torch.split(inputs[0], sizes, axis) if sizes else torch.chunk(inputs[0], attributes["num_outputs"], axis)
+
+
+def _gelu(inputs: list[torch.Tensor], attributes: Mapping[str, Any]) -> torch.Tensor:
+    return F.gelu(inputs[0], approximate=attributes.get("approximate", b"none").decode())
+
+
+OPERATORS: dict[str, Callable[[list[torch.Tensor], Mapping[str, Any]], Any]] = {
+    "Add": lambda i, a: i[0] + i[1],
+    "Cast": lambda i, a: i[0].to(TYPES[a["to"]]),
+    "Concat": lambda i, a: torch.cat(i, a["axis"]),
+    "DequantizeLinear": _dequantize,
+    "Gather": lambda i, a: i[0].index_select(a.get("axis", 0), i[1].reshape(-1)),
+    "Gelu": _gelu,
+    "LayerNormalization": _layer_norm,
+    "MatMul": lambda i, a: i[0] @ i[1],
+    "Mul": lambda i, a: i[0] * i[1],
+    "QuantizeLinear": _quantize,
+    "Reshape": lambda i, a: i[0].reshape(a["given"]),
+    "Softmax": lambda i, a: torch.softmax(i[0], a.get("axis", -1)),
+    "Split": _split,
+    "Transpose": lambda i, a: i[0].permute(a["perm"]),
+}
+
+
+def subject(lap: Lap, path: str, device: str = "cuda", compiled: bool = False) -> Subject:
+    """A bundle's graph for a process of `edgetube.bench.latency`."""
+    lap("import")
+    bundle = bundles.load(path)
+    witness = Witness(bundle, device, compiled)
+    clips = np.repeat(bundle.golden()[0][None], bundle.batch, axis=0)
+    lap("load")
+    return Subject(lambda: witness(clips), about=witness.describe())
+
+
+def agreement(bundle: Bundle, device: str, clips: int) -> dict[str, Any]:
+    """The witness against PyTorch's float32 reference on built-in evaluation clips, as parity counts it."""
+    checkpoint = checkpoints.of_bundle(bundle)
+    source = datasets.built_in(clips, bundle.labels)
+    frames = np.stack([item.read(bundle.contract).frames for item in source.items])
+    with Witness(bundle, device) as witness, Reference(checkpoint.model, checkpoint.contract) as reference:
+        ours, theirs = witness(frames), reference(frames)
+        about = witness.describe()
+    error = np.abs(ours - theirs)
+    cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+    return about | {
+        "bundle": bundle.name,
+        "clips": len(frames),
+        "agreement": float((ours.argmax(1) == theirs.argmax(1)).mean()),
+        "worst_cosine": float(cosine.min()),
+        "max_abs_error": float(error.max()),
+        "largest_logit": float(np.abs(theirs).max()),
+        "status": "executed on a GPU, not TensorRT" if device == "cuda" else "evaluated on the CPU",
+    }
+
+
+def main() -> int:
+    """Print what `agreement` finds for each bundle, one JSON object a line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", nargs="+", type=Path)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--clips", type=int, default=504)
+    args = parser.parse_args()
+    try:
+        for path in args.bundles:
+            print(json.dumps(agreement(bundles.load(path), args.device, args.clips)))
+    except EdgetubeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(machine.describe()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
