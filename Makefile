@@ -10,9 +10,12 @@ PYTEST := $(BIN)/python -m pytest $(ARGS)
 SHADOW := build/shadow
 STUBS  := build/stubs
 VIDEOS := edgetube/demo/videos
+MODULES ?= calibration bench/temporal.py edgetube/bundle.py
+SAMPLE ?= 10
+SEED   ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-gpu lint shadow bench wheel clean
+.PHONY: help demo test test-slow test-all test-gpu mutants lint shadow bench wheel clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +37,9 @@ test-all: test test-slow ## both
 
 test-gpu: $(VENV)/dev.stamp ## the tests that need an NVIDIA GPU; without one each says why it was skipped
 	$(BIN)/python -m pytest -m gpu
+
+mutants: $(VENV)/mutants.stamp ## plant faults at random in MODULES, SAMPLE in each: do the quick tests find them?
+	$(BIN)/python .ci/mutants.py --sample $(SAMPLE) --seed $(SEED) $(MODULES)
 
 lint: $(VENV)/dev.stamp shadow $(STUBS)/stamp ## format, style, types, and who imports whom
 	$(BIN)/ruff format --check .
@@ -69,6 +75,7 @@ clean: ## remove all that make made
 
 $(VENV)/demo.stamp: EXTRAS = export,openvino,report
 $(VENV)/dev.stamp: EXTRAS = dev
+$(VENV)/mutants.stamp: EXTRAS = dev,mutants
 $(VENV)/%.stamp: pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing edgetube[$(EXTRAS)] in $(VENV)"

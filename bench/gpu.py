@@ -1,6 +1,6 @@
 """TensorRT and TensorRT for RTX on this machine's NVIDIA GPU, against PyTorch and ONNX Runtime on the same GPU.
 
-    python bench/gpu.py [--models ti,s,b] [--batches 1,8] [--targets trt-fp16,...] [--json bench/results/gpu.json]
+    python bench/gpu.py [--models demo,ti,s,b] [--batches 1,8] [--targets trt-fp16,...] [--json bench/results/gpu.json]
 
 1. Parity: the built-in model as trt-fp16, trt-int8, rtx-fp16 and rtx-int8 against PyTorch over the built-in evaluation
    set; and the graphs of the trt targets in PyTorch's own kernels on this GPU (`gpu_witness.py`), which shows what
@@ -257,7 +257,7 @@ def parity_table(measured: Iterable[parity.Measured], reasons: Mapping[str, str]
 def main() -> int:
     """Measure and print; 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="ti,s,b")
+    parser.add_argument("--models", default="ti,s,b", help="sizes of TubeViT with random weights, or demo")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--targets", default=",".join((ORT, *TARGETS)))
     parser.add_argument("--bundles", type=Path, help="folder of the built-in model's bundles, exported before")
@@ -285,12 +285,14 @@ def main() -> int:
         document["limits"] = best = _limits()
         _save(document, args.json)
         for size in args.models.split(","):
+            model = "demo" if size == "demo" else f"random:tubevit-{size}"
             for batch in map(int, args.batches.split(",")):
-                rows = _race(f"random:tubevit-{size}", batch, names, Path(scratch), args.seconds, best, args.compile)
+                rows = _race(model, batch, names, Path(scratch), args.seconds, best, args.compile)
                 document["rows"] += rows
                 gain = graph_gain(rows)
                 said = "" if gain is None else f"\n\nThe CUDA graph makes trt-fp16 {gain:.2f}x as fast."
-                print(f"\nTubeViT-{size.title()}, batch {batch}\n\n{table(rows)}{said}", flush=True)
+                title = "The built-in model" if model == "demo" else f"TubeViT-{size.title()}"
+                print(f"\n{title}, batch {batch}\n\n{table(rows)}{said}", flush=True)
                 _save(document, args.json)
     return 0
 
@@ -352,7 +354,7 @@ def _race(
     mode: str = "max-autotune",
 ) -> list[dict[str, Any]]:
     """The rows of one model and batch, those that cannot be built among them."""
-    out = scratch / f"{model.partition(':')[2]}.{batch}"
+    out = scratch / f"{model.rpartition(':')[2]}.{batch}"
     out.mkdir()
     made, reasons = build(names, model, out, batch)
     takes_part = contestants(model, batch, made, mode)

@@ -185,7 +185,7 @@ def test_all_of_the_script_where_the_processes_that_it_starts_find_no_gpu(
 ) -> None:
     monkeypatch.setattr(gpu, "missing", lambda needs: ())
     written = tmp_path / "results" / "gpu.json"
-    given = ["--models", "ti", "--batches", "1", "--clips", "9", "--seconds", "0.2", "--json", str(written)]
+    given = ["--models", "demo", "--batches", "1", "--clips", "9", "--seconds", "0.2", "--json", str(written)]
     given += ["--targets", f"{gpu.ORT},trt-fp16"]
     monkeypatch.setattr(sys, "argv", ["gpu.py", *given])
     assert gpu.main() == 0
@@ -197,7 +197,7 @@ def test_all_of_the_script_where_the_processes_that_it_starts_find_no_gpu(
     assert list(rows) == [*torch_rows, gpu.ORT, *trt_rows, *WITNESS]
     assert "sees no GPU" in document["witness"][0]["reason"]
     assert all((row["p50_ms"] is None) == bool(row["reason"]) for row in rows.values())
-    assert "TubeViT-Ti, batch 1" in printed
+    assert "The built-in model, batch 1" in printed
 
 
 def test_the_table_of_the_graphs_in_pytorch() -> None:
