@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
+import io
+import math
+import os
+import unicodedata
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -14,14 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetube import __version__, demo, preprocess, rows, video
+from edgetube import __version__, demo, listing, preprocess, rows, video
 from edgetube.errors import InputError
+from edgetube.listing import ARRAYS, IMAGES, VIDEOS
 from edgetube.rows import Rows
 from edgetube.spec import InputContract
 from edgetube.video import Clip
-
-ARRAYS = (".npy", ".npz")
-"""Files of frames: `.npy` is one array, `.npz` has `frames` or `clips`, and may have `labels`."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,14 @@ class ClipSet:
     Attributes:
         name: for tables and reports.
         items: the clips, unread.
-        source: the path that it came from, from which `load` makes it again; None for the built-in clips.
+        source: the absolute path that it came from, from which `load` makes it again; None for the built-in clips.
+        notes: what a person should know about the set, in words: files of a folder that were left out.
     """
 
     name: str
     items: tuple[Item, ...]
     source: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -98,8 +103,8 @@ class ClipSet:
         found = {item.label for item in self.items if item.label is not None}
         if unknown := sorted(found - set(labels)):
             raise InputError(
-                f"{self.name} has {len(found)} labels, among them {', '.join(unknown[:5])}, which the model does not "
-                f"know; it has {len(labels)}: {', '.join(labels[:12])}"
+                f"{self.name} has {len(found)} labels, among them {', '.join(map(repr, unknown[:5]))}, which the model "
+                f"does not know; it has {len(labels)}: {', '.join(labels[:12])}"
             )
         return self
 
@@ -133,75 +138,95 @@ def _render(name: str, photos: tuple[str, ...], index: int, labelled: bool, cont
     return clip if labelled else replace(clip, label=None)
 
 
-def load(source: str | Path) -> ClipSet:
+def load(source: str | Path, contract: InputContract | None = None) -> ClipSet:
     """A set from whatever `source` is: a folder, a `.csv` manifest, or one `.npy` or `.npz` file.
+
+    Args:
+        contract: of the model that is asked; still images of a folder are left out when it takes several frames.
 
     Raises:
         InputError: no such thing, or it holds no clips.
     """
-    path = Path(source)
+    given, path = str(source), Path(source).absolute()
     if path.is_dir():
-        return folder(path)
-    if not path.is_file():
-        raise InputError(f"no clips at {path}; give a folder of videos or arrays, a .csv manifest, or .npy/.npz frames")
-    if path.suffix == ".csv":
-        return manifest(path)
-    if path.suffix in ARRAYS:
-        return ClipSet(str(path), tuple(_arrays(path, path.stem, None)), path)
-    raise InputError(f"{path} is not a set of clips; give a folder, a .csv manifest, or .npy/.npz frames")
+        found = folder(path, contract)
+    elif not path.is_file():
+        raise InputError(
+            f"no clips at {given}; give a folder of videos or arrays, a .csv manifest, or .npy/.npz frames"
+        )
+    elif path.suffix.lower() == ".csv":
+        found = manifest(path)
+    elif path.suffix.lower() in ARRAYS:
+        found = ClipSet(given, tuple(_arrays(path, path.stem, None)), path)
+    else:
+        raise InputError(f"{given} is not a set of clips; give a folder, a .csv manifest, or .npy/.npz frames")
+    return replace(found, name=given)
 
 
-def folder(path: Path) -> ClipSet:
+def folder(path: Path, contract: InputContract | None = None) -> ClipSet:
     """Every video, image and array file below `path`; a file's folder is its label, except at the top.
 
+    Links are followed, hidden files are passed over; other files are counted in the set's notes.
+
+    Args:
+        contract: as for `load`.
+
     Raises:
-        InputError: no such folder, or nothing in it that can be read.
+        InputError: no such folder, nothing in it that can be read, or a link back into a folder that holds it.
     """
+    path = path.absolute()
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; give one with videos, one sub-folder a class")
-    arrays = sorted(file for file in path.rglob("*") if file.suffix in ARRAYS and file.is_file())
-    files = [] if arrays and not _has_videos(path) else [f for f in video.sources(str(path)) if isinstance(f, Path)]
+    wanted = VIDEOS | ARRAYS if contract and not contract.is_image else VIDEOS | ARRAYS | IMAGES
+    found = listing.walk(path, wanted)
     items = []
-    for file in sorted([*files, *arrays]):
+    for file in found.required(path, wanted):
         label = None if file.parent == path else file.parent.name
         items.extend(_items(file, file.relative_to(path).as_posix(), label))
-    return ClipSet(str(path), tuple(items), path)
+    return ClipSet(str(path), tuple(items), path, tuple(filter(None, [found.note(path)])))
 
 
 def windows(path: Path, starts: Iterable[float]) -> ClipSet:
     """The clips of one video file that begin at the seconds `starts`."""
+    given, path = str(path), path.absolute()
     read = [(f"{start:.3f}s", partial(_read_video, path, f"{start:.3f}s", None, start)) for start in starts]
-    return ClipSet(str(path), tuple(Item(name, None, how, _version(path)) for name, how in read), path)
+    return ClipSet(given, tuple(Item(name, None, how, _version(path)) for name, how in read), path)
 
 
-def _has_videos(path: Path) -> bool:
-    try:
-        return bool(video.sources(str(path)))
-    except InputError:
-        return False
+COLUMNS = ("path", "label", "start")
+"""Columns of a manifest; the first one is required."""
 
 
 def manifest(path: Path) -> ClipSet:
     """A CSV file with the columns `path`, relative to it, and optionally `label` and `start` (seconds).
 
+    The text is UTF-8, or UTF-16 with a byte order mark.
+
     Raises:
-        InputError: a column is missing or unknown, or a row names no file.
+        InputError: another encoding, a column that is missing or unknown, a row with too few or too many cells, that
+            names no file, or that names a clip of a row before; says the line.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = set(reader.fieldnames or ())
-        if "path" not in columns or not columns <= {"path", "label", "start"}:
-            raise InputError(f"{path} has the columns {', '.join(sorted(columns))}; expected path[,label][,start]")
-        rows = list(reader)
+    path = path.absolute()
+    lines = _lines(path)
+    header, columns = next(lines, (1, []))
+    if "path" not in columns or not set(columns) <= set(COLUMNS) or len(set(columns)) < len(columns):
+        found = ", ".join(map(repr, columns)) or "nothing"
+        hint = ", separated by commas" if len(columns) == 1 else ""
+        raise InputError(f"{path}, line {header} has the columns {found}; expected path[,label][,start]{hint}")
     items: list[Item] = []
-    for number, row in enumerate(rows, start=2):
+    seen: dict[tuple[str, float | None], int] = {}
+    for number, cells in lines:
+        if len(cells) != len(columns):
+            hint = "; write names that have a comma in quotes" if len(cells) > len(columns) else ""
+            raise InputError(f"{path}, line {number} has {len(cells)} cells; expected {len(columns)}{hint}")
+        row = dict(zip(columns, cells, strict=True))
+        where = f"{path}, line {number}"
         target = path.parent / row["path"]
         if not target.is_file():
-            raise InputError(f"{path}, line {number}: there is no file {row['path']!r}")
-        try:
-            start = float(row["start"]) if row.get("start") else None
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: start is {row['start']!r}; expected seconds") from error
+            raise InputError(f"{where}: {_no_file(path.parent, row['path'])}")
+        start = _seconds(row.get("start"), where)
+        if (before := seen.setdefault((os.path.normpath(target), start), number)) != number:
+            raise InputError(f"{where} names {row['path']!r} again, as line {before} does; name each clip once")
         name = row["path"] if start is None else f"{row['path']}@{start:g}"
         items.extend(_items(target, name, row.get("label") or None, start))
     if not items:
@@ -209,19 +234,91 @@ def manifest(path: Path) -> ClipSet:
     return ClipSet(str(path), tuple(items), path)
 
 
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file that are not blank, with the numbers of their (last) lines."""
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    try:
+        for cells in reader:
+            if cells:
+                yield reader.line_num, cells
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}") from error
+
+
+def _text(path: Path) -> str:
+    """The text of a file by its byte order mark; UTF-8 where it has none.
+
+    Raises:
+        InputError: another encoding; says the line.
+    """
+    data = path.read_bytes()
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if marked else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{data[error.start]:02x} is not {encoding.removesuffix('-sig').upper()}"
+        raise InputError(f"{path}, line {line}: {found}; {_SAVE_AS}") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise InputError(f"{path}, line {line} has a zero byte, as UTF-16 has it; {_SAVE_AS}")
+    return text
+
+
+_SAVE_AS = "save the file as UTF-8 (in Excel: CSV UTF-8; for Windows-1252: iconv -f cp1252 -t utf-8)"
+
+
+def _no_file(folder: Path, given: str) -> str:
+    """What to say when a manifest names a file that is not there; names one that is spelt nearly the same."""
+    if (folder / given).is_dir():
+        return f"{given!r} is a folder; expected a file"
+    said = f"there is no file {given!r}"
+    for other, why in (
+        (given.strip(), "without the spaces around its name"),
+        (given.replace("\\", "/"), "with / for \\"),
+        (unicodedata.normalize("NFC", given), "in Unicode's composed form (NFC)"),
+        (unicodedata.normalize("NFD", given), "in Unicode's decomposed form (NFD)"),
+    ):
+        if other != given and (folder / other).is_file():
+            return f"{said}; there is one {why}"
+    return said
+
+
+def _seconds(text: str | None, where: str) -> float | None:
+    """The start that a manifest's row gives, if any."""
+    if not text:
+        return None
+    try:
+        start = float(text)
+    except ValueError as error:
+        raise InputError(f"{where}: start is {text!r}; expected seconds, like 1.5") from error
+    if not (math.isfinite(start) and start >= 0):
+        raise InputError(f"{where}: start is {text!r}; expected seconds from 0 on")
+    return start
+
+
 def _items(file: Path, name: str, label: str | None, start: float | None = None) -> list[Item]:
-    if file.suffix in ARRAYS:
+    if file.suffix.lower() in ARRAYS:
         return _arrays(file, name, label)
     return [Item(name, label, partial(_read_video, file, name, label, start), _version(file))]
 
 
 def _version(file: Path) -> str:
-    state = file.stat()
+    try:
+        state = file.stat()
+    except FileNotFoundError:  # a broken link: whoever reads it says so
+        return "missing"
     return f"{state.st_size} bytes at {state.st_mtime_ns}"
 
 
 def _read_video(file: Path, name: str, label: str | None, start: float | None, contract: InputContract) -> Clip:
-    return replace(video.load(file, contract, start), name=name, label=label)
+    try:
+        return replace(video.load(file, contract, start), name=name, label=label)
+    except InputError as error:
+        if str(file) in str(error):
+            raise
+        raise InputError(f"{file}: {error}") from error
 
 
 def _arrays(file: Path, name: str, label: str | None) -> list[Item]:

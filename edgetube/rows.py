@@ -114,7 +114,7 @@ def stored(file: Path) -> dict[str, Rows]:
         FormatError: it is damaged or truncated, or holds something else than numbers and texts.
     """
     with _readable(file), file.open("rb") as opened:
-        if file.suffix == ".npy":
+        if file.suffix.lower() == ".npy":
             return {"": _rows(file, opened, file.stat().st_size)}
         found: dict[str, Rows] = {}
         with zipfile.ZipFile(opened) as archive:

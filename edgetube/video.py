@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from edgetube import preprocess
+from edgetube import listing, preprocess
 from edgetube.errors import InputError
 from edgetube.files import replacing
+from edgetube.listing import IMAGES, VIDEOS
 from edgetube.preprocess import TOLERANCE, Frames
 from edgetube.spec import InputContract
 
@@ -31,12 +32,6 @@ __all__ = ["IMAGES", "VIDEOS", "Clip", "Frames", "Source", "frames", "load", "so
 
 Source: TypeAlias = int | str | Path
 """A camera's index (also as digits), a URL, or a file."""
-
-VIDEOS = frozenset(
-    (".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm")
-)
-IMAGES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
-"""Suffixes that a folder is searched for; a file that is named outright may have any suffix."""
 
 TIMEOUT = 10.0
 """Seconds that a URL or a camera may take to open, and again for each next frame."""
@@ -143,30 +138,39 @@ def rate(source: Source) -> float:
 
 
 def sources(source: Source) -> list[Source]:
-    """What a person's argument stands for: a file, the files of a folder or a glob, a camera, a URL.
+    """What a person's argument stands for: a file, the files of a folder or a glob, a camera, a URL; see `search`.
 
-    A folder is searched through, in sorted order, for the suffixes `VIDEOS` and `IMAGES`; hidden files are left out.
+    Raises:
+        InputError: nothing is found.
+    """
+    return search(source)[0]
+
+
+def search(source: Source, contract: InputContract | None = None) -> tuple[list[Source], str]:
+    """The sources that an argument stands for, and one line about files of a folder that are left out, or "".
+
+    A folder is searched through, in sorted order, for the suffixes `VIDEOS` and `IMAGES`; links are followed, hidden
+    files are passed over.
+
+    Args:
+        contract: of the model that is asked; still images are left out when it takes several frames.
 
     Raises:
         InputError: nothing is found.
     """
     known = _known(source)
     if not isinstance(known, Path) or known.is_file():
-        return [known]
+        return [known], ""
     if known.is_dir():
-        found = [p for p in sorted(known.rglob("*")) if p.suffix.lower() in VIDEOS | IMAGES and p.is_file()]
-        found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(known).parts)]
-        if not found:
-            raise InputError(
-                f"the folder {known} holds no video or image; known are {' '.join(sorted(VIDEOS | IMAGES))}"
-            )
-        return list(found)
+        wanted = VIDEOS if contract and not contract.is_image else VIDEOS | IMAGES
+        found = listing.walk(known, wanted)
+        return list(found.required(known, wanted)), found.note(known)
     # `Path.glob` has no patterns that are absolute.
     matches = sorted(glob.glob(str(known), recursive=True))  # noqa: PTH207
-    found = [p for p in map(Path, matches) if p.is_file()]
-    if not found:
+    files = [p for p in map(Path, matches) if p.is_file()]
+    if not files:
         raise InputError(f"there is no file, folder or match for {known}")
-    return list(found)
+    return list(files), ""
 
 
 def write(path: str | Path, frames: Iterable[Frames], fps: float) -> Path:
