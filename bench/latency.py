@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 from typing_extensions import Self
 
-from edgetube import errors
+from edgetube import errors, runtimes
 from edgetube.bench import energy, machine, peak
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, EdgetubeError, InputError, MissingPackageError
@@ -114,8 +114,8 @@ class Options:
     reference: bool = False
 
     def __post_init__(self) -> None:
-        if bad := [n for n in self.threads if n is not None and n < 1]:
-            raise InputError(f"threads is {bad[0]}; expected >= 1")
+        for count in self.threads:
+            runtimes.check_threads(count)
         for name in ("seconds", "warm", "starts", "camera_fps", "camera_seconds", "hop"):
             value = getattr(self, name)
             if value is not None and not value > 0:

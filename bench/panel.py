@@ -150,6 +150,7 @@ def of_bundles(bundles: Sequence[Bundle], reference: Bundle | None = None, threa
     Raises:
         InputError: no bundles, bundles of different checkpoints, or of other inputs or labels than the reference.
     """
+    runtimes.check_threads(threads)
     if not bundles:
         raise InputError("no bundles to compare")
     first = reference or bundles[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from edgetube.progress import Progress, silent, track
 from edgetube.rows import Rows, Spool
 from edgetube.spec import InputContract
 from edgetube.video import Frames
+
+UNREAD = 0.1
+"""Share of the clips that may be unreadable; the ranges of what remains are still those of the set."""
 
 FEW = 16
 """Fewer clips than this may all show the same scene."""
@@ -32,6 +36,7 @@ class Clips:
         names: of the clips.
         sha256: of pixels, labels and the input contract.
         notes: what a person should know about them, in words.
+        unread: clips of the set that could not be read and are missing here: why, by name.
     """
 
     name: str
@@ -40,6 +45,7 @@ class Clips:
     names: tuple[str, ...]
     sha256: str
     notes: tuple[str, ...] = ()
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -58,14 +64,15 @@ def collect(
     stage: str = "read clips",
     progress: Progress = silent,
 ) -> Clips:
-    """Read every clip of a set.
+    """Read every clip of a set; those that cannot be read are left out, if they are few.
 
     Args:
         labels: class names of the model.
         workspace: folder for the frames, which take T * H * W * 3 bytes a clip.
 
     Raises:
-        InputError: no clips, a label that the model does not know, or clips without any content.
+        InputError: no clips, a label that the model does not know, clips without any content, or more than `UNREAD` of
+            them cannot be read.
     """
     items = sorted(source.known(labels).items, key=lambda item: item.name)
     if not items:
@@ -74,17 +81,29 @@ def collect(
         raise InputError(f"{source.name} names a clip twice; names must be unique")
     frames = Spool(workspace, (len(items), *contract.shape), np.uint8)
     seen = hashlib.sha256(json.dumps(contract.to_json(), sort_keys=True).encode())
-    flat, truth = [], []
-    for index, item in enumerate(track(items, stage, len(items), progress)):
-        clip = item.read(contract)
-        frames[index] = clip.frames
+    flat, truth, names = [], [], []
+    unread: dict[str, str] = {}
+    for item in track(items, stage, len(items), progress):
+        try:
+            clip = item.read(contract)
+        except InputError as error:
+            unread[item.name] = str(error)
+            continue
+        frames[len(names)] = clip.frames
+        names.append(item.name)
         truth.append(-1 if clip.label is None else labels.index(clip.label))
-        seen.update(f"{item.name}:{clip.label}".encode())
+        seen.update(f"{item.name}:{clip.label}".encode("utf-8", "surrogatepass"))
         seen.update(np.ascontiguousarray(clip.frames).tobytes())
         if int(clip.frames.min()) == int(clip.frames.max()):
             flat.append(item.name)
-    names = tuple(item.name for item in items)
-    return Clips(source.name, frames, np.array(truth), names, seen.hexdigest(), _notes(source.name, names, flat))
+    if len(unread) > UNREAD * len(items):
+        raise InputError(
+            f"{len(unread)} of {len(items)} clips of {source.name} cannot be read, more than {UNREAD:.0%}; the first: "
+            f"{next(iter(unread.values()))}"
+        )
+    frames.shorten(len(names))
+    notes = (*source.notes, *_notes(source.name, tuple(names), flat))
+    return Clips(source.name, frames, np.array(truth), tuple(names), seen.hexdigest(), notes, unread)
 
 
 def _notes(source: str, names: tuple[str, ...], flat: list[str]) -> tuple[str, ...]:

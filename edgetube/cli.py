@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -162,6 +162,12 @@ def export_command(
     if input_kind not in ("video", "image"):
         raise InputError(f"--input is {input_kind!r}; expected video or image")
     names = _chosen(target)
+    if "int8" not in {export.target(name).precision for name in names}:
+        for option, value in (("calib", calib), ("max-drop", max_drop)):
+            if value is not None:
+                raise InputError(
+                    f"--{option} is for int8 targets; {', '.join(names)} is none: leave it out, or add one"
+                )
     pipeline = need("edgetube.export.pipeline", "export")
     options = pipeline.Options(
         frames, _size(size), input_kind == "image", batch, head, lowering, calib, max_drop, _settings(settings or [])
@@ -173,6 +179,9 @@ def export_command(
         print_json(rows)
     else:
         terminal.exported(made, rows)
+    reports = [b.build["int8"] for b in made if "int8" in b.build]
+    unread = {name: why for report in reports for name, why in report["unread"].items()}
+    _end_with(unread, "calibration clips were left out")
 
 
 @app.command()
@@ -196,21 +205,43 @@ def run(
 
     Example: edgetube run out/demo.onnx-fp32 clip.mp4 --save annotated.mp4
     """
+    _at_least(1, hop=hop, top_k=top_k, limit=limit)
     with Runtime(bundle, threads=threads, device=device) as rt:
-        found = video.sources(source)
+        found, note = video.search(source, rt.contract)
         if save and (len(found) != 1 or not isinstance(found[0], Path)):
             raise InputError(f"--save takes one video file; {source} is {len(found)} sources or a live one")
+        if note:
+            terminal.warn("note", note)
+        unread = {}
         for item in found:
-            predictions = []
-            for prediction in _predictions(rt, item, stream or not isinstance(item, Path), hop, top_k, limit):
-                predictions.append(prediction)
+            kept = []
+            try:
+                for prediction in _predictions(rt, item, stream or not isinstance(item, Path), hop, top_k, limit):
+                    if save:
+                        kept.append(prediction)
+                    if as_json:
+                        print_json({"source": str(item), **prediction.to_json()}, indent=None)
+                    else:
+                        terminal.prediction(str(item), prediction)
+            except InputError as error:
+                if len(found) == 1:
+                    raise
+                unread[str(item)] = str(error)
                 if as_json:
-                    print_json({"source": str(item), **prediction.to_json()}, indent=None)
-                else:
-                    terminal.prediction(str(item), prediction)
+                    print_json({"source": str(item), "error": str(error)}, indent=None)
             if save:
-                need("edgetube.annotate", "plot").save(save, video.frames(item), predictions, video.rate(item))
+                need("edgetube.annotate", "plot").save(save, video.frames(item), kept, video.rate(item))
                 terminal.wrote(save)
+    _end_with(unread, f"of {len(found)} sources could not be read")
+
+
+def _end_with(unread: Mapping[str, str], what: str) -> None:
+    """List what could not be read, and exit with 1; nothing if there is none."""
+    if unread:
+        for why in unread.values():
+            terminal.error(why)
+        terminal.error(f"{len(unread)} {what}")
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -309,7 +340,7 @@ def parity(
             )
             source, comparison, video_report = seen.windows, seen.comparison, seen.to_json()
         else:
-            source, video_report = datasets.load(data) if data else datasets.built_in(clips, found[0].labels), None
+            source, video_report = _clips(data, clips, found[0]), None
             gates.check_data(source)
             with ExitStack() as stack:
                 comparison = harness.measure(
@@ -394,7 +425,7 @@ def report_command(
     """
     reports, harness = need("edgetube.bench.report", "report"), need("edgetube.bench.parity", "export")
     found = reports.find(folder)
-    source = datasets.load(data) if data else datasets.built_in(clips, found[0].labels)
+    source = _clips(data, clips, found[0])
     options = latency.Options((threads,), seconds=seconds, camera_fps=camera_fps, reference=True)
     command = shlex.join(["edgetube", *sys.argv[1:]])
     with progress() as show:
@@ -416,6 +447,23 @@ def _predictions(
 ) -> Iterator[Prediction]:
     found = rt.stream(source, hop=hop, top_k=top_k) if live else iter([rt.predict(source, top_k=top_k)])
     return islice(found, limit)
+
+
+def _clips(data: Path | None, count: int, asked: Bundle) -> datasets.ClipSet:
+    """The clips of --data, or the first of the built-in ones."""
+    if data is None:
+        return datasets.built_in(count, asked.labels)
+    found = datasets.load(data, asked.contract)
+    for note in found.notes:
+        terminal.warn("note", note)
+    return found
+
+
+def _at_least(least: int, **options: int | None) -> None:
+    """Refuse an option whose number is smaller."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
 
 
 def _runner(workers: int, ray: str | None) -> Any:
@@ -449,7 +497,10 @@ def _settings(texts: list[str]) -> dict[str, str]:
     pairs = [text.partition("=") for text in texts]
     if bad := [name for name, equals, _ in pairs if not (name and equals)]:
         raise InputError(f"--set is {bad[0]!r}; expected NAME=VALUE")
-    return {name: value for name, _, value in pairs}
+    found = {name: value for name, _, value in pairs}
+    if len(found) < len(pairs):
+        raise InputError(f"--set names a setting twice: {', '.join(texts)}")
+    return found
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

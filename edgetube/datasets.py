@@ -110,7 +110,7 @@ class ClipSet:
 
 
 def _draw(name: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest()
 
 
 def built_in(count: int, labels: tuple[str, ...]) -> ClipSet:
@@ -182,7 +182,11 @@ def folder(path: Path, contract: InputContract | None = None) -> ClipSet:
     items = []
     for file in found.required(path, wanted):
         label = None if file.parent == path else file.parent.name
-        items.extend(_items(file, file.relative_to(path).as_posix(), label))
+        name = file.relative_to(path).as_posix()
+        try:
+            items.extend(_items(file, name, label))
+        except InputError as error:  # whoever reads the clip is told
+            items.append(Item(name, label, partial(_refuse, str(error))))
     return ClipSet(str(path), tuple(items), path, tuple(filter(None, [found.note(path)])))
 
 
@@ -304,6 +308,10 @@ def _items(file: Path, name: str, label: str | None, start: float | None = None)
     return [Item(name, label, partial(_read_video, file, name, label, start), _version(file))]
 
 
+def _refuse(reason: str, contract: InputContract) -> Clip:
+    raise InputError(reason)
+
+
 def _version(file: Path) -> str:
     try:
         state = file.stat()
@@ -315,6 +323,8 @@ def _version(file: Path) -> str:
 def _read_video(file: Path, name: str, label: str | None, start: float | None, contract: InputContract) -> Clip:
     try:
         return replace(video.load(file, contract, start), name=name, label=label)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
     except InputError as error:
         if str(file) in str(error):
             raise

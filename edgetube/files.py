@@ -40,12 +40,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def atomic_write(path: str | Path, data: str | bytes) -> Path:
     """Write a whole file, text as UTF-8 with the line ends that it has; returns the path.
 
+    What UTF-8 cannot express, bytes of file names that are not text, is escaped.
+
     Raises:
         OSError: the file system refuses; an older file at `path` is as it was.
     """
     path = Path(path)
     with replacing(path) as part:
-        part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+        part.write_bytes(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
     return path
 
 

@@ -71,6 +71,11 @@ class Spool:
         self._file.write(np.ascontiguousarray(np.broadcast_to(row, self.shape[1:]), self.dtype).data)
         self._file.flush()
 
+    def shorten(self, length: int) -> None:
+        """Keep the first `length` rows."""
+        self.shape = (length, *self.shape[1:])
+        self._file.truncate(length * self._row)
+
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[index] for index in range(len(self)))
 

@@ -52,8 +52,7 @@ class Runtime:
         device: str | None = None,
         verify: bool = True,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"threads is {threads}; expected >= 1, or None for the runtime's own choice")
+        runtimes.check_threads(threads)
         if isinstance(bundle, Bundle):
             self.bundle = bundle
             if verify:

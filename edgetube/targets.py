@@ -7,7 +7,7 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Literal
@@ -105,6 +105,22 @@ class Target:
             if absent and not any(need in PLATFORMS or need == GPU for need in absent):
                 return pip_line(self.extra)
         return ""
+
+
+def choose(chosen: Sequence[Target], settings: Mapping[str, str]) -> list[Target]:
+    """Targets with other settings; each takes those that it has.
+
+    Raises:
+        InputError: a setting that none of them has, or a value that one of them does not take.
+    """
+    known = dict.fromkeys(setting.name for target in chosen for setting in target.settings)
+    if unknown := [name for name in settings if name not in known]:
+        first, *others = (target.name for target in chosen)
+        who = f"{first} has no setting" if not others else f"none of {', '.join([first, *others])} has a setting"
+        raise InputError(f"{who} {unknown[0]!r}; {'they have' if others else 'it has'} {', '.join(known) or 'none'}")
+    return [
+        target.choose({s.name: settings[s.name] for s in target.settings if s.name in settings}) for target in chosen
+    ]
 
 
 def missing(needs: tuple[str, ...]) -> tuple[str, ...]:

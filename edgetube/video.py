@@ -237,6 +237,8 @@ def _address(source: Source) -> _Address:
 
 def _file(path: Path) -> _Address:
     if not path.is_file():
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path} is a link to {path.readlink()}, which is not there")
         raise InputError(f"{path} is {'a folder, not' if path.is_dir() else 'not'} a file")
     if not path.stat().st_size:
         raise InputError(f"{path} is empty (0 bytes)")

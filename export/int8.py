@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def sources(checkpoint: Checkpoint, given: Path | None) -> tuple[ClipSet, ClipSe
         InputError: no clips that this model was made for.
     """
     if given is not None:
-        source = datasets.load(given).known(checkpoint.labels)
+        source = datasets.load(given, checkpoint.contract).known(checkpoint.labels)
     elif set(demo.LABELS) <= set(checkpoint.labels) or checkpoint.source.startswith("random:"):
         source = datasets.built_in_calibration(STATISTICS + JUDGED, checkpoint.labels)
     else:
@@ -61,7 +61,7 @@ def sources(checkpoint: Checkpoint, given: Path | None) -> tuple[ClipSet, ClipSe
     drawn = source.sample(STATISTICS + JUDGED)
     seen, unseen = drawn.items[:STATISTICS], drawn.items[STATISTICS:]
     judged = unseen if len(unseen) >= ENOUGH else drawn.items
-    return ClipSet(source.name, seen), ClipSet(source.name, judged)
+    return replace(source, items=seen), replace(source, items=judged)
 
 
 def activations(target: Target) -> Activations:

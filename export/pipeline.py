@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from edgetube import bundle as bundles
 from edgetube import calibration, demo, export, runtimes
+from edgetube import targets as targeting
 from edgetube.bench import machine, parity
 from edgetube.bench.latency import interleave
 from edgetube.bundle import Bundle
@@ -118,7 +119,7 @@ def export_models(
 ) -> Iterator[Bundle]:
     """Export one checkpoint to several targets, sharing what they share; see `export_model`."""
     options = options or Options()
-    chosen = [export.target(name).choose(options.settings) for name in targets]
+    chosen = targeting.choose([export.target(name) for name in targets], options.settings)
     for target in chosen:
         if missing := target.missing(target.build_needs):
             hint = f"; install with: {target.remedy}" if target.remedy else ", which is not here"
@@ -193,7 +194,8 @@ class Road:
         if wishes.clips:
             np.save(folder / bundles.CLIPS, self._calibration_clips[0].first(wishes.clips))
         bundle, built = self._build(folder, target, equalised, table)
-        report = {**calibrated.report, "notes": [*calibrated.report["notes"], *built.notes]}
+        unread = {name: why for clips in self._calibration_clips for name, why in clips.unread.items()}
+        report = {**calibrated.report, "notes": [*calibrated.report["notes"], *built.notes], "unread": unread}
         if runtimes.proof_device(target.name, target.backend) == runtimes.EMULATED:
             with runtimes.open_bundle(bundle, device=runtimes.EMULATED) as backend:
                 contestant = int8.Contestant(target.name, backend, 0)

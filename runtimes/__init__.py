@@ -11,6 +11,7 @@ without what it needs. With a function `product` it takes part in measuring how 
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -29,16 +30,33 @@ def names() -> frozenset[str]:
     return frozenset(m.name for m in pkgutil.iter_modules(__path__)) - {"base"}
 
 
+MAX_THREADS = max(64, 8 * (os.cpu_count() or 1))
+"""More threads than this make any call slower, and thousands of them exhaust the machine."""
+
+
+def check_threads(threads: int | None) -> None:
+    """That a number of CPU threads is one that this machine can bear.
+
+    Raises:
+        InputError: it is below 1 or above `MAX_THREADS`.
+    """
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise InputError(
+            f"threads is {threads}; expected 1 to {MAX_THREADS} on this machine, or None for the runtime's own choice"
+        )
+
+
 def open_bundle(bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> Backend:
     """Open a bundle's artifact with the backend that its manifest names, or on `EMULATED` with that one's emulator.
 
     Raises:
         BundleError: this version has no such backend, the backend does not run such targets, or the artifact takes or
             gives something else than the manifest says.
-        InputError: `device` is `EMULATED` and nothing emulates the backend.
+        InputError: `device` is `EMULATED` and nothing emulates the backend, or so many threads cannot be.
         MissingPackageError: the vendor's package is not installed.
         BackendError: the vendor's runtime refuses the artifact or the device.
     """
+    check_threads(threads)
     if bundle.backend not in names():
         raise BundleError(
             f"{bundle.path} needs the backend {bundle.backend!r}; this edgetube has "

@@ -3,12 +3,17 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pytest
 
 import edgetube
-from edgetube import cli, demo, video
+from edgetube import bundle, cli, demo, video
+
+Cli: TypeAlias = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -74,6 +79,52 @@ def test_a_folder_gives_a_line_a_file(edgetube_cli, tiny_bundle, clip):
     code, out, _ = edgetube_cli("run", tiny_bundle, clip.parent)
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == ["clip.mp4", "second.mp4"]
+
+
+def test_a_folder_goes_on_past_what_cannot_be_read(edgetube_cli: Cli, tiny_bundle: Path, clip: Path) -> None:
+    (clip.parent / "bad.mp4").write_bytes(clip.read_bytes()[:300])
+    (clip.parent / "poster.jpg").touch()
+    (clip.parent / "zero.mp4").touch()
+    code, out, err = edgetube_cli("run", tiny_bundle, clip.parent)
+    assert code == 1
+    assert [line.split()[0] for line in out.splitlines()] == ["clip.mp4"]
+    note, *errors = err.splitlines()
+    assert note == f"note: 1 file of {clip.parent} left out, not clips: 1 .jpg"
+    assert re.match(r"error: .*bad\.mp4 has no video in it", errors[0])
+    assert errors[1].endswith("zero.mp4 is empty (0 bytes)")
+    assert errors[2:] == ["error: 2 of 3 sources could not be read"]
+    code, out, _ = edgetube_cli("run", tiny_bundle, clip.parent / "*.mp4", "--json")
+    assert code == 1
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert ["error" in row for row in rows] == [True, False, True]
+    assert rows[0]["source"] == str(clip.parent / "bad.mp4")
+    assert edgetube_cli("run", tiny_bundle, clip.parent / "zero.mp4")[0] == 2
+
+
+def test_int8_goes_on_past_calibration_clips_that_cannot_be_read(
+    edgetube_cli: Cli, tiny_checkpoint: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    data = tmp_path / "clips"
+    data.mkdir()
+    for i in range(12):
+        np.save(data / f"{i:02d}.npy", rng.integers(0, 256, (8, 32, 48, 3), np.uint8))
+    (data / "05.npy").write_bytes(b"x")
+    arguments = ("export", "--target", "onnx-int8", "--checkpoint", tiny_checkpoint, "--lowering", "gather",
+                 "--calib", data, "--max-drop", 100, "--out", tmp_path / "out")  # fmt: skip
+    code, out, err = edgetube_cli(*arguments, "--json")
+    assert code == 1
+    (row,) = json.loads(out)
+    assert [line for line in err.splitlines() if line.startswith("error")] == [
+        f"error: {data / '05.npy'} cannot be read: EOF: reading magic string, expected 8 bytes got 1",
+        "error: 1 calibration clips were left out",
+    ]
+    report = bundle.load(row["bundle"]).build["int8"]
+    assert list(report["unread"]) == ["05.npy"]
+    assert report["clips"]["count"] == 11
+    (data / "06.npy").write_bytes(b"x")
+    code, _, err = edgetube_cli(*arguments)
+    assert code == 2
+    assert "2 of 12 clips of" in err
 
 
 def test_save_writes_an_annotated_video(edgetube_cli, tiny_bundle, clip, tmp_path):
@@ -172,6 +223,22 @@ def test_bench_prints_tables_and_notes(edgetube_cli, tiny_bundle):
         (["bench", ".", "--threads", "many"], "--threads is 'many'; expected numbers like 1,2,4"),
         (["bench", ".", "--camera-fps", "0"], "camera-fps is 0.0; expected more than 0"),
         (["report", "."], r"\. holds no bundles"),
+        (["run", "x", "x.mp4", "--limit", "-1"], "--limit is -1; expected 1 or more"),
+        (["run", "x", "x.mp4", "--top-k", "0"], "--top-k is 0; expected 1 or more"),
+        (["run", "x", "x.mp4", "--hop", "0"], "--hop is 0; expected 1 or more"),
+        (["run", "x", "x.mp4", "--threads", "20000"], r"threads is 20000; expected 1 to \d+ on this machine"),
+        (["run", "x"], "Missing argument 'source'; see: edgetube run --help"),
+        (["bench", ".", "--threads", "1,20000"], "threads is 20000; expected 1 to"),
+        (["export", "--target", "onnx-fp32", "--calib", "x"], "--calib is for int8 targets; onnx-fp32 is none"),
+        (["export", "--target", "onnx-fp32", "--max-drop", "1"], "--max-drop is for int8 targets"),
+        (["export", "--target", "onnx-fp32", "--set", "cpu=arm"], "onnx-fp32 has no setting 'cpu'; it has"),
+        (
+            ["export", "--target", "onnx-fp32", "--target", "onnx-int8", "--set", "zz=1"],
+            "none of onnx-fp32, onnx-int8 has",
+        ),
+        (["export", "--target", "onnx-int8", "--set", "cpu=arm", "--set", "cpu=x86"], "--set names a setting twice"),
+        (["frobnicate"], "No such command 'frobnicate'; see: edgetube --help"),
+        (["targets", "--jsn"], "No such option: --jsn.*; see: edgetube targets --help"),
         (["parity", "."], r"it has no edgetube\.json"),
     ],
 )

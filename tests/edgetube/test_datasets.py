@@ -1,6 +1,8 @@
 """Sets of clips from whatever people have, sampled by name and not by order."""
 
+import os
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,19 +101,130 @@ class TestManifest:
         assert [(c.name, c.label) for c in found] == [("a.mp4@0.5", "run"), ("a.mp4", "run"), ("b.npy", "walk")]
         assert found[0].start == pytest.approx(0.5, abs=0.11)
 
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+    def test_encodings_that_a_mark_tells_apart(self, tmp_path: Path, encoding: str, end: str) -> None:
+        (tmp_path / "Ünï, 影.mp4").touch()
+        lines = ["path,label", "", '"Ünï, 影.mp4",é', ""]
+        (tmp_path / "set.CSV").write_bytes(end.join(lines).encode(encoding))
+        (item,) = datasets.load(tmp_path / "set.CSV").items
+        assert (item.name, item.label) == ("Ünï, 影.mp4", "é")
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (
+                "path\na.mp4\nÜ.mp4\n".encode("cp1252"),
+                r"line 3: byte 0xdc is not UTF-8; save the file as UTF-8 \(in Excel",
+            ),
+            ("path\na.mp4\n".encode("utf-16-le"), "line 1 has a zero byte, as UTF-16 has it; save the file as UTF-8"),
+            (b"\xff\xfep\x00a", "line 1: byte 0x61 is not UTF-16"),
+            (b"\xff\xfep", "is not UTF-16"),
+            (b"path,label\na.mp4,tilt\x00up\n", "line 2 has a zero byte"),
+            (b'path,label\n"a.mp4,x\n', "line 2 is not CSV"),
+            (b"path,label\na.mp4," + b"x" * 200_000 + b"\n", "line 2 is not CSV: field larger than field limit"),
+        ],
+    )
+    def test_other_encodings_are_named_with_the_line(self, tmp_path: Path, data: bytes, message: str) -> None:
+        (tmp_path / "a.mp4").touch()
+        (tmp_path / "set.csv").write_bytes(data)
+        with pytest.raises(InputError, match=message):
+            datasets.load(tmp_path / "set.csv")
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("file\nx.mp4\n", r"columns file; expected path"),
+            ("file\nx.mp4\n", r"line 1 has the columns 'file'; expected path"),
+            ("", "line 1 has the columns nothing"),
+            ("path;label\nx;y\n", r"columns 'path;label'; expected path\[,label\]\[,start\], separated by commas"),
+            ("path, label\nx,y\n", "columns 'path', ' label'"),
+            ("path,path\nx,y\n", "columns 'path', 'path'"),
+            ("\n\npath,label,split\nx,y,z\n", "line 3 has the columns 'path', 'label', 'split'"),
             ("path\nnone.mp4\n", "line 2: there is no file 'none.mp4'"),
             ("path\n", "names no clips"),
-            ("path,start\nset.csv,soon\n", "start is 'soon'"),
+            ("path,start\na.mp4,soon\n", "start is 'soon'; expected seconds, like 1.5"),
+            ('path,start\na.mp4,"0,5"\n', "start is '0,5'; expected seconds, like 1.5"),
+            ("path,start\na.mp4,nan\n", "start is 'nan'; expected seconds from 0 on"),
+            ("path,start\na.mp4,inf\n", "start is 'inf'"),
+            ("path,start\na.mp4,-1\n", "start is '-1'"),
+            ("label,path\nx\n", "line 2 has 1 cells; expected 2$"),
+            ("path,label\na, b.mp4,x\n", "line 2 has 3 cells; expected 2; write names that have a comma in quotes"),
+            ("path,label\na.mp4,x\n\n./a.mp4,y\n", r"line 4 names './a.mp4' again, as line 2 does"),
+            ("path,start\na.mp4,1\na.mp4,1.0\n", "line 3 names 'a.mp4' again, as line 2 does"),
+            ("path\nsub\n", "line 2: 'sub' is a folder; expected a file"),
+            ("path\n a.mp4\n", "no file ' a.mp4'; there is one without the spaces around its name"),
+            ("path\nsub\\b.mp4\n", r"there is one with / for \\"),
+            ("path\ncafe\u0301.mp4\n", r"there is one in Unicode's composed form \(NFC\)"),
         ],
     )
-    def test_mistakes_are_named(self, text, message, tmp_path):
-        (tmp_path / "set.csv").write_text(text)
+    def test_mistakes_are_named(self, text: str, message: str, tmp_path: Path) -> None:
+        (tmp_path / "sub").mkdir()
+        for name in ("a.mp4", "sub/b.mp4", "caf\u00e9.mp4"):
+            (tmp_path / name).touch()
+        (tmp_path / "set.csv").write_text(text, "utf-8")
         with pytest.raises(InputError, match=message):
             datasets.load(tmp_path / "set.csv")
+
+    def test_the_clip_is_named_when_its_start_is_outside(self, clips: np.ndarray, tmp_path: Path) -> None:
+        video.write(tmp_path / "a.mp4", clips[0], 10.0)
+        (tmp_path / "set.csv").write_text("path,start\na.mp4,60\n")
+        with pytest.raises(InputError, match=r"a\.mp4: start is 60"):
+            list(datasets.load(tmp_path / "set.csv").clips(CONTRACT))
+
+
+class TestFolders:
+    def test_linked_classes_hidden_files_and_suffixes_in_capitals(self, clips: np.ndarray, tmp_path: Path) -> None:
+        store, folder = tmp_path / "store", tmp_path / "set"
+        store.mkdir()
+        (folder / "walk" / ".ipynb_checkpoints").mkdir(parents=True)
+        np.save(store / "a.npy", clips[0])
+        np.save(folder / "walk" / "b.npy", clips[1])
+        (folder / "walk" / "b.npy").rename(folder / "walk" / "B.NPY")
+        np.save(folder / "walk" / ".ipynb_checkpoints" / "b.npy", clips[2])
+        (folder / "walk" / "._b.npy").write_bytes(b"\0\5\26\7")
+        (folder / "walk" / "b.json").write_text("{}")
+        (folder / "run").symlink_to(store)
+        found = datasets.load(folder)
+        assert [(c.name, c.label) for c in found.clips(CONTRACT)] == [("run/a.npy", "run"), ("walk/B.NPY", "walk")]
+        assert found.notes == (f"1 file of {folder} left out, not clips: 1 .json",)
+        assert found.sample(1).notes == found.notes
+
+    def test_still_images_are_left_out_where_the_model_takes_clips(self, clips: np.ndarray, tmp_path: Path) -> None:
+        np.save(tmp_path / "a.npy", clips[0])
+        (tmp_path / "a.jpg").touch()
+        assert [item.name for item in datasets.load(tmp_path, CONTRACT).items] == ["a.npy"]
+        assert [item.name for item in datasets.load(tmp_path, InputContract(1, 16, 24)).items] == ["a.jpg", "a.npy"]
+
+    def test_a_damaged_file_is_missed_when_it_is_read(self, clips: np.ndarray, tmp_path: Path) -> None:
+        np.save(tmp_path / "a.npy", clips[0])
+        (tmp_path / "b.npz").write_bytes(b"PK")
+        (tmp_path / "c.mp4").symlink_to("nowhere")
+        found = datasets.load(tmp_path)
+        assert [item.name for item in found.items] == ["a.npy", "b.npz", "c.mp4"]
+        for item, message in zip(found.items[1:], ("b.npz cannot be read", "c.mp4 is a link to nowhere"), strict=True):
+            with pytest.raises(InputError, match=message):
+                item.read(CONTRACT)
+        assert found.sample(2).count == 2
+
+    def test_names_that_are_not_text(self, clips: np.ndarray, tmp_path: Path) -> None:
+        with open(os.fsencode(tmp_path) + b"/caf\xe9.npy", "wb") as file:  # noqa: PTH123
+            np.save(file, clips[0])
+        (clip,) = datasets.load(tmp_path).sample(1).clips(CONTRACT)
+        assert os.fsencode(clip.name) == b"caf\xe9.npy"
+
+    @pytest.mark.parametrize("kind", ["folder", "csv", "npy"])
+    def test_a_set_does_not_move_with_the_current_folder(
+        self, kind: str, clips: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        np.save(tmp_path / "a.npy", clips[0])
+        (tmp_path / "set.csv").write_text("path\na.npy\n")
+        monkeypatch.chdir(tmp_path)
+        found = datasets.load({"folder": ".", "csv": "set.csv", "npy": "a.npy"}[kind])
+        monkeypatch.chdir("/")
+        (clip,) = found.clips(CONTRACT)
+        np.testing.assert_array_equal(clip.frames, clips[0])
+        assert found.source is not None
+        assert datasets.load(found.source).items[0].version == found.items[0].version
 
 
 def test_a_folder_mixes_videos_and_arrays(clips, tmp_path):
@@ -141,7 +254,7 @@ def test_the_built_in_sets_are_those_of_the_demo():
 def test_labels_of_another_model_are_refused():
     known = unread(["1", "2"], ["a", None]).known(("a",))
     assert known.count == 2
-    with pytest.raises(InputError, match="among them z"):
+    with pytest.raises(InputError, match="among them 'z'"):
         unread(["1"], ["z"]).known(("a",))
 
 

@@ -493,6 +493,17 @@ def test_folder_is_searched_in_order(tmp_path):
     assert video.sources(str(tmp_path / "a/notes.txt")) == [tmp_path / "a/notes.txt"]
 
 
+def test_still_images_beside_videos_are_left_out_for_a_model_that_takes_clips(tmp_path: Path) -> None:
+    for name in ("a.mp4", "a.jpg", "notes.txt"):
+        (tmp_path / name).touch()
+    clips, images = InputContract(4, 16, 24), InputContract(1, 16, 24)
+    found, note = video.search(tmp_path, clips)
+    assert found == [tmp_path / "a.mp4"]
+    assert note == f"2 files of {tmp_path} left out, not clips: 1 .jpg, 1 .txt"
+    assert video.search(tmp_path, images)[0] == [tmp_path / "a.jpg", tmp_path / "a.mp4"]
+    assert video.search(tmp_path / "a.jpg", clips) == ([tmp_path / "a.jpg"], "")
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [(0, [0]), ("3", [3]), ("rtsp://host/1", ["rtsp://host/1"]), ("http://h/v.mp4", ["http://h/v.mp4"])],
@@ -502,7 +513,7 @@ def test_cameras_and_urls_pass(given, expected):
 
 
 def test_nothing_found_is_an_error(tmp_path):
-    with pytest.raises(InputError, match=r"the folder .* holds no video or image; known are .*\.mp4"):
+    with pytest.raises(InputError, match=r"the folder .* holds no clip \(it is empty\); known are .*\.mp4"):
         video.sources(tmp_path)
     for name in ("none.mp4", "*.mp4"):
         with pytest.raises(InputError, match="there is no file, folder or match for"):
