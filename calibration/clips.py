@@ -81,7 +81,9 @@ def collect(
         raise InputError(f"{source.name} names a clip twice; names must be unique")
     frames = Spool(workspace, (len(items), *contract.shape), np.uint8)
     seen = hashlib.sha256(json.dumps(contract.to_json(), sort_keys=True).encode())
-    flat, truth, names = [], [], []
+    names: list[str] = []
+    flat: list[str] = []
+    truth: list[int] = []
     unread: dict[str, str] = {}
     for item in track(items, stage, len(items), progress):
         try:

@@ -39,7 +39,7 @@ class TestBadClips:
 
     def test_more_labels_than_the_head(self, hard_checkpoint, tmp_path, rng):
         noise = rng.integers(0, 255, (2, *hard_checkpoint.contract.shape), np.uint8)
-        with pytest.raises(InputError, match="mine has 2 labels, among them jump, which the model does not know"):
+        with pytest.raises(InputError, match="mine has 2 labels, among them 'jump', which the model does not know"):
             self.collect(hard_checkpoint, tmp_path, noise, ["static", "jump"])
 
 
