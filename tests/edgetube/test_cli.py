@@ -114,10 +114,9 @@ def test_int8_goes_on_past_calibration_clips_that_cannot_be_read(
     code, out, err = edgetube_cli(*arguments, "--json")
     assert code == 1
     (row,) = json.loads(out)
-    assert [line for line in err.splitlines() if line.startswith("error")] == [
-        f"error: {data / '05.npy'} cannot be read: EOF: reading magic string, expected 8 bytes got 1",
-        "error: 1 calibration clips were left out",
-    ]
+    why, count = [line for line in err.splitlines() if line.startswith("error")]
+    assert why.startswith(f"error: {data / '05.npy'} cannot be read: ")
+    assert count == "error: 1 calibration clips were left out"
     report = bundle.load(row["bundle"]).build["int8"]
     assert list(report["unread"]) == ["05.npy"]
     assert report["clips"]["count"] == 11
