@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from edgetube.calibration import graphs, search
-from edgetube.calibration.cache import Cache
+from edgetube.calibration.cache import Cache, opened
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import Array, Open
 from edgetube.calibration.numeric import GramMatrix, Moments
@@ -30,7 +30,7 @@ from edgetube.calibration.table import (
     ScaleType,
     digits,
 )
-from edgetube.calibration.walk import State, Walk
+from edgetube.calibration.walk import StaleStateError, State, Walk
 from edgetube.progress import Progress, silent, track
 from edgetube.video import Frames
 
@@ -97,32 +97,46 @@ def calibrate(
     """
     reference = search.answers(model, judged, open_graph, "float answers", progress)
     judge = Judge(judged, reference, max_drop)
-    kept = Cache(cache or workspace / "cache", _key(model, statistics, judge, activations, scales, versions or {}))
+    key = _key(model, statistics, judge, activations, scales, versions or {})
     model = graphs.prepared(model, activations)
-    if (finished := kept.result()) is not None:
-        values, table, report = finished
-        return Calibrated(values, table, judge, {**report, "notes": _notes(statistics, judged), "cached": True})
-    walk = Walk(model, statistics, open_graph, activations, workspace, progress, _held_out(statistics, judged), scales)
-    state = kept.state()
-    walk.choose(state, lambda: kept.save_state(state))
-    found = search.search(walk, state, judge)
-    values = walk.decided(state, found.quantised)
-    notes = [*_notes(statistics, judged), *([kept.note] if kept.note else [])]
-    report = _report(walk, state, found) | {"notes": notes}
-    table = CalibrationTable(
-        model=graphs.digest(graphs.replaced(model, values)),
-        clips={"name": statistics.name, "count": len(statistics), "sha256": statistics.sha256},
-        activations=activations,
-        ranges={
-            linear.activation: state.choices[linear.name].range
-            for linear in walk.linears
-            if linear.name in found.quantised
-        },
-        linears=tuple(_plan(linear, state, found) for linear in walk.linears),
-        versions=dict(versions or {}),
-    )
-    kept.save_result(values, table, report)
+    with opened(cache or workspace / "cache", key, progress) as kept:
+        if (finished := kept.result()) is not None:
+            values, table, report = finished
+            return Calibrated(values, table, judge, {**report, "notes": _notes(statistics, judged), "cached": True})
+        held_out = _held_out(statistics, judged)
+        walk = Walk(model, statistics, open_graph, activations, workspace, progress, held_out, scales)
+        state = _choose(walk, kept)
+        found = search.search(walk, state, judge)
+        values = walk.decided(state, found.quantised)
+        notes = [*_notes(statistics, judged), *([kept.note] if kept.note else [])]
+        report = _report(walk, state, found) | {"notes": notes}
+        table = CalibrationTable(
+            model=graphs.digest(graphs.replaced(model, values)),
+            clips={"name": statistics.name, "count": len(statistics), "sha256": statistics.sha256},
+            activations=activations,
+            ranges={
+                linear.activation: state.choices[linear.name].range
+                for linear in walk.linears
+                if linear.name in found.quantised
+            },
+            linears=tuple(_plan(linear, state, found) for linear in walk.linears),
+            versions=dict(versions or {}),
+        )
+        kept.save_result(values, table, report)
     return Calibrated(values, table, judge, report)
+
+
+def _choose(walk: Walk, kept: Cache) -> State:
+    """Every linear's choice; stages that were kept are not chosen again, unless they do not fit the model."""
+    state = kept.state()
+    if not walk.fits(state):
+        state = State()
+    try:
+        walk.choose(state, lambda: kept.save_state(state))
+    except StaleStateError:
+        state = State()
+        walk.choose(state, lambda: kept.save_state(state))
+    return state
 
 
 def observe(

@@ -23,7 +23,7 @@ from edgetube.calibration.graphs import Linear, Open, Stage
 from edgetube.calibration.numeric import GramMatrix
 from edgetube.calibration.observers import Histogram
 from edgetube.calibration.table import FLOAT32_SCALES, Activations, Range, ScaleFormat, digits, stored_scales
-from edgetube.errors import InputError, ParityError
+from edgetube.errors import InputError
 from edgetube.progress import Progress, silent, track
 from edgetube.rows import Rows, Spool
 from edgetube.video import Frames
@@ -83,6 +83,10 @@ class State:
     integers: dict[str, npt.NDArray[np.int8]] = field(default_factory=dict)
     means: dict[str, Array] = field(default_factory=dict)
     biases: dict[str, Array] = field(default_factory=dict)
+
+
+class StaleStateError(Exception):
+    """Kept stages that do not compute what the model computes; they have to be chosen again."""
 
 
 class Sample:
@@ -196,7 +200,12 @@ class Walk:
     # ------------------------------------------------------------------------------------------------ choosing
 
     def choose(self, state: State, done: Callable[[], None] = lambda: None) -> None:
-        """Equalisations, ranges and weight scales of every linear, stage by stage; stages in `state` are only run."""
+        """Equalisations, ranges and weight scales of every linear, stage by stage; stages in `state` are only run.
+
+        Raises:
+            InputError: a value of an activation is NaN or infinite.
+            StaleStateError: a stage in `state` does not compute what the model's does.
+        """
         streams: dict[str, Rows] = {self.input: self.clips.frames}
         others: dict[str, Rows] = {self.input: np.stack(self.held_out)} if len(self.held_out) else {}
         for stage in track(self.stages, "calibrate", len(self.stages), self.progress):
@@ -205,7 +214,10 @@ class Walk:
                 streams = self._choose_stage(stage, linears, streams, state)
                 done()
             else:
+                plain = self._run(stage, {}, streams, range(1), {})
                 streams = self._run(stage, state.values, streams, range(len(self.clips)), {})
+                if not self._change(stage, plain, streams) <= FOLD_TOLERANCE:
+                    raise StaleStateError(stage.name)
             others = self._hold_out(stage, linears, others, state)
 
     def _choose_stage(
@@ -215,10 +227,16 @@ class Walk:
         survey = {linear.activation: Sample(linear.activation, len(everything)) for linear in linears}
         outputs = self._run(stage, state.values, streams, everything, survey)
         plain = {linear.name: self._plain_error(linear, survey[linear.activation]) for linear in linears}
+        unfolded = dict(state.values)
         folded = {linear.name: self._equalise(linear, survey[linear.activation], state) for linear in linears}
         samples = {name: Sample(name, len(everything), whole=True) for name in survey}
         again = self._run(stage, state.values, streams, everything, samples)
-        self._assert_equal(stage, outputs, again)
+        if not (change := self._change(stage, outputs, again)) <= FOLD_TOLERANCE:
+            state.values = unfolded
+            reason = f"none: folding it changed {stage.name} by {change:.0e}"
+            folded = {linear.name: self._no_equalisation(linear, reason) for linear in linears}
+            samples = {name: Sample(name, len(everything), whole=True) for name in survey}
+            again = self._run(stage, state.values, streams, everything, samples)
         for linear in linears:
             state.choices[linear.name] = self._quantise(
                 linear, samples[linear.activation], folded[linear.name], plain[linear.name], state
@@ -256,8 +274,7 @@ class Walk:
         weight = self._value(linear.weight, state)
         producer = self._producer(linear)
         if producer is None or linear.bias is None:
-            plain = np.ones(len(weight), np.float32)
-            return Equalisation("none", plain, np.zeros_like(plain))
+            return self._no_equalisation(linear)
         choose = equalize.behind_gelu if linear.activation in self.places else equalize.choose
         chosen = choose(sample.halves, weight, self.activations, self.scales.dtype)
         if not chosen.identity:
@@ -266,6 +283,10 @@ class Walk:
             state.values[linear.weight] = chosen.weight(weight)
             producer(chosen, state)
         return chosen
+
+    def _no_equalisation(self, linear: Linear, name: str = "none") -> Equalisation:
+        size = len(self.initial[linear.weight])
+        return Equalisation(name, np.ones(size, np.float32), np.zeros(size, np.float32))
 
     def _producer(self, linear: Linear) -> Callable[[Equalisation, State], None] | None:
         """How to fold an equalisation into what makes the linear's activation, if that is possible."""
@@ -338,15 +359,32 @@ class Walk:
         maker = next((node for node in self.model.graph.node if linear.activation in node.output), None)
         return maker is not None and maker.op_type == "Cast" and not linear.in_block
 
-    def _assert_equal(self, stage: Stage, before: dict[str, Rows], after: dict[str, Rows]) -> None:
-        for name, first in before.items():
+    def _change(self, stage: Stage, before: dict[str, Rows], after: dict[str, Rows]) -> float:
+        """How much a stage's outputs have changed on the clips in `before`, relative to the largest value of each."""
+        changes = [0.0]
+        for name in stage.outputs:
+            first = before[name]
             scale = max(1e-6, max(float(np.abs(x).max()) for x in first))
-            error = max(float(np.abs(a - b).max()) for a, b in zip(first, after[name], strict=True)) / scale
-            if not error <= FOLD_TOLERANCE:
-                raise ParityError(
-                    f"folding changed {name} of {stage.name} by {error:.1e} of its largest value; at most "
-                    f"{FOLD_TOLERANCE:.0e} is rounding: this is a fault in edgetube, please report it"
-                )
+            changes.append(max(float(np.abs(x - after[name][i]).max()) for i, x in enumerate(first)) / scale)
+        return max(changes) if np.isfinite(changes).all() else np.inf
+
+    def fits(self, state: State) -> bool:
+        """Whether what was kept is of this model: names, shapes, types, finite numbers."""
+        linears = {linear.name: linear for linear in self.linears}
+        shapes = {linear.name: self.initial[linear.weight].shape for linear in self.linears}
+        if not {*state.choices, *state.means} <= {*linears} or state.choices.keys() != state.means.keys():
+            return False
+        if {linears[name].weight for name in state.choices} != {*state.integers}:
+            return False
+        wanted = [(value, self.initial[name].shape) for name, value in state.values.items() if name in self.initial]
+        wanted += [(choice.scales, shapes[name][1:]) for name, choice in state.choices.items()]
+        wanted += [(value, shapes[name][:1]) for name, value in state.means.items()]
+        return (
+            len(wanted) == len(state.values) + len(state.choices) + len(state.means)
+            and all(value.shape == shape and np.isfinite(value).all() for value, shape in wanted)
+            and all(state.integers[linears[name].weight].shape == shapes[name] for name in state.choices)
+            and all(value.dtype == np.int8 for value in state.integers.values())
+        )
 
     # -------------------------------------------------------------------------------------------- bias correction
 

@@ -1,0 +1,228 @@
+"""A calibration on disk: what was kept comes back exactly, whole or not at all, and one process at a time has it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgetube.calibration import cache
+from edgetube.calibration.cache import Cache, opened
+from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
+from edgetube.calibration.walk import Choice, State
+
+KEY = {"the model": "a", "the tools": {"numpy": "2"}, "judged clips": "b", "max_drop": None}
+
+
+@pytest.fixture
+def state(rng: np.random.Generator) -> State:
+    choice = Choice(
+        Range(-1.5, 2.0, "mse"), np.float32([0.1, 1 / 3]), "smooth 0.5", 1e-3, 2e-3, {"mse": 1e-3, "min-max": 2e-3}
+    )
+    other = Choice(Range(0.0, 255.0, "min-max"), np.float32([7.0]), "none", 0.0, 0.0, {"min-max": 0.0})
+    return State(
+        values={"norm.weight": rng.standard_normal(4).astype(np.float32), "act.centre": np.float32([0.5])},
+        choices={"fc1": choice, "tubes.0": other},
+        integers={"fc1.weight": rng.integers(-127, 128, (4, 2), np.int8), "tubes.0.weight": np.int8([[1], [-2]])},
+        means={"fc1": rng.standard_normal(4).astype(np.float32), "tubes.0": np.float32([3, 4])},
+    )
+
+
+@pytest.fixture
+def table() -> CalibrationTable:
+    plan = LinearPlan("fc1", "norm", "fc1.weight", (0.1, 0.25), "int8", "none; mse")
+    return CalibrationTable("m" * 64, {"sha256": "c", "count": 2}, "uint8", {"norm": Range(-1.0, 2.0, "mse")}, (plan,))
+
+
+def assert_same(found: State, expected: State) -> None:
+    for kind in ("values", "integers", "means"):
+        arrays, others = getattr(found, kind), getattr(expected, kind)
+        assert arrays.keys() == others.keys()
+        for name, value in others.items():
+            assert arrays[name].dtype == value.dtype
+            np.testing.assert_array_equal(arrays[name], value)
+    assert found.choices.keys() == expected.choices.keys()
+    for name, choice in expected.choices.items():
+        np.testing.assert_array_equal(found.choices[name].scales, choice.scales)
+        for field in ("range", "equalisation", "error", "plain_error", "errors"):
+            assert getattr(found.choices[name], field) == getattr(choice, field)
+    assert found.biases == {}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_stages_come_back_as_they_were(state: State, tmp_path: Path) -> None:
+    Cache(tmp_path / "c", KEY).save_state(state)
+    assert_same(Cache(tmp_path / "c", KEY).state(), state)
+    assert files(tmp_path / "c") == ["key.json", "state.safetensors"]
+
+
+def test_a_result_comes_back_as_it_was(table: CalibrationTable, tmp_path: Path, rng: np.random.Generator) -> None:
+    values = {"fc1.weight": rng.standard_normal((4, 2)).astype(np.float32), "fc1.bias": np.float32([1, 2])}
+    report = {"judged": {"loss": 0.1}, "notes": ["é"], "linears": {}}
+    Cache(tmp_path / "c", KEY).save_result(values, table, report)
+    found = Cache(tmp_path / "c", KEY).result()
+    assert found is not None
+    assert found[1:] == (table, report)
+    assert found[0].keys() == values.keys()
+    for name, value in values.items():
+        np.testing.assert_array_equal(found[0][name], value)
+
+
+def test_a_new_folder_has_nothing(tmp_path: Path) -> None:
+    kept = Cache(tmp_path / "c", KEY)
+    assert kept.state() == State()
+    assert kept.result() is None
+    assert (kept.differences, kept.note) == ((), None)
+
+
+class TestKey:
+    """Nothing is used again that was made from other things."""
+
+    @pytest.fixture
+    def folder(self, state: State, table: CalibrationTable, tmp_path: Path) -> Path:
+        kept = Cache(tmp_path / "c", KEY)
+        kept.save_state(state)
+        kept.save_result({"x": np.float32([1])}, table, {})
+        return kept.folder
+
+    def test_the_same_key_keeps_everything(self, folder: Path) -> None:
+        kept = Cache(folder, dict(reversed(KEY.items())))
+        assert kept.note is None
+        assert kept.result() is not None
+        assert kept.state().choices
+
+    @pytest.mark.parametrize("name", ["judged clips", "max_drop"])
+    def test_another_budget_keeps_the_stages(self, folder: Path, name: str) -> None:
+        kept = Cache(folder, KEY | {name: 3.0})
+        assert kept.differences == (name,)
+        assert kept.result() is None
+        assert kept.state().choices
+        assert Cache(folder, KEY | {name: 3.0}).note is None  # the new key is written down
+
+    @pytest.mark.parametrize(
+        ("key", "named"),
+        [
+            (KEY | {"the model": "b"}, "the model"),
+            (KEY | {"the tools": {"numpy": "3"}, "max_drop": 1.0}, "max_drop, the tools"),
+            ({**KEY, "new": 1}, "new"),
+            ({k: v for k, v in KEY.items() if k != "the model"}, "the model"),
+        ],
+    )
+    def test_other_things_keep_nothing(self, folder: Path, key: dict[str, Any], named: str) -> None:
+        kept = Cache(folder, key)
+        assert kept.note == f"calibrated again: {named} changed since the last calibration"
+        assert kept.result() is None
+        assert kept.state() == State()
+        assert files(folder) == ["key.json"]
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "3", '"the model"', "[" * 100_000, "\xff"])
+    def test_a_damaged_key_keeps_nothing_and_is_no_difference(self, folder: Path, text: str) -> None:
+        (folder / "key.json").write_text(text)
+        kept = Cache(folder, KEY)
+        assert kept.note is None
+        assert kept.result() is None
+        assert kept.state() == State()
+        assert json.loads((folder / "key.json").read_text()) == KEY
+
+
+class TestDamage:
+    """A file that is cut or overwritten is as good as none."""
+
+    @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
+    def test_a_cut_file(self, state: State, table: CalibrationTable, tmp_path: Path, share: float) -> None:
+        kept = Cache(tmp_path / "c", KEY)
+        kept.save_state(state)
+        kept.save_result({"x": np.arange(100, dtype=np.float32)}, table, {})
+        for path in (kept.folder / cache.STATE, kept.folder / cache.RESULT):
+            content = path.read_bytes()
+            path.write_bytes(content[: int(share * len(content))])
+        assert kept.state() == State()
+        assert kept.result() is None
+
+    @pytest.mark.parametrize(
+        "content", [b"PK nonsense", b"\xff" * 64, bytes(64), (2**40).to_bytes(8, "little") + b"{}"]
+    )
+    def test_other_files(self, tmp_path: Path, content: bytes) -> None:
+        kept = Cache(tmp_path / "c", KEY)
+        for name in (cache.STATE, cache.RESULT):
+            (kept.folder / name).write_bytes(content)
+        assert kept.state() == State()
+        assert kept.result() is None
+
+    def test_texts_that_do_not_go_with_the_arrays(self, state: State, table: CalibrationTable, tmp_path: Path) -> None:
+        kept = Cache(tmp_path / "c", KEY)
+        for texts in ({}, {"choices": "{"}, {"choices": "[1]"}, {"choices": '{"fc1": 1}'}, {"choices": '{"fc1": {}}'}):
+            kept._write(cache.STATE, {"scales:fc1": np.float32([1])}, texts)
+            assert kept.state() == State()
+        whole = json.dumps(table.to_json())
+        for texts in ({}, {"table": whole}, {"table": "{}", "report": "{}"}, {"table": "[", "report": "{}"}):
+            kept._write(cache.RESULT, {"x": np.float32([1])}, texts)
+            assert kept.result() is None
+
+    def test_a_write_that_is_interrupted_leaves_what_was_there(
+        self, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ctrl-C while a stage is written: the stage before it is still whole, and nothing lies about."""
+        kept = Cache(tmp_path / "c", KEY)
+        kept.save_state(state)
+
+        def interrupted(arrays: Any, path: Path, texts: Any) -> None:
+            path.write_bytes(b"half of it")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cache, "save_file", interrupted)
+        more = State(values={**state.values, "late": np.float32([1])}, choices=state.choices)
+        with pytest.raises(KeyboardInterrupt):
+            kept.save_state(more)
+        assert_same(kept.state(), state)
+        assert files(kept.folder) == ["key.json", "state.safetensors"]
+
+
+class TestLock:
+    def test_a_second_export_waits_and_finds_the_result(self, table: CalibrationTable, tmp_path: Path) -> None:
+        waits, found, entered = threading.Event(), [], threading.Event()
+
+        def second() -> None:
+            with opened(tmp_path / "o" / "c", KEY, lambda *_: waits.set()) as kept:
+                entered.set()
+                found.append(kept.result())
+
+        thread = threading.Thread(target=second)
+        with opened(tmp_path / "o" / "c", KEY) as kept:
+            thread.start()
+            assert waits.wait(60)
+            assert not entered.is_set()
+            kept.save_result({"x": np.float32([1])}, table, {"a": 1})
+        thread.join(60)
+        assert found[0] is not None
+        assert found[0][1:] == (table, {"a": 1})
+
+    def test_an_error_lets_go(self, tmp_path: Path) -> None:
+        with pytest.raises(ZeroDivisionError), opened(tmp_path / "c", KEY):
+            raise ZeroDivisionError
+        stages: list[str] = []
+        with opened(tmp_path / "c", KEY, lambda stage, *_: stages.append(stage)):
+            assert not stages
+
+    def test_a_process_that_is_killed_lets_go(self, tmp_path: Path) -> None:
+        script = (
+            "import os, sys; from pathlib import Path; from edgetube.calibration.cache import opened\n"
+            "with opened(Path(sys.argv[1]), {}): print('held', flush=True); os.kill(os.getpid(), 9)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "c")], capture_output=True, env={**os.environ}
+        )
+        assert done.stdout.strip() == b"held"
+        stages: list[str] = []
+        with opened(tmp_path / "c", {}, lambda stage, *_: stages.append(stage)):
+            assert not stages
