@@ -271,6 +271,7 @@ def _contestants(bundles: Sequence[Bundle], threads: int | None, options: Option
             "size_mb": None,
         }
         given: dict[str, Any] = {"path": str(first.path), "camera": options.camera_size}
+        given["checkpoint"] = first.checkpoint["source"]
         worker = "edgetube.bench.worker:reference"
         yield Contestant("PyTorch", worker, given, threads, first.batch, facts, first.spec.macs())
     for bundle in bundles:

@@ -159,7 +159,7 @@ def of_bundles(bundles: Sequence[Bundle], reference: Bundle | None = None, threa
             raise InputError(
                 f"{bundle.path} and {first.path} take different inputs or know other labels; compare apart"
             )
-        if reference is None and bundle.checkpoint != first.checkpoint:
+        if reference is None and bundle.checkpoint["sha256"] != first.checkpoint["sha256"]:
             raise InputError(
                 f"{bundle.path} and {first.path} come from different checkpoints; compare apart, or with --reference"
             )

@@ -58,7 +58,7 @@ def find(folder: Path) -> list[Bundle]:
         raise InputError(f"{folder} holds no bundles; make some with: edgetube export --target all --out {folder}")
     first = found[0]
     for other in found[1:]:
-        if (other.checkpoint, other.contract) != (first.checkpoint, first.contract):
+        if (other.checkpoint["sha256"], other.contract) != (first.checkpoint["sha256"], first.contract):
             raise InputError(
                 f"{folder} holds bundles of different checkpoints or inputs, {first.name} and {other.name}; "
                 "a report compares those of one: move the others away"

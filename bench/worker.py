@@ -56,7 +56,7 @@ def bundle(lap: Lap, path: str, threads: int | None, device: str | None, camera:
     return Subject(lambda: rt(clips), prepare, rt, rt.describe())
 
 
-def reference(lap: Lap, path: str, camera: tuple[int, int]) -> Subject:
+def reference(lap: Lap, path: str, checkpoint: str, camera: tuple[int, int]) -> Subject:
     """Open the PyTorch model that a bundle was made from; `OMP_NUM_THREADS` says its threads."""
     from edgetube import bundle as bundles
     from edgetube.model import checkpoints
@@ -64,8 +64,8 @@ def reference(lap: Lap, path: str, camera: tuple[int, int]) -> Subject:
 
     lap("import")
     found = bundles.load(path)
-    checkpoint = checkpoints.of_bundle(found)
-    model = Reference(checkpoint.model, checkpoint.contract)
+    trained = checkpoints.of_bundle(checkpoints.at_source(found, checkpoint))
+    model = Reference(trained.model, trained.contract)
     lap("load")
     clips, prepare = _inputs(found, camera)
     lap("")

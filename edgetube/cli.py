@@ -35,6 +35,10 @@ app = typer.Typer(
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Device = Annotated[str | None, typer.Option(help="Device, as the backend names it: cpu, cuda, ...")]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", help="File or folder that has the bundles' checkpoint, when it is not where it was."),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the runtime chooses when left out.")]
 
 
@@ -248,6 +252,7 @@ def _end_with(unread: Mapping[str, str], what: str) -> None:
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
     plot: Annotated[Path | None, typer.Option(help="Draw the tubes on a clip, and the learned kernels.")] = None,
+    checkpoint: Weights = None,
     as_json: Json = False,
 ) -> None:
     """What is in a bundle: manifest, graph statistics, how it was chosen and proven.
@@ -256,7 +261,7 @@ def inspect(
     """
     found = bundles.load(bundle)
     if plot:
-        kernels = _kernels(found)
+        kernels = _kernels(found, checkpoint)
         need("edgetube.plot", "plot").tubes(plot, found.spec, found.golden()[0], kernels, found.name)
         terminal.wrote(plot)
     if as_json:
@@ -295,6 +300,7 @@ def parity(
     reference: Annotated[
         Path | None, typer.Option(help="A bundle to compare with; the PyTorch model if left out.")
     ] = None,
+    checkpoint: Weights = None,
     min_agreement: Annotated[float, typer.Option(help="Gate: share of clips with the same answer.")] = 0.99,
     min_cosine: Annotated[float, typer.Option(help="Gate: cosine of the logits on the worst clip.")] = 0.98,
     max_drop: Annotated[float | None, typer.Option(help="Gate: points of top-1 lost.")] = None,
@@ -324,7 +330,7 @@ def parity(
     Example: edgetube parity out/demo.onnx-fp32 out/demo.onnx-int8 --layers
     """
     harness = need("edgetube.bench.parity", "export")
-    found = [bundles.load(path) for path in bundle]
+    found = _located([bundles.load(path) for path in bundle], checkpoint)
     held_against = bundles.load(reference) if reference else None
     gates = harness.Gates(min_agreement, min_cosine, max_drop, max_class_drop, max_kl, max_error, max_sure_flips)
     with progress() as show:
@@ -380,6 +386,7 @@ def bench(
     reference: Annotated[
         bool, typer.Option("--reference", help="Also time the PyTorch model that the bundles were made from.")
     ] = False,
+    checkpoint: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Time bundles: latency, throughput, cold start, memory, and how far from the machine's limit they are.
@@ -390,7 +397,7 @@ def bench(
         _counts_of(threads), device, seconds, starts=starts, camera_fps=camera_fps,
         camera_size=_size(camera_size) or (480, 640), hop=hop, camera_seconds=camera_seconds, reference=reference,
     )  # fmt: skip
-    found = [bundles.load(path) for path in bundle]
+    found = _located([bundles.load(path) for path in bundle], checkpoint)
     with progress() as show:
         document = latency.measure(found, options, show)
     if as_json:
@@ -408,6 +415,7 @@ def report_command(
         typer.Option(help="Folder of clips, one sub-folder a class, .csv manifest, .npy or .npz; else built-in clips."),
     ] = None,
     clips: Annotated[int, typer.Option(help="How many of the built-in clips.")] = 126,
+    checkpoint: Weights = None,
     min_agreement: Annotated[float, typer.Option(help="Gate: share of clips with the same answer.")] = 0.98,
     seconds: Annotated[float, typer.Option(help="Counted calls of each bundle.")] = 3.0,
     camera_fps: Annotated[
@@ -424,7 +432,7 @@ def report_command(
     Example: edgetube report out --out report.html
     """
     reports, harness = need("edgetube.bench.report", "report"), need("edgetube.bench.parity", "export")
-    found = reports.find(folder)
+    found = _located(reports.find(folder), checkpoint)
     source = _clips(data, clips, found[0])
     options = latency.Options((threads,), seconds=seconds, camera_fps=camera_fps, reference=True)
     command = shlex.join(["edgetube", *sys.argv[1:]])
@@ -476,9 +484,18 @@ def _runner(workers: int, ray: str | None) -> Any:
     return places.here if workers == 1 else partial(places.in_processes, workers=workers)
 
 
-def _kernels(b: Bundle) -> dict[int, Any] | None:
+def _located(found: list[Bundle], checkpoint: Path | None) -> list[Bundle]:
+    """Bundles whose checkpoint is looked for in a file or folder, if one is given."""
+    if checkpoint is None:
+        return found
+    locate = need("edgetube.model.checkpoints", "export").locate
+    return [locate(one, checkpoint) for one in found]
+
+
+def _kernels(b: Bundle, checkpoint: Path | None) -> dict[int, Any] | None:
     """The learned kernels of a bundle's tubes, when its checkpoint can be read here."""
     try:
+        (b,) = _located([b], checkpoint)
         model = need("edgetube.model.checkpoints", "export").of_bundle(b).model
     except EdgetubeError as error:
         terminal.warn("note", f"without kernels: {error}")

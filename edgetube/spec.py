@@ -27,17 +27,18 @@ T = TypeVar("T")
 
 
 LARGEST = 1 << 16
-"""Most voxels along an axis, most channels of a layer, most blocks: what no model is, and what arithmetic on a
-damaged file must not begin with."""
+"""Most voxels along an axis, and most channels of a layer: what no model has, and what arithmetic on a damaged file
+must not begin with."""
 
-MOST_TOKENS = 1 << 17
+MOST_BLOCKS = 1 << 10
+MOST_TOKENS = 1 << 16
 MOST_CLASSES = 1 << 20
 MOST_TUBES = 64
 MOST_VOXELS = 1 << 30
 """Of one clip: a gigabyte of bytes."""
 
-MOST_PARAMETERS = 1 << 34
-"""Of one layer: 64 GiB of float32."""
+MOST_PARAMETERS = 1 << 28
+"""Of one tube: a gigabyte of float32."""
 
 
 def _known(cls: type[T], data: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,13 +234,14 @@ class ModelSpec:
             raise SpecError("tubes holds something else than a TubeSpec")
         found: dict[str, Any] = {"tubes": tuple(tubes)}
         for name in ("frames", "width", "depth", "heads", "channels"):
-            found[name] = strict.integer(getattr(self, name), name, 1, LARGEST)
+            most = MOST_BLOCKS if name == "depth" else LARGEST
+            found[name] = strict.integer(getattr(self, name), name, 1, most)
         found["size"] = _integers(self.size, "size (height, width)", 2, 1)
         for name in ("mlp_ratio", "norm_eps"):
             found[name] = strict.number(getattr(self, name), name, 0, LARGEST)
         if self.kernel is not None:
             found["kernel"] = _triple(self.kernel, "the shared kernel", 1)
-        gates = strict.items(self.gates, "gates", 0, LARGEST)
+        gates = strict.items(self.gates, "gates", 0, MOST_BLOCKS)
         found["gates"] = tuple(strict.integer(gate, "gates", -LARGEST, LARGEST) for gate in gates)
         for name, value in found.items():
             object.__setattr__(self, name, value)
@@ -264,7 +266,7 @@ class ModelSpec:
 
     def _check_amount(self) -> None:
         """That nothing which is computed from the geometry alone can exhaust a machine."""
-        kernels = [self.kernel] if self.kernel else [tube.kernel for tube in self.tubes]
+        kernels = [tube.kernel for tube in self.tubes] + ([self.kernel] if self.kernel else [])
         amounts = {
             "voxels of a clip": (math.prod(self.clip) * self.channels, MOST_VOXELS),
             "tokens": (self.tokens, MOST_TOKENS),

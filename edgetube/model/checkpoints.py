@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from edgetube import demo
-from edgetube.bundle import Bundle, sha256
-from edgetube.errors import CheckpointError, InputError
+from edgetube import demo, strict
+from edgetube.bundle import Bundle, parse_labels, sha256
+from edgetube.errors import CheckpointError, FormatError, InputError, SpecError, printable
 from edgetube.files import replacing
-from edgetube.model.tubevit import TubeViT
+from edgetube.model.tubevit import TubeViT, shapes
 from edgetube.spec import InputContract, ModelSpec, named
 
 HEADER = "edgetube"
@@ -34,7 +35,7 @@ class Checkpoint:
         labels: class names of the first classifier.
         digest: sha256 of the weights' file, or of the seed for random weights.
         other_labels: class names of further classifiers, by classifier.
-        source: what `load` was asked for, so that a bundle can say where its reference is.
+        source: where it was loaded from (an absolute path, `demo` or `random:NAME`), for a bundle to say.
     """
 
     name: str
@@ -87,7 +88,8 @@ def load(source: str | Path = "demo") -> Checkpoint:
     elif str(source).startswith("random:"):
         checkpoint = random(str(source).removeprefix("random:"))
     else:
-        checkpoint = _read(Path(source))
+        source = Path(source).absolute()
+        checkpoint = _read(source)
     return replace(checkpoint, source=str(source))
 
 
@@ -95,14 +97,43 @@ def of_bundle(bundle: Bundle) -> Checkpoint:
     """The checkpoint that a bundle was made from, at the bundle's clip shape and with its classifier.
 
     Raises:
-        CheckpointError: the weights at its source are not the ones that the bundle was made from.
+        CheckpointError: it is not where it was, or other weights are there.
     """
-    checkpoint = load(bundle.checkpoint["source"])
-    if checkpoint.digest != bundle.checkpoint["sha256"]:
+    source, digest = bundle.checkpoint["source"], bundle.checkpoint["sha256"]
+    remedy = f"give --checkpoint FILE_OR_FOLDER with the file whose sha256 is {digest[:16]}..., or export it again"
+    try:
+        checkpoint = load(source)
+    except InputError as error:
         raise CheckpointError(
-            f"{bundle.path} was made from other weights than {bundle.checkpoint['source']} holds now; export it again"
-        )
+            f"{bundle.path} was made from the checkpoint {source or 'of a program'}, which is not there; {remedy}"
+        ) from error
+    if checkpoint.digest != digest:
+        raise CheckpointError(f"{bundle.path} was made from other weights than {source} holds now; {remedy}")
     return checkpoint.select(bundle.spec.classifiers[0][0]).at(bundle.spec.frames, bundle.spec.size)
+
+
+def locate(bundle: Bundle, where: str | Path) -> Bundle:
+    """The bundle with its checkpoint found at `where`: a file, or a folder whose .safetensors files are hashed.
+
+    A checkpoint is known by its sha256, not by its name.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    where, digest = Path(where).absolute(), bundle.checkpoint["sha256"]
+    files = sorted(where.rglob("*.safetensors")) if where.is_dir() else [where]
+    for file in files:
+        if file.is_file() and sha256(file) == digest:
+            return at_source(bundle, str(file))
+    raise CheckpointError(
+        f"the checkpoint of {bundle.path} (sha256 {digest[:16]}...) is not at {where}: "
+        f"{len(files)} .safetensors files were looked at"
+    )
+
+
+def at_source(bundle: Bundle, source: str) -> Bundle:
+    """The bundle with another place of its checkpoint."""
+    return replace(bundle, checkpoint={**bundle.checkpoint, "source": source})
 
 
 def random(name: str, seed: int = 0) -> Checkpoint:
@@ -117,8 +148,17 @@ def random(name: str, seed: int = 0) -> Checkpoint:
 
 
 def save(checkpoint: Checkpoint, path: str | Path) -> Path:
-    """Write `checkpoint` to a safetensors file, beside the target first and then renamed; returns the path."""
+    """Write `checkpoint` to a safetensors file, beside the target first and then renamed; returns the path.
+
+    Raises:
+        CheckpointError: its model is not a TubeViT but something around one.
+    """
     path = Path(path)
+    if not isinstance(checkpoint.model, TubeViT):
+        raise CheckpointError(
+            f"the model is a {type(checkpoint.model).__name__}; save the TubeViT inside of it: model.module of "
+            "DataParallel, model._orig_mod of torch.compile"
+        )
     header = {
         "spec": checkpoint.spec.to_json(),
         "input": checkpoint.contract.to_json(),
@@ -132,52 +172,128 @@ def save(checkpoint: Checkpoint, path: str | Path) -> Path:
 
 
 def _read(path: Path) -> Checkpoint:
+    """A checkpoint from a file; what its headers say is checked before anything is made of it."""
     if not path.is_file():
-        raise InputError(f"no checkpoint at {path}; give a .safetensors file, demo, or random:NAME")
+        what = "a folder is" if path.is_dir() else "no checkpoint"
+        raise InputError(f"{what} at {path}; give a .safetensors file, demo, or random:NAME")
+    if foreign := _foreign(path):
+        raise CheckpointError(f"{path} is not a safetensors file: {foreign}")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            header = _header(path, file.metadata() or {}, names)
+            slices = {name: file.get_slice(name) for name in names}
+            _compare(path, header.spec, {name: tuple(part.get_shape()) for name, part in slices.items()})
+            _check_types(path, {name: part.get_dtype() for name, part in slices.items()})
+            state = {name: file.get_tensor(name).float() for name in names}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise CheckpointError(
+                f"{path}: {name} has weights that are NaN or infinite; save the model before it diverged"
+            )
+    model = TubeViT(header.spec)
+    model.load_state_dict(state)
+    name = re.sub(r"[^\w.-]+", "-", path.stem).lstrip("-.") or "model"  # it becomes the name of files and folders
+    return Checkpoint(name, model.eval(), header.contract, header.labels, sha256(path), header.other_labels)
+
+
+TORCH = (
+    "it was written by torch.save, which stores Python objects; load it with your own training code, and write the "
+    "model with edgetube.model.checkpoints.save"
+)
+MAGIC = {
+    b"PK\x03\x04": TORCH,
+    b"\x80\x02": TORCH,
+    b"\x80\x04": TORCH,
+    b"\x89HDF": "it is an HDF5 file, as Keras writes them; edgetube takes TubeViT models in PyTorch",
+    b"GGUF": "it is a GGUF file, which holds a language model",
+    b"version https://git-lfs": "it is a pointer of Git LFS; fetch the file itself with: git lfs pull",
+    b"<": "it is a web page; the download did not work",
+}
+"""First bytes of files that are given for safetensors -> what they are, and what to do."""
+
+
+def _foreign(path: Path) -> str:
+    """What a file is, when it begins as no safetensors file does; empty otherwise."""
+    with path.open("rb") as file:
+        first = file.read(32)
+    return next((what for magic, what in MAGIC.items() if first.startswith(magic)), "") if first[8:9] != b"{" else ""
+
+
+@dataclass(frozen=True)
+class _Header:
+    spec: ModelSpec
+    contract: InputContract
+    labels: tuple[str, ...]
+    other_labels: Mapping[str, tuple[str, ...]]
+
+
+def _header(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> _Header:
+    """What the header of ours says, checked against itself.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or contradicts itself.
+    """
     if HEADER not in metadata:
-        raise CheckpointError(f"{path} has no {HEADER!r} header; write it with edgetube.model.checkpoints.save")
+        hint = _wrapped(names)
+        raise CheckpointError(
+            f"{path} has no {HEADER!r} header; write it with edgetube.model.checkpoints.save"
+            + (f" ({hint})" if hint else "")
+        )
     try:
-        header = json.loads(metadata[HEADER])
-        spec, contract = ModelSpec.from_json(header["spec"]), InputContract.from_json(header["input"])
-        labels = tuple(header["labels"])
-        others = {name: tuple(names) for name, names in header.get("other_labels", {}).items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        data = strict.parse_json(metadata[HEADER], "it")
+        data = strict.record(data, "it", ("spec", "input", "labels"), ("other_labels",))
+        spec, contract = ModelSpec.from_json(data["spec"]), InputContract.from_json(data["input"])
+        first, *others = spec.classifiers
+        given = strict.record(data.get("other_labels", {}), "other_labels", (), [name for name, _ in others])
+        labels = parse_labels(data["labels"], f"the labels of {first[0]}")
+        other_labels = {name: parse_labels(found, f"the labels of {name}") for name, found in given.items()}
+    except (FormatError, SpecError) as error:
         raise CheckpointError(f"{path}: its {HEADER!r} header is damaged ({error})") from error
     if contract.shape != (*spec.clip, spec.channels):
         raise CheckpointError(
             f"{path}: the input is {contract.shape} but the model takes clips {(*spec.clip, spec.channels)}"
         )
     for name, classes in spec.classifiers:
-        names = labels if name == spec.classifiers[0][0] else others.get(name, ())
-        if len(names) != classes:
-            raise CheckpointError(f"{path}: {len(names)} labels for the {classes} classes of {name}")
-        if twice := sorted({label for label in names if names.count(label) > 1}):
-            raise CheckpointError(f"{path}: the labels of {name} have {', '.join(twice)} more than once")
-    model = TubeViT(spec)
-    _fill(model, state, path)
-    return Checkpoint(path.stem, model.eval(), contract, labels, sha256(path), others)
+        count = len(labels if name == first[0] else other_labels.get(name, ()))
+        if count != classes:
+            raise CheckpointError(f"{path}: {count} labels for the {classes} classes of {name}")
+    return _Header(spec, contract, labels, other_labels)
 
 
-def _moved(model: TubeViT, spec: ModelSpec) -> TubeViT:
-    """The same weights in a model of another clip shape or with fewer classifiers."""
-    moved = TubeViT(spec)
-    state = model.state_dict()
-    moved.load_state_dict({key: state[key] for key in moved.state_dict()})
-    return moved.eval()
+WRAPPERS = {
+    "_orig_mod.": "torch.compile wraps the model; save the model that was compiled (model._orig_mod)",
+    "module.": "DataParallel or DistributedDataParallel wraps the model; save model.module",
+    "model.": "a training module (of Lightning, for example) wraps the model; save its model",
+}
+"""What tensors' names begin with when not the model but something around it was saved."""
 
 
-def _fill(model: TubeViT, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Load every tensor or none: a silently random tokenizer is the classic failure."""
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in state.items()}
+def _wrapped(names: Iterable[str]) -> str:
+    """Why all names have a prefix, and what to do; empty when they have none."""
+    names = list(names)
+    return next(
+        (f"all tensors are {prefix}*: {why}" for prefix, why in WRAPPERS.items() if _all_begin(names, prefix)), ""
+    )
+
+
+def _all_begin(names: Sequence[str], prefix: str) -> bool:
+    return bool(names) and all(name.startswith(prefix) for name in names)
+
+
+def _compare(path: Path, spec: ModelSpec, given: Mapping[str, tuple[int, ...]]) -> None:
+    """That the tensors are the spec's, every one of them: a silently random tokenizer is the classic failure.
+
+    Raises:
+        CheckpointError: one is missing, unknown or misshapen.
+    """
+    wanted = shapes(spec)
+    if hint := _wrapped(given):
+        raise CheckpointError(f"{path} does not fit its own spec: {hint}")
     problems = [f"missing {key}" for key in sorted(wanted.keys() - given.keys())]
-    problems += [f"unknown {key}" for key in sorted(given.keys() - wanted.keys())]
+    problems += [f"unknown {printable(key)}" for key in sorted(given.keys() - wanted.keys())]
     problems += [
         f"{key} is {given[key]}, expected {wanted[key]}"
         for key in sorted(wanted.keys() & given.keys())
@@ -186,4 +302,21 @@ def _fill(model: TubeViT, state: dict[str, torch.Tensor], path: Path) -> None:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{path} does not fit its own spec: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(state)
+
+
+def _check_types(path: Path, types: Mapping[str, str]) -> None:
+    for name, kind in types.items():
+        if kind not in FLOATS:
+            raise CheckpointError(f"{path}: {name} is {kind}; expected one of {', '.join(FLOATS)}")
+
+
+FLOATS = ("F32", "F16", "BF16", "F64")
+"""What safetensors calls the types of weights."""
+
+
+def _moved(model: TubeViT, spec: ModelSpec) -> TubeViT:
+    """The same weights in a model of another clip shape or with fewer classifiers."""
+    moved = TubeViT(spec)
+    state = model.state_dict()
+    moved.load_state_dict({key: state[key] for key in moved.state_dict()})
+    return moved.eval()

@@ -191,6 +191,27 @@ def position_table(spec: ModelSpec) -> Tensor:
     return torch.from_numpy(positions.table(spec)).float()
 
 
+def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of `TubeViT(spec).state_dict()`, without making one."""
+    d, hidden = spec.width, spec.hidden
+    found: dict[str, tuple[int, ...]] = {} if spec.positions == "fixed" else {"positions": (spec.tokens, d)}
+    for i, tube in enumerate(spec.tubes):
+        found[f"tubes.biases.{i}"] = (d // tube.merge,)
+        if spec.kernel is None:
+            found[f"tubes.weights.{i}"] = (d // tube.merge, spec.channels, *tube.kernel)
+    if spec.kernel is not None:
+        found["tubes.kernel"] = (d, spec.channels, *spec.kernel)
+    layers = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (hidden, d), "mlp.fc2": (d, hidden)}
+    linears = {f"blocks.{i}.{name}": shape for i in range(spec.depth) for name, shape in layers.items()}
+    linears |= {f"classifiers.{name}": (classes, d) for name, classes in spec.classifiers}
+    linears |= {"pool.score": (1, d)} if spec.pool == "attention" else {}
+    for name, shape in linears.items():
+        found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for norm in ("norm", *(f"blocks.{i}.norm{n}" for i in range(spec.depth) for n in (1, 2))):
+        found |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+    return found | {f"blocks.{i}.alpha": () for i in spec.gates}
+
+
 def _lecun(weight: Tensor) -> Tensor:
     """LeCun normal, as ViT initialises its patch embedding."""
     return nn.init.normal_(weight, std=weight[0].numel() ** -0.5)

@@ -187,9 +187,9 @@ class TestFolders:
 
     def test_bundles_of_two_checkpoints_are_not_compared(self, tiny_bundle, tmp_path):
         for name, digest in (("one.onnx-fp32", "1"), ("two.onnx-fp32", "2")):
-            (tmp_path / name).mkdir()
+            shutil.copytree(tiny_bundle, tmp_path / name)
             manifest = json.loads((tiny_bundle / "edgetube.json").read_text())
-            manifest |= {"files": {}, "checkpoint": manifest["checkpoint"] | {"sha256": digest}}
+            manifest |= {"checkpoint": manifest["checkpoint"] | {"sha256": digest * 64}}
             (tmp_path / name / "edgetube.json").write_text(json.dumps(manifest))
         with pytest.raises(InputError, match="different checkpoints or inputs"):
             report.find(tmp_path)

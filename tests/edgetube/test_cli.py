@@ -278,3 +278,25 @@ def test_help_has_an_example(edgetube_cli, command):
 
 def test_built_in_labels_are_the_models():
     assert len(demo.LABELS) == 9
+
+
+def test_a_checkpoint_that_moved_is_found_by_its_hash(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "tiny.onnx-fp32"
+    shutil.copytree(tiny_bundle, moved)
+    text = (moved / "edgetube.json").read_text()
+    (moved / "edgetube.json").write_text(text.replace(str(tiny_checkpoint), "/gone/tiny.safetensors"))
+    code, _, err = edgetube_cli("parity", moved, "--clips", 1)
+    assert code == 2
+    assert "made from the checkpoint /gone/tiny.safetensors, which is not there; give --checkpoint" in " ".join(
+        err.split()
+    )
+    (tmp_path / "weights").mkdir()
+    shutil.copy(tiny_checkpoint, tmp_path / "weights" / "renamed.safetensors")
+    code, out, _ = edgetube_cli("parity", moved, "--clips", 1, "--json", "--checkpoint", tmp_path / "weights")
+    assert code == 0
+    assert json.loads(out)["agreement"] is not None
+    code, _, err = edgetube_cli("inspect", moved, "--plot", tmp_path / "t.png", "--checkpoint", tmp_path / "weights")
+    assert code == 0
+    assert "without kernels" not in err

@@ -202,7 +202,7 @@ class TestRefusals:
             ({"classifiers": (("kinetics.400", 2),)}, r"name of a classifier is 'kinetics.400'; expected \\w"),
             ({"frames": True}, "frames is True; expected an integer"),
             ({"width": 12.0}, "width is 12.0; expected an integer"),
-            ({"depth": 10**9}, "depth is 1000000000; expected an integer, 1 to 65536"),
+            ({"depth": 10**9}, "depth is 1000000000; expected an integer, 1 to 1024"),
             ({"mlp_ratio": math.inf}, "mlp_ratio is inf; expected a finite number"),
             ({"norm_eps": math.nan}, "norm_eps is nan; expected a finite number"),
             ({"tubes": [{}]}, "something else than a TubeSpec"),
@@ -211,7 +211,7 @@ class TestRefusals:
             ({"frames": 60000, "size": (60000, 60000)}, "648000000000000 voxels of a clip"),
             (
                 {"frames": 64, "size": (512, 512), "tubes": (TubeSpec((1, 1, 1), (1, 1, 1)),)},
-                "16777216 tokens; this version goes up to 131072",
+                "16777216 tokens; this version goes up to 65536",
             ),
             ({"mlp_ratio": 60000.0, "width": 60000}, "3600000000 channels of the MLP"),
             ({"gates": (0, 0)}, "name a block twice"),

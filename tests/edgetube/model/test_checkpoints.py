@@ -3,17 +3,21 @@
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from edgetube import demo
+from edgetube.bundle import Bundle
 from edgetube.errors import CheckpointError, InputError, SpecError
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
-from edgetube.model.tubevit import TubeViT
+from edgetube.model.tubevit import TubeViT, shapes
 from edgetube.spec import InputContract, ModelSpec, TubeSpec, named
 
 SPEC = ModelSpec(
@@ -29,6 +33,29 @@ SPEC = ModelSpec(
 CONTRACT = InputContract(4, 24, 24, fps=8.0, mean=(0.4, 0.5, 0.6))
 LABELS = ("left", "right", "none")
 OTHERS = {"place": ("inside", "outside")}
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelSpec:
+    merge = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 2)]))
+    tubes = (TubeSpec((2, 3, 4), (2, 4, 4), space_to_depth=merge), TubeSpec((1, 4, 4), (2, 4, 4)))
+    depth = draw(st.integers(1, 3))
+    heads = draw(st.lists(st.sampled_from(["a", "b-1", "c_2"]), min_size=1, unique=True))
+    return ModelSpec(
+        tubes=tubes[: draw(st.integers(1, 2))],
+        frames=draw(st.integers(4, 6)),
+        size=(draw(st.integers(8, 12)), 12),
+        width=draw(st.sampled_from([8, 16])),
+        depth=depth,
+        heads=draw(st.sampled_from([1, 2])),
+        classifiers=tuple((name, draw(st.integers(1, 4))) for name in heads),
+        mlp_ratio=draw(st.sampled_from([1.0, 2.5])),
+        channels=draw(st.integers(1, 3)),
+        kernel=draw(st.none() | st.just((2, 4, 4))),
+        pool=draw(st.sampled_from(["attention", "mean"])),
+        positions=draw(st.sampled_from(["fixed", "stored"])),
+        gates=tuple(draw(st.lists(st.integers(0, depth - 1), unique=True))),
+    )
 
 
 @pytest.fixture
@@ -100,6 +127,62 @@ class TestRoundTrip:
         assert [p.name for p in tmp_path.iterdir()] == ["motion.safetensors"]
 
 
+class TestShapes:
+    @given(models())
+    @settings(max_examples=20)
+    def test_they_are_those_of_the_model(self, spec: ModelSpec) -> None:
+        assert shapes(spec) == {name: tuple(value.shape) for name, value in TubeViT(spec).state_dict().items()}
+
+
+class TestWhereACheckpointIs:
+    """A bundle knows its checkpoint by hash, wherever it lies."""
+
+    @pytest.fixture
+    def path(self, tmp_path: Path, checkpoint: Checkpoint) -> Path:
+        (tmp_path / "a").mkdir()
+        return checkpoints.save(checkpoint, tmp_path / "a" / "my model (2).safetensors")
+
+    @pytest.fixture
+    def bundle(self, path: Path) -> Bundle:
+        made = checkpoints.load(path)
+        known = {"name": made.name, "source": made.source, "sha256": made.digest}
+        return Bundle(
+            Path("/b"), "b", "onnx-fp32", "fp32", "onnxruntime", SPEC, CONTRACT, LABELS, 1, "m", "built", known
+        )
+
+    def test_names_can_be_those_of_files(self, path: Path) -> None:
+        assert checkpoints.load(path).name == "my-model-2-"
+        assert checkpoints.load(path.rename(path.with_name("...safetensors"))).name == "model"
+
+    def test_the_working_folder_may_change(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(path.parent)
+        assert checkpoints.load(path.name).source == str(path)
+
+    def test_it_is_where_it_was(self, bundle: Bundle) -> None:
+        assert checkpoints.of_bundle(bundle).digest == bundle.checkpoint["sha256"]
+
+    def test_it_was_moved(self, tmp_path: Path, path: Path, bundle: Bundle) -> None:
+        moved = path.rename(tmp_path / "other.safetensors")
+        message = r"made from the checkpoint .*my model .*, which is not there; give --checkpoint FILE_OR_FOLDER"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.of_bundle(bundle)
+        torch.save({}, tmp_path / "no.safetensors")
+        for where in (moved, tmp_path):
+            found = checkpoints.locate(bundle, where)
+            assert found.checkpoint == {**bundle.checkpoint, "source": str(moved)}
+            assert checkpoints.of_bundle(found).digest == bundle.checkpoint["sha256"]
+
+    def test_other_weights_are_there_now(self, path: Path, bundle: Bundle, checkpoint: Checkpoint) -> None:
+        checkpoints.save(replace(checkpoint, labels=("a", "b", "c")), path)
+        with pytest.raises(
+            CheckpointError, match=r"/b was made from other weights than .* holds now; give --checkpoint"
+        ):
+            checkpoints.of_bundle(bundle)
+        for where in (path, path.parent):
+            with pytest.raises(CheckpointError, match=r"is not at .*: 1 .safetensors files were looked at"):
+                checkpoints.locate(bundle, where)
+
+
 class TestOtherClipsAndClassifiers:
     def test_another_clip_takes_the_same_weights(self, clips, checkpoint):
         longer = checkpoint.at(frames=6, size=(32, 24))
@@ -157,7 +240,7 @@ class TestRefusals:
             InputError, match=r"no checkpoint at .*gone.safetensors; give a .safetensors file, demo, or"
         ):
             checkpoints.load(tmp_path / "gone.safetensors")
-        with pytest.raises(InputError, match="no checkpoint at"):
+        with pytest.raises(InputError, match=r"a folder is at .*; give a .safetensors file"):
             checkpoints.load(tmp_path)
 
     @pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"PK\x03\x04 a zip file of another framework"])
@@ -184,19 +267,106 @@ class TestRefusals:
         [
             (lambda _: "not json", "damaged"),
             (lambda _: [], "damaged"),
-            (lambda d: {key: value for key, value in d.items() if key != "spec"}, r"damaged \('spec'\)"),
+            (lambda d: {key: value for key, value in d.items() if key != "spec"}, "damaged .*it lacks the field spec"),
+            (lambda d: d | {"more": 1}, "damaged .*it has no field more; it has input, labels"),
+            (lambda d: d | {"spec": d["spec"] | {"depth": 10**9}}, "damaged .*depth is 1000000000"),
+            (
+                lambda d: d | {"spec": d["spec"] | {"frames": 60000, "size": [60000, 60000]}},
+                "damaged .*voxels of a clip",
+            ),
+            (lambda d: json.dumps(d)[:-1] + ', "labels": []}', "damaged .*the key 'labels' stands twice"),
+            (lambda _: "[" * 100_000, "damaged .*nested deeper than 32 levels"),
+            (lambda d: d | {"labels": ["left", "right", "\x1b[2J"]}, "damaged .*has control characters"),
+            (lambda d: d | {"labels": ["left", "right", 3]}, "damaged .*labels of motion is 3; expected text"),
+            (lambda d: d | {"other_labels": {"room": ["a"]}}, "damaged .*other_labels has no field room; it has place"),
             (lambda d: d | {"spec": d["spec"] | {"dropout": 0.1}}, "damaged .*ModelSpec has no field dropout"),
             (lambda d: d | {"spec": d["spec"] | {"pool": "max"}}, "damaged .*pool is 'max'"),
             (lambda d: d | {"input": d["input"] | {"frames": 8}}, r"input is \(8, 24, 24, 3\) but .* \(4, 24, 24, 3\)"),
             (lambda d: d | {"spec": d["spec"] | {"channels": 1}}, r"\(4, 24, 24, 3\) but .* \(4, 24, 24, 1\)"),
             (lambda d: d | {"labels": ["left"]}, "1 labels for the 3 classes of motion"),
             (lambda d: d | {"other_labels": {}}, "0 labels for the 2 classes of place"),
-            (lambda d: d | {"labels": ["left", "none", "left"]}, "labels of motion have left more than once"),
+            (lambda d: d | {"labels": ["left", "none", "left"]}, "labels of motion has 'left' more than once"),
         ],
     )
     def test_a_header_that_does_not_fit(self, path, header, message):
         with pytest.raises(CheckpointError, match=message):
             checkpoints.load(rewrite(path, header))
+
+    def test_a_spec_that_does_not_fit_the_weights_is_refused_before_a_model_is_made(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def made(*_: object) -> None:
+            raise AssertionError("a model was made")
+
+        monkeypatch.setattr(checkpoints, "TubeViT", made)
+        wide = {"width": 24576, "depth": 1000, "classifiers": [["motion", 1 << 20]], "positions": "stored"}
+        spec = {"labels": [str(i) for i in range(1 << 20)], "other_labels": {}}
+        with pytest.raises(CheckpointError, match=r"does not fit its own spec: missing blocks.10.attn.proj.bias"):
+            checkpoints.load(rewrite(path, lambda d: d | spec | {"spec": d["spec"] | wide | {"gates": []}}))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_weights_that_are_no_numbers(self, path: Path, value: float) -> None:
+        weights = load_file(path)["blocks.1.mlp.fc1.weight"]
+        weights[3, 2] = value
+        with pytest.raises(CheckpointError, match=r"blocks.1.mlp.fc1.weight has weights that are NaN or infinite"):
+            checkpoints.load(rewrite(path, **{"blocks.1.mlp.fc1.weight": weights}))
+
+    def test_weights_that_float32_cannot_hold(self, path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"norm.bias has weights that are NaN or infinite"):
+            checkpoints.load(rewrite(path, **{"norm.bias": torch.full((24,), 1e300, dtype=torch.float64)}))
+
+    def test_integers_are_no_weights(self, path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"norm.bias is I64; expected one of F32, F16, BF16, F64"):
+            checkpoints.load(rewrite(path, **{"norm.bias": torch.zeros(24, dtype=torch.int64)}))
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"PK\x03\x04" + b"\0" * 60, "it was written by torch.save"),
+            (b"\x80\x02}q\x00." + b"\0" * 60, "it was written by torch.save"),
+            (b"\x89HDF\r\n\x1a\n" + b"\0" * 60, "it is an HDF5 file"),
+            (b"GGUF\x03\0\0\0" + b"\0" * 60, "it is a GGUF file"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7\nsize 6\n", "git lfs pull"),
+            (b"<!DOCTYPE html><html></html>", "it is a web page; the download did not work"),
+        ],
+    )
+    def test_files_of_other_kinds_are_called_by_their_names(self, tmp_path: Path, content: bytes, message: str) -> None:
+        path = tmp_path / "model.pt"
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"model.pt is not a safetensors file: .*{message}"):
+            checkpoints.load(path)
+
+    def test_what_torch_saves(self, tmp_path: Path, checkpoint: Checkpoint) -> None:
+        for zipped in (True, False):
+            torch.save(checkpoint.model.state_dict(), tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
+            with pytest.raises(CheckpointError, match=r"m.pt is not a safetensors file: it was written by torch.save"):
+                checkpoints.load(tmp_path / "m.pt")
+
+    @pytest.mark.parametrize(
+        ("prefix", "message"),
+        [
+            ("module.", r"all tensors are module.\*: DataParallel .*; save model.module"),
+            ("_orig_mod.", r"all tensors are _orig_mod.\*: torch.compile .*model._orig_mod"),
+            ("_orig_mod.module.", r"all tensors are _orig_mod.\*"),
+            ("model.", r"all tensors are model.\*: a training module"),
+        ],
+    )
+    def test_models_that_something_wrapped(self, path: Path, prefix: str, message: str) -> None:
+        state = {f"{prefix}{name}": value for name, value in load_file(path).items()}
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        save_file(state, path, metadata=metadata)
+        with pytest.raises(CheckpointError, match=f"does not fit its own spec: {message}"):
+            checkpoints.load(path)
+        save_file(state, path)
+        with pytest.raises(CheckpointError, match=f"no 'edgetube' header; .*{message}"):
+            checkpoints.load(path)
+
+    def test_a_model_that_something_wraps_is_not_saved(self, tmp_path: Path, checkpoint: Checkpoint) -> None:
+        wrapped = torch.nn.DataParallel(checkpoint.model)
+        with pytest.raises(CheckpointError, match="the model is a DataParallel; save the TubeViT inside of it"):
+            checkpoints.save(replace(checkpoint, model=wrapped), tmp_path / "x.safetensors")  # type: ignore[arg-type]
+        assert not list(tmp_path.iterdir())
 
     def test_a_missing_tensor(self, path):
         with pytest.raises(CheckpointError, match=r"motion.safetensors does not fit .*: missing tubes.weights.0$"):
