@@ -90,7 +90,7 @@ def judge(bundle: Path, path: Path) -> dict[str, float]:
     with np.load(path) as stored:
         frames, expected = stored["frames"], stored["logits"]
     opened = bundles.load(bundle)
-    with Runtime(opened, device=runtimes.proof_device(opened.target, opened.backend)) as runtime:
+    with Runtime(opened, threads=1, device=runtimes.proof_device(opened.target, opened.backend)) as runtime:
         return compare(expected, np.concatenate([runtime(frames[i : i + 1]) for i in range(len(frames))]))
 
 
