@@ -41,9 +41,9 @@ def save(path: Path, frames: Iterable[tuple[float, Frame]], predictions: Sequenc
 
     Args:
         path: ends in .mp4; replaced when the new file is complete.
-        frames: (seconds, frame (H, W, 3) uint8 RGB), as `edgetube.video.frames` gives them; one frame out each.
+        frames: (seconds, frame (H, W, 3) uint8 RGB), as `edgetube.video.frames` gives them; each is shown at its time.
         predictions: in any order, over windows of one length.
-        fps: frames per second of the file.
+        fps: nominal frames per second of the file.
 
     Raises:
         InputError: what `edgetube.video.write` refuses.
@@ -58,7 +58,7 @@ def save(path: Path, frames: Iterable[tuple[float, Frame]], predictions: Sequenc
         near = min(ordered[max(0, i - 1) : i + 1][::-1], key=lambda p: abs(_middle(p) - seconds), default=None)
         return near if near is not None and _covers(near, seconds) else None
 
-    return video.write(path, (annotate(frame, at(seconds)) for seconds, frame in frames), fps)
+    return video.write(path, ((seconds, annotate(frame, at(seconds))) for seconds, frame in frames), fps)
 
 
 def _middle(prediction: Prediction) -> float:

@@ -214,6 +214,8 @@ def run(
         found, note = video.search(source, rt.contract)
         if save and (len(found) != 1 or not isinstance(found[0], Path)):
             raise InputError(f"--save takes one video file; {source} is {len(found)} sources or a live one")
+        if save:
+            video.check_output(save, found[0])
         if note:
             terminal.warn("note", note)
         unread = {}

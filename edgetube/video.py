@@ -6,13 +6,15 @@ import glob
 import io
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
@@ -39,6 +41,10 @@ TIMEOUT = 10.0
 _MP4, _MATROSKA, _TS, _AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "avi"
 _HEADED = frozenset((_MP4, _MATROSKA, _AVI))
 """Containers whose header says how long they are; for others FFmpeg guesses, from the bit rate at worst."""
+
+_ANIMATIONS = frozenset(("gif", "apng", "webp_anim"))
+_PICTURE_BRANDS = frozenset(("avif", "heic", "heix", "heim", "heis", "mif1", "miaf"))
+"""What a file says of itself that has the container of MP4 and holds a picture: AVIF and HEIF."""
 
 _SOUGHT = frozenset((_MP4, _MATROSKA, _TS))
 """Containers in which timestamps are right after a seek; others are decoded from their beginning."""
@@ -173,21 +179,39 @@ def search(source: Source, contract: InputContract | None = None) -> tuple[list[
     return list(files), ""
 
 
-def write(path: str | Path, frames: Iterable[Frames], fps: float) -> Path:
-    """Encode frames (H, W, 3) uint8 RGB as mp4: H.264 where PyAV has it, else MPEG-4 part 2.
-
-    The file appears when it is complete: it is written beside its place and renamed. Sides that are odd repeat their
-    last row or column, since 4:2:0 chroma needs even ones.
+def check_output(path: str | Path, source: Source | None = None) -> Path:
+    """Where a video can be written; asked before the work, and by `write` itself.
 
     Raises:
-        InputError: no frames, frames of different or wrong shapes, a rate that is not positive, or a path that
-            cannot be written.
+        InputError: no .mp4, no folder, a folder by that name, or the file of `source` itself.
     """
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise InputError(f"cannot write {path}: expected a name that ends in .mp4")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    if isinstance(source, Path) and path.exists() and path.samefile(source):
+        raise InputError(f"cannot write {path}: it is the video that is read; give another name")
+    return path
+
+
+def write(path: str | Path, frames: Iterable[Frames | tuple[float, Frames]], fps: float) -> Path:
+    """Encode frames (H, W, 3) uint8 RGB as mp4: H.264 where PyAV has it, else MPEG-4 part 2.
+
+    The file appears when it is complete: it is written beside its place and renamed. Sides that are odd repeat their
+    last row or column, since 4:2:0 chroma needs even ones.
+
+    Args:
+        frames: frames, of which number i is shown at i / fps; or (seconds, frame), ascending, as `frames` gives them.
+        fps: frames per second; of frames with times the nominal rate.
+
+    Raises:
+        InputError: no frames, frames of different or wrong shapes, a rate that is not positive, or a path that
+            cannot be written.
+    """
+    path = check_output(path)
     if not 0 < fps < 1000:
         raise InputError(f"fps is {fps}; expected a rate in (0, 1000)")
     with replacing(path) as part, _vendor_errors(path):
@@ -286,7 +310,6 @@ def _vendor_errors(name: object) -> Iterator[None]:
 def _open(source: Source | _Address) -> Iterator[_Reader]:
     import av
     from av.container import InputContainer
-    from av.stream import Disposition
 
     # Titles that are not UTF-8 must not stop a film: PyAV before 19 has to be told, later ones have no such option.
     lenient: dict[str, Any] = {"metadata_errors": "ignore"} if hasattr(InputContainer, "metadata_errors") else {}
@@ -302,11 +325,29 @@ def _open(source: Source | _Address) -> Iterator[_Reader]:
             **lenient,
         ) as container,
     ):
-        # The cover picture of a song is a video stream too; and FFmpeg renders any .txt as a video of its text.
-        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-        if not streams or container.format.name == "tty":
+        found = _film(container.streams.video)
+        if found is None or container.format.name == "tty":  # FFmpeg renders any .txt as a video of its text
             raise InputError(f"{address.name} has no video in it")
-        yield _Reader(address, container, streams[0])
+        reader = _Reader(address, container, found)
+        reader.check_picture()
+        yield reader
+
+
+def _film(streams: Iterable[VideoStream]) -> VideoStream | None:
+    """The stream that a player would show: not a cover, a thumbnail or one tile of a picture; the default one, then
+    the largest, then the first."""
+    from av.stream import Disposition
+
+    beside = Disposition.still_image | Disposition.timed_thumbnails
+
+    def rank(stream: VideoStream) -> tuple[bool, bool, bool, int]:
+        moving = stream.frames != 1 and not stream.disposition & beside
+        is_default = bool(stream.disposition & Disposition.default)
+        known = stream.codec_context is not None
+        return known, moving, is_default, stream.width * stream.height if known else 0
+
+    shown = [s for s in streams if not s.disposition & Disposition.attached_pic]
+    return max(shown, key=rank, default=None)  # the first of equals
 
 
 # --------------------------------------------------------------------------------------------------------------- decode
@@ -327,22 +368,48 @@ class _Reader:
         self.tick = stream.time_base or Fraction(1, 1_000_000)
         self.origin = None if self.live else stream.start_time or 0
         self.rate = float(stream.guessed_rate or stream.average_rate or 25)
-        # H.264 in AVI: the packets carry the order of decoding only, while the rate is constant by definition.
-        self._counted = self.form == _AVI and stream.codec_context.has_b_frames
+        # AVI has no display times, only a slot for each packet in the order of decoding: frames take them in turn.
+        self._slots: deque[int] | None = deque() if self.form == _AVI else None
         self._end = 0.0  # second at which the last packet that was read leaves the display
         if not self.live:
             stream.thread_type = "AUTO"  # frames in parallel; costs delay, so not for cameras
+        if self._is_picture and stream.codec_context.name == "mjpeg":  # which fills what is missing with grey
+            stream.codec_context.options = {"err_detect": "explode"}
+
+    @cached_property
+    def _is_picture(self) -> bool:
+        """Whether the format, whatever is in the file, is one of single pictures."""
+        if self.form == _MP4:
+            return self.container.metadata.get("major_brand") in _PICTURE_BRANDS
+        return self.form in ("image2", "ico") or self.form.endswith("_pipe")
 
     @property
     def is_still(self) -> bool:
-        return self.form == "image2" or self.form.endswith("_pipe")
+        """A picture, or an animation of one frame."""
+        return self._is_picture or (self.form in _ANIMATIONS and not self.live and self._scan()[0] == 1)
+
+    def check_picture(self) -> None:
+        """Refuse what would be taken for the whole picture although it is not.
+
+        Raises:
+            InputError: a JPEG or BMP without its end, or a HEIF picture of tiles, which come as one stream each.
+        """
+        from av.stream import Disposition
+
+        if not self._is_picture or self.address.path is None:
+            return
+        if self.stream.disposition & Disposition.dependent:
+            raise InputError(f"{self.address.name} is a picture in tiles, as phones store HEIC: convert it to JPEG")
+        whole = {"mjpeg": _whole_jpeg, "bmp": _whole_bmp}.get(self.stream.codec_context.name)
+        if whole and not whole(self.address.path.read_bytes()):
+            raise self._cut_off()
 
     def declared(self) -> float | None:
         """Seconds that the header promises; None where the format does not say."""
         if self.form not in _HEADED:
             return None
-        if self.form == _AVI and self.stream.frames:
-            return self.stream.frames / self.rate  # its duration is a guess where the index was cut off
+        if self.form == _AVI and self.stream.frames:  # slots; its duration is a guess where the index was cut off
+            return float(self.stream.frames * self.tick)
         if self.stream.duration is not None:
             return float(self.stream.duration * self.tick)
         if self.container.duration is None:
@@ -419,14 +486,16 @@ class _Reader:
                 if sought and packet.size and not packet.is_keyframe:
                     continue  # what it refers to was not read
                 sought = False
+                if self._slots is not None and packet.size and packet.dts is not None:
+                    self._slots.append(packet.dts)
                 if not packet.size and packet.dts is None:  # the end, where decoders give out what they held back
                     self._check_end()
                 try:
                     decoded = packet.decode()
                 except av.InvalidDataError:
-                    if self.live or seconds is None:  # joined in the middle of a group of pictures
-                        continue
-                    raise
+                    if self._is_picture or not (self.live or seconds is None):
+                        raise
+                    continue  # joined in the middle of a group of pictures
                 for frame in decoded:
                     seconds = self._seconds(frame, seconds)
                     yield seconds, frame
@@ -438,11 +507,14 @@ class _Reader:
     def _seconds(self, frame: av.VideoFrame, previous: float | None) -> float:
         """When `frame` is displayed; the clock never goes back, whatever the timestamps do."""
         due = 0.0 if previous is None else previous + 1 / self.rate
-        if frame.pts is None or self._counted:
+        stamp = frame.pts
+        if self._slots is not None:
+            stamp = self._slots.popleft() if self._slots else None
+        if stamp is None:
             return due
         if self.origin is None:
-            self.origin = frame.pts
-        seconds = float((frame.pts - self.origin) * self.tick)
+            self.origin = stamp
+        seconds = float((stamp - self.origin) * self.tick)
         return seconds if previous is None or seconds > previous else due
 
     def _leaves(self, packet: av.Packet[VideoStream]) -> float:
@@ -474,43 +546,117 @@ class _Reader:
         return count, end or count / self.rate
 
     def _cut_off(self) -> InputError:
+        if self._is_picture:
+            return InputError(f"{self.address.name} is cut off or damaged: copy or record it again")
         count, seconds = self._scan()
         promised = self.declared()
-        of = "" if promised is None else f" of {self.stream.frames or round(promised * self.rate)} ({promised:.2f} s)"
+        of = ""
+        if promised is not None:
+            frames = self.stream.frames if self.form != _AVI else 0
+            of = f" of {frames or round(promised * self.rate)} ({promised:.2f} s)"
         remedy = "copy or record it again, or choose an earlier start"
         return InputError(
             f"{self.address.name} is cut off or damaged: {count} frames ({seconds:.2f} s){of} can be read: {remedy}"
         )
 
 
+def _whole_bmp(bmp: bytes) -> bool:
+    """Whether a BMP has all its rows. FFmpeg takes rows without their padding for granted when bytes are missing."""
+    if len(bmp) < 54 or bmp[30:34] not in (b"\0\0\0\0", b"\3\0\0\0"):  # compressed ones are refused when cut
+        return True
+    offset, width, height = (int.from_bytes(bmp[at : at + 4], "little", signed=True) for at in (10, 18, 22))
+    bits = abs(width) * int.from_bytes(bmp[28:30], "little")
+    found = len(bmp) - offset
+    return found >= (bits + 31) // 32 * 4 * abs(height) or found == (bits + 7) // 8 * abs(height)
+
+
+def _whole_jpeg(jpeg: bytes) -> bool:
+    """Whether a JPEG goes on to its end marker: segments with a length each, then data in which 0xff is escaped."""
+    at = 2
+    while 0 <= (at := jpeg.find(b"\xff", at)) < len(jpeg) - 1:
+        marker = jpeg[at + 1]
+        if marker == 0xD9:
+            return True
+        if marker == 0xFF:  # padding
+            at += 1
+        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # an escaped 0xff, or a marker without a segment
+            at += 2
+        else:
+            at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return False
+
+
 def _rgb(frame: av.VideoFrame) -> Frames:
-    """(H, W, 3) uint8, by the matrix and range that the frame says, turned upright in quarter turns."""
+    """(H, W, 3) uint8, by the matrix and range that the frame says, turned and mirrored as it is to be shown."""
     pixels: Frames = frame.to_ndarray(format="rgb24")  # type: ignore[assignment]
-    return np.rot90(pixels, frame.rotation // 90) if frame.rotation % 360 else pixels
+    matrix = _display_matrix(frame)
+    if matrix is None:
+        return pixels
+    (xx, xy), (yx, yy) = matrix  # a stored pixel at (x, y) is shown at (xx * x + yx * y, xy * x + yy * y)
+    if abs(xy) + abs(yx) > abs(xx) + abs(yy):
+        pixels, xx, yy = pixels.swapaxes(0, 1), yx, xy
+    return pixels[:: -1 if yy < 0 else 1, :: -1 if xx < 0 else 1]
+
+
+def _display_matrix(frame: av.VideoFrame) -> list[list[int]] | None:
+    """The upper left 2 x 2 of the display matrix, from a container or from EXIF; None where there is none."""
+    from av.sidedata.sidedata import Type
+
+    try:
+        data: Any = frame.side_data
+    except ValueError:  # a kind of side data, EXIF for one, that this PyAV has no name for
+        data = _without_unnamed(frame).side_data
+    found = data.get(Type.DISPLAYMATRIX)
+    return None if found is None else np.frombuffer(found, np.int32).reshape(3, 3)[:2, :2].tolist()
+
+
+def _without_unnamed(frame: av.VideoFrame) -> av.VideoFrame:
+    """The frame without the side data that FFmpeg knows and PyAV does not."""
+    from av.filter import Graph
+    from av.sidedata.sidedata import Type
+
+    graph = Graph()
+    named: set[Any] = {kind.value for kind in Type}
+    chain = [graph.add("buffer", f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1")]
+    chain += [graph.add("sidedata", f"mode=delete:type={kind}") for kind in range(64) if kind not in named]
+    chain.append(graph.add("buffersink"))
+    for source, sink in pairwise(chain):
+        source.link_to(sink)
+    graph.configure()
+    graph.push(frame)
+    return cast("av.VideoFrame", graph.pull())
 
 
 # --------------------------------------------------------------------------------------------------------------- encode
 
 
-def _encode(path: Path, frames: Iterator[Frames], rate: Fraction) -> None:
+TICKS = 60_000
+"""Most ticks a second of a file that is written: MPEG-4 part 2 has 16 bits for them."""
+
+
+def _encode(path: Path, frames: Iterator[Frames | tuple[float, Frames]], rate: Fraction) -> None:
     import av
 
-    first = next(frames, None)
+    timed = (item if isinstance(item, tuple) else (float(i / rate), item) for i, item in enumerate(frames))
+    first = next(timed, None)
     if first is None:
         raise InputError("there are no frames to write")
-    shape = np.shape(first)
+    shape = np.shape(first[1])
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    tick = Fraction(1, rate.numerator * max(1, TICKS // rate.numerator))  # a whole number of them is one frame
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = (side + side % 2 for side in shape[:2])
-        stream.pix_fmt = "yuv420p"
-        for i, pixels in enumerate(chain([first], frames)):
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", tick
+        stamp = -1
+        for i, (seconds, pixels) in enumerate(chain([first], timed)):
             given = np.asarray(pixels)
             if given.shape != shape or given.ndim != 3 or given.shape[2] != 3 or given.dtype != np.uint8:
                 expected = f"{shape} as the first" if len(shape) == 3 and shape[2] == 3 else "(height, width, 3)"
                 raise InputError(f"frame {i} is {given.dtype} {given.shape}; expected uint8 {expected}")
             even = np.pad(given, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
-            frame.pts, frame.time_base = i, 1 / rate
+            stamp = max(stamp + 1, round(seconds / tick))
+            frame.pts, frame.time_base = stamp, tick
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

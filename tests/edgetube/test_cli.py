@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -134,6 +134,23 @@ def test_save_writes_an_annotated_video(edgetube_cli, tiny_bundle, clip, tmp_pat
     assert len(before) == len(after)
     changed = np.abs(before[10].astype(int) - after[10]).mean(axis=(1, 2))
     assert changed[-8:].max() > 4 * changed[:40].mean()
+
+
+def test_save_keeps_the_times_of_a_varying_rate(edgetube_cli: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    times = [*np.arange(15) / 30, *(0.5 + np.arange(10) / 3)]
+    pairs = [(float(t), np.full((64, 96, 3), 10 * i, np.uint8)) for i, t in enumerate(times)]
+    dark = video.write(tmp_path / "dark.mp4", pairs, 30.0)
+    code, _, _ = edgetube_cli("run", tiny_bundle, dark, "--stream", "--save", tmp_path / "annotated.mp4")
+    assert code == 0
+    assert [t for t, _ in video.frames(tmp_path / "annotated.mp4")] == pytest.approx(times, abs=1e-4)
+
+
+def test_save_never_replaces_the_video_that_is_read(edgetube_cli: Any, tiny_bundle: Path, clip: Path) -> None:
+    before = clip.read_bytes()
+    code, out, err = edgetube_cli("run", tiny_bundle, clip, "--save", clip.parent / "." / clip.name)
+    assert (code, out) == (2, "")
+    assert re.search("error: cannot write .*clip.mp4: it is the video that is read; give another name", err)
+    assert clip.read_bytes() == before
 
 
 def test_inspect_prints_and_draws(edgetube_cli, tiny_bundle, tmp_path):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import re
 import socket
+import struct
 import sys
 import threading
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from PIL import Image, ImageOps
 
 from edgetube import preprocess, video
@@ -126,6 +132,30 @@ def test_load_finds_frames_by_time_wherever_it_starts(clips, name, fps):
         assert numbers(clip.frames) == found, f"start {start}"
         assert clip.start == pytest.approx(times[found[0]], abs=1e-6)
         assert clip.end == pytest.approx(times[found[-1]] + 1 / rate, abs=0.03)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_avi_with_empty_slots(tmp_path: Path, codec: str) -> None:
+    """H.264 that was copied into AVI has twice as many slots as frames, and half of them are empty."""
+    path = tmp_path / "copied.avi"
+    with av.open(str(path), "w", format="avi") as container:
+        stream = container.add_stream(codec, rate=50)
+        stream.width = stream.height = SIZE
+        stream.pix_fmt, stream.gop_size, stream.bit_rate, stream.max_b_frames = "yuv420p", 12, 2_000_000, 2
+        for i in range(60):
+            frame = av.VideoFrame.from_ndarray(barcode(i))
+            frame.pts, frame.time_base = 2 * i, Fraction(1, 50)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames >= 118
+        assert sum(packet.size > 0 for packet in container.demux(video=0)) == 60
+    times, pixels = zip(*video.frames(path), strict=True)
+    assert numbers(pixels) == list(range(60))
+    assert times == pytest.approx(np.arange(60) / 25)
+    clip = video.load(path, contract(4, fps=25.0))
+    assert numbers(clip.frames) == [27, 28, 29, 30]  # 119 slots: the clip begins at (2.38 - 0.16) / 2 = 1.11 s
+    assert clip.start == pytest.approx(27 / 25)
 
 
 def test_middle_of_a_video_with_a_varying_rate(clips):
@@ -310,6 +340,64 @@ def test_sound_is_refused(tmp_path, cover):
         video.load(path, contract())
 
 
+@pytest.mark.parametrize("form", ["mp4", "matroska", "mov"])
+@pytest.mark.parametrize("film_first", [False, True])
+def test_the_film_is_read_and_not_its_thumbnail(tmp_path: Path, form: str, film_first: bool) -> None:
+    """Drones and phones keep a small picture as a stream of its own, often the first, and do not mark it as a cover."""
+    path = tmp_path / "drone"
+    with av.open(str(path), "w", format=form) as container:
+        film, thumbnail = (
+            container.add_stream("libx264" if is_film else "mjpeg", rate=25)
+            for is_film in ((True, False) if film_first else (False, True))
+        )
+        if not film_first:
+            film, thumbnail = thumbnail, film
+        film.width = film.height = SIZE
+        film.max_b_frames = 0
+        thumbnail.width = thumbnail.height = SIZE // 2
+        thumbnail.pix_fmt = "yuvj420p"
+        picture = av.VideoFrame.from_ndarray(barcode(255)[::2, ::2]).reformat(format="yuvj420p")
+        container.mux(thumbnail.encode(picture))
+        for i in range(30):
+            container.mux(film.encode(av.VideoFrame.from_ndarray(barcode(i))))
+        container.mux(film.encode())
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 2
+    assert numbers(frame for _, frame in video.frames(path)) == list(range(30))
+    assert numbers(video.load(path, contract(4), start=0.4).frames) == [10, 11, 12, 13]
+
+
+@dataclass
+class Candidate:
+    """What is known of a stream before it is read."""
+
+    frames: int
+    disposition: int
+    width: int
+    height: int
+    codec_context: object | None = 1
+
+
+@pytest.mark.parametrize(
+    ("streams", "best"),
+    [
+        ([(0, 1, 160, 120), (0, 1, 320, 240)], 1),  # the larger
+        ([(0, 1, 320, 240), (0, 0, 3840, 2160)], 0),  # the default
+        ([(0, 1, 320, 240), (0, 1, 320, 240)], 0),  # the first
+        ([(1, 1, 3840, 2160), (90, 0, 320, 240)], 1),  # the one that moves
+        ([(0, 1 | Disposition.timed_thumbnails, 3840, 2160), (0, 0, 320, 240)], 1),
+        ([(0, 1 | Disposition.attached_pic, 600, 600), (0, 0, 320, 240)], 1),
+        ([(0, 1, 320, 240, None), (0, 0, 160, 120)], 1),  # the one with a decoder
+        ([(0, Disposition.attached_pic, 600, 600)], None),
+        ([], None),
+    ],
+)
+def test_the_stream_that_a_player_would_show(streams: list[tuple[Any, ...]], best: int | None) -> None:
+    candidates = [Candidate(*stream) for stream in streams]
+    found = video._film(candidates)  # type: ignore[arg-type]
+    assert (None if found is None else candidates.index(found)) == best  # type: ignore[arg-type]
+
+
 def test_missing_file_and_folder_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"none.mp4 is not a file"):
         video.load(tmp_path / "none.mp4", contract())
@@ -346,16 +434,50 @@ def test_image_modes_become_rgb(tmp_path, mode):
     assert np.abs(frame.astype(int) - np.asarray(grey)[..., None]).max() <= 1
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_photo_is_turned_upright(tmp_path, orientation):
-    pixels = np.zeros((32, 48, 3), np.uint8)
-    pixels[:16, :16] = 255, 0, 0
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tiff", ".avif"])
+def test_photo_is_shown_as_exif_says(tmp_path: Path, suffix: str, orientation: int) -> None:
+    y, x = np.mgrid[0:32, 0:48]
+    pixels = np.stack([x * 5, y * 7, np.full_like(x, 40)], -1).astype(np.uint8)  # unlike all its turns and mirrors
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
-    ((_, frame),) = video.frames(tmp_path / "photo.png")
-    upright = ImageOps.exif_transpose(Image.open(tmp_path / "photo.png"))
-    np.testing.assert_array_equal(frame, np.asarray(upright))
+    quality = {"lossless": True} if suffix == ".webp" else {"quality": 97, "subsampling": "4:4:4"}
+    Image.fromarray(pixels).save(tmp_path / f"photo{suffix}", exif=exif, **({} if suffix == ".tiff" else quality))
+    ((_, frame),) = video.frames(tmp_path / f"photo{suffix}")
+    with Image.open(tmp_path / f"photo{suffix}") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
+    assert frame.shape == upright.shape
+    assert np.abs(frame - upright).max() <= (0 if suffix in (".png", ".webp", ".tiff") else 6)
+
+
+def shown(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """A display matrix (a, b, c, d) read slowly: the pixel at (x, y) is shown at (ax + cy, bx + dy)."""
+    a, b, c, d = matrix
+    height, width = pixels.shape[:2]
+    places = {(a * x + c * y, b * x + d * y): pixels[y, x] for y in range(height) for x in range(width)}
+    left, top = (min(place[axis] for place in places) for axis in (0, 1))
+    right, bottom = (max(place[axis] for place in places) for axis in (0, 1))
+    return np.array([[places[x, y] for x in range(left, right + 1)] for y in range(top, bottom + 1)])
+
+
+MATRICES = [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)] + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
+
+
+@pytest.mark.parametrize("matrix", MATRICES, ids=str)
+def test_film_is_shown_as_its_display_matrix_says(tmp_path: Path, matrix: tuple[int, int, int, int]) -> None:
+    """Turned and mirrored, as front cameras record it."""
+    path = encode(tmp_path / "phone.mp4", count=3)
+    stored = [frame for _, frame in video.frames(path)]
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 44  # after version, flags, times, id, length, layer and volume
+    a, b, c, d = (value << 16 for value in matrix)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    found = [frame for _, frame in video.frames(path)]
+    assert len(found) == 3
+    for frame, pixels in zip(found, stored, strict=True):
+        np.testing.assert_array_equal(frame, shown(pixels, matrix))
+    np.testing.assert_array_equal(video.load(path, contract(3)).frames, [shown(p, matrix) for p in stored])
 
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])
@@ -373,6 +495,84 @@ def test_still_image_is_refused_by_a_video_model(tmp_path):
         video.load(tmp_path / "photo.jpg", contract(16))
     with pytest.raises(InputError, match=r"start is 1.0 s, but .*photo.jpg is a still image"):
         video.load(tmp_path / "photo.jpg", contract(1), start=1.0)
+
+
+@pytest.mark.parametrize(("mode", "options"), [("avif", {}), ("gif", {}), ("png", {"save_all": True})])
+def test_one_frame_is_a_still_image_in_any_container(tmp_path: Path, mode: str, options: dict[str, Any]) -> None:
+    path = tmp_path / f"picture.{mode}"
+    Image.fromarray(barcode(9)).save(path, **options)
+    with pytest.raises(InputError, match=r"is a still image; the model needs 16 frames"):
+        video.load(path, contract(16))
+    clip = video.load(path, contract(1))
+    assert (numbers(clip.frames), clip.start, clip.end) == ([9], None, None)
+
+
+@pytest.mark.parametrize("mode", ["gif", "png"])
+def test_animations_are_videos(tmp_path: Path, mode: str) -> None:
+    first, *rest = [Image.fromarray(barcode(i)) for i in range(12)]
+    first.save(tmp_path / f"a.{mode}", save_all=True, append_images=rest, duration=[100] * 6 + [50] * 6, loop=0)
+    times, pixels = zip(*video.frames(tmp_path / f"a.{mode}"), strict=True)
+    assert numbers(pixels) == list(range(12))
+    assert times == pytest.approx([*np.arange(6) / 10, *(0.6 + np.arange(6) / 20)])
+
+
+def photograph(options: dict[str, Any]) -> bytes:
+    y, x = np.mgrid[0:60, 0:90]
+    noise = np.random.default_rng(0).integers(0, 40, (60, 90, 3))
+    pixels = (np.stack([x * 2, y * 3, x + y], -1) + noise).clip(0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, **options)
+    return file.getvalue()
+
+
+PHOTOS: dict[str, dict[str, Any]] = {
+    "baseline": {"format": "JPEG", "quality": 90},
+    "progressive": {"format": "JPEG", "quality": 90, "progressive": True},
+    "restart markers": {"format": "JPEG", "quality": 90, "restart_marker_blocks": 4},
+    "end marker in a comment": {"format": "JPEG", "quality": 90, "comment": b"\xff\xd9" * 50},
+    "png": {"format": "PNG"},
+    "webp": {"format": "WEBP", "lossless": True},
+    "tiff": {"format": "TIFF", "compression": "tiff_lzw"},
+    "bmp": {"format": "BMP"},
+}
+
+
+@pytest.mark.parametrize("kind", PHOTOS)
+def test_a_picture_that_is_cut_off_is_refused(tmp_path: Path, kind: str) -> None:
+    """At every length: refused, or the whole picture (the last bytes of some formats hold no pixel)."""
+    data = photograph(PHOTOS[kind])
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(data)
+    ((_, whole),) = video.frames(path)
+    assert np.abs(whole.astype(int) - np.asarray(Image.open(path).convert("RGB"))).mean() < 2
+    lengths = [*range(20, len(data), max(1, len(data) // 60)), *range(len(data) - 40, len(data))]
+    refused = 0
+    for length in lengths:
+        path.write_bytes(data[:length])
+        message = refusal(path)
+        if message is None:
+            np.testing.assert_array_equal(next(iter(video.frames(path)))[1], whole)
+        else:
+            assert re.search("photo.jpg (is cut off or damaged|cannot be decoded|has no video)", message)
+            refused += 1
+    assert refused > 0.9 * len(lengths) or kind == "tiff"
+
+
+def refusal(path: Path) -> str | None:
+    try:
+        list(video.frames(path))
+    except InputError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 500, b"SEFT" + bytes(range(256)), photograph(PHOTOS["baseline"])])
+def test_what_follows_a_jpeg_does_not_matter(tmp_path: Path, tail: bytes) -> None:
+    """Phones append their own data, or a second picture."""
+    for name, data in (("a.jpg", b""), ("b.jpg", tail)):
+        (tmp_path / name).write_bytes(photograph(PHOTOS["baseline"]) + data)
+    first, second = (next(iter(video.frames(tmp_path / name)))[1] for name in ("a.jpg", "b.jpg"))
+    np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize(("space", "red", "blue"), [(1, 0.2126, 0.0722), (5, 0.299, 0.114), (9, 0.2627, 0.0593)])
@@ -464,7 +664,8 @@ class Hesitant:
     """A camera whose driver says "not yet" before each packet, as avfoundation does."""
 
     def __init__(self, container, stream):
-        self.packets, self.ready, self.format = list(container.demux(stream)), False, container.format
+        self.packets, self.ready = list(container.demux(stream)), False
+        self.format, self.metadata = container.format, container.metadata
 
     def demux(self, stream):
         while self.packets:
@@ -535,6 +736,38 @@ def test_round_trip(tmp_path, monkeypatch, codec):
     assert list(tmp_path.iterdir()) == [path]
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.name == ("h264" if codec == "libx264" else "mpeg4")
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_write_keeps_the_times_of_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
+    """A phone in the dark: 30 frames a second, then three."""
+    if codec == "mpeg4":
+        monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264"})
+    wanted = [*np.arange(30) / 30, *(1 + np.arange(30) / 3)]
+    path = video.write(tmp_path / "out.mp4", ((t, barcode(i)) for i, t in enumerate(wanted)), fps=30000 / 1001)
+    times, pixels = zip(*video.frames(path), strict=True)
+    assert numbers(pixels) == list(range(60))
+    assert times == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("fps", [12.5, 24000 / 1001, 25, 30000 / 1001, 59.94, 240, 0.5])
+def test_rates_are_exact(tmp_path: Path, fps: float) -> None:
+    path = video.write(tmp_path / "out.mp4", (barcode(i) for i in range(10)), fps)
+    assert [t for t, _ in video.frames(path)] == pytest.approx(np.arange(10) / fps, rel=1e-9)
+    with av.open(str(path)) as container:
+        assert float(container.streams.video[0].average_rate) == pytest.approx(fps, rel=1e-6)
+
+
+def test_the_video_that_is_read_is_not_written(tmp_path: Path) -> None:
+    path = video.write(tmp_path / "mine.mp4", [GOOD] * 3, 10)
+    (tmp_path / "link.mp4").symlink_to(path)
+    for name in (path, tmp_path / "link.mp4", tmp_path / ".." / tmp_path.name / "mine.mp4"):
+        with pytest.raises(InputError, match=r"cannot write .*mp4: it is the video that is read; give another name"):
+            video.check_output(name, path)
+    assert video.check_output(tmp_path / "other.mp4", path) == tmp_path / "other.mp4"
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(InputError, match="it is a folder"):
+        video.check_output(tmp_path / "folder.mp4")
 
 
 def test_odd_sides_repeat_the_edge(tmp_path):
