@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from edgetube import rows, strict
 from edgetube.errors import BundleError, FormatError, SpecError
-from edgetube.files import atomic_write
+from edgetube.files import PREFIX, atomic_write, exchange, sync_folder, sync_tree
 from edgetube.spec import MOST_CLASSES, InputContract, ModelSpec
 from edgetube.targets import Precision, Status
 from edgetube.video import Frames
@@ -363,18 +363,27 @@ def save_golden(folder: Path, frames: Frames, logits: npt.NDArray[np.float32]) -
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write a bundle in; it becomes `out` when the block ends well, else it vanishes.
+    """A folder beside `out` to write a bundle in; it becomes `out` when the block ends well, else it is removed.
 
-    An older bundle at `out` is replaced only then; a folder that is no bundle is never touched.
+    An older bundle at `out` is replaced only then, in one step where the system can; a folder that is no bundle is
+    never touched. What exports that were killed left beside `out` is cleaned up first. Needs the package filelock,
+    which `edgetube[export]` brings.
 
     Raises:
         BundleError: `out` exists and is not a bundle, or the disk refuses.
     """
+    from filelock import FileLock
+
+    out = out.resolve() if out.is_symlink() else out.absolute()
     if out.exists() and not (out / MANIFEST).is_file():
         raise BundleError(f"{out} exists and is not a bundle; choose another --out or move it away")
+    folder = out.parent / f"{PREFIX}{secrets.token_hex(6)}{STAGED}"
+    lock = FileLock(folder.with_suffix(".lock"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        _sweep(out.parent)
+        lock.acquire(blocking=False)  # before the folder is there: one without a lock is nobody's
+        folder.mkdir()
     except OSError as error:
         raise BundleError(f"cannot write to {out.parent}: {error.strerror}") from error
     try:
@@ -384,16 +393,50 @@ def staging(out: Path) -> Iterator[Path]:
         raise BundleError(f"cannot write {out}: {error.strerror or error}; nothing was changed") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".lock").unlink(missing_ok=True)
+        lock.release()
+
+
+STAGED, ASIDE = ".staging", ".old"
+"""Suffixes of a bundle that is being written, and of one that is being replaced; beside them lies a locked `.lock`."""
 
 
 def _publish(folder: Path, out: Path) -> None:
-    folder.chmod(0o755)
+    sync_tree(folder)
     if not out.exists():
         folder.rename(out)
-        return
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.old.", dir=out.parent) as old:
-        out.rename(Path(old) / "bundle")
-        folder.rename(out)
+    elif not exchange(folder, out):
+        aside = folder.with_suffix(ASIDE)
+        out.rename(aside)
+        try:
+            folder.rename(out)
+        finally:
+            if not out.exists():
+                aside.rename(out)
+        shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(out.parent)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what exports that did not end left in a folder; a bundle that one was about to replace gets its name back.
+
+    Whether an export still runs is known by its lock, which the system drops when a process ends, however it ends.
+    """
+    from filelock import FileLock, Timeout
+
+    for folder in [*parent.glob(f"{PREFIX}*{STAGED}"), *parent.glob(f"{PREFIX}*{ASIDE}")]:
+        lock = FileLock(folder.with_suffix(".lock"))
+        try:
+            lock.acquire(blocking=False)
+        except (Timeout, OSError):
+            continue
+        if folder.suffix == ASIDE:
+            with suppress(BundleError, OSError):
+                if not (place := parent / load(folder, verify=False).name).exists():
+                    folder.rename(place)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".lock").unlink(missing_ok=True)
+        lock.release()
 
 
 def sha256(path: Path) -> str:

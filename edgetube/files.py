@@ -5,8 +5,10 @@ The new file is written under a name of its own in the same folder, flushed to t
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +51,25 @@ def atomic_write(path: str | Path, data: str | bytes) -> Path:
     with replacing(path) as part:
         part.write_bytes(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
     return path
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names of one file system in one step; False where the system cannot, and then nothing has changed."""
+    name = {"linux": "renameat2", "darwin": "renameatx_np"}.get(sys.platform)
+    swap = getattr(ctypes.CDLL(None), name, None) if name else None
+    if swap is None:
+        return False
+    here = ctypes.c_int(-100 if sys.platform == "linux" else -2)  # AT_FDCWD
+    flag = ctypes.c_uint(2)  # RENAME_EXCHANGE, RENAME_SWAP
+    return bool(swap(here, os.fsencode(one.absolute()), here, os.fsencode(other.absolute()), flag) == 0)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file below a folder to the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -348,6 +350,80 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path):
     with pytest.raises(BundleError, match="is not a bundle; choose another --out"):
         write(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_the_older_bundle_stays_until_the_new_one_has_its_name(
+    out: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool
+) -> None:
+    if not swaps:
+        monkeypatch.setattr(bundles, "exchange", lambda *_: False)
+    write(out, b"newer weights")
+    assert bundles.load(out).artifact_bytes == len(b"newer weights")
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+def test_a_rename_that_fails_puts_the_older_bundle_back(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, rename = bundles.load(out), Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.suffix == ".staging":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(bundles, "exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(BundleError, match="Permission denied; nothing was changed"):
+        write(out, b"newer weights")
+    assert bundles.load(out) == before
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+def test_a_link_to_a_bundle_stays_a_link(out: Path) -> None:
+    link = out.parent / "linked"
+    link.symlink_to(out, target_is_directory=True)
+    with bundles.staging(link) as folder:
+        shutil.copytree(out, folder, dirs_exist_ok=True)
+        (folder / "model.onnx").write_bytes(b"newer weights")
+        bundles.seal(bundles.load(folder, verify=False))
+    assert link.is_symlink()
+    assert bundles.load(out).artifact_bytes == len(b"newer weights")
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from edgetube import bundle as bundles
+out = Path(sys.argv[1])
+if sys.argv[2] == "while it writes":
+    with bundles.staging(out) as folder:
+        (folder / "model.onnx").write_bytes(b"half of the weights")
+        os._exit(1)
+bundles.exchange = lambda *_: False
+Path.rename = lambda self, target: (os.rename(self, target), os._exit(1))
+with bundles.staging(out) as folder:
+    pass
+"""
+
+
+@pytest.mark.parametrize("when", ["while it writes", "while it publishes"])
+def test_what_a_killed_export_left_is_cleaned_up(out: Path, when: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", KILLED, out, when], check=False)
+    assert ended.returncode == 1
+    assert len(list(out.parent.iterdir())) == 3
+    assert out.exists() == (when == "while it writes")
+    write(out.parent / "y")
+    assert sorted(p.name for p in out.parent.iterdir()) == [out.name, "y"]
+    assert bundles.load(out).artifact_bytes == len(b"weights")
+
+
+def test_an_export_that_still_runs_is_left_alone(out: Path) -> None:
+    with bundles.staging(out.parent / "y") as folder:
+        (folder / "part").write_bytes(b"weights")
+        write(out, b"newer")
+        assert (folder / "part").read_bytes() == b"weights"
+        (folder / "edgetube.json").write_bytes((out / "edgetube.json").read_bytes())
+    assert sorted(p.name for p in out.parent.iterdir()) == [out.name, "y"]
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):

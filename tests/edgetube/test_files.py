@@ -1,13 +1,14 @@
 """A reader sees the old file or the new one; a failed write leaves the old one and nothing else."""
 
 import os
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgetube.files import atomic_write, replacing
+from edgetube.files import atomic_write, exchange, replacing
 
 
 def names(folder: Path) -> list[str]:
@@ -95,3 +96,19 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypa
     monkeypatch.setattr(Path, "replace", lambda self, to: (done.append("rename"), replace(self, to))[1])
     atomic_write(tmp_path / "x", "text")
     assert done[:2] == ["sync", "rename"]
+
+
+def test_two_folders_swap_their_names_or_keep_them(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    swapped = exchange(tmp_path / "a", tmp_path / "b")
+    assert names(tmp_path / "a") == (["b"] if swapped else ["a"])
+    assert names(tmp_path / "b") == (["a"] if swapped else ["b"])
+    assert not exchange(tmp_path / "a", tmp_path / "none")
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_a_system_that_cannot_swap_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert not exchange(tmp_path, tmp_path)
