@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,9 @@ GOLDEN_SLACK = 1e-3
 
 class Runtime:
     """One opened bundle. Thread-safe; a context manager.
+
+    `close` waits for calls of other threads and refuses later ones. Pickled, for a process that multiprocessing spawns,
+    it is the bundle's path and the options: the copy opens the bundle anew. A forked process has to open its own.
 
     Args:
         bundle: the bundle's folder, or a loaded `Bundle`.
@@ -60,6 +64,10 @@ class Runtime:
         else:
             self.bundle = bundles.load(bundle, verify)
         self._backend = runtimes.open_bundle(self.bundle, threads=threads, device=device)
+        self._options = {"threads": threads, "device": device, "verify": verify}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Runtime, **self._options), (self.bundle.path.absolute(),)
 
     @property
     def contract(self) -> InputContract:

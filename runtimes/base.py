@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,7 +43,8 @@ class Backend(ABC):
     """One opened artifact.
 
     A subclass opens the artifact in `__init__(bundle, *, threads, device)` and implements `infer` and `release`.
-    Several threads may call one backend: calls are serialised unless the subclass says `thread_safe`.
+    Several threads may call one backend: calls are serialised unless the subclass says `thread_safe`. It may be closed
+    while they do: calls that have begun end well, later ones are refused. It does not pass to a forked process.
     """
 
     thread_safe: ClassVar[bool] = False
@@ -51,7 +54,10 @@ class Backend(ABC):
         self.contract = contract
         self.batch = batch
         self._lock = threading.Lock()
+        self._state = threading.Condition()
+        self._callers: set[int] = set()  # threads
         self._open = True
+        self._process = os.getpid()
 
     @abstractmethod
     def infer(self, clips: Frames) -> Output:
@@ -95,30 +101,53 @@ class Backend(ABC):
 
         Raises:
             InputError: wrong shape or dtype.
-            BackendError: the backend is closed, or the vendor's runtime failed.
+            BackendError: the backend is closed or belongs to another process, or the vendor's runtime failed.
         """
         frames = preprocess.check(clips, self.contract)
         outputs = []
-        for start in range(0, len(frames), self.batch):
-            piece = frames[start : start + self.batch]
-            if (short := self.batch - len(piece)) > 0:
-                piece = np.concatenate([piece, piece[-1:].repeat(short, axis=0)])
-            outputs.append(self._infer(piece)[: self.batch - short])
+        with self._in_use():
+            for start in range(0, len(frames), self.batch):
+                piece = frames[start : start + self.batch]
+                if (short := self.batch - len(piece)) > 0:
+                    piece = np.concatenate([piece, piece[-1:].repeat(short, axis=0)])
+                outputs.append(self._infer(piece)[: self.batch - short])
         return np.concatenate(outputs)
 
     def _infer(self, piece: Frames) -> Output:
-        if not self._open:
-            raise BackendError("this runtime is closed; open the bundle again")
         if self.thread_safe:
             return self.infer(piece)
         with self._lock:
             return self.infer(piece)
 
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Count a call, so that `close` waits for it."""
+        # Locks that another thread held at the fork stay locked in the child, and the vendor's threads are not there.
+        if os.getpid() != self._process:
+            raise BackendError(
+                "this runtime was opened before the process forked and cannot be used in the child; open the bundle "
+                "there, or start processes with multiprocessing's spawn method"
+            )
+        caller = threading.get_ident()
+        try:
+            with self._state:
+                if not self._open:
+                    raise BackendError("this runtime is closed; open the bundle again")
+                self._callers.add(caller)
+            yield
+        finally:
+            with self._state:
+                self._callers.discard(caller)
+                self._state.notify_all()
+
     def close(self) -> None:
-        """Release the artifact; closing twice is fine."""
-        with self._lock:
+        """Release the artifact once the calls that have begun have ended; closing twice is fine."""
+        if os.getpid() != self._process:
+            return  # it is the parent's
+        with self._state:
             if self._open:
                 self._open = False
+                self._state.wait_for(lambda: self._callers <= {threading.get_ident()})
                 self.release()
 
     def __enter__(self) -> Self:

@@ -1,8 +1,16 @@
 """`edgetube.Runtime` as a camera app uses it."""
 
+import os
+import pickle
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,3 +220,119 @@ def test_the_image_model_takes_images(tiny_checkpoint, tmp_path, rng, model):
         assert image_rt.predict(image).logits == pytest.approx(
             reference(model, image[None, None])[0].tolist(), abs=1e-5
         )
+
+
+class TestLifecycle:
+    def test_it_does_not_move_with_the_current_folder(
+        self, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clips: np.ndarray
+    ) -> None:
+        shutil.copytree(tiny_bundle, tmp_path / "b")
+        monkeypatch.chdir(tmp_path)
+        with edgetube.Runtime("b") as runtime:
+            monkeypatch.chdir("/")
+            assert runtime.check() < 1e-4
+            assert runtime.bundle.path == tmp_path / "b"
+            with pickle.loads(pickle.dumps(runtime)) as copy:
+                np.testing.assert_array_equal(copy(clips), runtime(clips))
+
+    def test_pickled_it_is_its_path_and_options(self, tiny_bundle: Path, clips: np.ndarray) -> None:
+        with edgetube.Runtime(tiny_bundle, threads=1, device="cpu") as runtime:
+            stored = pickle.dumps(runtime)
+            assert len(stored) < 1000
+            with pickle.loads(stored) as copy:
+                assert copy.describe() == runtime.describe()
+                assert copy.describe()["threads"] == 1
+            np.testing.assert_array_equal(runtime(clips), runtime(clips))
+
+    @pytest.mark.parametrize("safe", [True, False])
+    def test_close_waits_for_the_calls_of_other_threads(
+        self, tiny_bundle: Path, clips: np.ndarray, safe: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runtime = edgetube.Runtime(tiny_bundle)
+        expected = runtime(clips[:1])
+        backend: Any = runtime._backend
+        monkeypatch.setattr(type(backend), "thread_safe", safe)
+        inside, go_on, plain = threading.Semaphore(0), threading.Event(), backend.infer
+
+        def slow(frames: np.ndarray) -> np.ndarray:
+            inside.release()
+            go_on.wait()
+            return plain(frames)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(backend, "infer", slow)
+        with ThreadPoolExecutor(8) as pool:
+            calls = [pool.submit(runtime, clips[:1]) for _ in range(3)]
+            inside.acquire()
+            while len(backend._callers) < 3:
+                time.sleep(0.001)
+            closing = [pool.submit(runtime.close) for _ in range(2)]
+            while backend._open:
+                time.sleep(0.001)
+            with pytest.raises(BackendError, match="this runtime is closed; open the bundle again"):
+                runtime(clips[:1])
+            assert hasattr(backend, "session")
+            go_on.set()
+            for call in calls:
+                np.testing.assert_array_equal(call.result(), expected)
+            for one in closing:
+                one.result()
+        assert not hasattr(backend, "session")
+
+    def test_closing_amid_many_calls(self, tiny_bundle: Path, clips: np.ndarray) -> None:
+        for _ in range(5):
+            runtime = edgetube.Runtime(tiny_bundle, threads=1)
+            expected = runtime(clips)
+
+            def call(runtime: edgetube.Runtime = runtime, expected: np.ndarray = expected) -> str:
+                try:
+                    while True:
+                        np.testing.assert_array_equal(runtime(clips), expected)
+                except BackendError as error:
+                    return str(error)
+
+            with ThreadPoolExecutor(4) as pool:
+                calls = [pool.submit(call) for _ in range(4)]
+                time.sleep(0.02)
+                runtime.close()
+                assert {one.result() for one in calls} == {"this runtime is closed; open the bundle again"}
+
+    def test_an_interrupted_call_does_not_keep_it_open(
+        self, tiny_bundle: Path, clips: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runtime = edgetube.Runtime(tiny_bundle)
+
+        def interrupted(_: np.ndarray) -> np.ndarray:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(runtime._backend, "infer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runtime(clips)
+        runtime.close()
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+    def test_a_forked_process_is_told_to_open_its_own(self, tiny_bundle: Path) -> None:
+        program = f"""
+import os, sys, edgetube
+runtime = edgetube.Runtime({str(tiny_bundle)!r}, threads=2)
+clip = runtime.bundle.golden()[0][None]
+expected = runtime(clip)
+if pid := os.fork():
+    assert os.waitpid(pid, 0)[1] == 0
+    assert (runtime(clip) == expected).all()
+else:
+    try:
+        runtime(clip)
+    except edgetube.BackendError as error:
+        assert "before the process forked" in str(error), error
+    runtime.close()
+    with edgetube.Runtime({str(tiny_bundle)!r}, threads=2) as own:
+        assert (own(clip) == expected).all()
+    print("well", flush=True)
+    os._exit(0)  # as multiprocessing does; at a normal exit ONNX Runtime waits for threads of the parent
+"""
+        done = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
+        assert done.stdout == "well\n"
+
+    def test_a_spawned_process_opens_its_own(self, tiny_bundle: Path, clips: np.ndarray) -> None:
+        with edgetube.Runtime(tiny_bundle) as runtime, ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            np.testing.assert_array_equal(pool.submit(runtime, clips).result(), runtime(clips))
