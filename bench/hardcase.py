@@ -177,7 +177,7 @@ def ours(traced: Graph, seen: Clips, judged: Clips, folder: Path) -> dict[str, P
             judged,
             export.evaluator(),
             activations=scheme,
-            scales=int8.scale_format(target),
+            form=int8.integer_format(target),
             workspace=folder,
             max_drop=100.0,
         )

@@ -24,9 +24,9 @@ from edgetube.calibration.table import (
     FLOAT32_SCALES,
     Activations,
     CalibrationTable,
+    IntegerFormat,
     LinearPlan,
     Range,
-    ScaleFormat,
     ScaleType,
     digits,
 )
@@ -36,7 +36,7 @@ from edgetube.video import Frames
 
 __all__ = ["Calibrated", "calibrate", "input_moments", "observe"]
 
-RECIPE = 5
+RECIPE = 6
 """Counts the changes of what calibration does: results of another one are not used again."""
 
 OBSERVED_CLIPS = 32
@@ -72,7 +72,7 @@ def calibrate(
     *,
     activations: Activations,
     workspace: Path,
-    scales: ScaleFormat = FLOAT32_SCALES,
+    form: IntegerFormat = FLOAT32_SCALES,
     max_drop: float | None = None,
     cache: Path | None = None,
     versions: Mapping[str, str] | None = None,
@@ -85,7 +85,7 @@ def calibrate(
         statistics: clips that ranges, equalisations and biases come from.
         judged: clips that the accuracy budget is held against.
         open_graph: opens any graph for running.
-        activations, scales: the scheme of the runtime that the table is for, and how it stores scales.
+        activations, form: the scheme of the runtime that the table is for, and how it stores integers.
         workspace: folder for what does not stay in memory.
         max_drop: points of top-1 (or of agreement, without labels) that may be lost; None for the default.
         cache: folder of an earlier calibration, finished or not; used only if made from exactly the same things.
@@ -97,14 +97,14 @@ def calibrate(
     """
     reference = search.answers(model, judged, open_graph, "float answers", progress)
     judge = Judge(judged, reference, max_drop)
-    key = _key(model, statistics, judge, activations, scales, versions or {})
+    key = _key(model, statistics, judge, activations, form, versions or {})
     model = graphs.prepared(model, activations)
     with opened(cache or workspace / "cache", key, progress) as kept:
         if (finished := kept.result()) is not None:
             values, table, report = finished
             return Calibrated(values, table, judge, {**report, "notes": _notes(statistics, judged), "cached": True})
         held_out = _held_out(statistics, judged)
-        walk = Walk(model, statistics, open_graph, activations, workspace, progress, held_out, scales)
+        walk = Walk(model, statistics, open_graph, activations, workspace, progress, held_out, form)
         state = _choose(walk, kept)
         found = search.search(walk, state, judge)
         values = walk.decided(state, found.quantised)
@@ -203,14 +203,14 @@ def _key(
     clips: Clips,
     judge: Judge,
     activations: Activations,
-    scales: ScaleFormat,
+    form: IntegerFormat,
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
     """What a calibration depends on; the names are those that a person is told when one differs."""
     return {
         "the model": graphs.digest(model),
         "the clips or their preprocessing": clips.sha256,
-        "the scheme": [activations, scales.dtype, scales.pixels],
+        "the scheme": [activations, form.dtype, form.pixels, form.safe_pairs],
         "the recipe": RECIPE,
         "the tools": dict(sorted(versions.items())),
         "judged clips": judge.clips.sha256,

@@ -44,23 +44,82 @@ def fake_activations(x: Array, found: Range, activations: Activations) -> Array:
     return np.asarray(q, np.float32)
 
 
-def quantise_weights(weight: npt.NDArray[np.floating[Any]], scales: Array) -> npt.NDArray[np.int8]:
-    """Symmetric int8 of `weight` (K, N) with a scale per column (N,)."""
-    return np.asarray(np.clip(np.rint(weight / scales), -LEVELS, LEVELS), np.int8)
+PAIR = 128
+"""Largest sum of the magnitudes of a pair of weights, input channels 2i and 2i + 1, that have one sign: `safe_pairs`.
+
+x86 without VNNI adds the products of such a pair with two uint8 in 16 bits (`pmaddubsw`): 128 * 255 = 32640 fits.
+"""
 
 
-def fake_weights(weight: Array, scales: Array) -> Array:
+@dataclass(frozen=True)
+class Bounds:
+    """The least and the largest integer that each weight (K, N), or each of a row (N,), may become."""
+
+    low: Array
+    high: Array
+
+    def __getitem__(self, row: int) -> Bounds:
+        return Bounds(self.low[row], self.high[row])
+
+
+def bounds(steps: npt.NDArray[np.floating[Any]], safe_pairs: bool) -> Bounds:
+    """Bounds of int8 for weights (K, N) in steps of their scales, +-`LEVELS`.
+
+    Under `safe_pairs` both weights of a pair may take their bounds of one sign and sum to no more than `PAIR`. What is
+    too much is taken from both alike, and what is left is given to both, as far as whole numbers allow.
+    """
+    if not safe_pairs:
+        return Bounds(np.full_like(steps, -LEVELS, np.float32), np.full_like(steps, LEVELS, np.float32))
+    even, odd = steps[::2], np.zeros_like(steps[::2])
+    odd[: len(steps) // 2] = steps[1::2]
+    most = np.clip(np.rint((PAIR + even - odd) / 2), PAIR - LEVELS, LEVELS).astype(np.float32)
+    high = np.stack([most, PAIR - most], axis=1).reshape(-1, *steps.shape[1:])[: len(steps)]
+    return Bounds(high - PAIR, high)
+
+
+def quantise_weights(
+    weight: npt.NDArray[np.floating[Any]], scales: Array, within: Bounds | None = None
+) -> npt.NDArray[np.int8]:
+    """Symmetric int8 of `weight` (K, N) with a scale per column (N,), the nearest integers within their bounds."""
+    low, high = (within.low, within.high) if within else (-LEVELS, LEVELS)
+    return np.asarray(np.clip(np.rint(weight / scales), low, high), np.int8)
+
+
+def fake_weights(weight: Array, scales: Array, safe_pairs: bool = False) -> Array:
     """`weight` (K, N) as its int8 form gives it back."""
-    return np.asarray(np.clip(np.rint(weight / scales), -LEVELS, LEVELS) * scales, np.float32)
+    within = bounds(weight / scales, safe_pairs) if safe_pairs else None
+    return np.asarray(quantise_weights(weight, scales, within) * scales, np.float32)
 
 
-def rounded_weights(weight: Array, scales: Array, moments: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.int8]:
-    """Symmetric int8 of `weight` (K, N) with a scale per column (N,), by `compensated`: errors cancel at the output."""
-    return quantise_weights(compensated(weight, moments, lambda row: quantise_weights(row, scales) * scales), scales)
+def rounded_weights(
+    weight: Array, scales: Array, moments: npt.NDArray[np.floating[Any]], safe_pairs: bool = False
+) -> npt.NDArray[np.int8]:
+    """Symmetric int8 of `weight` (K, N) with a scale per column (N,), by `compensated`: errors cancel at the output.
+
+    Args:
+        safe_pairs: the sums of neighbouring weights are kept within `PAIR`, so that no processor's sums overflow.
+    """
+    within = bounds(weight / scales, safe_pairs)
+
+    def stored(channel: int, row: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+        return quantise_weights(row, scales, within[channel]) * scales
+
+    return quantise_weights(compensated(weight, moments, stored), scales, within)
+
+
+def overflowing_pairs(integers: npt.NDArray[np.integer[Any]]) -> int:
+    """How many pairs of neighbouring weights (K, N) make sums of two products that 16 bits do not hold."""
+    wide = np.zeros((len(integers) + len(integers) % 2, *integers.shape[1:]), np.int32)
+    wide[: len(integers)] = integers
+    pairs = wide.reshape(-1, 2, *integers.shape[1:])
+    sums = np.maximum(np.maximum(pairs, 0).sum(axis=1), np.maximum(-pairs, 0).sum(axis=1))
+    return int((sums > PAIR).sum())
 
 
 def compensated(
-    weight: Array, moments: npt.NDArray[np.floating[Any]], stored: Callable[[npt.NDArray[np.float64]], npt.NDArray[Any]]
+    weight: Array,
+    moments: npt.NDArray[np.floating[Any]],
+    stored: Callable[[int, npt.NDArray[np.float64]], npt.NDArray[Any]],
 ) -> npt.NDArray[np.float64]:
     """What is to be rounded instead of `weight` (K, N), so that rounding errors cancel for what the linear reads.
 
@@ -70,7 +129,7 @@ def compensated(
 
     Args:
         moments: second moments of the input channels (K, K), up to a factor; see `GramMatrix`, `pixel_moments`.
-        stored: what a row (N,) is after rounding.
+        stored: what the row (N,) of an input channel is after rounding.
     """
     power = moments.diagonal().mean()
     if power == 0:
@@ -85,7 +144,7 @@ def compensated(
         moved = exact[start:end] + factor[start:end, end:] @ errors[end:]
         for i in reversed(range(start, end)):
             found[order[i]] = row = moved[i - start] + factor[i, i + 1 : end] @ errors[i + 1 : end]
-            errors[i] = exact[i] - stored(row)
+            errors[i] = exact[i] - stored(int(order[i]), row)
     return found
 
 
@@ -140,24 +199,36 @@ def pixel_moments(frames: int, height: int, width: int, colours: int = 3) -> npt
     return 1 + np.kron(np.kron(markov(frames), mixed), np.kron(markov(height), markov(width)))
 
 
-def full_scales(weight: Array) -> Array:
+def full_scales(weight: Array, safe_pairs: bool = False) -> Array:
     """Scales (N,) that clip nothing."""
-    return stored_scales(np.abs(weight).max(axis=0) / np.float32(LEVELS), "float32", "a weight")
+    largest = np.abs(weight).max(axis=0) / np.float32(LEVELS)
+    if safe_pairs:
+        largest = np.maximum(largest, _largest_pairs(weight) / np.float32(PAIR))
+    return stored_scales(largest, "float32", "a weight")
 
 
-def mse_scales(weight: Array, power: Array) -> Array:
+def _largest_pairs(weight: Array) -> Array:
+    """The largest sum of magnitudes of two neighbouring weights (K, N) of one sign, for each column (N,)."""
+    even = len(weight) // 2 * 2
+    signs = (np.maximum(sign * weight[:even], 0) for sign in (np.float32(1), np.float32(-1)))
+    found: Array = np.max([(part[::2] + part[1::2]).max(axis=0, initial=0) for part in signs], axis=0)
+    return found
+
+
+def mse_scales(weight: Array, power: Array, safe_pairs: bool = False) -> Array:
     """Scales (N,) whose clipping makes the smallest error at the output.
 
     Args:
         weight: (K, N).
         power: mean square of each input channel (K,), the weight of its errors.
+        safe_pairs: as in `rounded_weights`.
     """
-    full = full_scales(weight)
+    full = full_scales(weight, safe_pairs)
     best, least = full.copy(), np.full(len(full), np.inf, np.float32)
     weights = power.astype(np.float32) + np.float32(1e-6) * np.float32(power.max(initial=0))
     for share in CLIPS:
         scales = (full * np.float32(share)).astype(np.float32)
-        error = fake_weights(weight, scales) - weight
+        error = fake_weights(weight, scales, safe_pairs) - weight
         np.square(error, out=error)
         cost = weights @ error
         better = cost < least

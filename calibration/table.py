@@ -36,20 +36,23 @@ CACHE_HEADER = re.compile(r"TRT-\S+-\S*Calibration\S*")
 
 
 @dataclass(frozen=True)
-class ScaleFormat:
-    """How a target stores the scales of its integers.
+class IntegerFormat:
+    """How a target stores and multiplies integers.
 
     Attributes:
         dtype: of a scale.
         pixels: the target divides pixels by this number, so that the scale of pixels is smaller by as much, and those
             of weights that multiply pixels are larger.
+        safe_pairs: some processors that compute the target's files add two products of 8-bit integers in 16 bits, so
+            that neighbouring weights are limited: see `edgetube.calibration.numeric.PAIR`.
     """
 
     dtype: ScaleType = "float32"
     pixels: float = 1.0
+    safe_pairs: bool = False
 
 
-FLOAT32_SCALES = ScaleFormat()
+FLOAT32_SCALES = IntegerFormat()
 
 
 def stored_scales(scales: npt.ArrayLike, dtype: ScaleType, name: str = "a tensor") -> npt.NDArray[np.float32]:

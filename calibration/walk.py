@@ -22,7 +22,7 @@ from edgetube.calibration.equalize import Channels, Equalisation, Half, Halves
 from edgetube.calibration.graphs import Linear, Open, Stage
 from edgetube.calibration.numeric import GramMatrix
 from edgetube.calibration.observers import Histogram
-from edgetube.calibration.table import FLOAT32_SCALES, Activations, Range, ScaleFormat, digits, stored_scales
+from edgetube.calibration.table import FLOAT32_SCALES, Activations, IntegerFormat, Range, digits, stored_scales
 from edgetube.errors import InputError
 from edgetube.progress import Progress, silent, track
 from edgetube.rows import Rows, Spool
@@ -167,7 +167,7 @@ class Walk:
         model: canonical graph with batch 1.
         open_graph: opens any graph for running.
         activations: the scheme to choose ranges under.
-        scales: how the target stores scales; they are rounded to that before weights are.
+        form: how the target stores integers; scales are rounded to its type before weights are.
         held_out: clips (N, T, H, W, 3) that nothing is chosen from, to measure errors on.
 
     Attributes:
@@ -183,9 +183,9 @@ class Walk:
         workspace: Path,
         progress: Progress = silent,
         held_out: Sequence[Frames] = (),
-        scales: ScaleFormat = FLOAT32_SCALES,
+        form: IntegerFormat = FLOAT32_SCALES,
     ) -> None:
-        self.scales = scales
+        self.form = form
         self.held_out, self.held_out_errors = held_out, dict[str, float]()
         self.model, self.clips, self.open, self.activations = model, clips, open_graph, activations
         self.workspace, self.progress = workspace, progress
@@ -276,7 +276,7 @@ class Walk:
         if producer is None or linear.bias is None:
             return self._no_equalisation(linear)
         choose = equalize.behind_gelu if linear.activation in self.places else equalize.choose
-        chosen = choose(sample.halves, weight, self.activations, self.scales.dtype)
+        chosen = choose(sample.halves, weight, self.activations, self.form.dtype)
         if not chosen.identity:
             bias = self._value(linear.bias, state)
             state.values[linear.bias] = chosen.bias(weight, bias)
@@ -330,15 +330,16 @@ class Walk:
         """Weights rounded for all tokens that were seen, and the range with the smallest output error on the rows."""
         assert sample.gram is not None
         weight, rows = self._value(linear.weight, state), sample.rows
-        unit = self.scales.pixels if self._pixels(linear) else 1.0
-        scales = numeric.mse_scales(weight, sample.gram.power)
-        scales = stored_scales(scales * np.float32(unit), self.scales.dtype, linear.weight) / np.float32(unit)
-        state.integers[linear.weight] = numeric.rounded_weights(weight, scales, sample.gram.total)
-        quantised, exact = state.integers[linear.weight] * scales, rows @ weight
+        unit = self.form.pixels if self._pixels(linear) else 1.0
+        scales = numeric.mse_scales(weight, sample.gram.power, self.form.safe_pairs)
+        scales = stored_scales(scales * np.float32(unit), self.form.dtype, linear.weight) / np.float32(unit)
+        integers = numeric.rounded_weights(weight, scales, sample.gram.total, self.form.safe_pairs)
+        state.integers[linear.weight] = integers
+        quantised, exact = integers * scales, rows @ weight
         errors: dict[str, float] = {}
         best: Range | None = None
         candidates = [*self._ranges(linear, sample), *([folded.range] if folded.range else [])]
-        for found in (each.stored(self.activations, self.scales.dtype, unit) for each in candidates):
+        for found in (each.stored(self.activations, self.form.dtype, unit) for each in candidates):
             errors[found.method] = numeric.output_error(
                 exact, numeric.fake_activations(rows, found, self.activations), quantised
             )

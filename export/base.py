@@ -6,9 +6,9 @@
     def build(graph: Graph, target: Target, folder: Path) -> Built: ...
 
 A file with INT8 targets takes their calibration table as a fourth argument, and may say which scheme it wants:
-`def activations(target: Target) -> Activations`; int8 without a zero point otherwise. How it stores scales it says in
-`def scale_format(target: Target) -> ScaleFormat`; in float32 otherwise. What else it wants of the
-calibration it says in `def wishes(graph: Graph, target: Target) -> Wishes`.
+`def activations(target: Target) -> Activations`; int8 without a zero point otherwise. How it stores and multiplies
+integers it says in `def integer_format(target: Target) -> IntegerFormat`; scales in float32 and exact sums otherwise.
+What else it wants of the calibration it says in `def wishes(graph: Graph, target: Target) -> Wishes`.
 
 The file is imported to list the targets, so it imports torch, onnx and the vendor's package inside `build`.
 """

@@ -27,7 +27,7 @@ from edgetube.targets import Setting, Target
 
 if TYPE_CHECKING:
     from edgetube.calibration.numeric import Moments
-    from edgetube.calibration.table import CalibrationTable, LinearPlan, Range, ScaleFormat
+    from edgetube.calibration.table import CalibrationTable, IntegerFormat, LinearPlan, Range
     from edgetube.export.graph import Graph
 
 SETTINGS = (
@@ -84,12 +84,15 @@ NOTES = {
 }
 
 
-def scale_format(target: Target) -> ScaleFormat:
-    """Scales are float16 like all constants, and pixels are divided so that sums of them stay within it."""
-    from edgetube.calibration.table import ScaleFormat
+def integer_format(target: Target) -> IntegerFormat:
+    """Scales are float16 like all constants, and pixels are divided so that sums of them stay within it.
+
+    Integers are computed by Apple's own processors, whose sums are wide, so that weights keep all of their 8 bits.
+    """
+    from edgetube.calibration.table import IntegerFormat
     from edgetube.export.graph import PIXEL_SCALE
 
-    return ScaleFormat("float16", PIXEL_SCALE)
+    return IntegerFormat("float16", PIXEL_SCALE)
 
 
 def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:

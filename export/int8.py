@@ -14,7 +14,7 @@ import numpy as np
 from edgetube import datasets, demo, export
 from edgetube.bench.latency import interleave
 from edgetube.calibration import Calibrated
-from edgetube.calibration.table import FLOAT32_SCALES, Activations, ScaleFormat
+from edgetube.calibration.table import FLOAT32_SCALES, Activations, IntegerFormat
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
 from edgetube.export.base import Wishes
@@ -70,9 +70,9 @@ def activations(target: Target) -> Activations:
     return ask(target)
 
 
-def scale_format(target: Target) -> ScaleFormat:
-    """How a target stores scales: what its exporter says in `scale_format`; in float32 if it is silent."""
-    ask: Callable[[Target], ScaleFormat] | None = getattr(export.exporter(target.backend), "scale_format", None)
+def integer_format(target: Target) -> IntegerFormat:
+    """How a target stores and multiplies integers, as its exporter says in `integer_format`."""
+    ask: Callable[[Target], IntegerFormat] | None = getattr(export.exporter(target.backend), "integer_format", None)
     return ask(target) if ask else FLOAT32_SCALES
 
 

@@ -254,9 +254,16 @@ def _model(source: onnx.ModelProto, nodes: list[NodeProto], tensors: list[onnx.T
     return result
 
 
-def statement(asked: int, executed: int, kernels: Mapping[str, int]) -> dict[str, Any]:
-    """For the manifest: linears that were to be computed in integers, those that are, and the kernels that do it."""
-    return {"asked": asked, "executed": executed, "kernels": dict(sorted(kernels.items()))}
+def statement(model: onnx.ModelProto, asked: int, executed: int, kernels: Mapping[str, int]) -> dict[str, Any]:
+    """For the manifest: linears that were to be computed in integers, those that are, and the kernels that do it.
+
+    `saturates` is what the artifact needs of a processor: whether sums of two of its products may need more than the 16
+    bits that x86 without VNNI has. It is counted from the weights of `model`.
+    """
+    matrices = (numpy_helper.to_array(t) for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8)
+    overflowing = sum(numeric.overflowing_pairs(matrix) for matrix in matrices if matrix.ndim == 2)
+    counted = {"asked": asked, "executed": executed, "kernels": dict(sorted(kernels.items()))}
+    return {**counted, "saturates": overflowing > 0}
 
 
 def lint(runtime: str, asked: int, executed: int) -> None:

@@ -129,7 +129,7 @@ class Storage:
         found = Palettes(luts, len(array))
         if name in self.moments:
             second = self.moments[name].second
-            indices = found.nearest(compensated(matrix.T, second, lambda row: found.look_up(found.nearest(row))))
+            indices = found.nearest(compensated(matrix.T, second, lambda _, row: found.look_up(found.nearest(row))))
             self.note(name, matrix, found.look_up(indices).T)
         else:
             indices = found.nearest(matrix.T)

@@ -14,7 +14,7 @@ from edgetube.targets import Setting, Target
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from edgetube.calibration.table import Activations, CalibrationTable
+    from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat
     from edgetube.export.graph import Graph
 
 NEEDS = ("torch", "onnx", "onnxscript", "safetensors")
@@ -22,8 +22,8 @@ NEEDS = ("torch", "onnx", "onnxscript", "safetensors")
 CPU = Setting(
     "cpu",
     "any",
-    "any: uint8 times int8, fastest on x86 with VNNI; x86: uint8 times uint8, exact on x86 without it whatever the "
-    "session's options; arm: int8 times int8",
+    "any: uint8 times int8, exact on every processor, fastest on x86; x86: uint8 times uint8, whose sums have 32 bits "
+    "on every x86; arm: int8 times int8",
     ("any", "x86", "arm"),
 )
 
@@ -66,6 +66,13 @@ def activations(target: Target) -> Activations:
     return "int8" if target.setting(CPU.name) == "arm" else "uint8"
 
 
+def integer_format(target: Target) -> IntegerFormat:
+    """Weights whose sums no x86 processor cuts off: one that has VNNI writes files for one that has not."""
+    from edgetube.calibration.table import IntegerFormat
+
+    return IntegerFormat(safe_pairs=True)
+
+
 def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:
     """Write `model.onnx` (weights beside it in `model.onnx.data` when they exceed protobuf's 2 GB).
 
@@ -90,7 +97,7 @@ def _build_int8(graph: Graph, path: Path, table: CalibrationTable, cpu: str) -> 
     graphs.save(model, path)
     kernels = integer_kernels(path)
     integer.lint("ONNX Runtime", len(table.quantised), sum(kernels.values()))
-    stated = integer.statement(len(table.quantised), len(table.quantised), kernels)
+    stated = integer.statement(model, len(table.quantised), len(table.quantised), kernels)
     details = {"graph": integer.statistics(graph.model, model), "integers": {**stated, "cpu": cpu}}
     return Built(path.name, details)
 

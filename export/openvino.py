@@ -13,7 +13,7 @@ from edgetube.targets import Target
 if TYPE_CHECKING:
     import onnx
 
-    from edgetube.calibration.table import Activations, CalibrationTable
+    from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat
     from edgetube.export.graph import Graph
 
 BUILD_NEEDS = ("torch", "onnx", "onnxscript", "safetensors", "openvino")
@@ -63,6 +63,13 @@ def activations(target: Target) -> Activations:
     return "uint8"
 
 
+def integer_format(target: Target) -> IntegerFormat:
+    """Weights whose sums no x86 processor cuts off: OpenVINO has no other form for those without VNNI."""
+    from edgetube.calibration.table import IntegerFormat
+
+    return IntegerFormat(safe_pairs=True)
+
+
 def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:
     """Write `model.xml` and `model.bin`; weights of the fp16 target are float16 in the file, of the int8 target int8.
 
@@ -85,7 +92,7 @@ def _build_int8(graph: Graph, path: Path, table: CalibrationTable, precisions: l
     convert(model, path, compress=False)
     kernels = integer_kernels(path, precisions)
     integer.lint("OpenVINO", integer.products(model), sum(kernels.values()))
-    stated = integer.statement(len(table.quantised), len(table.quantised), kernels)
+    stated = integer.statement(model, len(table.quantised), len(table.quantised), kernels)
     details = {"graph": integer.statistics(graph.model, model), "inference_precision": precisions, "integers": stated}
     return Built(path.name, details)
 

@@ -26,7 +26,7 @@ from edgetube.bundle import Bundle
 from edgetube.calibration import Calibrated
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.numeric import Moments
-from edgetube.calibration.table import Activations, CalibrationTable, Range, ScaleFormat, ScaleType
+from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat, Range, ScaleType
 from edgetube.errors import InputError, MissingPackageError, ParityError
 from edgetube.export import graph as graphs
 from edgetube.export import int8, quantize, static
@@ -150,7 +150,7 @@ class Road:
         self._graphs: dict[tuple[str, bool, int], Graph] = {}
         self._lowerings: dict[str, dict[str, Any]] = {}
         self._moments: dict[int, dict[str, Moments]] = {}
-        self._calibrations: dict[tuple[Activations, ScaleFormat], Calibrated] = {}
+        self._calibrations: dict[tuple[Activations, IntegerFormat], Calibrated] = {}
         self._workspace = int8.workspace()
 
     def __enter__(self) -> Self:
@@ -189,7 +189,7 @@ class Road:
         wishes = int8.wishes(graph, target)  # refuses what cannot be before the long work begins
         calibrated = self._calibrate(target, folder.parent)
         equalised, table = quantize.apply(calibrated, graph)
-        scales = int8.scale_format(target).dtype
+        scales = int8.integer_format(target).dtype
         table = replace(table, ranges={**table.ranges, **self._observe(wishes.tensors, calibrated, scales)})
         if wishes.clips:
             np.save(folder / bundles.CLIPS, self._calibration_clips[0].first(wishes.clips))
@@ -224,7 +224,7 @@ class Road:
 
         It is kept in a hidden folder of `out`, for the next export.
         """
-        activations, scales = key = int8.activations(target), int8.scale_format(target)
+        activations, form = key = int8.activations(target), int8.integer_format(target)
         if key not in self._calibrations:
             folder = Path(self._workspace.name)
             statistics, judged = self._calibration_clips
@@ -234,10 +234,10 @@ class Road:
                 judged,
                 export.evaluator(),
                 activations=activations,
-                scales=scales,
+                form=form,
                 workspace=folder,
                 max_drop=self.options.max_drop,
-                cache=out / ".calibration" / f"{self.checkpoint.name}.{activations}.{scales.dtype}",
+                cache=out / ".calibration" / f"{self.checkpoint.name}.{activations}.{form.dtype}",
                 versions=machine.versions(),
                 progress=self.progress,
             )

@@ -21,7 +21,7 @@ from edgetube.targets import Precision, Setting, Target, installed
 if TYPE_CHECKING:
     import onnx
 
-    from edgetube.calibration.table import CalibrationTable, ScaleFormat
+    from edgetube.calibration.table import CalibrationTable, IntegerFormat
     from edgetube.export.graph import Graph
     from edgetube.spec import ModelSpec
 
@@ -98,12 +98,15 @@ CACHE = "calibration.cache"
 """The ranges in the text that TensorRT's own calibrators read and write."""
 
 
-def scale_format(target: Target) -> ScaleFormat:
-    """Scales are float16 like all constants, and pixels are divided so that sums of them stay within it."""
-    from edgetube.calibration.table import ScaleFormat
+def integer_format(target: Target) -> IntegerFormat:
+    """Scales are float16 like all constants, and pixels are divided so that sums of them stay within it.
+
+    Integers are summed in 32 bits on every GPU, so that weights keep all of their 8 bits.
+    """
+    from edgetube.calibration.table import IntegerFormat
     from edgetube.export.graph import PIXEL_SCALE
 
-    return ScaleFormat("float16", PIXEL_SCALE)
+    return IntegerFormat("float16", PIXEL_SCALE)
 
 
 def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:

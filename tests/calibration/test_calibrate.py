@@ -17,7 +17,7 @@ from edgetube.calibration import calibrate, graphs, input_moments, numeric, sear
 from edgetube.calibration.cache import Cache
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.equalize import Equalisation
-from edgetube.calibration.table import ScaleFormat
+from edgetube.calibration.table import IntegerFormat
 from edgetube.calibration.walk import State, Walk
 from edgetube.datasets import ClipSet, built_in_calibration
 from edgetube.errors import ParityError
@@ -127,7 +127,7 @@ def test_a_nearly_dead_channel_has_a_scale_that_float16_holds(
     weight[:, 6] *= 1e-5 / np.abs(weight[:, 6]).max()
     model = graphs.replaced(hard_graph.model, {"blocks.1.mlp.fc1.weight": weight})
     options: dict[str, Any] = {"activations": "int8", "workspace": tmp_path, "max_drop": 100.0}
-    found = calibrate(model, *clips, export.evaluator(), scales=ScaleFormat("float16", PIXEL_SCALE), **options)
+    found = calibrate(model, *clips, export.evaluator(), form=IntegerFormat("float16", PIXEL_SCALE), **options)
     equalised, table = apply(found, replace(hard_graph, model=model))
     typed = half(qdq(equalised.model, table))
     written = {tensor.name: numpy_helper.to_array(tensor) for tensor in typed.graph.initializer}

@@ -4,6 +4,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -223,3 +226,82 @@ class TestBehindGelu:
     def test_what_lies_around_zero_stays_as_it_is(self, rng, weight):
         half = rng.standard_normal((500, 12)).astype(np.float32)
         assert equalised(np.concatenate([half, -half]), weight, "int8").identity
+
+
+class TestSafePairs:
+    """Weights whose products with any two uint8 fit in 16 bits, pair by pair, against every pair of extremes."""
+
+    @staticmethod
+    def worst_sums(integers: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
+        """The least and the largest sum of each pair's products with 0 and 255."""
+        wide = np.concatenate([integers, np.zeros((len(integers) % 2, *integers.shape[1:]), np.int8)]).astype(np.int64)
+        corners = [a * wide[::2] + b * wide[1::2] for a in (0, 255) for b in (0, 255)]
+        return np.stack([np.min(corners, axis=0), np.max(corners, axis=0)])
+
+    @given(
+        data=st.data(), channels=st.integers(1, 9), outputs=st.integers(1, 3), kind=st.sampled_from(["normal", "alike"])
+    )
+    def test_no_pair_saturates_whatever_the_weights(
+        self, data: st.DataObject, channels: int, outputs: int, kind: str
+    ) -> None:
+        numbers = st.floats(-1e3, 1e3, width=32)
+        weight = data.draw(arrays(np.float32, (channels, outputs), elements=numbers))
+        rows = np.random.default_rng(0).standard_normal((50, channels)).astype(np.float32)
+        if kind == "alike":  # channels that take up one another's errors
+            rows = np.float32(rows[:, :1] + 0.01 * rows)
+        scales = numeric.mse_scales(weight, np.square(rows).mean(axis=0), safe_pairs=True)
+        scales = np.float32(scales * data.draw(st.sampled_from([0.05, 0.5, 1.0])))  # more clipped than any search would
+        gram = numeric.second_moments(rows)
+        for moments in (gram, np.zeros_like(gram)):
+            integers = numeric.rounded_weights(weight, scales, moments, safe_pairs=True)
+            low, high = self.worst_sums(integers)
+            assert low.min() >= -(2**15)
+            assert high.max() <= 2**15 - 1
+            assert np.abs(integers.astype(int)).max() <= 127
+            assert numeric.overflowing_pairs(integers) == 0
+
+    @given(arrays(np.int8, st.tuples(st.integers(1, 6), st.integers(1, 3)), elements=st.integers(-127, 127)))
+    def test_pairs_that_overflow_are_counted(self, integers: npt.NDArray[np.int8]) -> None:
+        low, high = self.worst_sums(integers)
+        expected = ((low < -(2**15)) | (high > 2**15 - 1)).sum()
+        assert numeric.overflowing_pairs(integers) == expected
+
+    @pytest.mark.parametrize(
+        ("steps", "nearest"),
+        [
+            ((100, 20), (100, 20)),  # fits
+            ((100, -100), (100, -100)),  # products of two signs never overflow
+            ((100, 60), (84, 44)),  # 32 too much, taken from both alike
+            ((-100, -60), (-84, -44)),
+            ((127, 127), (64, 64)),
+            ((200, 20), (127, 1)),  # one of them is at the end of int8 anyway
+        ],
+    )
+    def test_what_is_too_much_is_taken_from_both(self, steps: tuple[int, int], nearest: tuple[int, int]) -> None:
+        weight = np.array(steps, np.float32)[:, None]
+        one = np.ones(1, np.float32)
+        assert numeric.rounded_weights(weight, one, np.zeros((2, 2)), safe_pairs=True)[:, 0].tolist() == list(nearest)
+        assert numeric.fake_weights(weight, one, safe_pairs=True)[:, 0].tolist() == list(nearest)
+
+    def test_full_scales_clip_nothing(self, rng: np.random.Generator) -> None:
+        weight = rng.standard_normal((31, 5)).astype(np.float32)
+        scales = numeric.full_scales(weight, safe_pairs=True)
+        assert (scales >= numeric.full_scales(weight)).all()
+        error = np.abs(numeric.fake_weights(weight, scales, safe_pairs=True) - weight)
+        assert (error <= 1.001 * scales).all()  # half a step of rounding, and half where a pair is full
+        steps = weight / scales
+        pairs = np.abs(steps[:-1:2] + steps[1::2])[np.sign(steps[:-1:2]) == np.sign(steps[1::2])]
+        assert max(pairs.max(initial=0) / 128, np.abs(steps).max() / 127) == pytest.approx(1, rel=0.2)
+
+    def test_it_costs_less_than_a_bit(self, rng: np.random.Generator) -> None:
+        """Where seven bits would give four times the error."""
+        mixed = rng.standard_normal((2000, 64)) @ rng.standard_normal((64, 96)) * np.geomspace(3, 0.3, 96)
+        rows, weight = mixed.astype(np.float32), rng.standard_normal((96, 32)).astype(np.float32)
+        gram, power = numeric.second_moments(rows), np.square(rows).mean(axis=0)
+
+        def error(safe: bool) -> float:
+            scales = numeric.mse_scales(weight, power, safe)
+            rounded = np.float32(numeric.rounded_weights(weight, scales, gram, safe) * scales)
+            return numeric.output_error(rows @ weight, rows, rounded)
+
+        assert error(True) < 2 * error(False)

@@ -1,17 +1,22 @@
 """INT8 on the road: calibrated on real clips only, measured against float, and published only within the budget."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from edgetube import bundle as bundles
 from edgetube import export, runtimes
+from edgetube.calibration import numeric
 from edgetube.calibration.search import Verdict
 from edgetube.calibration.table import CalibrationTable
 from edgetube.errors import InputError, ParityError
-from edgetube.export import int8, pipeline
+from edgetube.export import int8, integer, pipeline
 from edgetube.model import checkpoints
 
 GATHER = pipeline.Options(lowering="gather")
@@ -127,6 +132,46 @@ def test_the_form_for_a_processor_is_asked_for(tiny_checkpoint, tmp_path, cpu, a
         n for n in graph.node if n.op_type == "MatMulIntegerToFloat" and n.input[1].startswith("blocks.0.mlp.fc1")
     )
     assert (kinds[kernel.input[4]], kinds[kernel.input[1]]) == (activations, weights)
+
+
+def onnx_weights(path: Path) -> dict[str, npt.NDArray[np.int8]]:
+    graph = onnx.load(path).graph
+    return {
+        t.name: numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.dims
+    }
+
+
+def ir_weights(path: Path) -> dict[str, npt.NDArray[np.int8]]:
+    from edgetube.runtimes.openvino import ov
+
+    constants = [op for op in ov.Core().read_model(path).get_ops() if op.get_type_name() == "Constant"]
+    return {op.get_friendly_name(): op.data for op in constants if op.data.dtype == np.int8 and op.data.ndim == 2}
+
+
+@pytest.mark.parametrize(("name", "read"), [("onnx-int8", onnx_weights), ("openvino-int8", ir_weights)])
+def test_no_sum_of_products_overflows_16_bits(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, read: Callable[[Path], dict[str, npt.NDArray[np.int8]]]
+) -> None:
+    """What x86 without VNNI adds up in 16 bits is exact, so that answers do not depend on the processor."""
+    if absent := export.target(name).missing(export.target(name).build_needs):
+        pytest.skip(f"{name} needs {', '.join(absent)}")
+    bundle = pipeline.export_model(name, tiny_checkpoint, tmp_path, GATHER)
+    weights = read(bundle.artifact_path)
+    assert len(weights) >= bundle.build["integers"]["asked"] > 0
+    assert max(int(np.abs(weight.astype(int)).max()) for weight in weights.values()) > 64  # not merely seven bits
+    assert {name: numeric.overflowing_pairs(weight) for name, weight in weights.items()} == dict.fromkeys(weights, 0)
+    assert bundle.build["integers"]["saturates"] is False
+    assert bundles.load(bundle.path).build["integers"]["saturates"] is False
+
+
+def test_weights_that_overflow_are_counted_for_the_manifest() -> None:
+    def stated(weights: list[list[int]]) -> bool:
+        tensors = [numpy_helper.from_array(np.array(weights, np.int8), "w"), numpy_helper.from_array(np.int8(0), "z")]
+        found: bool = integer.statement(onnx.ModelProto(graph={"initializer": tensors}), 1, 1, {})["saturates"]
+        return found
+
+    assert stated([[127], [127]])
+    assert not stated([[127], [1], [127], [1]])
 
 
 def test_slower_is_called_slower():
