@@ -6,6 +6,7 @@ import glob
 import io
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from edgetube import listing, preprocess
-from edgetube.errors import InputError
+from edgetube.errors import InputError, InputWarning
 from edgetube.files import replacing
 from edgetube.listing import IMAGES, VIDEOS
 from edgetube.preprocess import TOLERANCE, Frames
@@ -35,6 +36,9 @@ __all__ = ["IMAGES", "VIDEOS", "Clip", "Frames", "Source", "frames", "load", "so
 Source: TypeAlias = int | str | Path
 """A camera's index (also as digits), a URL, or a file."""
 
+SET_BACK, MAX_GAP = 0.1, 10.0
+"""Seconds by which a broadcast's clock may go back, and on, between two frames; beyond that its parts were joined."""
+
 TIMEOUT = 10.0
 """Seconds that a URL or a camera may take to open, and again for each next frame."""
 
@@ -45,6 +49,9 @@ _HEADED = frozenset((_MP4, _MATROSKA, _AVI))
 _ANIMATIONS = frozenset(("gif", "apng", "webp_anim"))
 _PICTURE_BRANDS = frozenset(("avif", "heic", "heix", "heim", "heis", "mif1", "miaf"))
 """What a file says of itself that has the container of MP4 and holds a picture: AVIF and HEIF."""
+
+_BROADCAST = frozenset((_TS, "mpeg"))
+"""Containers made for lossy channels and for joining: parts may be missing, and the clock may start again."""
 
 _SOUGHT = frozenset((_MP4, _MATROSKA, _TS))
 """Containers in which timestamps are right after a seek; others are decoded from their beginning."""
@@ -353,6 +360,25 @@ def _film(streams: Iterable[VideoStream]) -> VideoStream | None:
 # --------------------------------------------------------------------------------------------------------------- decode
 
 
+class _Clock:
+    """Seconds that go on where the timestamps of joined recordings start again."""
+
+    def __init__(self, step: float) -> None:
+        self.step = step
+        self.shift = 0.0
+        self.leaps = 0
+        self._last: float | None = None
+
+    def __call__(self, seconds: float) -> float:
+        now = seconds + self.shift
+        if self._last is not None and not self._last - SET_BACK <= now <= self._last + MAX_GAP:
+            self.leaps += 1
+            self.shift += self._last + self.step - now
+            now = self._last + self.step
+        self._last = now
+        return now
+
+
 class _Reader:
     """An open source: its clock, and its frames in the order of display.
 
@@ -370,6 +396,10 @@ class _Reader:
         self.rate = float(stream.guessed_rate or stream.average_rate or 25)
         # AVI has no display times, only a slot for each packet in the order of decoding: frames take them in turn.
         self._slots: deque[int] | None = deque() if self.form == _AVI else None
+        self._clock = _Clock(1 / self.rate) if self.form in _BROADCAST else None
+        self._joined = False  # whether a scan found that the clock starts again
+        self._packets_read = self._packets_bad = 0
+        self._warned = False
         self._end = 0.0  # second at which the last packet that was read leaves the display
         if not self.live:
             stream.thread_type = "AUTO"  # frames in parallel; costs delay, so not for cameras
@@ -418,7 +448,11 @@ class _Reader:
 
     def duration(self) -> float:
         """Seconds of the video: the header's, or where it has none, read through the file without decoding."""
-        return self.declared() or self._scan()[1]
+        if promised := self.declared():
+            return promised
+        _, seconds, leaps = self._scan()
+        self._joined = leaps > 0
+        return seconds
 
     def frames(self, since: float = 0.0) -> Iterator[tuple[float, av.VideoFrame]]:
         """Decoded frames from one at or before `since` on; from the first on where the source cannot be sought.
@@ -440,6 +474,7 @@ class _Reader:
                 yield from decoded
                 return
         with self._again() as fresh:
+            fresh._warned = self._warned
             yield from fresh.frames()
 
     def _again(self) -> AbstractContextManager[_Reader]:
@@ -451,7 +486,7 @@ class _Reader:
         """Go to the key frame at or before `second`; False where the source cannot."""
         import av
 
-        if self.form not in _SOUGHT or self.stream.start_time is None:
+        if self.form not in _SOUGHT or self.stream.start_time is None or self._joined:
             return False
         try:
             self.container.seek(int(second / self.tick) + self.stream.start_time, stream=self.stream)
@@ -478,10 +513,13 @@ class _Reader:
         import av
 
         seconds: float | None = None
+        if self._clock:
+            self._clock = _Clock(1 / self.rate)
         try:
             for packet in self._packets():
+                self._packets_read += 1
                 if packet.is_corrupt and not self.live:
-                    raise self._cut_off()
+                    self._damaged(packet, seconds)
                 self._end = max(self._end, self._leaves(packet))
                 if sought and packet.size and not packet.is_keyframe:
                     continue  # what it refers to was not read
@@ -493,11 +531,16 @@ class _Reader:
                 try:
                     decoded = packet.decode()
                 except av.InvalidDataError:
-                    if self._is_picture or not (self.live or seconds is None):
+                    if self._is_picture or not (self.live or seconds is None or self.form in _BROADCAST):
                         raise
-                    continue  # joined in the middle of a group of pictures
+                    if not self.live and seconds is not None:
+                        self._damaged(packet, seconds)
+                    continue  # else joined in the middle of a group of pictures
                 for frame in decoded:
+                    leaps = self._clock.leaps if self._clock else 0
                     seconds = self._seconds(frame, seconds)
+                    if self._clock and self._clock.leaps > leaps and not self.live:
+                        self._damaged(packet, seconds)
                     yield seconds, frame
         except av.InvalidDataError as error:
             if self.live:
@@ -515,11 +558,39 @@ class _Reader:
         if self.origin is None:
             self.origin = stamp
         seconds = float((stamp - self.origin) * self.tick)
+        if self._clock:
+            seconds = self._clock(seconds)
         return seconds if previous is None or seconds > previous else due
 
-    def _leaves(self, packet: av.Packet[VideoStream]) -> float:
-        stamp = packet.dts if packet.pts is None else packet.pts
-        return 0.0 if stamp is None else float((stamp + (packet.duration or 0) - (self.origin or 0)) * self.tick)
+    def _leaves(self, packet: av.Packet[VideoStream], clock: _Clock | None = None) -> float:
+        """When the picture of a packet leaves the display; packets come in the order of decoding."""
+        shown = packet.dts if packet.pts is None else packet.pts
+        if shown is None:
+            return 0.0
+        decoded = shown if packet.dts is None else packet.dts
+        if not clock:
+            return float((shown + (packet.duration or 0) - (self.origin or 0)) * self.tick)
+        delay = float((shown - decoded) * self.tick)
+        delay = delay if 0 <= delay <= MAX_GAP else 0.0  # at a join one time may be of the old clock, one of the new
+        return (
+            clock(float((decoded - (self.origin or 0)) * self.tick)) + delay + float((packet.duration or 0) * self.tick)
+        )
+
+    def _damaged(self, packet: av.Packet[VideoStream], seconds: float | None) -> None:
+        """Something is missing at a packet of a file: an error, but a warning where the format is made for that and
+        little is missing.
+
+        Raises:
+            InputError: the format is another, or more than a tenth is missing.
+        """
+        self._packets_bad += 1
+        if self.form not in _BROADCAST or self._packets_bad > 2 + self._packets_read // 10:
+            raise self._cut_off()
+        if not self._warned:
+            self._warned = True
+            about = self._leaves(packet) if seconds is None else seconds
+            where = f"{self.address.name} is damaged or was joined at about {about:.1f} s"
+            warnings.warn(f"{where}: it is read, but pictures there may be wrong", InputWarning, stacklevel=2)
 
     def _check_end(self) -> None:
         """Refuse a file that ends before its time, by more than two frames, or more where sound may be the longer."""
@@ -531,24 +602,25 @@ class _Reader:
         if promised - self._end > slack:
             raise self._cut_off()
 
-    def _scan(self) -> tuple[int, float]:
-        """(frames, seconds) that can be read of a file, counted without decoding."""
+    def _scan(self) -> tuple[int, float, int]:
+        """(frames, seconds, leaps of the clock) of what can be read of a file, found without decoding."""
         import av
 
         count, end = 0, 0.0
         with self._again() as fresh:
+            clock = fresh._clock
             try:
                 for packet in fresh._packets():
-                    if packet.size and not packet.is_corrupt:
-                        count, end = count + 1, max(end, fresh._leaves(packet))
+                    if packet.size and not (packet.is_corrupt and self.form not in _BROADCAST):
+                        count, end = count + 1, max(end, fresh._leaves(packet, clock))
             except av.FFmpegError:
                 pass  # whatever ends the reading is where the readable part ends
-        return count, end or count / self.rate
+        return count, end or count / self.rate, clock.leaps if clock else 0
 
     def _cut_off(self) -> InputError:
         if self._is_picture:
             return InputError(f"{self.address.name} is cut off or damaged: copy or record it again")
-        count, seconds = self._scan()
+        count, seconds, _ = self._scan()
         promised = self.declared()
         of = ""
         if promised is not None:

@@ -8,6 +8,7 @@ import socket
 import struct
 import sys
 import threading
+import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +21,7 @@ from av.stream import Disposition
 from PIL import Image, ImageOps
 
 from edgetube import preprocess, video
-from edgetube.errors import InputError
+from edgetube.errors import InputError, InputWarning
 from edgetube.spec import InputContract
 
 SIZE = 64
@@ -270,6 +271,79 @@ def test_fragments_that_are_whole_can_be_read(clips, tmp_path):
     path.write_bytes(whole)
     assert len(numbers(frame for _, frame in video.frames(path))) >= 40
     assert numbers(video.load(path, contract(5), start=1.0).frames) == [25, 26, 27, 28, 29]
+
+
+BROADCAST = {"h264.ts": {"form": "mpegts"}, "mpeg2.ts": KINDS["mpeg2.ts"], "mpeg2.mpg": KINDS["cfr.mpg"]}
+
+
+def joined(folder: Path, name: str, offset: str) -> Path:
+    """Frames 0 to 59 twice, as `cat a.ts b.ts` joins them; the clock of the second begins `offset` seconds on."""
+    path = folder / name
+    first = encode(path, **BROADCAST[name]).read_bytes()
+    second = encode(path, **BROADCAST[name], options={"output_ts_offset": offset}).read_bytes()
+    path.write_bytes(first + second)
+    return path
+
+
+@pytest.mark.parametrize("name", BROADCAST)
+@pytest.mark.parametrize("offset", ["0", "1", "2.2", "2.4", "3600", "36000"])
+def test_joined_recordings_are_one_film(tmp_path: Path, name: str, offset: str) -> None:
+    """The second is shown after the first, wherever its clock begins, and a clip is found in both and across."""
+    path = joined(tmp_path, name, offset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)
+        times, pixels = zip(*video.frames(path), strict=True)
+        assert numbers(pixels) == [*range(60), *range(60)]
+        assert times == pytest.approx(np.arange(120) / 25, abs=0.105)
+        for start in (0.4, 1.6, 2.3, 3.0, 4.4):
+            begin = int(np.flatnonzero(np.array(times) <= start + 1e-3)[-1])
+            expected = [min(begin + i, 119) for i in range(6)]
+            assert numbers(video.load(path, contract(6), start).frames) == [i % 60 for i in expected]
+        middle = (times[-1] + 1 / 25 - 6 / 25) / 2
+        assert video.load(path, contract(6)).start == pytest.approx(middle, abs=0.145)
+
+
+def test_a_join_is_a_warning_that_says_where(tmp_path: Path) -> None:
+    path = joined(tmp_path, "h264.ts", "0")
+    message = r"h264.ts is damaged or was joined at about 2.\d s: it is read, but pictures there may be wrong"
+    for read in (lambda: list(video.frames(path)), lambda: video.load(path, contract(6), 2.3)):
+        with pytest.warns(InputWarning, match=message) as seen:
+            read()
+        assert len(seen) == 1
+    assert numbers(video.load(path, contract(3), 0.4).frames) == [10, 11, 12]  # nothing wrong there: no warning
+
+
+def test_a_lost_packet_is_a_warning(clips: dict[str, Path], tmp_path: Path) -> None:
+    """188 bytes less: pictures up to the next key frame may suffer, all others and all times are as they were."""
+    data = clips["h264.ts"].read_bytes()
+    path = tmp_path / "lost.ts"
+    warned = 0
+    for at in range(20, len(data) // 188, 7):
+        path.write_bytes(data[: at * 188] + data[(at + 1) * 188 :])
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            times, pixels = zip(*video.frames(path), strict=True)
+            clip = video.load(path, contract(4), start=1.0)
+        found = numbers(pixels)
+        wrong = [round(t * 25) for t, number in zip(times, found, strict=True) if number != round(t * 25)]
+        assert len(found) >= 57
+        assert not wrong or max(wrong) // 12 - min(wrong) // 12 <= 1  # groups of 12 pictures
+        assert all(w.category is InputWarning for w in seen)
+        assert bool(wrong) <= bool(seen)
+        assert len(clip.frames) == 4
+        warned += bool(seen)
+    assert warned > 3
+
+
+def test_a_broadcast_of_which_much_is_lost_is_refused(clips: dict[str, Path], tmp_path: Path) -> None:
+    data = clips["h264.ts"].read_bytes()
+    packets = [data[at : at + 188] for at in range(0, len(data), 188)]
+    path = tmp_path / "lost.ts"
+    path.write_bytes(b"".join(p for i, p in enumerate(packets) if i < 8 or i % 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)
+        with pytest.raises(InputError, match=r"lost.ts is cut off or damaged: \d+ frames"):
+            list(video.frames(path))
 
 
 JUNK = np.random.default_rng(0).bytes(5000)
