@@ -43,13 +43,16 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetube"
 
 
-def make_once(name: str, suffix: str, key: Mapping[str, str], make: Callable[[Path, str], None]) -> Entry:
+def make_once(
+    name: str, suffix: str, key: Mapping[str, str], make: Callable[[Path, str], None], refused: str = ""
+) -> Entry:
     """The cached file for `key`, made by `make(path, reason)` when it is not there or is damaged.
 
     Args:
         name: what a person would call it; entries of one name differ in their key.
         suffix: of the file, `.engine`.
         key: everything that the file depends on, in words that a person reads: {"TensorRT": "10.3.0", "GPU": ...}.
+        refused: sha256 of a file of this entry that cannot be used, whatever its hash says; it is made anew.
         make: writes the file at the path that it is given, or raises. The reason says which part of the key changed.
 
     Raises:
@@ -62,7 +65,7 @@ def make_once(name: str, suffix: str, key: Mapping[str, str], make: Callable[[Pa
     try:
         place.mkdir(parents=True, exist_ok=True)
         with _locked(place / f"{name}{suffix}.lock"):
-            reason = _reason(path, record, name, suffix, key)
+            reason = _reason(path, record, name, suffix, key, refused)
             if reason:
                 with replacing(path) as part:
                     make(part, reason)
@@ -74,12 +77,12 @@ def make_once(name: str, suffix: str, key: Mapping[str, str], make: Callable[[Pa
     return Entry(path, reason)
 
 
-def _reason(path: Path, record: Path, name: str, suffix: str, key: Mapping[str, str]) -> str:
+def _reason(path: Path, record: Path, name: str, suffix: str, key: Mapping[str, str], refused: str) -> str:
     """Why the entry has to be made; empty when it is there and whole."""
     if path.is_file():
         known = _read(record)
         if known is not None and known["sha256"] == sha256(path):
-            return ""
+            return "the one in the cache was refused" if known["sha256"] == refused else ""
         return "the one in the cache is damaged"
     others = sorted(path.parent.glob(f"{name}.*{suffix}.json"), key=lambda p: p.stat().st_mtime)
     latest = _read(others[-1]) if others else None

@@ -170,6 +170,10 @@ class PyCuda(Stream):
     def synchronize(self) -> None:
         self._stream.synchronize()
 
+    def capture(self, work: Callable[[], None]) -> Graph:
+        with self._mapped():  # here and not where the context ends, so that the caller can do without a graph
+            return super().capture(work)
+
     def close(self) -> None:
         with self.current():
             for block in self._kept:

@@ -39,7 +39,11 @@ ATTENTION = Setting(
 SETTINGS = {
     "trt": (
         WORKSPACE,
-        Setting("timing-cache", "", "file of kernel timings to begin with and to keep"),
+        Setting(
+            "timing-cache",
+            "",
+            "file of this machine with kernel timings, to begin with and to keep; no part of the bundle",
+        ),
         Setting("version-compatible", "no", "the engine also runs on later minor versions", ("no", "yes")),
         Setting(
             "hardware-compatible",
@@ -247,15 +251,18 @@ def _engine(folder: Path, chosen: Settings, target: Target, batch: int) -> dict[
     gpu = cuda.open_stream(0, kit.family.extra)
     try:
         with gpu.current():
-            return _write(kit, folder, chosen, gpu, batch)
+            return _write(kit, folder, chosen, gpu, batch, timing_cache(target))
     finally:
         gpu.close()
 
 
-def _write(kit: Sdk, folder: Path, chosen: Settings, gpu: cuda.Stream | None, batch: int) -> dict[str, Any]:
+def _write(
+    kit: Sdk, folder: Path, chosen: Settings, gpu: cuda.Stream | None, batch: int, timings: Path | None = None
+) -> dict[str, Any]:
     engine = folder / "model.engine"
     calibrator = runtime.calibrator(kit, folder, chosen, gpu, batch) if gpu is not None else None
-    engine.write_bytes(runtime.build(kit, folder / chosen.source, chosen, calibrator=calibrator))
+    plan = runtime.build(kit, folder / chosen.source, chosen, calibrator=calibrator, timing_cache=timings)
+    engine.write_bytes(plan)
     capabilities = list(chosen.capabilities)
     if gpu is not None and chosen.hardware_compatible == "same":
         capabilities = [gpu.capability.replace(".", "")]
@@ -265,8 +272,15 @@ def _write(kit: Sdk, folder: Path, chosen: Settings, gpu: cuda.Stream | None, ba
         "version_compatible": chosen.version_compatible,
         "capabilities": capabilities,
         "gpu": "" if gpu is None or chosen.hardware_compatible else gpu.name,
+        "platform": "" if gpu is None else runtime.system(),
     }
     return {"engine": record, "layers": runtime.layer_truth(kit.layers)}
+
+
+def timing_cache(target: Target) -> Path | None:
+    """This machine's file of kernel timings: what was chosen, else what the environment says."""
+    chosen = target.setting("timing-cache")
+    return Path(chosen).absolute() if chosen else runtime.timing_cache()
 
 
 def fell_back(layers: Mapping[str, Any], table: CalibrationTable) -> list[str]:
@@ -307,7 +321,6 @@ def parse_settings(target: Target) -> Settings:
     hardware = target.setting("hardware-compatible")
     return Settings(
         workspace_mb=megabytes,
-        timing_cache=target.setting("timing-cache"),
         version_compatible=target.setting("version-compatible") == "yes",
         hardware_compatible="" if hardware == "no" else hardware,
         legacy=target.precision if target.setting("legacy") == "yes" else "",
@@ -333,8 +346,6 @@ def command(family: str, chosen: Settings) -> str:
         line += ["--stronglyTyped", "--noTF32", "--profilingVerbosity=detailed"]
     if chosen.workspace_mb is not None:
         line.append(f"--memPoolSize=workspace:{chosen.workspace_mb}")
-    if chosen.timing_cache:
-        line.append(f"--timingCacheFile={chosen.timing_cache}")
     if chosen.version_compatible:
         line.append("--versionCompatible")
     if chosen.hardware_compatible:

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 import math
+import os
+import platform
 import re
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from edgetube import cache, cuda
+from edgetube import cache, cuda, rows, strict
 from edgetube.bundle import CLIPS, Bundle, sha256
-from edgetube.errors import BackendError, InputError
+from edgetube.errors import BackendError, BundleError, FormatError, InputError
 from edgetube.files import atomic_write
 from edgetube.runtimes.base import Backend, Interface, Output
 from edgetube.targets import GPU, need
@@ -91,7 +95,6 @@ class Settings:
 
     Attributes:
         workspace_mb: most scratch memory of a kernel; None leaves it to the SDK.
-        timing_cache: file of kernel timings to begin with and to keep (TensorRT).
         version_compatible: the engine also runs on later minor versions (TensorRT).
         hardware_compatible: "ampere" for every GPU from Ampere on, "same" for every GPU of one compute capability,
             "" for this GPU alone (TensorRT).
@@ -101,7 +104,6 @@ class Settings:
     """
 
     workspace_mb: int | None = None
-    timing_cache: str = ""
     version_compatible: bool = False
     hardware_compatible: str = ""
     capabilities: tuple[str, ...] = ()
@@ -118,8 +120,75 @@ class Settings:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Settings:
-        layers = tuple((name, precision) for name, precision in data["layers"])
-        return cls(**{**data, "capabilities": tuple(data["capabilities"]), "layers": layers})
+        """Raises FormatError when `data`, of a manifest, is something else."""
+        known = [f.name for f in fields(cls)]
+        found = dict(strict.record(data, "build.settings", (), [*known, "timing_cache"]))
+        found.pop("timing_cache", None)  # of bundles that were made when it was not the host's own option
+        if (megabytes := found.get("workspace_mb")) is not None:
+            strict.integer(megabytes, "workspace_mb", 1, 1 << 20)
+        if not isinstance(found.get("version_compatible", False), bool):
+            raise FormatError(f"version_compatible is {found['version_compatible']!r}; expected true or false")
+        strict.choice(found.get("hardware_compatible", ""), "hardware_compatible", ("", *LEVELS))
+        strict.choice(found.get("legacy", ""), "legacy", ("", "fp32", "fp16", "int8"))
+        layers = [strict.items(pair, "layers", 2, 2) for pair in strict.items(found.get("layers", []), "layers")]
+        for name, precision in layers:
+            strict.text(name, "name of a layer")
+            strict.choice(precision, f"layers.{name}", ("fp32", "fp16", "int8"))
+        capabilities = _capabilities(found.get("capabilities", []))
+        return cls(**found | {"capabilities": capabilities, "layers": tuple((name, kind) for name, kind in layers)})
+
+
+LEVELS = {"ampere": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
+"""What `hardware_compatible` is called in `HardwareCompatibilityLevel`."""
+
+
+def _capabilities(value: Any) -> tuple[str, ...]:
+    return tuple(strict.text(c, "capabilities", r"\d{2,3}") for c in strict.items(value, "capabilities", 0, 64))
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What the manifest says of the engine that a bundle brings.
+
+    Attributes:
+        file: in the bundle.
+        version: of the SDK that built it.
+        version_compatible: newer minor versions run it, too.
+        capabilities: compute capabilities that run it; empty where that is not what it was built for.
+        gpu: the one GPU that runs it; empty for several.
+        platform: the system that it was built on; empty in bundles that do not say it.
+    """
+
+    file: str
+    version: str
+    version_compatible: bool
+    capabilities: tuple[str, ...]
+    gpu: str
+    platform: str = ""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EngineRecord:
+        """Raises FormatError when `data`, of a manifest, is something else."""
+        needed = ("file", "version", "version_compatible", "capabilities", "gpu")
+        found = strict.record(data, "build.engine", needed, ("platform",))
+        if not isinstance(found["version_compatible"], bool):
+            raise FormatError(f"version_compatible is {found['version_compatible']!r}; expected true or false")
+        return cls(
+            strict.path(found["file"], "build.engine.file"),
+            strict.text(found["version"], "build.engine.version", VERSION),
+            found["version_compatible"],
+            _capabilities(found["capabilities"]),
+            strict.text(found["gpu"], "build.engine.gpu"),
+            strict.text(found.get("platform", ""), "build.engine.platform"),
+        )
+
+
+VERSION = r"\d+\.\d+[\w.+-]*"
+
+
+def system() -> str:
+    """What engines cannot leave: "linux-x86_64"."""
+    return f"{sys.platform}-{platform.machine().lower()}"
 
 
 class Sdk:
@@ -141,9 +210,13 @@ class Sdk:
 
     def error(self, what: str) -> BackendError:
         """An error that says what failed and what the SDK said last."""
+        return BackendError(f"{self.family.title} {self.version}: {what}: {self.words()}")
+
+    def words(self) -> str:
+        """What the SDK said last, in one line; it is forgotten then."""
         said = "; ".join(" ".join(line.split()) for line in self.lines) or "it said nothing"
         self.lines.clear()
-        return BackendError(f"{self.family.title} {self.version}: {what}: {said}")
+        return said
 
     def _logger(self) -> tensorrt.ILogger:
         base, sdk = cast(Any, self.trt.ILogger), self
@@ -178,6 +251,7 @@ def build(
     settings: Settings,
     tell: Callable[[str, int, int], None] | None = None,
     calibrator: tensorrt.IInt8Calibrator | None = None,
+    timing_cache: Path | None = None,
 ) -> bytes:
     """The engine of an ONNX file, as the vendor's own tools open it.
 
@@ -185,6 +259,7 @@ def build(
         onnx: the file, strongly typed unless the settings say legacy; weights may lie beside it.
         tell: called with (phase, step, steps) while the SDK works.
         calibrator: of a legacy int8 network.
+        timing_cache: this machine's file of kernel timings, to begin with and to keep; None for none.
 
     Raises:
         BackendError: the parser refuses a node, or the builder fails; with the SDK's words.
@@ -197,14 +272,17 @@ def build(
     monitor = _monitor(kit, tell)  # lives as long as the builder uses it
     if monitor is not None:
         config.progress_monitor = monitor
-    timings = _load_timings(config, settings)
+    timings = _load_timings(config, timing_cache)
     kit.layers = ""
     plan = cast("tensorrt.IHostMemory | None", builder.build_serialized_network(network, config))
     if plan is None:
         raise kit.error(f"cannot build an engine of {onnx.name}")
     del parser
-    if timings is not None:
-        atomic_write(settings.timing_cache, bytes(timings.serialize()))
+    if timings is not None and timing_cache is not None:
+        try:
+            atomic_write(timing_cache, bytes(timings.serialize()))
+        except OSError as error:  # costs the next build its time, nothing else
+            LOGGER.warning("cannot keep kernel timings in %s: %s", timing_cache, error.strerror)
     return bytes(plan)
 
 
@@ -266,8 +344,7 @@ def _configure(kit: Sdk, config: tensorrt.IBuilderConfig, settings: Settings) ->
     if settings.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if settings.hardware_compatible:
-        levels = {"ampere": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
-        level = getattr(trt.HardwareCompatibilityLevel, levels[settings.hardware_compatible], None)
+        level = getattr(trt.HardwareCompatibilityLevel, LEVELS[settings.hardware_compatible], None)
         if level is None:
             raise BackendError(f"{kit.family.title} {kit.version} has no {settings.hardware_compatible!r} engines")
         config.hardware_compatibility_level = level
@@ -319,7 +396,7 @@ def calibrator(
     if settings.legacy != "int8":
         return None
     base = cast(Any, kit.trt.IInt8EntropyCalibrator2)
-    clips = np.load(folder / CLIPS, mmap_mode="r")
+    clips = rows.stored(folder / CLIPS)[""]
     key = f"{sha256(folder / LEGACY)}{sha256(folder / CLIPS)}{kit.version}"
     kept = cache.folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.calibration"
 
@@ -334,10 +411,9 @@ def calibrator(
             return batch
 
         def get_batch(self, names: list[str]) -> list[int]:
-            some = clips[self.next : self.next + batch]
-            if len(some) < batch:
+            if self.next + batch > len(clips):
                 return []
-            self.host[:] = some.reshape(-1)
+            self.host[:] = np.stack([clips[self.next + i] for i in range(batch)]).reshape(-1)
             gpu.upload(self.address, self.host)
             gpu.synchronize()
             self.next += batch
@@ -392,13 +468,30 @@ def _monitor(kit: Sdk, tell: Callable[[str, int, int], None] | None) -> tensorrt
     return cast("tensorrt.IProgressMonitor", Monitor())
 
 
-def _load_timings(config: tensorrt.IBuilderConfig, settings: Settings) -> tensorrt.ITimingCache | None:
-    if not settings.timing_cache:
+TIMING_CACHE = "EDGETUBE_TIMING_CACHE"
+"""Environment variable with this machine's file of kernel timings."""
+
+
+def timing_cache() -> Path | None:
+    """This machine's file of kernel timings, if its owner wants one; no bundle can choose it."""
+    return Path(chosen).absolute() if (chosen := os.environ.get(TIMING_CACHE)) else None
+
+
+def _load_timings(config: tensorrt.IBuilderConfig, path: Path | None) -> tensorrt.ITimingCache | None:
+    """The timings in a file, or new ones where there are none, or those of another device or version."""
+    if path is None:
         return None
-    path = Path(settings.timing_cache)
-    timings = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    config.set_timing_cache(timings, ignore_mismatch=False)
-    return timings
+    try:
+        kept = path.read_bytes() if path.is_file() else b""
+    except OSError as error:
+        LOGGER.warning("cannot read kernel timings of %s: %s", path, error.strerror)
+        kept = b""
+    for data in (kept, b"") if kept else (b"",):
+        timings = cast("tensorrt.ITimingCache | None", config.create_timing_cache(data))
+        if timings is not None and config.set_timing_cache(timings, ignore_mismatch=False):
+            return timings
+        LOGGER.warning("the kernel timings in %s are not this device's; they begin anew", path)
+    return None
 
 
 KERNEL = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]+), Inputs: (?P<tensors>.*)")
@@ -478,33 +571,43 @@ class Session(Backend):
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
         super().__init__(bundle.contract, bundle.batch)
         self.kit = sdk(bundle.target.partition("-")[0])
-        self._taken = ExitStack()
+        self._graph: cuda.Graph | None = None
         with ExitStack() as failed:
             failed.callback(self.release)
             self.stream = cuda.open_stream(_index(device), self.kit.family.extra)
-            self._taken.callback(self.stream.close)
             with self.stream.current():
                 self._load(bundle)
             failed.pop_all()
 
     def _load(self, bundle: Bundle) -> None:
-        plan, self.origin = find_engine(self.kit, bundle, self.stream)
-        settings = Settings.from_json(bundle.build["settings"])
+        settings, record = read_build(bundle)
         runtime = self.kit.trt.Runtime(self.kit.log)
         if settings.version_compatible:
             runtime.engine_host_code_allowed = True
-        self.kit.lines.clear()
-        engine = cast("tensorrt.ICudaEngine | None", runtime.deserialize_cuda_engine(plan))
+        plan, self.origin = find_engine(self.kit, bundle, self.stream, settings, record)
+        engine = self._deserialize(runtime, plan)
+        if engine is None and not self.origin.startswith(JUST_BUILT):
+            why = f"the engine that was there does not open ({self.kit.words()})"
+            refused = hashlib.sha256(plan).hexdigest()
+            plan, self.origin = build_here(self.kit, bundle, self.stream, settings, why, refused)
+            engine = self._deserialize(runtime, plan)
         if engine is None:
             raise self.kit.error(f"cannot open the engine of {bundle.name} on {self.stream.name}")
         self.engine = engine
-        compiled = _Compiled(self.kit, cache.folder() / f"{bundle.name}.{_digest(plan)}.jit")
-        self.context = compiled.context(engine)
+        compiled = _Compiled(self.kit, kernels_path(self.kit, bundle, self.stream, plan))
+        context = compiled.context(engine)
+        if context is None:
+            raise self.kit.error(f"cannot make a context for {bundle.name} on {self.stream.name}, perhaps for memory")
+        self.context = context
         self._allocate()
         self._enqueue()  # the first call compiles and allocates; only then can work be recorded
         self.stream.synchronize()
         compiled.keep()
         self._run, self.replay = self._record()
+
+    def _deserialize(self, runtime: tensorrt.Runtime, plan: bytes) -> tensorrt.ICudaEngine | None:
+        self.kit.lines.clear()
+        return cast("tensorrt.ICudaEngine | None", runtime.deserialize_cuda_engine(plan))
 
     def _allocate(self) -> None:
         """Buffers for the one input and the one output, on both sides, for good."""
@@ -540,12 +643,8 @@ class Session(Backend):
         except BackendError as error:
             LOGGER.warning("launching kernel by kernel: %s", error)
             return self._enqueue, f"none: {error}"
-        self._taken.callback(self._forget, graph)
+        self._graph = graph
         return graph, "CUDA graph"
-
-    def _forget(self, graph: cuda.Graph) -> None:
-        with self.stream.current():
-            graph.close()
 
     def infer(self, clips: Frames) -> Output:
         with self.stream.current():
@@ -567,11 +666,18 @@ class Session(Backend):
         }
 
     def release(self) -> None:
-        # Before the stream that they belong to, and what uses memory before the memory.
-        for name in ("context", "engine", "frames", "logits", "host"):
-            if hasattr(self, name):
-                delattr(self, name)
-        self._taken.close()
+        # Before the stream that they belong to, in its context, and what uses memory before the memory.
+        if not hasattr(self, "stream"):
+            return
+        try:
+            with self.stream.current():
+                if self._graph is not None:
+                    self._graph.close()
+                for name in ("_run", "_graph", "context", "engine", "frames", "logits", "host"):
+                    if hasattr(self, name):
+                        delattr(self, name)
+        finally:
+            self.stream.close()
 
 
 class _Compiled:
@@ -580,19 +686,26 @@ class _Compiled:
     def __init__(self, kit: Sdk, path: Path) -> None:
         self.just_in_time = kit.family is FAMILIES["rtx"]
         self.path, self.cache = path, cast(Any, None)
+        self.used = False
 
-    def context(self, engine: tensorrt.ICudaEngine) -> tensorrt.IExecutionContext:
+    def context(self, engine: tensorrt.ICudaEngine) -> tensorrt.IExecutionContext | None:
         if not self.just_in_time:
             return engine.create_execution_context()
         config = cast(Any, engine.create_runtime_config())
         self.cache = config.create_runtime_cache()
-        if self.path.is_file():
-            self.cache.deserialize(self.path.read_bytes())
+        try:
+            kept = self.path.read_bytes() if self.path.is_file() else b""
+        except OSError:
+            kept = b""
+        self.used = bool(kept) and bool(self.cache.deserialize(kept))
+        if kept and not self.used:
+            LOGGER.warning("the compiled kernels in %s were refused; they are compiled anew", self.path)
+            self.cache = config.create_runtime_cache()
         config.set_runtime_cache(self.cache)
-        return engine.create_execution_context(config)
+        return cast("tensorrt.IExecutionContext | None", engine.create_execution_context(config))
 
     def keep(self) -> None:
-        if self.cache is not None and not self.path.is_file():
+        if self.cache is not None and not self.used:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write(self.path, bytes(self.cache.serialize()))
@@ -600,25 +713,64 @@ class _Compiled:
                 LOGGER.warning("cannot keep compiled kernels in %s: %s", self.path, error.strerror)
 
 
-def find_engine(kit: Sdk, bundle: Bundle, gpu: cuda.Stream) -> tuple[bytes, str]:
+def read_build(bundle: Bundle) -> tuple[Settings, EngineRecord | None]:
+    """What the manifest says of how the engine is built, and of the one that the bundle brings, if it brings one.
+
+    Raises:
+        BundleError: it says something else.
+    """
+    try:
+        settings = Settings.from_json(bundle.build["settings"])
+        record = EngineRecord.from_json(bundle.build["engine"]) if "engine" in bundle.build else None
+    except (FormatError, KeyError) as error:
+        raise BundleError(f"{bundle.path}: build is damaged ({error}); export or copy the bundle again") from error
+    return settings, record
+
+
+JUST_BUILT = "built here:"
+
+
+def find_engine(
+    kit: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings, record: EngineRecord | None
+) -> tuple[bytes, str]:
     """The engine to run on `gpu`: the bundle's where it fits, else the cache's, else a new one; and which it is."""
-    record = bundle.build.get("engine")
     misfit = engine_misfit(record, kit, gpu) if record else "the bundle has no engine"
     if record and not misfit:
-        return (bundle.path / record["file"]).read_bytes(), "the bundle's"
-    settings = Settings.from_json(bundle.build["settings"] | {"capabilities": []})
+        return bundle.file(record.file).read_bytes(), "the bundle's"
+    return build_here(kit, bundle, gpu, settings, misfit)
+
+
+def build_here(
+    kit: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings, misfit: str, refused: str = ""
+) -> tuple[bytes, str]:
+    """The engine that this machine builds, or has built and kept, and why.
+
+    Args:
+        misfit: why the bundle's engine, or the kept one, is not used.
+        refused: sha256 of an engine that does not open; if that is the kept one, it is built anew.
+    """
+    settings = replace(settings, capabilities=())
+    source = bundle.file(settings.source)
     key = engine_key(kit, bundle, gpu, settings)
 
     def make(path: Path, reason: str) -> None:
         began = time.monotonic()
         LOGGER.warning("building the engine of %s for %s (%s; %s)", bundle.name, gpu.name, misfit, reason)
+        if settings.legacy == "int8":
+            bundle.file(CLIPS)
         legacy = calibrator(kit, bundle.path, settings, gpu, bundle.batch)
-        path.write_bytes(build(kit, bundle.path / settings.source, settings, _Report(), legacy))
+        path.write_bytes(build(kit, source, settings, _Report(), legacy, timing_cache()))
         LOGGER.warning("built in %.0f s; kept in %s", time.monotonic() - began, path.parent)
 
-    entry = cache.make_once(bundle.name, ".engine", key, make)
-    origin = f"built here: {misfit}; {entry.reason}" if entry.reason else f"built here earlier: {misfit}"
+    entry = cache.make_once(bundle.name, ".engine", key, make, refused)
+    origin = f"{JUST_BUILT} {misfit}; {entry.reason}" if entry.reason else f"built here earlier: {misfit}"
     return entry.path.read_bytes(), origin
+
+
+def kernels_path(kit: Sdk, bundle: Bundle, gpu: cuda.Stream, plan: bytes) -> Path:
+    """Where the kernels that are compiled for an engine are kept: they hang on all that is in the name's digest."""
+    key = json.dumps([_digest(plan), kit.version, gpu.name, gpu.capability, gpu.driver, system()])
+    return cache.folder() / f"{bundle.name}.{_digest(key.encode())}.jit"
 
 
 def engine_key(kit: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings) -> dict[str, str]:
@@ -644,16 +796,25 @@ def graph_hash(bundle: Bundle, source: str) -> str:
     return " ".join(bundle.files[f.name].sha256 if f.name in bundle.files else sha256(f) for f in files)
 
 
-def engine_misfit(record: Mapping[str, Any], kit: Sdk, gpu: cuda.Stream) -> str:
+def engine_misfit(record: EngineRecord, kit: Sdk, gpu: cuda.Stream) -> str:
     """Why the bundle's engine cannot run here, naming both sides; empty when it can."""
-    if record["version"] != kit.version and not record["version_compatible"]:
-        return f"the bundle's engine is for {kit.family.title} {record['version']}, here is {kit.version}"
-    capabilities = record["capabilities"]
-    if capabilities and gpu.capability.replace(".", "") not in capabilities:
-        return f"the bundle's engine is for compute capability {', '.join(capabilities)}, here is {gpu.capability}"
-    if record["gpu"] and record["gpu"] != gpu.name:
-        return f"the bundle's engine is for {record['gpu']}, here is {gpu.name}"
+    if record.version != kit.version and not (record.version_compatible and _newer(kit.version, record.version)):
+        return f"the bundle's engine is for {kit.family.title} {record.version}, here is {kit.version}"
+    if record.capabilities and gpu.capability.replace(".", "") not in record.capabilities:
+        return (
+            f"the bundle's engine is for compute capability {', '.join(record.capabilities)}, here is {gpu.capability}"
+        )
+    if record.gpu and record.gpu != gpu.name:
+        return f"the bundle's engine is for {record.gpu}, here is {gpu.name}"
+    if record.platform and record.platform != system():
+        return f"the bundle's engine was built on {record.platform}, here is {system()}"
     return ""
+
+
+def _newer(here: str, built: str) -> bool:
+    """Whether `here` runs what `built` made to travel: newer versions of the same major do, older ones do not."""
+    mine, other = ([int(part) for part in re.findall(r"\d+", version)[:4]] for version in (here, built))
+    return mine[0] == other[0] and mine >= other
 
 
 class _Report:

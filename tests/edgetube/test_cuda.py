@@ -288,3 +288,23 @@ def test_without_a_driver_the_real_bindings_say_so():
         pytest.skip("this machine has a GPU")
     with pytest.raises(BackendError, match="cuda-python: cu"):
         cuda.CudaPython(0)
+
+
+def test_an_error_of_pycuda_in_a_recording_is_one_that_the_caller_can_do_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakePyCuda()
+    monkeypatch.setitem(sys.modules, "pycuda.driver", fake)
+    monkeypatch.setattr(cuda, "installed", lambda name: name == "pycuda.driver")
+    monkeypatch.setattr(cuda, "Graph", lambda handle, work: work())
+    stream = cuda.open_stream(0, "tensorrt")
+
+    def refuse() -> None:
+        raise fake.Error("cuMemcpyHtoDAsync failed: operation not permitted when stream is capturing")
+
+    with (
+        stream.current(),
+        pytest.raises(BackendError, match="pycuda: cuMemcpyHtoDAsync failed: operation not permitted"),
+    ):
+        stream.capture(refuse)
+    stream.close()

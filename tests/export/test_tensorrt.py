@@ -78,7 +78,6 @@ class TestSettings:
         [
             ("trt-fp16", {}, "--stronglyTyped --noTF32 --profilingVerbosity=detailed"),
             ("trt-fp16", {"workspace": "512"}, "--memPoolSize=workspace:512"),
-            ("trt-fp16", {"timing_cache": "t.cache"}, "--timingCacheFile=t.cache"),
             ("trt-fp32", {"version_compatible": "yes"}, "--versionCompatible"),
             ("trt-fp16", {"hardware_compatible": "ampere"}, "--hardwareCompatibilityLevel=ampere+"),
             ("trt-fp16", {"hardware_compatible": "same"}, "--hardwareCompatibilityLevel=sameComputeCapability"),

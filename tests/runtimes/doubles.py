@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,9 +35,14 @@ class HostStream(cuda.Stream):
     """By handle."""
 
     def __init__(
-        self, index: int = 0, can_capture: bool = True, name: str = "RTX 4070", capability: str = "8.9"
+        self,
+        index: int = 0,
+        can_capture: bool = True,
+        name: str = "RTX 4070",
+        capability: str = "8.9",
+        driver: str = "12.4",
     ) -> None:
-        self.name, self.capability, self.driver = name, capability, "12.4"
+        self.name, self.capability, self.driver = name, capability, driver
         self.handle = 77 + len(HostStream.opened)
         HostStream.opened[self.handle] = self
         self.can_capture = can_capture
@@ -44,6 +50,8 @@ class HostStream(cuda.Stream):
         self.queue: list[Work] = []
         self.recording: list[Work] | None = None
         self.depth, self.closed = 0, False
+        self.freed: list[int] = []
+        """How deep in `current()` pinned memory was given back."""
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -61,7 +69,9 @@ class HostStream(cuda.Stream):
 
     def pinned(self, size: int) -> cuda.Bytes:
         assert self.depth
-        return np.zeros(size, np.uint8)
+        host = np.zeros(size, np.uint8)
+        weakref.finalize(host, lambda: self.freed.append(self.depth))
+        return host
 
     def put(self, work: Work) -> None:
         """Queue or record a piece of work."""
@@ -103,18 +113,29 @@ class _HostGraph:
         self.stream.queue.extend(self.recorded)
 
     def close(self) -> None:
+        assert self.stream.depth
         assert not self.stream.closed
+        self.recorded.clear()
 
 
 HALF = "Name: m, LayerType: gemm, Inputs: [ { Name: x, Datatype: Half } ], Metadata: [ONNX Layer: a.matmul]"
 INT8 = "Name: q, LayerType: gemm, Inputs: [ { Name: y, Datatype: Int8 } ], Metadata: [ONNX Layer: b.matmul]"
 
 
-def vendor(version: str = "10.3.0", opens: bool = True, runs: bool = True, lines: tuple[str, ...] = (HALF,)) -> Any:
+def vendor(
+    version: str = "10.3.0",
+    opens: bool | Callable[[bytes], bool] = True,
+    runs: bool = True,
+    lines: tuple[str, ...] = (HALF,),
+    has_context: bool = True,
+    kernels: Callable[[bytes], bool] = lambda data: True,
+) -> Any:
     """A module like `tensorrt`, or `tensorrt_rtx`, whose engines are ONNX files.
 
     Args:
-        opens, runs: whether engines can be opened, and be run.
+        opens, runs: whether engines can be opened (some may be), and be run.
+        has_context: whether there is memory for a context.
+        kernels: whether compiled kernels are accepted.
         lines: what an engine's inspector says.
     """
     trt: Any = _module("tensorrt")
@@ -160,11 +181,11 @@ def vendor(version: str = "10.3.0", opens: bool = True, runs: bool = True, lines
             return cast("list[int]", next(tensor.shape for tensor in tensors if tensor.name == name))
 
         def create_runtime_config(self) -> SimpleNamespace:
-            kernels = SimpleNamespace(serialize=lambda: b"kernels", deserialize=lambda data: True)
-            return SimpleNamespace(create_runtime_cache=lambda: kernels, set_runtime_cache=lambda cache: True)
+            cache = SimpleNamespace(serialize=lambda: b"kernels", deserialize=kernels)
+            return SimpleNamespace(create_runtime_cache=lambda: cache, set_runtime_cache=lambda cache: True)
 
-        def create_execution_context(self, config: object = None) -> Context:
-            return Context(self)
+        def create_execution_context(self, config: object = None) -> Context | None:
+            return Context(self) if has_context else None
 
         def create_engine_inspector(self) -> SimpleNamespace:
             return SimpleNamespace(get_engine_information=lambda form: layers(trt.lines))
@@ -174,7 +195,7 @@ def vendor(version: str = "10.3.0", opens: bool = True, runs: bool = True, lines
             trt.logger = logger
 
         def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
-            if opens:
+            if opens(plan) if callable(opens) else opens:
                 return Engine(plan)
             trt.logger.log(1, "Error Code 6: The engine plan file is generated on an incompatible device")
             return None
@@ -207,6 +228,7 @@ class Machine:
         trt: the module in the place of both SDKs.
         stream: arguments of the streams that are opened from now on.
         builds: (version, settings) of every engine that was built.
+        timing_caches: the files of timings that they were built with.
     """
 
     patch: pytest.MonkeyPatch
@@ -214,6 +236,7 @@ class Machine:
     stream: dict[str, Any] = field(default_factory=dict)
     builds: list[tuple[str, runtime.Settings]] = field(default_factory=list)
     opened: list[HostStream] = field(default_factory=list)
+    timing_caches: list[Path | None] = field(default_factory=list)
 
     def use(self, **changes: Any) -> None:
         """Install another SDK, see `vendor`."""
@@ -228,10 +251,17 @@ class Machine:
         return self.opened[-1]
 
     def build(
-        self, kit: runtime.Sdk, path: Path, settings: runtime.Settings, tell: object = None, calibrator: Any = None
+        self,
+        kit: runtime.Sdk,
+        path: Path,
+        settings: runtime.Settings,
+        tell: object = None,
+        calibrator: Any = None,
+        timing_cache: Path | None = None,
     ) -> bytes:
         """In the place of `runtime.build`: the engine is the graph, and its layers say what they multiply."""
         self.builds.append((kit.version, settings))
+        self.timing_caches.append(timing_cache)
         quantised = any(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
         self.trt.lines = (INT8, HALF) if quantised or settings.legacy == "int8" else (HALF,)
         kit.layers = layers(self.trt.lines)

@@ -1,10 +1,14 @@
 """The runtime of engines, over the doubles of `doubles.py`; the tests of bundles also on a GPU, marked `gpu`."""
 
+import gc
+import shutil
 import sys
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -13,14 +17,17 @@ import edgetube
 from edgetube import bundle as bundles
 from edgetube import cache, cuda, datasets, export
 from edgetube.bench import parity
-from edgetube.errors import BackendError, InputError, MissingPackageError
+from edgetube.bundle import Bundle, FileRecord
+from edgetube.errors import BackendError, BundleError, InputError, MissingPackageError
 from edgetube.export import pipeline
 from edgetube.model import checkpoints
 from edgetube.runtimes import tensorrt as runtime
 from edgetube.runtimes.torch import Reference
 from edgetube.targets import installed
 from tests.runtimes import doubles
-from tests.runtimes.doubles import HostStream, vendor
+from tests.runtimes.doubles import HostStream, Machine, vendor
+
+Record: TypeAlias = dict[str, Any]
 
 GATHER = pipeline.Options(lowering="gather")
 
@@ -132,11 +139,152 @@ class TestTheBundlesOwnEngine:
         assert len(machine.builds) == 1
 
     @pytest.mark.parametrize(
-        "change", [{"version": "10.7.0", "version_compatible": True}, {"gpu": ""}, {"capabilities": ["86", "89"]}]
+        "change",
+        [
+            {"version": "10.2.1", "version_compatible": True},
+            {"version": "10.3.0", "version_compatible": True},
+            {"gpu": ""},
+            {"capabilities": ["86", "89"]},
+            {"platform": runtime.system()},
+        ],
     )
-    def test_what_was_built_to_travel_travels(self, machine, deferred, record, change):
+    def test_what_was_built_to_travel_travels(
+        self, machine: Machine, deferred: Bundle, record: Record, change: Record
+    ) -> None:
         with edgetube.Runtime(replace(deferred, build={**deferred.build, "engine": record | change})) as rt:
             assert rt.describe()["engine"] == "the bundle's"
+
+    @pytest.mark.parametrize("version", ["10.3.1", "10.7.0", "11.0.0", "9.3.0", "8.6.1"])
+    def test_it_does_not_travel_to_older_versions_nor_to_other_majors(
+        self, machine: Machine, deferred: Bundle, record: Record, version: str
+    ) -> None:
+        """Older engines run in newer TensorRT of their major, "not in older runtimes" (its documentation)."""
+        engine = record | {"version": version, "version_compatible": True}
+        with edgetube.Runtime(replace(deferred, build={**deferred.build, "engine": engine})) as rt:
+            assert f"the bundle's engine is for TensorRT {version}, here is 10.3.0" in rt.describe()["engine"]
+
+    def test_one_that_does_not_open_after_all_is_built_anew(
+        self, machine: Machine, deferred: Bundle, record: Record, tmp_path: Path
+    ) -> None:
+        shutil.copytree(deferred.path, tmp_path / "b")
+        (tmp_path / "b" / "model.engine").write_bytes(b"an engine of who knows which GPU")
+        files = {**deferred.files, "model.engine": FileRecord(32, "0" * 64)}
+        build = {**deferred.build, "engine": record | {"file": "model.engine"}}
+        bundle = replace(deferred, path=tmp_path / "b", build=build, files=files)
+        machine.use(opens=lambda plan: not plan.startswith(b"an engine"))
+        with edgetube.Runtime(bundle, verify=False) as rt:
+            assert rt.describe()["engine"].startswith(
+                "built here: the engine that was there does not open (Error Code 6"
+            )
+        assert len(machine.builds) == 1
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"file": "../model.engine"}, "build.engine.file is '../model.engine'"),
+            ({"file": "unlisted.engine"}, "'unlisted.engine' is not among the files of the manifest"),
+            ({"version": 10}, "build.engine.version is 10"),
+            ({"version": "ten"}, "build.engine.version is 'ten'"),
+            ({"version_compatible": 1}, "version_compatible is 1; expected true or false"),
+            ({"capabilities": "89"}, "capabilities is '89'; expected a list"),
+            ({"capabilities": [89]}, "capabilities is 89; expected text"),
+            ({"gpu": None}, "build.engine.gpu is None"),
+            ({"more": 1}, "build.engine has no field more"),
+        ],
+    )
+    def test_a_damaged_record_is_refused(
+        self, machine: Machine, deferred: Bundle, record: Record, change: Record, message: str
+    ) -> None:
+        with pytest.raises(BundleError, match=message):
+            edgetube.Runtime(replace(deferred, build={**deferred.build, "engine": record | change}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"workspace_mb": 0}, "workspace_mb is 0"),
+        ({"workspace_mb": True}, "workspace_mb is True"),
+        ({"version_compatible": "yes"}, "version_compatible is 'yes'"),
+        ({"hardware_compatible": "turing"}, "hardware_compatible is 'turing'"),
+        ({"legacy": "int4"}, "legacy is 'int4'"),
+        ({"layers": [["*"]]}, "layers has 1 entries; expected 2"),
+        ({"layers": [["*", "fp8"]]}, r"layers.\* is 'fp8'"),
+        ({"capabilities": ["SM89"]}, "capabilities is 'SM89'"),
+        ({"plugins": "x.so"}, "build.settings has no field plugins"),
+    ],
+)
+def test_damaged_settings_are_refused(machine: Machine, deferred: Bundle, change: Record, message: str) -> None:
+    settings = deferred.build["settings"] | change
+    with pytest.raises(BundleError, match=rf"build is damaged \({message}"):
+        edgetube.Runtime(replace(deferred, build={**deferred.build, "settings": settings}))
+
+
+class TestWhatIsKeptOnTheMachine:
+    def test_a_kept_engine_that_does_not_open_any_more_is_built_anew_once(
+        self, machine: Machine, deferred: Bundle
+    ) -> None:
+        edgetube.Runtime(deferred).close()
+        refusals = iter([False])
+        machine.use(opens=lambda plan: next(refusals, True))
+        with edgetube.Runtime(deferred) as rt:
+            said = rt.describe()["engine"]
+        assert said.startswith("built here: the engine that was there does not open")
+        assert said.endswith("; the one in the cache was refused")
+        with edgetube.Runtime(deferred) as rt:
+            assert rt.describe()["engine"] == "built here earlier: the bundle has no engine"
+        assert len(machine.builds) == 2
+
+    def test_timings_are_the_host_s_and_not_the_bundle_s(
+        self, machine: Machine, deferred: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        settings = deferred.build["settings"] | {"timing_cache": "/etc/passwd"}  # of an older bundle
+        bundle = replace(deferred, build={**deferred.build, "settings": settings})
+        edgetube.Runtime(bundle).close()
+        monkeypatch.setenv("EDGETUBE_TIMING_CACHE", str(tmp_path / "timings"))
+        machine.stream = {"name": "Orin", "capability": "8.7"}
+        edgetube.Runtime(bundle).close()
+        assert machine.timing_caches == [None, tmp_path / "timings"]
+        assert "timing_cache" not in runtime.Settings().to_json()
+
+    @pytest.fixture
+    def on_rtx(self, machine: Machine, deferred: Bundle) -> Bundle:
+        return replace(deferred, target="rtx-fp16", name="m.rtx-fp16")
+
+    def kernels(self, tmp_path: Path) -> list[Path]:
+        return sorted((tmp_path / "cache").glob("*.jit"))
+
+    def test_kernels_belong_to_a_driver_and_a_gpu(self, machine: Machine, on_rtx: Bundle, tmp_path: Path) -> None:
+        for count, stream in enumerate(({}, {}, {"name": "RTX 4080"}, {"driver": "13.0"}), start=1):
+            machine.stream = stream
+            edgetube.Runtime(on_rtx).close()
+            assert len(self.kernels(tmp_path)) == max(1, count - 1)
+
+    def test_kernels_that_are_refused_are_replaced(self, machine: Machine, on_rtx: Bundle, tmp_path: Path) -> None:
+        edgetube.Runtime(on_rtx).close()
+        (path,) = self.kernels(tmp_path)
+        path.write_bytes(b"of another driver")
+        machine.use(kernels=lambda data: data == b"kernels")
+        edgetube.Runtime(on_rtx).close()
+        assert path.read_bytes() == b"kernels"
+
+
+@pytest.mark.parametrize("target", ["trt-fp16", "rtx-fp16"])
+def test_no_memory_for_a_context_is_one_error(machine: Machine, deferred: Bundle, target: str) -> None:
+    machine.use(has_context=False)
+    with pytest.raises(BackendError, match=r"10\.3\.0: cannot make a context for .* on RTX 4070, perhaps for memory"):
+        edgetube.Runtime(replace(deferred, target=target))
+    assert machine.opened[-1].closed
+
+
+def test_pinned_memory_is_given_back_in_its_context(machine: Machine, deferred: Bundle) -> None:
+    rt = edgetube.Runtime(deferred)
+    rt(np.zeros((1, *deferred.contract.shape), np.uint8))
+    stream = machine.opened[-1]
+    rt.close()
+    del rt
+    gc.collect()
+    assert stream.freed == [1, 1]
+    assert stream.closed
 
 
 def test_without_a_cuda_graph_it_runs_and_says_so(machine, deferred, rng, caplog):
