@@ -25,6 +25,7 @@ from edgetube.files import replacing
 from edgetube.listing import IMAGES, VIDEOS
 from edgetube.preprocess import TOLERANCE, Frames
 from edgetube.spec import InputContract
+from edgetube.targets import need
 
 if TYPE_CHECKING:  # PyAV takes half as long to import as numpy; `import edgetube` does not wait for it
     import av
@@ -275,8 +276,43 @@ def _file(path: Path) -> _Address:
         raise InputError(f"{path} is empty (0 bytes)")
     # Images go in as bytes: FFmpeg's image reader would take a % in the name as the pattern of a sequence.
     # "file:" keeps a colon in the name from being read as a protocol.
+    with path.open("rb") as opened:
+        animated = _is_animated_webp(opened.read(21))
+    if animated:
+        return _Address(str(path), _as_apng(path), path=path)
     file = io.BytesIO(path.read_bytes()) if path.suffix.lower() in IMAGES else f"file:{path}"
-    return _Address(str(path), file, path=path)
+    return _Address(str(path), file, options=(("pattern_type", "none"),), path=path)
+
+
+def _is_animated_webp(head: bytes) -> bool:
+    """Whether a file is an animated WebP that this FFmpeg (before 9) cannot read."""
+    import av
+
+    if len(head) < 21 or head[:4] + head[8:16] != b"RIFFWEBPVP8X" or not head[20] & 2:
+        return False
+    return "webp_anim" not in av.formats_available
+
+
+def _as_apng(path: Path) -> io.BytesIO:
+    """An animated WebP as APNG, the same pixels at the same times.
+
+    Raises:
+        InputError: damaged or cut off.
+        MissingPackageError: Pillow is not installed.
+    """
+    need("PIL", "plot")
+    from PIL import Image, ImageSequence
+
+    found = io.BytesIO()
+    try:
+        with Image.open(path) as image:
+            pairs = [(frame.convert("RGB"), frame.info["duration"]) for frame in ImageSequence.Iterator(image)]
+    except (OSError, EOFError, ValueError, SyntaxError) as error:
+        raise InputError(f"{path} is cut off or damaged: copy or record it again") from error
+    (first, *rest), durations = zip(*pairs, strict=True)
+    first.save(found, "PNG", save_all=True, append_images=rest, duration=list(durations))
+    found.seek(0)
+    return found
 
 
 def _camera(index: int) -> _Address:
@@ -419,20 +455,20 @@ class _Reader:
         return self._is_picture or (self.form in _ANIMATIONS and not self.live and self._scan()[0] == 1)
 
     def check_picture(self) -> None:
-        """Refuse what would be taken for the whole picture although it is not.
+        """Refuse what would be taken for the whole picture or animation although it is not.
 
         Raises:
-            InputError: a JPEG or BMP without its end, or a HEIF picture of tiles, which come as one stream each.
+            InputError: a picture or an animation without its end, or a HEIF picture in tiles, each of them a stream.
         """
         from av.stream import Disposition
 
-        if not self._is_picture or self.address.path is None:
+        if not (self._is_picture or self.form in _ANIMATIONS) or self.address.path is None:
             return
         if self.stream.disposition & Disposition.dependent:
             raise InputError(f"{self.address.name} is a picture in tiles, as phones store HEIC: convert it to JPEG")
-        whole = {"mjpeg": _whole_jpeg, "bmp": _whole_bmp}.get(self.stream.codec_context.name)
+        whole = _WHOLE.get(self.form if self.form in _ANIMATIONS else self.stream.codec_context.name)
         if whole and not whole(self.address.path.read_bytes()):
-            raise self._cut_off()
+            raise InputError(f"{self.address.name} is cut off or damaged: copy or record it again")
 
     def declared(self) -> float | None:
         """Seconds that the header promises; None where the format does not say."""
@@ -656,6 +692,39 @@ def _whole_jpeg(jpeg: bytes) -> bool:
         else:
             at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
     return False
+
+
+def _whole_gif(gif: bytes) -> bool:
+    """Whether a GIF does not end within a block."""
+
+    def table(flags: int) -> int:
+        return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+    if len(gif) < 13:
+        return False
+    at = 13 + table(gif[10])
+    while at < len(gif) and gif[at] in b"\x21\x2c":
+        if gif[at] == 0x2C:
+            if at + 10 > len(gif):
+                return False
+            at += 9 + table(gif[at + 9])
+        at += 2
+        while at < len(gif) and gif[at]:  # blocks of data up to an empty one
+            at += 1 + gif[at]
+        at += 1
+    return at <= len(gif)
+
+
+def _whole_webp(webp: bytes) -> bool:
+    """Whether a WebP is as long as it says."""
+    return int.from_bytes(webp[4:8], "little") + 8 <= len(webp)
+
+
+_WHOLE = {
+    "mjpeg": _whole_jpeg, "bmp": _whole_bmp, "gif": _whole_gif, "webp_anim": _whole_webp,
+    "apng": lambda data: data[:4] == b"RIFF" or b"IEND" in data,  # a WebP was checked when it became an APNG
+}  # fmt: skip
+"""By codec, or by format of an animation: whether a file goes on to its end, where the decoder does not ask."""
 
 
 def _rgb(frame: av.VideoFrame) -> Frames:

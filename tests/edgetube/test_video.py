@@ -21,7 +21,7 @@ from av.stream import Disposition
 from PIL import Image, ImageOps
 
 from edgetube import preprocess, video
-from edgetube.errors import InputError, InputWarning
+from edgetube.errors import InputError, InputWarning, MissingPackageError
 from edgetube.spec import InputContract
 
 SIZE = 64
@@ -581,13 +581,45 @@ def test_one_frame_is_a_still_image_in_any_container(tmp_path: Path, mode: str, 
     assert (numbers(clip.frames), clip.start, clip.end) == ([9], None, None)
 
 
-@pytest.mark.parametrize("mode", ["gif", "png"])
-def test_animations_are_videos(tmp_path: Path, mode: str) -> None:
+def animation(path: Path) -> Path:
     first, *rest = [Image.fromarray(barcode(i)) for i in range(12)]
-    first.save(tmp_path / f"a.{mode}", save_all=True, append_images=rest, duration=[100] * 6 + [50] * 6, loop=0)
-    times, pixels = zip(*video.frames(tmp_path / f"a.{mode}"), strict=True)
+    quality = {"lossless": True} if path.suffix == ".webp" else {}
+    first.save(path, save_all=True, append_images=rest, duration=[100] * 6 + [50] * 6, loop=0, **quality)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["gif", "png", "webp"])
+def test_animations_are_videos(tmp_path: Path, mode: str) -> None:
+    path = animation(tmp_path / f"a.{mode}")
+    times, pixels = zip(*video.frames(path), strict=True)
     assert numbers(pixels) == list(range(12))
     assert times == pytest.approx([*np.arange(6) / 10, *(0.6 + np.arange(6) / 20)])
+
+
+@pytest.mark.parametrize("mode", ["gif", "png", "webp"])
+def test_an_animation_that_is_cut_off_is_refused(tmp_path: Path, mode: str) -> None:
+    """Or shown as far as it goes, where whole pictures are missing at the end of a GIF."""
+    path = animation(tmp_path / f"a.{mode}")
+    data = path.read_bytes()
+    whole = [frame for _, frame in video.frames(path)]
+    refused = 0
+    for length in range(10, len(data), 17):
+        path.write_bytes(data[:length])
+        if refusal(path):
+            refused += 1
+        else:
+            assert mode == "gif" or length > len(data) - 9
+            for (_, frame), expected in zip(video.frames(path), whole, strict=False):
+                np.testing.assert_array_equal(frame, expected)
+    assert refused > 0.7 * len(data) / 17
+
+
+def test_animated_webp_without_pillow_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = animation(tmp_path / "a.webp")
+    monkeypatch.setattr(av, "formats_available", av.formats_available - {"webp_anim"})
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(MissingPackageError, match=r"PIL is not installed; install it with: .*plot"):
+        list(video.frames(path))
 
 
 def photograph(options: dict[str, Any]) -> bytes:
