@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
@@ -163,14 +164,18 @@ def product(precision: str, size: int, threads: int | None) -> Callable[[], obje
     return lambda: request.infer(feed, share_inputs=True)
 
 
-def _integers(size: int, weight: int) -> ov.Model:
-    """A matrix of whole numbers (size, size), 0 to 255, times one of `weight`, -128 to 127, in 8-bit integers."""
+def _integers(size: int, weight: npt.ArrayLike) -> ov.Model:
+    """A matrix of whole numbers (size, size), 0 to 255, times one of `weight`, -128 to 127, in 8-bit integers.
+
+    Args:
+        weight: (size of K, size of N), or one number for all.
+    """
     from openvino import opset13 as ops
 
     frames = ops.parameter([size, size], np.float32)
     zero, low, high, highest = (np.float32(bound) for bound in (0, -128, 127, 255))
     left = ops.fake_quantize(frames, zero, highest, zero, highest, 256)
-    constant = ops.constant(np.full((size, size), weight, np.float32))
+    constant = ops.constant(np.broadcast_to(np.float32(weight), (size, size)).T.copy())
     right = ops.fake_quantize(constant, low, high, low, high, 256)
     return ov.Model([ops.matmul(left, right, False, True)], [frames])
 
