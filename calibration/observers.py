@@ -129,22 +129,18 @@ def _divergence(
 ) -> float:
     """KL(P || Q) as TensorRT's entropy calibration has it.
 
-    P is the histogram with the clipped values counted at the edge, Q the same without them, each integer's mass spread
-    evenly over its non-empty bins.
+    P is the histogram within the range, with the clipped values counted at its ends; Q the same without them, each
+    integer's mass spread evenly over its bins. Bins without values are in neither.
     """
     inside = (values >= found.low) & (values <= found.high)
     if not inside.any():
         return np.inf
-    p = np.where(inside, weight, 0.0)
-    first, last = np.flatnonzero(inside)[[0, -1]]
-    q_source = p.copy()
-    p[first] += weight[:first].sum()
-    p[last] += weight[last + 1 :].sum()
-    levels = _levels(values, found, activations).astype(np.int64)
-    levels -= levels.min()
-    mass = np.bincount(levels, q_source)
-    bins = np.bincount(levels, inside.astype(np.float64))
-    q = np.where(inside, mass[levels] / np.maximum(bins[levels], 1.0), 0.0)
+    kept = weight[inside]
+    p = kept.copy()
+    p[0] += weight[values < found.low].sum()
+    p[-1] += weight[values > found.high].sum()
+    levels = _levels(values[inside], found, activations)
+    _, level, bins = np.unique(levels, return_inverse=True, return_counts=True)
+    q = (np.bincount(level, kept) / bins)[level]
     p, q = p / p.sum(), q / q.sum()
-    keep = p > 0
-    return float((p[keep] * np.log(p[keep] / np.maximum(q[keep], 1e-12))).sum())
+    return float(p @ np.log(p / q))
