@@ -36,7 +36,7 @@ from edgetube.video import Frames
 
 __all__ = ["Calibrated", "calibrate", "input_moments", "observe"]
 
-RECIPE = 6
+RECIPE = 7
 """Counts the changes of what calibration does: results of another one are not used again."""
 
 OBSERVED_CLIPS = 32
@@ -230,12 +230,11 @@ def _plan(linear: graphs.Linear, state: State, found: Found) -> LinearPlan:
 
 
 def _report(walk: Walk, state: State, found: Found) -> dict[str, Any]:
-    work = graphs.macs(walk.model)
     return {
         "activations": walk.activations,
         "clips": {"name": walk.clips.name, "count": len(walk.clips), "sha256": walk.clips.sha256},
         "judged": found.verdict.to_json(),
-        "macs_share": sum(work[name] for name in found.quantised) / sum(work.values()),
+        "linear_macs": sum(graphs.macs(walk.model).values()),
         "linears": {
             name: {
                 "precision": "int8" if name in found.quantised else "float",

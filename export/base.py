@@ -30,6 +30,8 @@ class Built:
         image: the artifact also answers single images, from the same weights.
         deferred: the device completes the artifact on its first load.
         notes: what a person should know about an int8 artifact, in words; shown after the export.
+        integer_macs: multiply-accumulates by constants that one call of an int8 artifact computes in 8-bit integers;
+            counted in the artifact, or in what the runtime makes of it.
     """
 
     artifact: str
@@ -37,6 +39,7 @@ class Built:
     image: bool = False
     deferred: bool = False
     notes: tuple[str, ...] = ()
+    integer_macs: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 import warnings
 from collections import Counter
@@ -120,26 +121,30 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
             _save(_convert(graph, target, table), graph, path)
     details: dict[str, Any] = {"settings": {s.name: target.setting(s.name) for s in target.settings}}
     if table is not None:
-        details["integers"] = integer_products(path)
+        products = integer_products(path)
+        details["integers"] = dict(Counter(operation for operation, _ in products))
+        return Built(path.name, details, integer_macs=sum(macs for _, macs in products))
     return Built(path.name, details, image=both)
 
 
-def integer_products(path: Path) -> dict[str, int]:
-    """The products of a saved package whose both sides are int8: operation -> count.
+def integer_products(path: Path) -> list[tuple[str, int]]:
+    """The products of a saved package whose both sides are int8: operation, and multiply-accumulates in one call.
 
     They are read back from the file. Whether a device multiplies the integers, or what they stand for, is its choice.
     """
     operations = mlpackage.load(path).functions["main"].operations
-    makers = {name: operation.kind for operation in operations for name, _ in operation.outputs}
-    found: Counter[str] = Counter()
+    makers = {name: operation for operation in operations for name, _ in operation.outputs}
+    found = []
     for operation in operations:
         x, weight = (
-            makers.get(refs[0].name, "") if isinstance(refs[0], Ref) else ""
+            makers.get(refs[0].name) if isinstance(refs[0], Ref) else None
             for refs in (operation.inputs.get(side, ("",)) for side in ("x", "weight"))
         )
-        if x == "dequantize" and weight.startswith("constexpr_"):
-            found[operation.kind] += 1
-    return dict(found)
+        if x is None or x.kind != "dequantize" or weight is None or not weight.kind.startswith("constexpr_"):
+            continue
+        ((_, output),), ((_, matrix),) = operation.outputs, weight.outputs  # the weight is (O, I, ...)
+        found.append((operation.kind, math.prod(output.shape) * math.prod(matrix.shape[1:])))
+    return found
 
 
 @contextmanager

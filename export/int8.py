@@ -17,7 +17,7 @@ from edgetube.calibration import Calibrated
 from edgetube.calibration.table import FLOAT32_SCALES, Activations, IntegerFormat
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
-from edgetube.export.base import Wishes
+from edgetube.export.base import Built, Wishes
 from edgetube.export.graph import Graph
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.progress import Progress, track
@@ -88,6 +88,12 @@ def float_sibling(target: Target) -> Target:
     declared: tuple[Target, ...] = export.exporter(target.backend).TARGETS
     family = [t for t in declared if t.name.partition("-")[0] == target.name.partition("-")[0]]
     return next(t for t in family if t.precision in ("fp32", "fp16"))
+
+
+def macs_share(built: Built, calibrated: Calibrated, batch: int) -> float:
+    """The share of the linears' work that the artifact computes in integers, as its exporter counted it there."""
+    share: float = built.integer_macs / (batch * calibrated.report["linear_macs"])
+    return share
 
 
 def measure(calibrated: Calibrated, int8: Contestant, plain: Contestant, progress: Progress) -> dict[str, Any]:

@@ -8,6 +8,7 @@ pattern matching, so nothing falls back to float behind anybody's back.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -198,6 +199,19 @@ def products(model: onnx.ModelProto) -> int:
     """Matrix products of a Q/DQ graph whose both sides come from integers."""
     integers = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     return sum(n.op_type == "MatMul" and integers >= {*n.input} for n in model.graph.node)
+
+
+def integer_macs(model: onnx.ModelProto) -> int:
+    """Multiply-accumulates by constants whose both sides come from integers, in one call of a Q/DQ graph."""
+    shapes, producers = canonical.shapes(model), _producers(model.graph.node)
+    constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    found = 0
+    for node in model.graph.node:
+        sides = [producers[name] for name in node.input if name in producers]
+        if node.op_type == "MatMul" and [side.op_type for side in sides] == ["DequantizeLinear"] * 2:
+            depth, *_ = constants.get(sides[1].input[0], (0,))
+            found += depth * math.prod(shapes[node.output[0]])
+    return found
 
 
 def split_products(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -95,27 +96,35 @@ def _build_int8(graph: Graph, path: Path, table: CalibrationTable, cpu: str) -> 
 
     model = integer.native(graph.model, table, unsigned_weights=cpu == "x86")
     graphs.save(model, path)
-    kernels = integer_kernels(path)
+    products = integer_products(path)
+    kernels = Counter(kernel for kernel, _ in products)
     integer.lint("ONNX Runtime", len(table.quantised), sum(kernels.values()))
     stated = integer.statement(model, len(table.quantised), len(table.quantised), kernels)
     details = {"graph": integer.statistics(graph.model, model), "integers": {**stated, "cpu": cpu}}
-    return Built(path.name, details)
+    return Built(path.name, details, integer_macs=sum(macs for _, macs in products))
 
 
-def integer_kernels(path: Path) -> dict[str, int]:
-    """What multiplies a constant matrix in 8-bit integers in the graph that ONNX Runtime really runs: kernel -> count.
+def integer_products(path: Path) -> list[tuple[str, int]]:
+    """What multiplies a constant matrix in 8-bit integers in the graph that ONNX Runtime really runs.
 
+    The kernel of each product, and its multiply-accumulates in one call.
     Any ONNX file will do; it is opened as the backend opens it, and the optimised graph is read back.
     """
     import onnx
 
+    from edgetube.export import graph as graphs
     from edgetube.runtimes.onnxruntime import optimise
 
     with tempfile.TemporaryDirectory() as folder:
         optimised = onnx.load(optimise(path, Path(folder) / "optimised.onnx"), load_external_data=False)
-    matrices = {tensor.name for tensor in optimised.graph.initializer if len(tensor.dims) == 2}
-    kernels = (n.op_type for n in optimised.graph.node if n.op_type in INTEGER_KERNELS and matrices & {*n.input})
-    return dict(Counter(kernels))
+    depths = {tensor.name: tensor.dims[0] for tensor in optimised.graph.initializer if len(tensor.dims) == 2}
+    shapes = graphs.shapes(optimised)
+    return [
+        (node.op_type, depths[matrix] * math.prod(shapes[node.output[0]]))
+        for node in optimised.graph.node
+        for matrix in node.input
+        if node.op_type in INTEGER_KERNELS and matrix in depths
+    ]
 
 
 def evaluate(model: ModelProto) -> Callable[[Mapping[str, Any]], list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -90,21 +91,28 @@ def _build_int8(graph: Graph, path: Path, table: CalibrationTable, precisions: l
 
     model = integer.split_products(quantize.qdq(graph.model, table))
     convert(model, path, compress=False)
-    kernels = integer_kernels(path, precisions)
+    products = integer_products(path, precisions)
+    kernels = Counter(kernel for kernel, _ in products)
     integer.lint("OpenVINO", integer.products(model), sum(kernels.values()))
     stated = integer.statement(model, len(table.quantised), len(table.quantised), kernels)
     details = {"graph": integer.statistics(graph.model, model), "inference_precision": precisions, "integers": stated}
-    return Built(path.name, details)
+    return Built(path.name, details, integer_macs=sum(macs for _, macs in products))
 
 
-def integer_kernels(path: Path, precisions: list[str]) -> dict[str, int]:
-    """What multiplies in 8-bit integers in the graph that OpenVINO really runs: kernel and type -> count."""
+def integer_products(path: Path, precisions: list[str]) -> list[tuple[str, int]]:
+    """What multiplies in 8-bit integers in the graph that OpenVINO really runs.
+
+    The kernel and type of each product, and its multiply-accumulates in one call.
+    """
     from edgetube.runtimes.openvino import compile_model
 
-    layers = [node.get_rt_info() for node in compile_model(path, precisions).get_runtime_model().get_ops()]
-    kinds = [(str(i["layerType"].astype(str)), str(i["runtimePrecision"].astype(str))) for i in layers]
-    found = (f"{layer} {kind}" for layer, kind in kinds if layer.startswith(PRODUCTS) and kind in ("i8", "u8"))
-    return dict(Counter(found))
+    found = []
+    for layer in compile_model(path, precisions).get_runtime_model().get_ops():
+        kind, precision = (str(layer.get_rt_info()[key].astype(str)) for key in ("layerType", "runtimePrecision"))
+        if kind.startswith(PRODUCTS) and precision in ("i8", "u8"):
+            depth = math.prod(layer.get_input_shape(1)[1:])  # the weight is (N, K), or (O, I, ...) of a convolution
+            found.append((f"{kind} {precision}", depth * math.prod(layer.get_output_shape(0))))
+    return found
 
 
 def convert(model: onnx.ModelProto, path: Path, compress: bool) -> None:

@@ -196,6 +196,7 @@ class Road:
         bundle, built = self._build(folder, target, equalised, table)
         unread = {name: why for clips in self._calibration_clips for name, why in clips.unread.items()}
         report = {**calibrated.report, "notes": [*calibrated.report["notes"], *built.notes], "unread": unread}
+        report["macs_share"] = int8.macs_share(built, calibrated, self.options.batch)
         if runtimes.proof_device(target.name, target.backend) == runtimes.EMULATED:
             with runtimes.open_bundle(bundle, device=runtimes.EMULATED) as backend:
                 contestant = int8.Contestant(target.name, backend, 0)

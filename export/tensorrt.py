@@ -123,8 +123,9 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
         InputError: a setting that this target does not have, or that cannot be.
         BackendError: the SDK's parser or builder refuses the graph, with its words.
     """
+    from edgetube.calibration import graphs as calibrated
     from edgetube.export import graph as graphs
-    from edgetube.export import rewrite
+    from edgetube.export import integer, rewrite
     from edgetube.export.quantize import qdq
 
     family = target.name.partition("-")[0]
@@ -136,6 +137,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
         (folder / CACHE).write_text(table.to_cache(), "ascii")
         if target.setting("attention") != "int8" and (note := attention_note(graph.spec)):
             notes.append(note)
+    macs = integer.integer_macs(typed)
     typed = rewrite.cast_first(typed if target.precision == "fp32" else graphs.half(typed))
     graphs.save(typed, folder / "model.onnx")
     if chosen.legacy:
@@ -151,10 +153,12 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     if engine := _engine(folder, chosen, target, graph.batch):
         details |= engine
         if table is not None:
-            details["layers"]["fell_back"] = fell_back(details["layers"], table)
+            details["layers"]["fell_back"] = fallen = fell_back(details["layers"], table)
+            work = calibrated.macs(plain)
+            macs -= sum(work[name] for name in fallen)
     else:
         details |= _validate(folder / chosen.source)
-    return Built("model.onnx", details, deferred="engine" not in details, notes=tuple(notes))
+    return Built("model.onnx", details, deferred="engine" not in details, notes=tuple(notes), integer_macs=macs)
 
 
 LEGACY_NOTE = (

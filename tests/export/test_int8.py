@@ -1,6 +1,7 @@
 """INT8 on the road: calibrated on real clips only, measured against float, and published only within the budget."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from edgetube.calibration.table import CalibrationTable
 from edgetube.errors import InputError, ParityError
 from edgetube.export import int8, integer, pipeline
 from edgetube.model import checkpoints
+from edgetube.spec import ModelSpec
 
 GATHER = pipeline.Options(lowering="gather")
 
@@ -108,6 +110,37 @@ def test_two_targets_of_one_scheme_share_a_calibration(tiny_checkpoint, tmp_path
     list(pipeline.export_models(names, tiny_checkpoint, tmp_path, GATHER, lambda *s: stages.append(s)))
     schemes = {int8.activations(export.target(name)) for name in names}
     assert sum(s == ("calibrate", 0, 4) for s in stages) == len(schemes)
+
+
+def work_by_hand(spec: ModelSpec, classes: int) -> dict[str, int]:
+    """Multiply-accumulates of every linear in one clip, from the model's geometry."""
+    tokens, width = sum(tube.tokens(spec.clip) for tube in spec.tubes), spec.width
+    found = {
+        f"tubes.{i}": tube.tokens(spec.clip) * math.prod(tube.kernel) * 3 * width for i, tube in enumerate(spec.tubes)
+    }
+    for i in range(spec.depth):
+        for name, size in (("attn.qkv", 3), ("attn.proj", 1), ("mlp.fc1", 4), ("mlp.fc2", 4)):
+            found[f"blocks.{i}.{name}"] = tokens * width * width * size
+    return {**found, "head": width * classes}
+
+
+@pytest.mark.parametrize(("lowering", "batch"), [("gather", 2), ("conv2d", 1)])
+def test_the_share_of_integer_work_is_counted_in_the_artifact(
+    tiny_checkpoint: Path, tmp_path: Path, lowering: str, batch: int
+) -> None:
+    """Tubes that a lowering makes convolutions stay float, whatever the table says."""
+    names = [t.name for t in export.targets().values() if t.precision == "int8" and not t.missing(t.build_needs)]
+    options = pipeline.Options(lowering=lowering, batch=batch, max_drop=100.0)
+    assert names
+    for bundle in pipeline.export_models(names, tiny_checkpoint, tmp_path, options):
+        report = bundle.build["int8"]
+        work = work_by_hand(bundle.spec, len(bundle.labels))
+        floats = {"head" if not name.startswith(("tubes", "blocks")) else name for name in report["fallbacks"]}
+        floats |= {name for name in work if name.startswith("tubes")} if lowering == "conv2d" else set()
+        expected = 1 - sum(work[name] for name in floats) / sum(work.values())
+        assert report["macs_share"] == pytest.approx(expected, rel=1e-9), bundle.target
+        assert f"{expected:.0%} of the linear work in int8" in report["summary"]
+        assert (expected < 0.9) == (lowering == "conv2d")
 
 
 def test_batches_of_two(tiny_checkpoint, tmp_path, rng):
