@@ -11,14 +11,15 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from edgetube.errors import InputError, SpecError
+from edgetube import strict
+from edgetube.errors import EdgetubeError, FormatError, InputError, SpecError
 from edgetube.files import atomic_write
 
 SCHEMA = 1
@@ -196,21 +197,25 @@ class CalibrationTable:
     def from_json(cls, data: Mapping[str, Any]) -> CalibrationTable:
         """Raises InputError when `data` is not a table of this schema."""
         try:
-            if data["schema"] != SCHEMA:
-                raise InputError(f"calibration table schema {data['schema']}; this edgetube reads {SCHEMA}")
+            schema = strict.integer(strict.record(data, "it", ["schema"])["schema"], "schema", 1, 1 << 31)
+            if schema != SCHEMA:
+                raise InputError(f"calibration table schema {schema}; this edgetube reads {SCHEMA}")
+            strict.record(data, "it", ("schema", *(f.name for f in fields(cls))), ())
+            versions = strict.record(data["versions"], "versions")
             return cls(
-                model=str(data["model"]),
-                clips=data["clips"],
-                activations=data["activations"],
-                ranges={name: Range(**r) for name, r in data["ranges"].items()},
+                model=strict.text(data["model"], "model"),
+                clips=strict.record(data["clips"], "clips"),
+                activations=cast(Activations, strict.choice(data["activations"], "activations", get_args(Activations))),
+                ranges={
+                    name: _range(r, f"ranges.{name}") for name, r in strict.record(data["ranges"], "ranges").items()
+                },
                 linears=tuple(
-                    LinearPlan(**(p | {"weight_scales": tuple(map(float, p["weight_scales"]))}))
-                    for p in data["linears"]
+                    _plan(p, f"linears[{i}]") for i, p in enumerate(strict.items(data["linears"], "linears"))
                 ),
-                versions=data["versions"],
+                versions={name: strict.text(version, f"versions.{name}") for name, version in versions.items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"not a calibration table ({error!r}); calibrate again") from error
+        except FormatError as error:
+            raise InputError(f"not a calibration table ({error}); calibrate again") from error
 
     def save(self, path: str | Path) -> Path:
         """Write JSON with one line a tensor and a few a linear, beside the target first and then renamed."""
@@ -224,8 +229,8 @@ class CalibrationTable:
             InputError: no such file, or it is not a calibration table.
         """
         try:
-            data = json.loads(Path(path).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            data = strict.read_json(Path(path))
+        except (OSError, FormatError) as error:
             raise InputError(f"{path} is not a calibration table: {error}") from error
         return cls.from_json(data)
 
@@ -250,8 +255,32 @@ class CalibrationTable:
             if not name or not re.fullmatch(r"[0-9a-fA-F]{8}", digits.strip()):
                 raise InputError(f"line {number} of the calibration cache is {line[:60]!r}; expected tensor: 3c010a14")
             (scale,) = struct.unpack(">f", bytes.fromhex(digits.strip()))
-            ranges[name] = Range(-scale * LEVELS, scale * LEVELS, "cache")
+            try:
+                ranges[strict.text(name, "the tensor")] = Range(-scale * LEVELS, scale * LEVELS, "cache")
+            except EdgetubeError as error:
+                raise InputError(f"line {number} of the calibration cache: {error}") from error
         return ranges
+
+
+def _range(data: Any, where: str) -> Range:
+    found = strict.record(data, where, ("low", "high", "method"), ())
+    low, high = (strict.number(found[key], f"{where}.{key}", -LARGEST, LARGEST) for key in ("low", "high"))
+    return Range(low, high, strict.text(found["method"], f"{where}.method"))
+
+
+def _plan(data: Any, where: str) -> LinearPlan:
+    needed = ("name", "activation", "weight", "weight_scales", "precision")
+    found = strict.record(data, where, needed, ("reason",))
+    scales = strict.items(found["weight_scales"], f"{where}.weight_scales")
+    return LinearPlan(
+        *(strict.text(found[key], f"{where}.{key}") for key in ("name", "activation", "weight")),
+        tuple(strict.number(scale, f"{where}.weight_scales", 0, LARGEST) for scale in scales),
+        cast(Literal["int8", "float"], strict.choice(found["precision"], f"{where}.precision", ("int8", "float"))),
+        strict.text(found.get("reason", ""), f"{where}.reason"),
+    )
+
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def digits(value: float) -> float:

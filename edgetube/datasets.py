@@ -24,6 +24,7 @@ from edgetube.errors import InputError
 from edgetube.listing import ARRAYS, IMAGES, VIDEOS
 from edgetube.rows import Rows
 from edgetube.spec import InputContract
+from edgetube.strict import shown
 from edgetube.video import Clip
 
 
@@ -214,7 +215,7 @@ def manifest(path: Path) -> ClipSet:
     lines = _lines(path)
     header, columns = next(lines, (1, []))
     if "path" not in columns or not set(columns) <= set(COLUMNS) or len(set(columns)) < len(columns):
-        found = ", ".join(map(repr, columns)) or "nothing"
+        found = shown(", ".join(map(repr, columns))) or "nothing"
         hint = ", separated by commas" if len(columns) == 1 else ""
         raise InputError(f"{path}, line {header} has the columns {found}; expected path[,label][,start]{hint}")
     items: list[Item] = []
@@ -226,7 +227,7 @@ def manifest(path: Path) -> ClipSet:
         row = dict(zip(columns, cells, strict=True))
         where = f"{path}, line {number}"
         target = path.parent / row["path"]
-        if not target.is_file():
+        if not _is_file(target):
             raise InputError(f"{where}: {_no_file(path.parent, row['path'])}")
         start = _seconds(row.get("start"), where)
         if (before := seen.setdefault((os.path.normpath(target), start), number)) != number:
@@ -270,21 +271,29 @@ def _text(path: Path) -> str:
     return text
 
 
+def _is_file(path: Path) -> bool:
+    """Whether there is a file; a name that the system refuses, too long for one, is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 _SAVE_AS = "save the file as UTF-8 (in Excel: CSV UTF-8; for Windows-1252: iconv -f cp1252 -t utf-8)"
 
 
 def _no_file(folder: Path, given: str) -> str:
     """What to say when a manifest names a file that is not there; names one that is spelt nearly the same."""
-    if (folder / given).is_dir():
+    if os.path.isdir(folder / given):  # noqa: PTH112  # which is False for every name that the system refuses
         return f"{given!r} is a folder; expected a file"
-    said = f"there is no file {given!r}"
+    said = f"there is no file {shown(repr(given))}"
     for other, why in (
         (given.strip(), "without the spaces around its name"),
         (given.replace("\\", "/"), "with / for \\"),
         (unicodedata.normalize("NFC", given), "in Unicode's composed form (NFC)"),
         (unicodedata.normalize("NFD", given), "in Unicode's decomposed form (NFD)"),
     ):
-        if other != given and (folder / other).is_file():
+        if other != given and _is_file(folder / other):
             return f"{said}; there is one {why}"
     return said
 
@@ -296,9 +305,9 @@ def _seconds(text: str | None, where: str) -> float | None:
     try:
         start = float(text)
     except ValueError as error:
-        raise InputError(f"{where}: start is {text!r}; expected seconds, like 1.5") from error
+        raise InputError(f"{where}: start is {shown(repr(text))}; expected seconds, like 1.5") from error
     if not (math.isfinite(start) and start >= 0):
-        raise InputError(f"{where}: start is {text!r}; expected seconds from 0 on")
+        raise InputError(f"{where}: start is {shown(repr(text))}; expected seconds from 0 on")
     return start
 
 

@@ -19,6 +19,7 @@ A message says what is wrong, with which value, and what to do: `given`, `expect
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 
@@ -26,6 +27,13 @@ class EdgetubeError(Exception):
     """Base of all errors raised on purpose; the CLI prints it as one line and exits with `exit_code`."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """The message as one line that is safe on a terminal, whatever it repeats of files, names and vendors."""
+        return printable(_BREAK.sub(" ", super().__str__()))
+
+
+_BREAK = re.compile(r"\s*[\r\n]\s*")
 
 
 class InputError(EdgetubeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import struct
 import tempfile
@@ -237,6 +238,10 @@ def _readable(file: Path) -> Iterator[None]:
         raise FormatError(f"{file.name}: {error}") from error
     except DAMAGES as error:
         raise FormatError(f"{file.name} is damaged: {error}") from error
+    except OSError as error:  # a place in the file that cannot be
+        if error.errno != errno.EINVAL:
+            raise
+        raise FormatError(f"{file.name} is damaged: {error.strerror}") from error
 
 
 DAMAGES = (

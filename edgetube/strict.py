@@ -199,5 +199,10 @@ def _show(value: Any) -> str:
     """A value in an error message: short, in one line, without control characters."""
     if isinstance(value, dict | list | tuple) and len(value) > 8:
         return f"a {type(value).__name__} of {len(value)}"
-    shown = printable(repr(value[: 2 * SHOWN] if isinstance(value, str) else value))
-    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+    return shown(repr(value[: 2 * SHOWN] if isinstance(value, str) else value))
+
+
+def shown(text: str) -> str:
+    """The beginning of a text in an error message, without control characters."""
+    plain = printable(text)
+    return plain if len(plain) <= SHOWN else f"{plain[:SHOWN]}..."
