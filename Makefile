@@ -46,6 +46,7 @@ lint: $(VENV)/dev.stamp shadow $(STUBS)/stamp ## format, style, types, and who i
 	$(BIN)/ruff check .
 	cd $(SHADOW) && "$(abspath $(BIN))/lint-imports" --config "$(CURDIR)/.importlinter" --no-logo --cache-dir "$(CURDIR)/.import_linter_cache"
 	cp -R bench/*.py bench/peers $(SHADOW)/edgetube/bench/  # the scripts, too, which the wheel has not
+	cp -R tests $(SHADOW)/
 	cd $(SHADOW) && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache"
 
 # The modules of the wheel where they are installed, export/ inside edgetube/ and so on: neither mypy nor import-linter

@@ -181,8 +181,8 @@ def contestants(model: str, batch: int, made: Mapping[str, Bundle], mode: str = 
             given = {"path": str(bundle.path)}
             found.append(Contestant(f"{target}, no CUDA graph", "edgetube.bench.gpu:launched", given, *about))
         if target.startswith("trt-"):
-            for name, compiled in ((f"{target}'s graph in PyTorch", False), (f"{target}'s graph, torch.compile", True)):
-                given = {"path": str(bundle.path), "compiled": compiled}
+            for name, fused in ((f"{target}'s graph in PyTorch", False), (f"{target}'s graph, torch.compile", True)):
+                given = {"path": str(bundle.path), "compiled": fused}
                 found.append(Contestant(name, "edgetube.bench.gpu_witness:subject", given, *about))
     return found
 
@@ -273,7 +273,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         names = args.targets.split(",")
         if args.bundles:
-            made, reasons = {b.target: b for b in map(bundles.load, sorted(args.bundles.glob("demo.*")))}, {}
+            made: dict[str, Bundle] = {b.target: b for b in map(bundles.load, sorted(args.bundles.glob("demo.*")))}
+            reasons: dict[str, str] = {}
         else:
             made, reasons = build([name for name in names if name != ORT], "demo", Path(scratch))
         source = datasets.built_in(args.clips, demo.LABELS)

@@ -64,7 +64,7 @@ class Runtime:
         else:
             self.bundle = bundles.load(bundle, verify)
         self._backend = runtimes.open_bundle(self.bundle, threads=threads, device=device)
-        self._options = {"threads": threads, "device": device, "verify": verify}
+        self._options: dict[str, Any] = {"threads": threads, "device": device, "verify": verify}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(Runtime, **self._options), (self.bundle.path.absolute(),)

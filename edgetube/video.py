@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -720,7 +720,7 @@ def _whole_webp(webp: bytes) -> bool:
     return int.from_bytes(webp[4:8], "little") + 8 <= len(webp)
 
 
-_WHOLE = {
+_WHOLE: dict[str, Callable[[bytes], bool]] = {
     "mjpeg": _whole_jpeg, "bmp": _whole_bmp, "gif": _whole_gif, "webp_anim": _whole_webp,
     "apng": lambda data: data[:4] == b"RIFF" or b"IEND" in data,  # a WebP was checked when it became an APNG
 }  # fmt: skip

@@ -175,7 +175,7 @@ def _integers(size: int, weight: npt.ArrayLike) -> ov.Model:
     frames = ops.parameter([size, size], np.float32)
     zero, low, high, highest = (np.float32(bound) for bound in (0, -128, 127, 255))
     left = ops.fake_quantize(frames, zero, highest, zero, highest, 256)
-    constant = ops.constant(np.broadcast_to(np.float32(weight), (size, size)).T.copy())
+    constant = ops.constant(np.broadcast_to(np.asarray(weight, np.float32), (size, size)).T.copy())
     right = ops.fake_quantize(constant, low, high, low, high, 256)
     return ov.Model([ops.matmul(left, right, False, True)], [frames])
 

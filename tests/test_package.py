@@ -1,5 +1,7 @@
 """What the package promises as a whole: its public names, a light import, closed rooms, and what is in the wheel."""
 
+from __future__ import annotations
+
 import ast
 import json
 import shutil
@@ -68,24 +70,24 @@ def sources() -> list[Path]:
 
 
 class TestNames:
-    def test_the_public_names(self):
+    def test_the_public_names(self) -> None:
         assert sorted(edgetube.__all__) == sorted(PUBLIC)
         assert dir(edgetube) == edgetube.__all__
 
     @pytest.mark.parametrize("name", PUBLIC)
-    def test_each_is_there(self, name):
+    def test_each_is_there(self, name: str) -> None:
         value = getattr(edgetube, name)
         assert isinstance(value, str) if name == "__version__" else callable(value)
 
-    def test_a_name_that_is_not_there(self):
+    def test_a_name_that_is_not_there(self) -> None:
         with pytest.raises(AttributeError, match="module 'edgetube' has no attribute 'Runtimes'"):
             edgetube.Runtimes  # noqa: B018
 
-    def test_the_verb_does_not_hide_the_package(self):
+    def test_the_verb_does_not_hide_the_package(self) -> None:
         edgetube.export_model  # noqa: B018
         assert edgetube.export is export
 
-    def test_the_version_is_the_distribution_s(self):
+    def test_the_version_is_the_distribution_s(self) -> None:
         assert edgetube.__version__ == metadata.version("edgetube")
 
 
@@ -99,16 +101,16 @@ class TestLightness:
             "from edgetube import export; export.targets()",
         ],
     )
-    def test_a_device_loads_nothing_heavy(self, code):
+    def test_a_device_loads_nothing_heavy(self, code: str) -> None:
         loaded = json.loads(run(f"{code}; import sys, json; print(json.dumps(sorted(sys.modules)))"))
         assert "edgetube" in loaded
         assert not HEAVY & {name.partition(".")[0] for name in loaded}
 
-    def test_the_bare_package_loads_no_arrays_and_no_video(self):
+    def test_the_bare_package_loads_no_arrays_and_no_video(self) -> None:
         loaded = json.loads(run("import edgetube, sys, json; print(json.dumps(sorted(sys.modules)))"))
         assert not {"numpy", "av", "onnxruntime"} & set(loaded)
 
-    def test_the_names_that_would_be_caught_are_real(self):
+    def test_the_names_that_would_be_caught_are_real(self) -> None:
         """The check above sees what is loaded: the exporter does load torch."""
         loaded = json.loads(
             run("import edgetube; edgetube.export_model; import sys, json; print(json.dumps([*sys.modules]))")
@@ -144,26 +146,26 @@ def backends_named_in(path: Path) -> set[str]:
 
 
 class TestRooms:
-    def test_a_backend_is_named_by_its_own_two_files_only(self):
+    def test_a_backend_is_named_by_its_own_two_files_only(self) -> None:
         """A backend's file may name another vendor, as ONNX Runtime names its execution providers."""
         others = [path for path in sources() if not (path.parts[-2] in ("export", "runtimes") and path.stem in VENDORS)]
         named = {path.relative_to(ROOT).as_posix(): backends_named_in(path) for path in others}
         assert {path: sorted(vendors) for path, vendors in named.items() if vendors} == {}
 
-    def test_a_stranger_would_be_seen(self, tmp_path):
+    def test_a_stranger_would_be_seen(self, tmp_path: Path) -> None:
         for own in (ROOT / "export" / "onnxruntime.py", ROOT / "runtimes" / "onnxruntime.py"):
             assert "onnxruntime" in backends_named_in(own)
         for line in ("import coremltools as ct", "x = 'openvino.xml'", "from tensorrt import Builder", "x.onnxruntime"):
             (tmp_path / "stranger.py").write_text(f'"""Prose: TensorRT, OpenVINO."""\n{line}  # coreml\n')
             assert len(backends_named_in(tmp_path / "stranger.py")) == 1, line
 
-    def test_the_folders_are_the_registry(self):
+    def test_the_folders_are_the_registry(self) -> None:
         exporters = {p.stem for p in (ROOT / "export").glob("*.py")}
         assert runtimes.names() == {p.stem for p in (ROOT / "runtimes").glob("*.py")} - {"__init__", "base"}
         assert {target.backend for target in export.targets().values()} == exporters & runtimes.names() != set()
         assert all(name == target.name for name, target in export.targets().items())
 
-    def test_modules_are_imported_by_their_installed_names(self):
+    def test_modules_are_imported_by_their_installed_names(self) -> None:
         """`import export` would load a second copy of the package."""
         for path in [*sources(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]:
             roots = set()
@@ -177,7 +179,7 @@ class TestRooms:
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory):
+def names(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
     """Names in the wheel and in the sdist, built from a copy: a build leaves files in its source tree."""
     source, dist = tmp_path_factory.mktemp("build") / "source", tmp_path_factory.mktemp("dist")
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NOT_SOURCE))
@@ -193,7 +195,7 @@ def names(tmp_path_factory):
 class TestDistributions:
     """What a stranger gets: everything that is needed to run is in the wheel, everything else in the sdist."""
 
-    def test_the_wheel_has_every_module_under_its_installed_name(self, names):
+    def test_the_wheel_has_every_module_under_its_installed_name(self, names: tuple[set[str], set[str]]) -> None:
         expected = set()
         for path in sources():
             relative = path.relative_to(ROOT).as_posix()
@@ -203,14 +205,14 @@ class TestDistributions:
         assert "edgetube/bench/parity.py" in modules
         assert "edgetube/bench/train_demo.py" not in modules
 
-    def test_the_wheel_has_the_built_in_model_and_clips(self, names):
+    def test_the_wheel_has_the_built_in_model_and_clips(self, names: tuple[set[str], set[str]]) -> None:
         data = {p.relative_to(ROOT).as_posix() for p in (ROOT / "edgetube" / "demo").rglob("*") if p.is_file()}
         data = {name for name in data if "__pycache__" not in name and not name.endswith(".py")}
         assert data <= names[0]
         assert {"edgetube/py.typed"} <= names[0]
         assert any(name.startswith("edgetube/demo/photos/") for name in names[0])
 
-    def test_the_sdist_has_tests_documents_and_scripts(self, names):
+    def test_the_sdist_has_tests_documents_and_scripts(self, names: tuple[set[str], set[str]]) -> None:
         folders = [*ROOMS, "tests", "docs", ".ci"]
         files = [
             p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file() and p.parts[-2] != "__pycache__"

@@ -1,5 +1,7 @@
 """The README does what it says: its Python runs, its commands exist, its links lead somewhere."""
 
+from __future__ import annotations
+
 import re
 import shutil
 import subprocess
@@ -23,11 +25,13 @@ BRIEFLY = {
 """Options that make a command of the README quicker."""
 
 
-def test_it_is_short_enough_to_be_read():
+def test_it_is_short_enough_to_be_read() -> None:
     assert len(README.splitlines()) < 150
 
 
-def test_the_commands_then_the_python_run_as_printed(tmp_path, monkeypatch, capsys):
+def test_the_commands_then_the_python_run_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(demo.videos()["pan-left"], "clip.mp4")
     assert len(COMMANDS) == 8
@@ -43,7 +47,7 @@ def test_the_commands_then_the_python_run_as_printed(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
-def test_links_lead_somewhere(page):
+def test_links_lead_somewhere(page: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text("utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
         if not target.startswith("http"):

@@ -1,22 +1,20 @@
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 
-HERE = Path(__file__).parent
+from tests.bench import browser as chromium
+from tests.bench import example as documents
 
 
 @pytest.fixture(scope="session")
-def example():
+def example() -> ModuleType:
     """Documents of parity and bench that nobody measured."""
-    return SimpleNamespace(**runpy.run_path(str(HERE / "example.py")))
+    return documents
 
 
 @pytest.fixture(scope="session")
-def browser():
+def browser() -> ModuleType:
     """A real browser; where there is none, the test is skipped and says so."""
-    module = SimpleNamespace(**runpy.run_path(str(HERE / "browser.py")))
-    if module.COMMAND is None:
+    if chromium.COMMAND is None:
         pytest.skip("no chromium here; on Debian: apt-get install chromium")
-    return module
+    return chromium

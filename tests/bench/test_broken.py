@@ -1,6 +1,9 @@
 """Targets that are broken on purpose, in the ways that targets break: a gate catches each, the layers say where."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +14,13 @@ from onnx import helper, numpy_helper
 from edgetube import bundle as bundles
 from edgetube import cli, datasets
 from edgetube.bench import layers, parity
+from edgetube.bench.layers import Curve
+from edgetube.bench.parity import Comparison
 from edgetube.bundle import Bundle
 from edgetube.export import graph as graphs
 from edgetube.export import static
 from edgetube.model import checkpoints
+from edgetube.model.checkpoints import Checkpoint
 
 CLIPS = 36
 GATES = parity.Gates(min_agreement=0.99, min_cosine=0.98)
@@ -25,12 +31,12 @@ FIRST = "blocks.1.mlp.fc1"
 
 
 @pytest.fixture(scope="module")
-def demo():
+def demo() -> Checkpoint:
     return checkpoints.load("demo")
 
 
 @pytest.fixture(scope="module")
-def sound(demo, tmp_path_factory):
+def sound(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The built-in model, which has learned something; a bundle without the pipeline's own proof."""
     folder = tmp_path_factory.mktemp("sound")
     graph = graphs.trace(static.StaticTubeViT(demo.model, demo.contract), demo.spec, demo.contract)
@@ -45,7 +51,7 @@ def sound(demo, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def broken(sound, demo, tmp_path_factory):
+def broken(sound: Bundle, demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     """name -> bundle."""
     root = tmp_path_factory.mktemp("broken")
     makers = {
@@ -64,7 +70,7 @@ def broken(sound, demo, tmp_path_factory):
     return made
 
 
-def wrong_mean(demo, model):
+def wrong_mean(demo: Checkpoint, model: onnx.ModelProto) -> onnx.ModelProto:
     """Exported for pixels around 0: what happens when an exporter is not told of the mean."""
     tokenizer = static.StaticTokenizer(demo.model, replace(demo.contract, mean=(0.0, 0.0, 0.0)))
     bias = next(tensor for tensor in model.graph.initializer if tensor.name == "tubes.bias")
@@ -72,14 +78,14 @@ def wrong_mean(demo, model):
     return model
 
 
-def swapped_channels(demo, model):
+def swapped_channels(demo: Checkpoint, model: onnx.ModelProto) -> onnx.ModelProto:
     """BGR in, as image libraries deliver it."""
     swap = numpy_helper.from_array(np.array([2, 1, 0]), "swap")
     node = helper.make_node("Gather", ["frames", "swap"], ["swapped"], name="swapped", axis=4)
     return behind_input(model, [node], [swap])
 
 
-def transposed_time(demo, model):
+def transposed_time(demo: Checkpoint, model: onnx.ModelProto) -> onnx.ModelProto:
     """Height before time, in a buffer of the same size."""
     shape = numpy_helper.from_array(np.array([1, *demo.contract.shape]), "shape")
     turn = helper.make_node("Transpose", ["frames"], ["turned"], name="turned", perm=[0, 2, 1, 3, 4])
@@ -87,7 +93,9 @@ def transposed_time(demo, model):
     return behind_input(model, [turn, back], [shape])
 
 
-def behind_input(model, nodes, tensors):
+def behind_input(
+    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], tensors: Sequence[onnx.TensorProto]
+) -> onnx.ModelProto:
     for node in model.graph.node:
         node.input[:] = [nodes[-1].output[0] if name == "frames" else name for name in node.input]
     rest = list(model.graph.node)
@@ -98,16 +106,16 @@ def behind_input(model, nodes, tensors):
     return model
 
 
-def wrong_scale(demo, model):
+def wrong_scale(demo: Checkpoint, model: onnx.ModelProto) -> onnx.ModelProto:
     """int8 weights of one linear whose stored scale is twice what they were rounded with."""
     return quantised(model, 2.0)
 
 
-def right_scale(demo, model):
+def right_scale(demo: Checkpoint, model: onnx.ModelProto) -> onnx.ModelProto:
     return quantised(model, 1.0)
 
 
-def quantised(model, factor):
+def quantised(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
     name = f"{FIRST}.weight"
     weight = next(t for t in model.graph.initializer if t.name == name)
     values = numpy_helper.to_array(weight)
@@ -124,23 +132,23 @@ def quantised(model, factor):
 
 
 @pytest.fixture(scope="module")
-def comparison(sound, broken):
+def comparison(sound: Bundle, broken: dict[str, Bundle]) -> Comparison:
     return parity.measure([sound, *broken.values()], datasets.built_in(CLIPS, sound.labels))
 
 
 @pytest.fixture(scope="module")
-def curves(sound, broken):
+def curves(sound: Bundle, broken: dict[str, Bundle]) -> dict[str, Curve]:
     found = layers.curves([sound, *broken.values()], datasets.built_in(2, sound.labels))
     return {curve.name: curve for curve in found}
 
 
 @pytest.mark.parametrize("name", ["mean", "channels", "time", "scale"])
-def test_a_gate_catches_it(comparison, name):
+def test_a_gate_catches_it(comparison: Comparison, name: str) -> None:
     failed = [verdict for verdict in GATES.judge(comparison) if not verdict.passed]
     assert name in {verdict.bundle for verdict in failed}
 
 
-def test_agreement_alone_would_not_see_three_of_them(comparison):
+def test_agreement_alone_would_not_see_three_of_them(comparison: Comparison) -> None:
     """What `docs/parity.md` says of the defaults."""
     found = {one.bundle.name: one.parity for one in comparison.measured}
     blind = [found[name] for name in ("mean", "channels", "scale")]
@@ -150,7 +158,9 @@ def test_agreement_alone_would_not_see_three_of_them(comparison):
     assert min(found["sound"].cosine, found["rounded"].cosine) > 0.999
 
 
-def test_the_command_line_says_so_with_its_exit_code(broken, capsys):
+def test_the_command_line_says_so_with_its_exit_code(
+    broken: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["parity", str(broken["mean"].path), "--clips", "18", "--layers", "--layer-clips", "1", "--json"])
     assert stopped.value.code == 1
@@ -165,7 +175,7 @@ def test_the_command_line_says_so_with_its_exit_code(broken, capsys):
     assert "--min-cosine asks for at least 0.98" in " ".join(captured.err.split())
 
 
-def test_the_sound_ones_pass(comparison, sound):
+def test_the_sound_ones_pass(comparison: Comparison, sound: Bundle) -> None:
     failed = {verdict.bundle for verdict in GATES.judge(comparison) if not verdict.passed}
     assert failed.isdisjoint({sound.name, "rounded"})
     assert comparison.measured[0].parity.agreement == 1.0
@@ -174,17 +184,17 @@ def test_the_sound_ones_pass(comparison, sound):
 @pytest.mark.parametrize(
     ("name", "place"), [("mean", "tubes"), ("channels", "tubes"), ("time", "tubes"), ("scale", FIRST)]
 )
-def test_the_layers_name_the_place(curves, name, place):
+def test_the_layers_name_the_place(curves: dict[str, Curve], name: str, place: str) -> None:
     assert curves[name].first_jump == place
 
 
-def test_nothing_is_named_in_sound_ones(curves, sound):
+def test_nothing_is_named_in_sound_ones(curves: dict[str, Curve], sound: Bundle) -> None:
     assert curves[sound.name].first_jump is None
     assert curves["rounded"].first_jump is None
     assert min(found.sqnr_db for found in curves[sound.name].curve) > 90
 
 
-def test_what_comes_before_the_broken_layer_is_untouched(curves):
+def test_what_comes_before_the_broken_layer_is_untouched(curves: dict[str, Curve]) -> None:
     ratios = {found.layer: found.sqnr_db for found in curves["scale"].curve}
     assert ratios["blocks.1.norm2"] > 90
     assert ratios[FIRST] == pytest.approx(0, abs=6)  # twice the weights: the error is as large as the signal

@@ -1,37 +1,43 @@
 """A camera that does not wait: what is read, what is late, what is lost. Time is counted by hand."""
 
+from __future__ import annotations
+
 import itertools
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 import edgetube
 from edgetube.bench import camera
+from edgetube.video import Frames
 
 
 class Clock:
     """A clock that moves when somebody sleeps or works."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.time = 100.0
 
-    def now(self):
+    def now(self) -> float:
         return self.time
 
-    def sleep(self, seconds):
+    def sleep(self, seconds: float) -> None:
         self.time += seconds
 
 
 @pytest.fixture
-def clock():
+def clock() -> Clock:
     return Clock()
 
 
-def frames(count):
+def frames(count: int) -> Frames:
     return np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
 
 
-def test_a_fast_reader_gets_every_frame_on_time(clock):
+def test_a_fast_reader_gets_every_frame_on_time(clock: Clock) -> None:
     source = camera.Camera(frames(3), 10.0, 1.0, clock.now, clock.sleep)
     seen = []
     for seconds, frame in source:
@@ -43,7 +49,7 @@ def test_a_fast_reader_gets_every_frame_on_time(clock):
     assert source.idle == pytest.approx(9 * 0.07)
 
 
-def test_a_slow_reader_loses_what_the_buffer_cannot_hold(clock):
+def test_a_slow_reader_loses_what_the_buffer_cannot_hold(clock: Clock) -> None:
     """Read every 0.25 s at 10 fps: each time the oldest of the four newest frames, or the next one if that is newer."""
     source = camera.Camera(frames(100), 10.0, 5.0, clock.now, clock.sleep)
     read = []
@@ -64,7 +70,7 @@ def test_a_slow_reader_loses_what_the_buffer_cannot_hold(clock):
     assert source.late == sum(250 * i - 100 * k > 100 for i, k in enumerate(read))
 
 
-def test_a_runtime_that_keeps_up_is_never_late(tiny_bundle, clock):
+def test_a_runtime_that_keeps_up_is_never_late(tiny_bundle: Path, clock: Clock) -> None:
     with edgetube.Runtime(tiny_bundle) as rt:
         found = camera.pace(rt, fps=20.0, seconds=3.0, hop=5, size=(48, 64), clock=(clock.now, clock.sleep))
     # 8 frames at 10 per second make the first clip; then 3 s with a prediction every half second.
@@ -74,15 +80,15 @@ def test_a_runtime_that_keeps_up_is_never_late(tiny_bundle, clock):
     assert found["idle_share"] == pytest.approx(75 / 76)
 
 
-def test_a_runtime_that_is_too_slow_answers_late_and_loses_frames(tiny_bundle, clock):
+def test_a_runtime_that_is_too_slow_answers_late_and_loses_frames(tiny_bundle: Path, clock: Clock) -> None:
     with edgetube.Runtime(tiny_bundle) as rt:
         backend = rt._backend
 
-        def slow(clips):
+        def slow(clips: Frames) -> npt.NDArray[np.float32]:
             clock.sleep(1.0)
             return backend(clips)
 
-        rt._backend = slow
+        rt._backend = cast(Any, slow)
         found = camera.pace(rt, fps=20.0, seconds=6.0, hop=5, size=(48, 64), clock=(clock.now, clock.sleep))
         rt._backend = backend
     assert found["late"] == found["predictions"] > 0

@@ -1,5 +1,9 @@
 """The numbers of a comparison, worked out by hand and by loops."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from edgetube import metrics
 from edgetube.bench import compare
+from edgetube.bench.compare import Rows
 from edgetube.errors import ParityError
 
 LABELS = ("a", "b", "c")
@@ -19,11 +24,11 @@ TRUTH = np.array([0, 1, 2, -1])
 
 
 @pytest.fixture
-def rows():
+def rows() -> Rows:
     return compare.rows(REFERENCE, LOGITS, TRUTH)
 
 
-def test_rows(rows):
+def test_rows(rows: Rows) -> None:
     np.testing.assert_array_equal(rows.margin, [1, 4, 2, 3])
     np.testing.assert_array_equal(rows.flipped, [True, False, True, False])
     np.testing.assert_array_equal(rows.reference_rank, [0, 0, 0, -1])
@@ -33,7 +38,7 @@ def test_rows(rows):
     assert rows.score[3] == pytest.approx(np.exp(4) / (np.exp(4) + 1 + np.e))
 
 
-def test_summary(rows):
+def test_summary(rows: Rows) -> None:
     got = compare.summarise(rows, 3, "emulated")
     assert (got.clips, got.labelled, got.status) == (4, 3, "emulated")
     assert got.agreement == 0.5
@@ -46,7 +51,7 @@ def test_summary(rows):
     assert (got.max_abs_error, got.max_abs_logit, got.relative_error) == (3.0, 5.0, 0.6)
 
 
-def test_flips_by_margin(rows):
+def test_flips_by_margin(rows: Rows) -> None:
     assert compare.quarters(rows) == (
         compare.Quarter(1, 1, 1, 1),
         compare.Quarter(2, 2, 1, 1),
@@ -57,7 +62,7 @@ def test_flips_by_margin(rows):
     assert [quarter.clips for quarter in compare.quarters(few)] == [1, 1]
 
 
-def test_classes_come_with_the_largest_drop_first(rows):
+def test_classes_come_with_the_largest_drop_first(rows: Rows) -> None:
     found = compare.per_class(rows, LABELS)
     assert [(row.label, row.clips, row.drop, row.agreement) for row in found] == [
         ("a", 1, 100.0, 0.0),
@@ -66,7 +71,7 @@ def test_classes_come_with_the_largest_drop_first(rows):
     ]
 
 
-def test_the_worst_clips_are_those_that_flipped_then_those_that_moved(rows):
+def test_the_worst_clips_are_those_that_flipped_then_those_that_moved(rows: Rows) -> None:
     found = compare.worst(rows, "wxyz", LABELS, 3)
     assert [clip.name for clip in found] == ["y", "w", "x"]
     first = found[0].to_json()
@@ -75,7 +80,7 @@ def test_the_worst_clips_are_those_that_flipped_then_those_that_moved(rows):
     assert compare.worst(rows, "wxyz", LABELS, 9)[-1].label is None
 
 
-def test_top_five(rng):
+def test_top_five(rng: np.random.Generator) -> None:
     reference, logits = rng.normal(size=(2, 50, 8)).astype(np.float32)
     truth = rng.integers(0, 8, 50)
     got = compare.summarise(compare.rows(reference, logits, truth), 8, "executed")
@@ -84,20 +89,20 @@ def test_top_five(rng):
     assert got.top1 == pytest.approx(np.mean(logits.argmax(1) == truth))
 
 
-def test_unlabelled_clips_have_no_accuracy_and_no_classes():
+def test_unlabelled_clips_have_no_accuracy_and_no_classes() -> None:
     rows = compare.rows(REFERENCE, LOGITS, np.full(4, -1))
     got = compare.summarise(rows, 3, "executed")
     assert (got.top1, got.top1_reference, got.drop, got.labelled) == (None, None, None, 0)
     assert compare.per_class(rows, LABELS) == ()
 
 
-def test_numbers_that_are_none_are_refused():
+def test_numbers_that_are_none_are_refused() -> None:
     with pytest.raises(ParityError, match="NaN or infinite logits on 1 of 4 clips"):
         compare.rows(REFERENCE, np.where(LOGITS == 5 - 1, np.inf, LOGITS)[[0, 1, 2, 2]], TRUTH)
 
 
 @given(arrays(np.float32, (6, 3), elements=st.floats(-9, 9, width=32)), st.permutations(range(6)))
-def test_parts_in_any_order_join_to_the_whole(logits, order):
+def test_parts_in_any_order_join_to_the_whole(logits: Any, order: Any) -> None:
     reference, truth = np.roll(logits, 1, axis=0), np.arange(6) % 3
     whole = compare.rows(reference, logits, truth)
     parts = [compare.rows(reference[[i]], logits[[i]], truth[[i]]) for i in order]

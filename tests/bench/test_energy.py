@@ -1,7 +1,11 @@
 """Energy meters, on counters that the tests turn."""
 
+from __future__ import annotations
+
 import stat
 import time
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
@@ -9,7 +13,7 @@ from edgetube.bench import energy
 
 
 @pytest.fixture
-def package(tmp_path, monkeypatch):
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     zone = tmp_path / "powercap" / "intel-rapl:0"
     zone.mkdir(parents=True)
     (zone / "max_energy_range_uj").write_text("1000000\n")
@@ -21,7 +25,7 @@ def package(tmp_path, monkeypatch):
     return zone / "energy_uj"
 
 
-def test_rapl_counts_joules_also_when_the_counter_starts_again(package):
+def test_rapl_counts_joules_also_when_the_counter_starts_again(package: Path) -> None:
     assert energy.source() == {"source": "RAPL, 1 package(s)", "reason": None}
     with energy.meter() as meter:
         assert meter.joules() == 0
@@ -31,8 +35,8 @@ def test_rapl_counts_joules_also_when_the_counter_starts_again(package):
         assert meter.joules() == pytest.approx(0.12)
 
 
-def test_a_counter_that_may_not_be_read_is_a_reason(package, monkeypatch):
-    def refuse(self):
+def test_a_counter_that_may_not_be_read_is_a_reason(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any) -> NoReturn:
         raise PermissionError
 
     monkeypatch.setattr(type(package), "read_text", refuse)
@@ -42,7 +46,7 @@ def test_a_counter_that_may_not_be_read_is_a_reason(package, monkeypatch):
     assert type(energy.meter()) is energy.Meter
 
 
-def test_a_machine_without_counters_says_so(tmp_path, monkeypatch):
+def test_a_machine_without_counters_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy, "POWERCAP", tmp_path / "none")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert energy.source()["source"] is None
@@ -58,7 +62,7 @@ def test_a_machine_without_counters_says_so(tmp_path, monkeypatch):
         "RAM 1903/3964MB GR3D_FREQ 0% POM_5V_IN 5000/2104 POM_5V_GPU 0/0",
     ],
 )
-def test_tegrastats_is_power_times_time(tmp_path, monkeypatch, line):
+def test_tegrastats_is_power_times_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     command = tmp_path / "tegrastats"
     command.write_text(f"#!/bin/sh\nwhile :; do echo '{line}'; sleep 0.02; done\n")
     command.chmod(command.stat().st_mode | stat.S_IEXEC)

@@ -1,5 +1,7 @@
 """`bench/gpu.py`: its arithmetic, its tables, and all of it on a GPU (marked `gpu`) and on doubles."""
 
+from __future__ import annotations
+
 import importlib
 import json
 import re
@@ -25,13 +27,13 @@ WITNESS = ["trt-fp16's graph in PyTorch", "trt-fp16's graph, torch.compile"]
 LIMITS = {"gmacs_per_s": {"fp16": 100_000.0, "int8": 200_000.0}, "gb_per_s": 1000.0}
 
 
-def row(name="trt-fp16", **changes):
+def row(name: str = "trt-fp16", **changes: Any) -> dict[str, Any]:
     found = {"name": name, "p50_ms": 2.0, "p99_ms": 3.0, "throughput": 500.0, "noise": 0.01, "reason": None}
     found |= {"macs": 50_000_000_000, "batch": 1, "precision": "fp16", "flop_share": 0.25, "bandwidth_share": 0.1}
     return found | changes
 
 
-def test_shares_by_hand():
+def test_shares_by_hand() -> None:
     """50 GMAC in 2 ms are 25 000 GMAC/s; 90 M weights of 2 bytes and a clip of 20 MB are 0.2 GB, 100 GB/s."""
     found = gpu.shares(row(), weights=90_000_000, clip_bytes=20_000_000, best=LIMITS)
     assert found == pytest.approx({"flop_share": 0.25, "bandwidth_share": 0.1})
@@ -40,19 +42,19 @@ def test_shares_by_hand():
 
 
 @pytest.mark.parametrize(("time", "best"), [(None, LIMITS), (2.0, None)])
-def test_shares_of_what_is_unknown(time, best):
+def test_shares_of_what_is_unknown(time: float | None, best: dict[str, Any] | None) -> None:
     found = gpu.shares(row(p50_ms=time), weights=1, clip_bytes=1, best=best)
     assert found == {"flop_share": None, "bandwidth_share": None}
 
 
-def test_the_gain_of_the_cuda_graph():
+def test_the_gain_of_the_cuda_graph() -> None:
     rows = [row(p50_ms=2.0), row("trt-fp16, no CUDA graph", p50_ms=3.0)]
     assert gpu.graph_gain(rows) == 1.5
     assert gpu.graph_gain(rows[:1]) is None
     assert gpu.graph_gain([rows[0], row("trt-fp16, no CUDA graph", p50_ms=None)]) is None
 
 
-def test_the_table():
+def test_the_table() -> None:
     rows = [
         row("PyTorch eager fp16", p50_ms=5.0, noise=0.2),
         row(flop_share=None),
@@ -64,14 +66,14 @@ def test_the_table():
     assert rtx == "| rtx-int8 | not run: TensorRT for RTX does not know SM90 | | | | | |"
 
 
-def test_the_table_of_answers(tiny_bundle):
+def test_the_table_of_answers(tiny_bundle: Path) -> None:
     found = parity.measure([bundles.load(tiny_bundle)], datasets.built_in(9, demo.LABELS))
     _, _, tested, other = gpu.parity_table(found.measured, {"rtx-int8": "no such GPU"}).splitlines()
     assert re.fullmatch(r"\| onnx-fp32 \| executed \| 9 \| 100\.00% \| [\d.]+% \| [\d.]+% \| [\d.e-]+ \|", tested)
     assert other == "| rtx-int8 | not run: no such GPU | | | | | |"
 
 
-def test_who_takes_part(tiny_bundle):
+def test_who_takes_part(tiny_bundle: Path) -> None:
     onnx = bundles.load(tiny_bundle)
     found = gpu.contestants("random:tubevit-ti", 8, {"onnx-fp16": onnx, "trt-fp16": onnx})
     names = ["PyTorch eager fp16", "torch.compile fp16", "onnx-fp16", "trt-fp16", "trt-fp16, no CUDA graph", *WITNESS]
@@ -83,14 +85,14 @@ def test_who_takes_part(tiny_bundle):
         assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_what_cannot_be_built_says_why(tmp_path):
+def test_what_cannot_be_built_says_why(tmp_path: Path) -> None:
     made, reasons = gpu.build(["no-such-target"], "demo", tmp_path)
     assert made == {}
     assert "no target is called 'no-such-target'" in reasons["no-such-target"]
 
 
 @pytest.mark.slow
-def test_without_a_gpu_everybody_has_a_row_that_says_why(tmp_path, monkeypatch):
+def test_without_a_gpu_everybody_has_a_row_that_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not targets.missing((targets.GPU,)):
         pytest.skip("this machine has a GPU")
     rows = gpu._race("demo", 2, (gpu.ORT, "trt-fp16", "no-such-target"), tmp_path, 0.1, LIMITS)
@@ -106,7 +108,7 @@ def test_without_a_gpu_everybody_has_a_row_that_says_why(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("opener", [lambda lap: gpu.eager(lap, "demo", 1, compiled=""), gpu.limits])
-def test_without_a_gpu_the_openers_say_so(opener):
+def test_without_a_gpu_the_openers_say_so(opener: Callable[..., Any]) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("PyTorch has a GPU here")
@@ -114,7 +116,7 @@ def test_without_a_gpu_the_openers_say_so(opener):
         opener(lambda stage: None)
 
 
-def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path):
+def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     if not targets.missing((targets.GPU,)):
         pytest.skip("this machine has a GPU")
     out = tmp_path / "gpu.json"
@@ -154,7 +156,8 @@ def _on_the_processor(make: Callable[..., Any]) -> Callable[..., Any]:
 def test_on_a_gpu_pytorch_answers_in_float16(torch_gpu: Any) -> None:
     subject = gpu.eager(lambda stage: None, "demo", 2, compiled="")
     logits = np.asarray(subject.call())
-    assert (logits.shape, logits.dtype) == ((2, 9), np.float32)
+    assert logits.shape == (2, 9)
+    assert logits.dtype == np.float32
     checkpoint = checkpoints.load("demo")
     clip = demo.golden(checkpoint.contract).frames
     expected = Reference(checkpoint.model, checkpoint.contract)(clip[None])
@@ -202,7 +205,10 @@ def test_all_of_the_script_where_the_processes_that_it_starts_find_no_gpu(
 
 def test_the_table_of_the_graphs_in_pytorch() -> None:
     found = {"clips": 9, "agreement": 1.0, "worst_cosine": 0.9995, "max_abs_error": 0.0712, "largest_logit": 6.84}
-    rows = [{"target": "trt-int8", "integer_products": 28} | found, {"target": "trt-fp16", "reason": "no GPU"}]
+    rows: list[dict[str, Any]] = [
+        {"target": "trt-int8", "integer_products": 28} | found,
+        {"target": "trt-fp16", "reason": "no GPU"},
+    ]
     _, _, ran, other = gpu.witness_table(rows).splitlines()
     assert ran == "| trt-int8 | 9 | 100.00% | 0.999500 | 0.0712 of 6.84 | 28 |"
     assert other == "| trt-fp16 | not run: no GPU | | | | |"

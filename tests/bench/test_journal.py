@@ -1,6 +1,11 @@
 """Answers that survive the process that made them."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +18,7 @@ from edgetube.datasets import ClipSet
 from edgetube.errors import InputError
 
 
-def test_answers_come_back_as_they_were(tmp_path, rng):
+def test_answers_come_back_as_they_were(tmp_path: Path, rng: np.random.Generator) -> None:
     logits = rng.normal(size=(1200, 3)).astype(np.float32)
     names = [f"clip {i}" for i in range(1200)]
     with Journal(tmp_path / "answers") as journal:
@@ -27,7 +32,7 @@ def test_answers_come_back_as_they_were(tmp_path, rng):
     assert [found[name][0] for name in names[:2]] == [None, "a"]
 
 
-def test_what_is_no_journal_is_refused(tmp_path):
+def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("x" * 5000)
     with pytest.raises(InputError, match="cannot be used as a journal"):
         Journal(tmp_path / "text")
@@ -35,7 +40,7 @@ def test_what_is_no_journal_is_refused(tmp_path):
         Journal(tmp_path / "nowhere" / "file")
 
 
-def test_a_clip_is_known_by_name_version_and_input(tmp_path, tiny_bundle, rng):
+def test_a_clip_is_known_by_name_version_and_input(tmp_path: Path, tiny_bundle: Path, rng: np.random.Generator) -> None:
     contract = bundles.load(tiny_bundle).contract
     file = tmp_path / "clip.npy"
     np.save(file, rng.integers(0, 256, contract.shape, np.uint8))
@@ -49,10 +54,11 @@ def test_a_clip_is_known_by_name_version_and_input(tmp_path, tiny_bundle, rng):
 class Counting:
     """Runs jobs here, counts what is asked, and stops as if it were killed."""
 
-    def __init__(self, stop_after=None):
-        self.asked, self.stop_after = [], stop_after
+    def __init__(self, stop_after: Any = None) -> None:
+        self.asked: list[Any] = []
+        self.stop_after = stop_after
 
-    def __call__(self, models, jobs):
+    def __call__(self, models: Any, jobs: Any) -> Iterator[Any]:
         for job, replies in workers.here(models, jobs):
             if len(self.asked) == self.stop_after:
                 raise KeyboardInterrupt
@@ -61,11 +67,11 @@ class Counting:
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(panel, "CHUNK", 2)
 
 
-def test_a_run_that_is_cut_off_goes_on(tiny_bundle, tmp_path, small_chunks):
+def test_a_run_that_is_cut_off_goes_on(tiny_bundle: Path, tmp_path: Path, small_chunks: Any) -> None:
     bundle = bundles.load(tiny_bundle)
     source = datasets.built_in(7, bundle.labels)
     whole = parity.measure([bundle], source)
@@ -80,7 +86,7 @@ def test_a_run_that_is_cut_off_goes_on(tiny_bundle, tmp_path, small_chunks):
     assert resumed.to_json() == again.to_json() == whole.to_json()
 
 
-def test_a_new_bundle_is_asked_alone(tiny_bundle, tmp_path):
+def test_a_new_bundle_is_asked_alone(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = bundles.load(tiny_bundle)
     other = replace(bundle, name="other", build={**bundle.build, "changed": True})
     source = datasets.built_in(3, bundle.labels)
@@ -93,7 +99,7 @@ def test_a_new_bundle_is_asked_alone(tiny_bundle, tmp_path):
     assert both.data["labelled"] == 3
 
 
-def test_labels_are_kept_with_the_answers(tiny_bundle, tmp_path):
+def test_labels_are_kept_with_the_answers(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = bundles.load(tiny_bundle)
     labelled = datasets.built_in(2, bundle.labels)
     with Journal(tmp_path / "answers") as journal:

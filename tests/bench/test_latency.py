@@ -1,10 +1,13 @@
 """Interleaving is fair: everybody has the same number of turns, in turn, after a warm-up; in one process or in many."""
 
+from __future__ import annotations
+
 import json
 import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from edgetube.errors import BackendError, BundleError, InputError
 from edgetube.targets import missing
 
 
-def test_contestants_take_turns_after_a_warm_up():
+def test_contestants_take_turns_after_a_warm_up() -> None:
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     timings = interleave(calls, seconds=0.0, minimum=6, warmup=2)
@@ -24,7 +27,7 @@ def test_contestants_take_turns_after_a_warm_up():
     assert {t.runs for t in timings.values()} == {18}
 
 
-def test_times_are_milliseconds_and_ordered():
+def test_times_are_milliseconds_and_ordered() -> None:
     timing = interleave({"sleep": lambda: time.sleep(0.02)}, seconds=0.0, minimum=2, warmup=0)["sleep"]
     assert 20 <= timing.p10_ms <= timing.p50_ms <= timing.p90_ms
     assert timing.to_json()["runs"] == 6
@@ -34,26 +37,26 @@ class TestStatistics:
     @pytest.mark.parametrize(
         ("count", "low", "high"), [(6, 1, 6), (10, 2, 9), (20, 6, 15), (50, 18, 33), (100, 40, 61)]
     )
-    def test_the_interval_of_a_median_is_the_one_in_the_tables(self, count, low, high):
+    def test_the_interval_of_a_median_is_the_one_in_the_tables(self, count: int, low: int, high: int) -> None:
         values = list(np.random.default_rng(0).permutation(np.arange(1, count + 1)))
         assert latency.median_interval(values) == (low, high)
 
-    def test_a_few_values_give_their_range(self):
+    def test_a_few_values_give_their_range(self) -> None:
         assert latency.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
 
-    def test_it_holds_the_median_95_times_in_100(self):
+    def test_it_holds_the_median_95_times_in_100(self) -> None:
         draws = np.random.default_rng(1).exponential(size=(2000, 15))
         inside = [low <= np.log(2) <= high for low, high in map(latency.median_interval, draws.tolist())]
         assert np.mean(inside) == pytest.approx(0.965, abs=0.02)  # 1 - 2 * P(Binomial(15, 1/2) <= 3)
 
-    def test_calls_are_steady_when_their_medians_stay(self):
+    def test_calls_are_steady_when_their_medians_stay(self) -> None:
         assert not worker.steady([1.0] * 9)
         assert worker.steady([9.0, 9.0, *[1.0] * 10])
         assert not worker.steady([*[2.0] * 5, *[1.0] * 5])
         assert worker.steady([1.0, 1.0, 1.0, 50.0, 1.0, *[1.04] * 5])
 
 
-def test_a_long_call_is_a_turn_by_itself(monkeypatch):
+def test_a_long_call_is_a_turn_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = worker.Subject(lambda: time.sleep(0.01))
     assert len(worker.turn(subject, 0.0, 3)["ms"]) == 3
     monkeypatch.setattr(worker, "LONG", 0.005)
@@ -62,7 +65,7 @@ def test_a_long_call_is_a_turn_by_itself(monkeypatch):
     assert found["ms"][0] >= 10
 
 
-def keys_documented(title):
+def keys_documented(title: str) -> set[str]:
     text = (Path(__file__).parents[2] / "docs" / "benchmarking.md").read_text("utf-8")
     section = text.split(f"\n### {title}\n")[1].split("\n### ")[0].split("\n## ")[0]
     first = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
@@ -70,7 +73,7 @@ def keys_documented(title):
 
 
 @pytest.fixture(scope="module")
-def foreign_bundle(tiny_bundle, tmp_path_factory):
+def foreign_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose runtime is not on this machine."""
     path = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("foreign") / "tiny.trt-fp16")
     manifest = json.loads((path / "edgetube.json").read_text())
@@ -80,7 +83,7 @@ def foreign_bundle(tiny_bundle, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def document(tiny_bundle, foreign_bundle):
+def document(tiny_bundle: Path, foreign_bundle: Path) -> dict[str, Any]:
     if not missing(("tensorrt",)):
         pytest.skip("TensorRT is installed: the bundle of this test would need a GPU")
     found = [bundles.load(path) for path in (tiny_bundle, foreign_bundle)]
@@ -101,14 +104,14 @@ def document(tiny_bundle, foreign_bundle):
 
 @pytest.mark.slow  # for the machine's peak, every runtime that is installed is imported and timed
 class TestDocument:
-    def test_every_key_is_documented(self, document):
+    def test_every_key_is_documented(self, document: dict[str, Any]) -> None:
         assert set(document) == keys_documented("The document")
         assert set(document["bundles"][1]) == keys_documented("`bundles[]`")
         assert all(set(row) == set(document["bundles"][1]) for row in document["bundles"])
         assert set(document["bundles"][1]["camera"]) == keys_documented("`camera`")
         assert json.loads(json.dumps(document))["bundles"][1]["name"] == "tiny.onnx-fp32"
 
-    def test_the_numbers_of_a_row_fit_together(self, document, tiny_bundle):
+    def test_the_numbers_of_a_row_fit_together(self, document: dict[str, Any], tiny_bundle: Path) -> None:
         row = document["bundles"][1]
         spec = bundles.load(tiny_bundle).spec
         assert row["status"] == "executed"
@@ -126,14 +129,14 @@ class TestDocument:
         assert row["preprocess_share"] == pytest.approx(share)
         assert row["runtime"]["onnxruntime"]
 
-    def test_a_runtime_that_is_not_here_has_a_reason_and_no_times(self, document):
+    def test_a_runtime_that_is_not_here_has_a_reason_and_no_times(self, document: dict[str, Any]) -> None:
         row = document["bundles"][2]
         assert row["status"] == "deferred"
         assert "pip install" in row["reason"]
         assert row["p50_ms"] is row["cold_start_ms"] is row["peak_mb"] is row["camera"] is None
         assert any("tiny.trt-fp16 is not timed here (deferred)" in note for note in latency.notes(document))
 
-    def test_the_reference_takes_part(self, document):
+    def test_the_reference_takes_part(self, document: dict[str, Any]) -> None:
         row = document["bundles"][0]
         assert (row["name"], row["status"], row["target"]) == ("PyTorch", "executed", None)
         assert row["p50_ms"] > 0
@@ -142,7 +145,7 @@ class TestDocument:
 
 
 class TestProcesses:
-    def test_contestants_have_the_same_turns(self, tiny_bundle, monkeypatch):
+    def test_contestants_have_the_same_turns(self, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(latency, "TURN", 0.02)
         options = latency.Options(threads=(1, 2), seconds=0.1, warm=0.5, starts=1)
         found = [bundles.load(tiny_bundle)]
@@ -152,7 +155,7 @@ class TestProcesses:
         assert [row["turns"] for row in rows] == [latency.TURNS] * 2
         assert all(row["runs"] >= latency.TURNS * latency.BLOCK and row["status"] == "executed" for row in rows)
 
-    def test_memory_is_the_contestants_own(self, tiny_bundle):
+    def test_memory_is_the_contestants_own(self, tiny_bundle: Path) -> None:
         """The kernel hands the parent's peak on to a child through `getrusage`; a gigabyte here must not show there."""
         ballast = np.ones(125_000_000)
         given = {"path": str(tiny_bundle), "threads": 1, "device": None, "camera": (48, 64)}
@@ -160,7 +163,7 @@ class TestProcesses:
             assert 30 < process.ask("warm", seconds=0.1)["peak_mb"] < 500
         assert ballast.nbytes == 1e9
 
-    def test_a_process_that_dies_is_an_error_with_its_last_words(self, tiny_bundle):
+    def test_a_process_that_dies_is_an_error_with_its_last_words(self, tiny_bundle: Path) -> None:
         given = {"path": str(tiny_bundle), "threads": 1, "device": None, "camera": (48, 64)}
         with (
             latency.Process("tiny", "edgetube.bench.worker:bundle", given) as process,
@@ -168,13 +171,13 @@ class TestProcesses:
         ):
             process.ask("nothing")
 
-    def test_the_errors_of_a_contestant_are_those_of_the_caller(self, tmp_path):
+    def test_the_errors_of_a_contestant_are_those_of_the_caller(self, tmp_path: Path) -> None:
         given = {"path": str(tmp_path), "threads": 1, "device": None, "camera": (48, 64)}
         with pytest.raises(BundleError, match="is not a bundle"):
             latency.Process("none", "edgetube.bench.worker:bundle", given)
 
 
 @pytest.mark.parametrize("given", [{"threads": (0,)}, {"seconds": 0}, {"starts": 0}, {"camera_fps": -1.0}, {"hop": 0}])
-def test_options_that_cannot_be(given):
+def test_options_that_cannot_be(given: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(given)).replace('_', '-')} is .*expected"):
         latency.Options(**given)

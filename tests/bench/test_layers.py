@@ -1,8 +1,13 @@
 """Which layers are compared, where an error is said to jump, and what is looked at in each kind of artifact."""
 
+from __future__ import annotations
+
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -15,9 +20,10 @@ from edgetube.errors import BackendError, InputError
 from edgetube.export import pipeline
 from edgetube.model import checkpoints
 from edgetube.runtimes.base import Backend
+from edgetube.video import Frames
 
 
-def curve(*ratios):
+def curve(*ratios: float) -> list[Layer]:
     return [Layer(str(i), ratio) for i, ratio in enumerate(ratios)]
 
 
@@ -34,11 +40,11 @@ def curve(*ratios):
         ((), None),
     ],
 )
-def test_the_first_jump(ratios, place):
+def test_the_first_jump(ratios: tuple[float, ...], place: str | None) -> None:
     assert layers.first_jump(curve(*ratios)) == place
 
 
-def test_names_are_those_of_the_graph(tiny_bundle):
+def test_names_are_those_of_the_graph(tiny_bundle: Path) -> None:
     import onnx
 
     bundle = bundles.load(tiny_bundle)
@@ -48,7 +54,9 @@ def test_names_are_those_of_the_graph(tiny_bundle):
         assert backend.layers(("nothing", *layers.names(bundle.spec))) == layers.names(bundle.spec)
 
 
-def test_a_tap_shows_what_the_modules_compute(tiny_bundle, tiny_checkpoint, rng):
+def test_a_tap_shows_what_the_modules_compute(
+    tiny_bundle: Path, tiny_checkpoint: Path, rng: np.random.Generator
+) -> None:
     """Against PyTorch alone, module by module and by hand."""
     bundle = bundles.load(tiny_bundle)
     model = checkpoints.load(tiny_checkpoint).model
@@ -58,8 +66,9 @@ def test_a_tap_shows_what_the_modules_compute(tiny_bundle, tiny_checkpoint, rng)
     with torch.no_grad():
         z0 = model.tubes(pixels)
         x = z0 + model.positions
-        normed = model.blocks[0].norm1(x)
-        qkv = model.blocks[0].attn.qkv(normed).numpy()
+        block: Any = model.blocks[0]
+        normed = block.norm1(x)
+        qkv = block.attn.qkv(normed).numpy()
         qkv[..., : model.spec.width] /= (model.spec.width / model.spec.heads) ** 0.5
         logits = model.classify(model.encode(x, z0))
     with runtimes.open_bundle(bundle) as backend:
@@ -69,7 +78,7 @@ def test_a_tap_shows_what_the_modules_compute(tiny_bundle, tiny_checkpoint, rng)
         np.testing.assert_allclose(got[name], np.asarray(expected), atol=1e-4, err_msg=name)
 
 
-def test_a_float_artifact_is_the_model_in_every_layer(tiny_bundle):
+def test_a_float_artifact_is_the_model_in_every_layer(tiny_bundle: Path) -> None:
     bundle = bundles.load(tiny_bundle)
     (found,) = layers.curves([bundle], datasets.built_in(2, bundle.labels))
     names = [layer.layer for layer in found.curve]
@@ -79,7 +88,7 @@ def test_a_float_artifact_is_the_model_in_every_layer(tiny_bundle):
     assert found.to_json()["first_jump"] is None
 
 
-def test_a_bundle_as_the_reference_shows_what_lies_between_modules(tiny_bundle):
+def test_a_bundle_as_the_reference_shows_what_lies_between_modules(tiny_bundle: Path) -> None:
     bundle = bundles.load(tiny_bundle)
     (found,) = layers.curves([bundle], datasets.built_in(1, bundle.labels), reference=bundle)
     assert "blocks.0.attn.softmax" in [layer.layer for layer in found.curve]
@@ -97,7 +106,9 @@ def test_a_bundle_as_the_reference_shows_what_lies_between_modules(tiny_bundle):
     ],
 )
 @pytest.mark.slow
-def test_the_layers_of_other_artifacts(tiny_checkpoint, tmp_path, target, settings, lowest, batch):
+def test_the_layers_of_other_artifacts(
+    tiny_checkpoint: Path, tmp_path: Path, target: str, settings: dict[str, Any], lowest: int, batch: int
+) -> None:
     from edgetube import export
 
     made = export.target(target)
@@ -116,14 +127,14 @@ def test_the_layers_of_other_artifacts(tiny_checkpoint, tmp_path, target, settin
 class Blind(Backend):
     """A runtime that shows nothing of what is inside."""
 
-    def infer(self, clips):
+    def infer(self, clips: Frames) -> npt.NDArray[np.float32]:
         return np.zeros((1, 9), np.float32)
 
-    def release(self):
+    def release(self) -> None:
         pass
 
 
-def test_a_runtime_that_shows_nothing_says_so(tiny_bundle, monkeypatch):
+def test_a_runtime_that_shows_nothing_says_so(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = bundles.load(tiny_bundle)
     monkeypatch.setattr(runtimes, "open_bundle", lambda bundle, **_: Blind(bundle.contract, bundle.batch))
     (found,) = layers.curves([bundle], datasets.built_in(1, bundle.labels))
@@ -135,12 +146,12 @@ def test_a_runtime_that_shows_nothing_says_so(tiny_bundle, monkeypatch):
         Blind(bundle.contract, 1).tap(["tubes"])
 
 
-def test_no_clips_are_refused(tiny_bundle):
+def test_no_clips_are_refused(tiny_bundle: Path) -> None:
     with pytest.raises(InputError, match="no clips to look at layers on"):
         layers.curves([bundles.load(tiny_bundle)], ClipSet("empty", ()))
 
 
-def test_what_equalisation_moves_is_not_compared(tiny_bundle):
+def test_what_equalisation_moves_is_not_compared(tiny_bundle: Path) -> None:
     bundle = bundles.load(tiny_bundle)
     record = next(iter(bundle.files.values()))
     equalised = replace(bundle, files={**bundle.files, bundles.CALIBRATION: record})

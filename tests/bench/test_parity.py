@@ -1,8 +1,11 @@
 """The parity harness: right on answers worked out by hand, and not to be fooled by a broken artifact."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,14 +19,14 @@ from edgetube.errors import CheckpointError, InputError, ParityError
 from edgetube.video import Clip
 
 
-def answers(logits, labels, names="abcd"):
+def answers(logits: Any, labels: Any, names: Any = "abcd") -> parity.Answers:
     return parity.Answers(np.array(logits, np.float32), np.array(labels), tuple(names), "executed")
 
 
 REFERENCE = answers([[2, 0], [2, 0], [0, 2], [0, 4]], [0, 1, 1, -1])
 
 
-def test_numbers_worked_out_by_hand():
+def test_numbers_worked_out_by_hand() -> None:
     got = parity.compare(REFERENCE, answers([[2, 0], [0, 1], [0, 2], [0, 4]], [0, 1, 1, -1]))
     assert (got.clips, got.labelled) == (4, 3)
     assert got.agreement == 0.75
@@ -34,25 +37,25 @@ def test_numbers_worked_out_by_hand():
     assert got.cosine == 0.0
 
 
-def test_equal_answers_are_perfect():
+def test_equal_answers_are_perfect() -> None:
     got = parity.compare(REFERENCE, REFERENCE)
     assert (got.agreement, got.kl, got.max_abs_error) == (1.0, 0.0, 0.0)
     assert got.cosine == pytest.approx(1.0)
 
 
-def test_unlabelled_clips_have_no_accuracy():
+def test_unlabelled_clips_have_no_accuracy() -> None:
     unlabelled = replace(REFERENCE, labels=np.full(4, -1))
     assert parity.compare(unlabelled, unlabelled).top1 is None
 
 
-def test_other_clips_or_nan_are_refused():
+def test_other_clips_or_nan_are_refused() -> None:
     with pytest.raises(InputError, match="not about the same clips"):
         parity.compare(REFERENCE, replace(REFERENCE, names=("x",) * 4))
     with pytest.raises(ParityError, match="NaN or infinite logits on 1 of 4 clips"):
         parity.compare(REFERENCE, answers([[2, 0], [2, np.nan], [0, 2], [0, 4]], [0, 1, 1, -1]))
 
 
-def test_no_clips_and_unknown_labels_are_refused(tiny_bundle):
+def test_no_clips_and_unknown_labels_are_refused(tiny_bundle: Path) -> None:
     with pytest.raises(InputError, match="no clips"):
         parity.measure([bundles.load(tiny_bundle)], ClipSet("empty", ()))
     odd = Item("odd", "moonwalk", lambda _: Clip("odd", np.zeros((8, 32, 48, 3), np.uint8), "moonwalk"))
@@ -60,7 +63,7 @@ def test_no_clips_and_unknown_labels_are_refused(tiny_bundle):
         parity.measure([bundles.load(tiny_bundle)], ClipSet("odd", (odd,)))
 
 
-def test_a_good_bundle_passes_and_a_broken_one_is_caught(tiny_bundle, tmp_path):
+def test_a_good_bundle_passes_and_a_broken_one_is_caught(tiny_bundle: Path, tmp_path: Path) -> None:
     good = bundles.load(tiny_bundle)
     model = onnx.load(good.artifact_path)
     bias = next(w for w in model.graph.initializer if w.name.startswith("classifiers.") and w.name.endswith("bias"))
@@ -77,7 +80,7 @@ def test_a_good_bundle_passes_and_a_broken_one_is_caught(tiny_bundle, tmp_path):
     assert wrong.agreement < 0.5
 
 
-def test_bundles_of_different_checkpoints_are_not_mixed(tiny_bundle):
+def test_bundles_of_different_checkpoints_are_not_mixed(tiny_bundle: Path) -> None:
     good = bundles.load(tiny_bundle)
     other = replace(good, path=Path("other"), checkpoint={**good.checkpoint, "sha256": "0" * 64})
     with pytest.raises(InputError, match="different checkpoints"):
@@ -86,7 +89,7 @@ def test_bundles_of_different_checkpoints_are_not_mixed(tiny_bundle):
         parity.measure([other], datasets.built_in(1, good.labels))
 
 
-def test_gates_are_judged_by_their_own_number(tiny_bundle):
+def test_gates_are_judged_by_their_own_number(tiny_bundle: Path) -> None:
     bundle = bundles.load(tiny_bundle)
     same = parity.measure([bundle], datasets.built_in(9, bundle.labels))
     worse = replace(same.measured[0].parity, agreement=0.9, cosine=0.5, drop=2.0, kl=0.1, sure_flips=0.2)
@@ -106,14 +109,14 @@ def test_gates_are_judged_by_their_own_number(tiny_bundle):
     assert str(verdicts[2]) == f"{bundle.name}: drop is 2, --max-drop asks for at most 1.5"
 
 
-def test_a_gate_on_accuracy_needs_labels(tiny_bundle):
+def test_a_gate_on_accuracy_needs_labels(tiny_bundle: Path) -> None:
     unlabelled = datasets.built_in(2, ("x", "y"))
     with pytest.raises(InputError, match="--max-drop needs labelled clips, those of built-in have no labels"):
         parity.Gates(max_drop=1.0).check_data(unlabelled)
     parity.Gates(min_agreement=0.9).check_data(unlabelled)
 
 
-def test_the_document_is_what_the_page_says(tiny_bundle):
+def test_the_document_is_what_the_page_says(tiny_bundle: Path) -> None:
     """Every key that `docs/parity.md` lists, and plain JSON whatever the numbers are."""
     bundle = bundles.load(tiny_bundle)
     got = parity.measure([bundle, replace(bundle, name="second")], datasets.built_in(9, bundle.labels))
@@ -130,7 +133,7 @@ def test_the_document_is_what_the_page_says(tiny_bundle):
     assert document["reference"]["runtime"] == "torch"
 
 
-def test_a_bundle_may_be_the_reference(tiny_bundle):
+def test_a_bundle_may_be_the_reference(tiny_bundle: Path) -> None:
     bundle = bundles.load(tiny_bundle)
     got = parity.measure([replace(bundle, checkpoint={"sha256": "other"})], datasets.built_in(2, bundle.labels),
                          reference=bundle)  # fmt: skip
@@ -138,19 +141,19 @@ def test_a_bundle_may_be_the_reference(tiny_bundle):
     assert (got.reference["runtime"], got.reference["target"]) == (bundle.backend, "onnx-fp32")
 
 
-def test_a_clip_is_made_once_however_many_models_see_it(tiny_bundle):
+def test_a_clip_is_made_once_however_many_models_see_it(tiny_bundle: Path) -> None:
     bundle = bundles.load(tiny_bundle)
     made = []
     source = datasets.built_in(3, bundle.labels)
 
-    def counted(item):
+    def counted(item: Item) -> Item:
         return replace(item, read=lambda contract: made.append(item.name) or item.read(contract))
 
     parity.measure([bundle] * 3, ClipSet("counted", tuple(map(counted, source.items))))
     assert made == [item.name for item in source.items]
 
 
-def test_frames_of_a_worst_clip_are_read_again(tiny_bundle):
+def test_frames_of_a_worst_clip_are_read_again(tiny_bundle: Path) -> None:
     bundle = bundles.load(tiny_bundle)
     source = datasets.built_in(9, bundle.labels)
     document = parity.measure([bundle], source).to_json()
@@ -162,11 +165,11 @@ def test_frames_of_a_worst_clip_are_read_again(tiny_bundle):
         parity.strip(source, "nobody", bundle.contract)
 
 
-def test_infinite_logits_name_the_bundle(tiny_bundle, monkeypatch):
+def test_infinite_logits_name_the_bundle(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = bundles.load(tiny_bundle)
     original = panel.Opened.show
 
-    def show(self, clips, models):
+    def show(self: Any, clips: Any, models: Any) -> Any:
         logits = original(self, clips, models)
         logits[1][0, 0] = np.nan
         return logits

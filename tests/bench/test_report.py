@@ -1,9 +1,13 @@
 """The page: what it says is what the documents say, it needs nothing but itself, and a real browser shows it well."""
 
+from __future__ import annotations
+
 import json
 import re
 import shutil
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,67 +16,70 @@ from edgetube import bundle as bundles
 from edgetube import cli
 from edgetube.bench import figures, report
 from edgetube.errors import InputError
+from edgetube.video import Frames
 
 ROOT = Path(__file__).parents[2]
 
 
-def strip(name, count):
+def strip(name: str, count: int) -> Frames:
     rng = np.random.default_rng(len(name))
     return rng.integers(0, 256, (6, 8, 3), np.uint8).repeat(20, axis=0).repeat(20, axis=1)[None].repeat(count, axis=0)
 
 
 @pytest.fixture(scope="module")
-def made(example):
+def made(example: ModuleType) -> report.Report:
     return report.assemble(example.parity(), example.bench(), strip, ["edgetube report out"])
 
 
 @pytest.fixture(scope="module")
-def page(made):
+def page(made: report.Report) -> str:
     return report.html(made)
 
 
 class TestRows:
-    def test_the_order_is_pytorch_then_the_fastest_then_the_untimed(self, made, example):
+    def test_the_order_is_pytorch_then_the_fastest_then_the_untimed(
+        self, made: report.Report, example: ModuleType
+    ) -> None:
         timed = sorted((ms, name) for name, (_, ms, *_) in example.TARGETS.items() if ms)
         untimed = sorted(name for name, (_, ms, *_) in example.TARGETS.items() if not ms)
         assert [row["short"] for row in made.rows] == ["PyTorch", *(name for _, name in timed), *untimed]
 
-    def test_every_key_is_documented(self, made):
+    def test_every_key_is_documented(self, made: report.Report) -> None:
         section = (ROOT / "docs" / "report.md").read_text("utf-8").split("### `bundles[]`")[1]
         names = {n for line in section.splitlines() if line[:3] == "| `" for n in re.findall(r"`(\w+)`", line[: line.rindex(" | ")])}  # fmt: skip  # noqa: E501
         assert all(set(row) == names for row in made.rows)
 
-    def test_a_missed_gate_is_the_verdict(self, made):
+    def test_a_missed_gate_is_the_verdict(self, made: report.Report) -> None:
         assert [row["short"] for row in made.rows if row["verdict"] == "differs"] == ["coreml-w4"]
         assert made.rows[0]["verdict"] == "reference"
 
-    def test_the_reference_has_its_own_top1_where_it_was_timed(self, made, example):
+    def test_the_reference_has_its_own_top1_where_it_was_timed(self, made: report.Report, example: ModuleType) -> None:
         parity, bench = example.parity(), example.bench()
         assert made.rows[0]["top1"] == parity["bundles"][0]["top1_reference"]
         parity["reference"]["runtime"] = "another"
         assert report.assemble(parity, bench, strip).rows[0]["top1"] is None
 
-    def test_the_headline_counts(self, made):
+    def test_the_headline_counts(self, made: report.Report) -> None:
         assert report.headline(made) == (
             "10 of 11 targets answer like PyTorch; openvino-int8 is the fastest of the 6 that run here, 2.4 ms a call, "
             "7.3 times as fast as PyTorch."
         )
 
-    def test_the_worst_clips_are_the_flipped_ones_first(self, made):
+    def test_the_worst_clips_are_the_flipped_ones_first(self, made: report.Report) -> None:
         assert len(made.strips) == 5  # one that flipped everywhere, and four others by the length of the targets' names
         assert next(iter(made.strips)) == "evaluation/coffee/0003"
         assert all(frames.shape == (report.FRAMES, 120, 160, 3) for frames in made.strips.values())
 
-    def test_the_markdown_has_a_line_a_row(self, made):
+    def test_the_markdown_has_a_line_a_row(self, made: report.Report) -> None:
         lines = [line for line in report.markdown(made).splitlines() if line.startswith("|")]
         assert len(lines) == 2 + len(made.rows)
         assert "| coreml-w4 | differs (emulated) | 93.0 % |" in report.markdown(made)
         assert {line.count("|") for line in lines} == {10}
 
-    def test_the_json_is_json(self, made):
+    def test_the_json_is_json(self, made: report.Report) -> None:
         assert json.loads(json.dumps(made.to_json()))["bundles"][0]["name"] == "PyTorch"
 
-    def test_documents_without_labels_layers_or_times_also_make_a_page(self, example):
+    def test_documents_without_labels_layers_or_times_also_make_a_page(self, example: ModuleType) -> None:
         parity, bench = example.parity(), example.bench()
         parity["layers"], parity["data"]["labelled"] = [], 0
         bench["bundles"] = [row for row in bench["bundles"] if row["p50_ms"] is None]
@@ -86,7 +93,7 @@ class TestRows:
 
 
 class TestPage:
-    def test_it_needs_nothing_but_itself(self, page):
+    def test_it_needs_nothing_but_itself(self, page: str) -> None:
         """No address but names of XML, no script; every image is in the page."""
         addresses = set(re.findall(r"https?://[^\s\"'<>)]+", page))
         assert addresses == {"http://www.w3.org/1999/xlink"}
@@ -94,28 +101,28 @@ class TestPage:
         assert set(re.findall(r'src="(\w+:)', page)) == {"data:"}
         assert not re.search(r"url\((?!#)|@import", page)
 
-    def test_drawings_take_the_colours_of_the_page(self, page):
+    def test_drawings_take_the_colours_of_the_page(self, page: str) -> None:
         for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
             assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) <= {"#000000"}
             assert "DejaVu" not in svg
         assert all(f"--{name}:" in page for name in figures.VARIABLES.values())
         assert all(page.count(f"--{name}:") == 2 for name in figures.VARIABLES.values())
 
-    def test_identifiers_are_unique(self, page):
+    def test_identifiers_are_unique(self, page: str) -> None:
         inside = re.findall(r'<clipPath id="([^"]+)"', page)
         assert len(set(inside)) == len(inside) > 0
 
-    def test_what_comes_from_outside_is_escaped(self, example):
+    def test_what_comes_from_outside_is_escaped(self, example: ModuleType) -> None:
         parity = example.parity()
         parity["reference"]["name"] = parity["bundles"][0]["worst"][0]["label"] = "<script>alert(1)</script>"
         text = report.html(report.assemble(parity, example.bench(), strip))
         assert "<script>" not in text
         assert "&lt;script&gt;" in text
 
-    def test_it_is_the_same_every_time(self, made, page):
+    def test_it_is_the_same_every_time(self, made: report.Report, page: str) -> None:
         assert report.html(made) == page
 
-    def test_the_front_is_what_nothing_beats(self):
+    def test_the_front_is_what_nothing_beats(self) -> None:
         rng = np.random.default_rng(0)
         rows = [{"p50_ms": float(a), "top1": float(b)} for a, b in rng.integers(0, 6, (40, 2))]
         for row in rows:
@@ -125,7 +132,7 @@ class TestPage:
 
 
 @pytest.mark.slow
-def test_a_browser_shows_it_well(page, browser, tmp_path):
+def test_a_browser_shows_it_well(page: str, browser: ModuleType, tmp_path: Path) -> None:
     """At both widths, light and dark: nothing sticks out, nothing is loaded, no message, and text can be read."""
     file = report.save(page, tmp_path / "report.html")
     with browser.Browser(tmp_path / "profile") as chromium:
@@ -161,7 +168,7 @@ def test_a_browser_shows_it_well(page, browser, tmp_path):
             assert shots[0] != shots[1]
 
 
-def contrast(chromium):
+def contrast(chromium: Any) -> float:
     """The smallest contrast of letters and their ground (WCAG 2, 1.4.3) in the table, the chips and the text."""
     colours = chromium.evaluate(
         "[...document.querySelectorAll('h1, h2, p, td, .chip, dt, dd, small, figcaption')].map(e => { let g = e;"
@@ -169,7 +176,7 @@ def contrast(chromium):
         " return [getComputedStyle(e).color, getComputedStyle(g).backgroundColor]; })"
     )
 
-    def luminance(colour):
+    def luminance(colour: str) -> float:
         levels = np.array([int(v) for v in re.findall(r"\d+", colour)[:3]]) / 255
         linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
         return float(linear @ [0.2126, 0.7152, 0.0722])
@@ -179,14 +186,14 @@ def contrast(chromium):
 
 
 class TestFolders:
-    def test_what_is_no_folder_of_bundles(self, tmp_path):
+    def test_what_is_no_folder_of_bundles(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="is not a folder"):
             report.find(tmp_path / "none")
         with pytest.raises(InputError, match="holds no bundles; make some with: edgetube export"):
             report.find(tmp_path)
 
-    def test_bundles_of_two_checkpoints_are_not_compared(self, tiny_bundle, tmp_path):
-        for name, digest in (("one.onnx-fp32", "1"), ("two.onnx-fp32", "2")):
+    def test_bundles_of_two_checkpoints_are_not_compared(self, tiny_bundle: Path, tmp_path: Path) -> None:
+        for name, digest in (("one.onnx-fp32", "1" * 64), ("two.onnx-fp32", "2" * 64)):
             shutil.copytree(tiny_bundle, tmp_path / name)
             manifest = json.loads((tiny_bundle / "edgetube.json").read_text())
             manifest |= {"checkpoint": manifest["checkpoint"] | {"sha256": digest * 64}}
@@ -194,15 +201,17 @@ class TestFolders:
         with pytest.raises(InputError, match="different checkpoints or inputs"):
             report.find(tmp_path)
 
-    def test_a_document_is_used_again_only_while_it_is_true(self, tiny_bundle, tmp_path, monkeypatch):
+    def test_a_document_is_used_again_only_while_it_is_true(
+        self, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         found = [bundles.load(tiny_bundle)]
-        made = []
+        made: list[int] = []
 
-        def make():
+        def make() -> dict[str, Any]:
             made.append(len(made))
             return {"number": made[-1]}
 
-        def ask(bundles_, **how):
+        def ask(bundles_: Any, **how: Any) -> Any:
             return report.kept(tmp_path, "bench", bundles_, how, make)["number"]
 
         assert [ask(found, seconds=1.0), ask(found, seconds=1.0)] == [0, 0]
@@ -210,12 +219,12 @@ class TestFolders:
         other = bundles.Bundle(**{**vars(found[0]), "files": {"model.onnx": bundles.FileRecord(1, "0" * 64)}})
         assert ask([other], seconds=2.0) == 2
         assert ask([other, *found], seconds=2.0) == 3
-        monkeypatch.setattr(report.machine, "processor", lambda: "another one")
+        monkeypatch.setattr("edgetube.bench.report.machine.processor", lambda: "another one")
         assert ask([other, *found], seconds=2.0) == 4
 
 
 @pytest.mark.slow
-def test_a_folder_becomes_a_page(tiny_bundle, tmp_path, capsys):
+def test_a_folder_becomes_a_page(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the bundle to the page by the command, and again from what was kept."""
     out = tmp_path / "out"
     shutil.copytree(tiny_bundle, out / "tiny.onnx-fp32")

@@ -1,9 +1,10 @@
+from __future__ import annotations
+
 import itertools
-import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from edgetube import demo
 from edgetube.demo.moves import DIRECTIONS, LABELS
 from edgetube.demo.render import Photo
+from edgetube.video import Clip, Frames
+from tests.edgetube.demo import oracle as independent
 
 torch = pytest.importorskip("torch")
 
@@ -42,29 +45,28 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def oracle():
-    path = Path(__file__).parent.parent / "edgetube" / "demo" / "oracle.py"
-    return SimpleNamespace(**runpy.run_path(str(path)))
+def oracle() -> ModuleType:
+    return independent
 
 
-def change(name, frames):
+def change(name: str, frames: Frames) -> Frames:
     """The operation on one clip (T, H, W, 3)."""
     return train_demo.SYMMETRIES[name][0](torch.from_numpy(frames)[None])[0].numpy()
 
 
 @pytest.fixture(scope="module")
-def clips():
+def clips() -> list[Clip]:
     return list(demo.evaluation(train_demo.CONTRACT, 54))
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_label_table(name):
+def test_label_table(name: str) -> None:
     became = [LABELS[i] for i in train_demo.relabel(train_demo.SYMMETRIES[name][1])]
     assert became == [EXPECTED[name].get(label, label) for label in LABELS]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_label_table_against_the_frames(name, clips, oracle):
+def test_label_table_against_the_frames(name: str, clips: list[Clip], oracle: ModuleType) -> None:
     """The estimated travel of a changed clip is the estimated travel of the clip, changed."""
     matrix = train_demo.SYMMETRIES[name][1]
     for clip in clips[:18]:
@@ -72,11 +74,11 @@ def test_label_table_against_the_frames(name, clips, oracle):
         np.testing.assert_allclose(after, matrix @ before, atol=0.02)
 
 
-def test_augment_keeps_frames_travel_and_label_together(clips, oracle):
+def test_augment_keeps_frames_travel_and_label_together(clips: list[Clip], oracle: ModuleType) -> None:
     torch.manual_seed(0)
     frames = torch.from_numpy(np.stack([clip.frames for clip in clips]))
     label = torch.tensor([LABELS.index(clip.label) for clip in clips])
-    travel = torch.tensor([DIRECTIONS[clip.label] for clip in clips], dtype=torch.float32)
+    travel = torch.tensor([DIRECTIONS[str(clip.label)] for clip in clips], dtype=torch.float32)
     changed, moved, named = train_demo.augment(frames, travel, label)
     assert changed.shape == frames.shape
     assert changed.dtype == torch.uint8
@@ -87,7 +89,7 @@ def test_augment_keeps_frames_travel_and_label_together(clips, oracle):
     assert np.mean([guess == LABELS[index] for guess, index in zip(seen, named.tolist(), strict=True)]) >= 0.85
 
 
-def test_true_flow_is_the_renderers(clips):
+def test_true_flow_is_the_renderers(clips: list[Clip]) -> None:
     """The flow that the probe learns, against where the renderer itself puts the points of the photo."""
     from edgetube.demo import render
 
@@ -103,7 +105,7 @@ def test_true_flow_is_the_renderers(clips):
         np.testing.assert_allclose(flow, expected, atol=4e-4)
 
 
-def test_flow_tells_gabors_apart():
+def test_flow_tells_gabors_apart() -> None:
     torch.manual_seed(0)
     weight = train_demo.gabors(8, 3, 8, 8, 8)
     assert weight.shape == (8, 3, 8, 8, 8)
@@ -113,7 +115,7 @@ def test_flow_tells_gabors_apart():
     assert cosine.abs().max() < 0.3  # in quadrature
 
 
-def write_pictures(folder, count):
+def write_pictures(folder: Path, count: int) -> None:
     import av
 
     folder.mkdir(exist_ok=True)
@@ -127,7 +129,7 @@ def write_pictures(folder, count):
             container.mux(stream.encode())
 
 
-def test_sources_are_distinct_textured_and_not_the_shipped_ones(tmp_path):
+def test_sources_are_distinct_textured_and_not_the_shipped_ones(tmp_path: Path) -> None:
     write_pictures(tmp_path / "a", 6)
     write_pictures(tmp_path / "b", 2)  # the same as the first two of a
     shipped = demo.photo_files()[0]
@@ -141,7 +143,7 @@ def test_sources_are_distinct_textured_and_not_the_shipped_ones(tmp_path):
     assert len(held_out) == sum(int(source.digest, 16) % train_demo.HELD_OUT == 0 for source in sources)
 
 
-def test_a_shrunk_or_recompressed_picture_looks_alike():
+def test_a_shrunk_or_recompressed_picture_looks_alike() -> None:
     looks = {}
     for path in demo.photo_files():
         pixels = Photo.read(path).pixels
@@ -151,13 +153,13 @@ def test_a_shrunk_or_recompressed_picture_looks_alike():
     assert not any(train_demo.alike(a, b) for a, b in itertools.combinations(looks.values(), 2))
 
 
-def test_plain_pictures_are_recognised():
+def test_plain_pictures_are_recognised() -> None:
     flat = np.full((200, 200, 3), 70, np.uint8)
     assert train_demo.plain(flat)
     assert not train_demo.plain(np.random.default_rng(0).integers(0, 255, (200, 200, 3)).astype(np.uint8))
 
 
-def test_made_up_pictures(tmp_path):
+def test_made_up_pictures(tmp_path: Path) -> None:
     write_pictures(tmp_path, 3)
     sources = train_demo.load_sources([tmp_path])
     for seed in range(20):
@@ -167,7 +169,7 @@ def test_made_up_pictures(tmp_path):
         assert not train_demo.plain(made)
 
 
-def test_schedule():
+def test_schedule() -> None:
     values = [train_demo.schedule(step, 1000) for step in range(1001)]
     assert values[0] < 0.01
     assert max(values) == values[300] == 1.0
@@ -176,7 +178,7 @@ def test_schedule():
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_after_a_stop(tmp_path):
+def test_a_run_goes_on_after_a_stop(tmp_path: Path) -> None:
     write_pictures(tmp_path / "pictures", 6)
     script = Path(train_demo.__file__).resolve()
     command = [sys.executable, script, "--sources", tmp_path / "pictures", "--work", tmp_path / "run"]

@@ -1,22 +1,28 @@
 """The same answers wherever they are worked out, and nothing lost when a process is killed."""
 
+from __future__ import annotations
+
 import os
 import signal
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 
 from edgetube import bundle as bundles
 from edgetube.bench import panel, parity, workers
+from edgetube.bundle import Bundle
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import BackendError, InputError
+from edgetube.spec import InputContract
 from edgetube.video import Clip
 
 
-def make(index, folder, times, parent, contract):
+def make(index: int, folder: str, times: int, parent: int, contract: InputContract) -> Clip:
     """Clip number `index`; the process that reads it is killed `times` times, counted by files in `folder`."""
     for attempt in range(times):
         try:
@@ -29,7 +35,7 @@ def make(index, folder, times, parent, contract):
     return Clip(f"clip {index}", frames)
 
 
-def clip_set(folder, count, deadly=None):
+def clip_set(folder: Path, count: int, deadly: Any = None) -> ClipSet:
     deaths = deadly or {}
     items = [
         Item(f"clip {i}", None, partial(make, i, str(folder), deaths.get(i, 0), os.getpid())) for i in range(count)
@@ -38,21 +44,23 @@ def clip_set(folder, count, deadly=None):
 
 
 @pytest.fixture
-def bundle(tiny_bundle):
+def bundle(tiny_bundle: Path) -> Bundle:
     return bundles.load(tiny_bundle)
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(panel, "CHUNK", 2)
 
 
-def expected(bundle, tmp_path, count):
+def expected(bundle: Bundle, tmp_path: Path, count: int) -> dict[str, Any]:
     return parity.measure([bundle], clip_set(tmp_path, count), threads=1).to_json()
 
 
 @pytest.mark.slow
-def test_processes_answer_as_one_does_and_a_killed_one_loses_nothing(bundle, tmp_path, small_chunks):
+def test_processes_answer_as_one_does_and_a_killed_one_loses_nothing(
+    bundle: Bundle, tmp_path: Path, small_chunks: Any
+) -> None:
     run = partial(workers.in_processes, workers=2)
     before = dict(os.environ)
     got = parity.measure([bundle], clip_set(tmp_path, 9, {3: 1, 6: 2}), run=run, threads=1)
@@ -62,7 +70,7 @@ def test_processes_answer_as_one_does_and_a_killed_one_loses_nothing(bundle, tmp
 
 
 @pytest.mark.slow
-def test_a_clip_that_kills_every_process_is_named(bundle, tmp_path, small_chunks):
+def test_a_clip_that_kills_every_process_is_named(bundle: Bundle, tmp_path: Path, small_chunks: Any) -> None:
     run = partial(workers.in_processes, workers=2)
     with pytest.raises(BackendError, match="the clip clip 2 ends the process that asks 2 models about it"):
         parity.measure([bundle], clip_set(tmp_path, 4, {2: 99}), run=run, threads=1)
@@ -71,30 +79,30 @@ def test_a_clip_that_kills_every_process_is_named(bundle, tmp_path, small_chunks
 
 
 @pytest.mark.slow
-def test_an_error_of_ours_comes_back_as_it_is(bundle):
+def test_an_error_of_ours_comes_back_as_it_is(bundle: Bundle) -> None:
     source = ClipSet("x", (Item("gone", None, _gone),))
     with pytest.raises(InputError, match="gone is not there any more"):
         parity.measure([bundle], source, run=partial(workers.in_processes, workers=1))
 
 
-def _gone(contract):
+def _gone(contract: InputContract) -> NoReturn:
     raise InputError("gone is not there any more")
 
 
-def test_no_workers_are_refused(bundle, tmp_path):
+def test_no_workers_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="workers is 0; expected >= 1"):
         parity.measure([bundle], clip_set(tmp_path, 1), run=partial(workers.in_processes, workers=0))
 
 
 @pytest.mark.slow
-def test_no_cluster_is_one_line():  # before there is one
+def test_no_cluster_is_one_line() -> None:  # before there is one
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'edgetube[ray]'")
     with pytest.raises(InputError, match=r"no Ray cluster at 127\.0\.0\.1:1: "):
-        list(workers.on_cluster(panel.Panel((), None, ()), [], address="127.0.0.1:1"))
+        list(workers.on_cluster(panel.Panel((), InputContract(1, 8, 8), ()), [], address="127.0.0.1:1"))
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster() -> Iterator[str]:
     """A Ray of two workers on this machine."""
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'edgetube[ray]'")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
@@ -109,19 +117,21 @@ def cluster():
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 class TestRay:
     def test_a_cluster_answers_as_one_process_does_and_a_killed_worker_loses_nothing(
-        self, bundle, tmp_path, small_chunks, cluster
-    ):
+        self, bundle: Bundle, tmp_path: Path, small_chunks: Any, cluster: str
+    ) -> None:
         run = partial(workers.on_cluster, address=cluster)
         got = parity.measure([bundle], clip_set(tmp_path, 9, {3: 1, 6: 2}), run=run, threads=1)
         assert got.to_json() == expected(bundle, tmp_path / "none", 9)
         assert len(list(tmp_path.iterdir())) == 3, "the workers were not killed"
 
-    def test_a_clip_that_kills_every_worker_is_named(self, bundle, tmp_path, small_chunks, cluster):
+    def test_a_clip_that_kills_every_worker_is_named(
+        self, bundle: Bundle, tmp_path: Path, small_chunks: Any, cluster: str
+    ) -> None:
         run = partial(workers.on_cluster, address=cluster)
         with pytest.raises(BackendError, match="the clip clip 2 ends the process"):
             parity.measure([bundle], clip_set(tmp_path, 4, {2: 99}), run=run, threads=1)
 
-    def test_an_error_of_ours_comes_back_as_it_is(self, bundle, cluster):
+    def test_an_error_of_ours_comes_back_as_it_is(self, bundle: Bundle, cluster: str) -> None:
         source = ClipSet("x", (Item("gone", None, _gone),))
         with pytest.raises(InputError, match="gone is not there any more"):
             parity.measure([bundle], source, run=partial(workers.on_cluster, address=cluster))

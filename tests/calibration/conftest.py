@@ -1,13 +1,24 @@
 """A small graph with outlier channels, as trained encoders have them, and clips for it."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
+import onnx
 import pytest
 
 from edgetube import datasets
+from edgetube.calibration.clips import Clips
+from edgetube.export.graph import Graph
+from edgetube.model.checkpoints import Checkpoint
 
 
 @pytest.fixture(scope="session")
-def hard_checkpoint(tiny_checkpoint, tmp_path_factory):
+def hard_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The tiny model, trained to nothing, but with a few LayerNorm channels forty times larger than the others."""
     import torch
 
@@ -16,7 +27,8 @@ def hard_checkpoint(tiny_checkpoint, tmp_path_factory):
     checkpoint = checkpoints.load(tiny_checkpoint).select("motion")
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for block in checkpoint.model.blocks:
+        blocks: Any = checkpoint.model.blocks
+        for block in blocks:
             for norm, linear in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
                 norm.weight.copy_(torch.rand(24, generator=generator) + 0.5)
                 norm.bias.copy_(torch.randn(24, generator=generator) * 0.3)
@@ -29,7 +41,7 @@ def hard_checkpoint(tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def hard_graph(hard_checkpoint):
+def hard_graph(hard_checkpoint: Checkpoint) -> Graph:
     """Its canonical graph at batch 1."""
     from edgetube.export import graph, static
 
@@ -38,7 +50,7 @@ def hard_graph(hard_checkpoint):
 
 
 @pytest.fixture(scope="session")
-def clips(hard_checkpoint, tmp_path_factory):
+def clips(hard_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Clips, Clips]:
     """16 rendered clips to calibrate on and 18 others to judge by."""
     from edgetube.calibration.clips import collect
 
@@ -46,15 +58,16 @@ def clips(hard_checkpoint, tmp_path_factory):
     source = datasets.built_in_calibration(34, hard_checkpoint.labels)
     parts = source.items[:16], source.items[16:]
     c = hard_checkpoint
-    return tuple(collect(datasets.ClipSet("built-in", part), c.contract, c.labels, folder) for part in parts)
+    first, second = (collect(datasets.ClipSet("built-in", part), c.contract, c.labels, folder) for part in parts)
+    return first, second
 
 
 @pytest.fixture
-def answer():
+def answer() -> Callable[..., npt.NDArray[np.float32]]:
     """Logits of a graph with batch 1 on clips, in ONNX Runtime."""
     from edgetube import export
 
-    def run(model, clips):
+    def run(model: onnx.ModelProto, clips: Clips) -> npt.NDArray[np.float32]:
         call = export.evaluator()(model)
         return np.concatenate([call({"frames": np.asarray(frames)[None]})[0] for frames in clips.frames])
 

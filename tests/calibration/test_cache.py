@@ -24,14 +24,22 @@ KEY = {"the model": "a", "the tools": {"numpy": "2"}, "judged clips": "b", "max_
 @pytest.fixture
 def state(rng: np.random.Generator) -> State:
     choice = Choice(
-        Range(-1.5, 2.0, "mse"), np.float32([0.1, 1 / 3]), "smooth 0.5", 1e-3, 2e-3, {"mse": 1e-3, "min-max": 2e-3}
+        Range(-1.5, 2.0, "mse"),
+        np.array([0.1, 1 / 3], np.float32),
+        "smooth 0.5",
+        1e-3,
+        2e-3,
+        {"mse": 1e-3, "min-max": 2e-3},
     )
-    other = Choice(Range(0.0, 255.0, "min-max"), np.float32([7.0]), "none", 0.0, 0.0, {"min-max": 0.0})
+    other = Choice(Range(0.0, 255.0, "min-max"), np.array([7.0], np.float32), "none", 0.0, 0.0, {"min-max": 0.0})
     return State(
-        values={"norm.weight": rng.standard_normal(4).astype(np.float32), "act.centre": np.float32([0.5])},
+        values={"norm.weight": rng.standard_normal(4).astype(np.float32), "act.centre": np.array([0.5], np.float32)},
         choices={"fc1": choice, "tubes.0": other},
-        integers={"fc1.weight": rng.integers(-127, 128, (4, 2), np.int8), "tubes.0.weight": np.int8([[1], [-2]])},
-        means={"fc1": rng.standard_normal(4).astype(np.float32), "tubes.0": np.float32([3, 4])},
+        integers={
+            "fc1.weight": rng.integers(-127, 128, (4, 2), np.int8),
+            "tubes.0.weight": np.array([[1], [-2]], np.int8),
+        },
+        means={"fc1": rng.standard_normal(4).astype(np.float32), "tubes.0": np.array([3, 4], np.float32)},
     )
 
 
@@ -67,7 +75,7 @@ def test_stages_come_back_as_they_were(state: State, tmp_path: Path) -> None:
 
 
 def test_a_result_comes_back_as_it_was(table: CalibrationTable, tmp_path: Path, rng: np.random.Generator) -> None:
-    values = {"fc1.weight": rng.standard_normal((4, 2)).astype(np.float32), "fc1.bias": np.float32([1, 2])}
+    values = {"fc1.weight": rng.standard_normal((4, 2)).astype(np.float32), "fc1.bias": np.array([1, 2], np.float32)}
     report = {"judged": {"loss": 0.1}, "notes": ["é"], "linears": {}}
     Cache(tmp_path / "c", KEY).save_result(values, table, report)
     found = Cache(tmp_path / "c", KEY).result()
@@ -92,7 +100,7 @@ class TestKey:
     def folder(self, state: State, table: CalibrationTable, tmp_path: Path) -> Path:
         kept = Cache(tmp_path / "c", KEY)
         kept.save_state(state)
-        kept.save_result({"x": np.float32([1])}, table, {})
+        kept.save_result({"x": np.array([1], np.float32)}, table, {})
         return kept.folder
 
     def test_the_same_key_keeps_everything(self, folder: Path) -> None:
@@ -162,11 +170,11 @@ class TestDamage:
     def test_texts_that_do_not_go_with_the_arrays(self, state: State, table: CalibrationTable, tmp_path: Path) -> None:
         kept = Cache(tmp_path / "c", KEY)
         for texts in ({}, {"choices": "{"}, {"choices": "[1]"}, {"choices": '{"fc1": 1}'}, {"choices": '{"fc1": {}}'}):
-            kept._write(cache.STATE, {"scales:fc1": np.float32([1])}, texts)
+            kept._write(cache.STATE, {"scales:fc1": np.array([1], np.float32)}, texts)
             assert kept.state() == State()
         whole = json.dumps(table.to_json())
         for texts in ({}, {"table": whole}, {"table": "{}", "report": "{}"}, {"table": "[", "report": "{}"}):
-            kept._write(cache.RESULT, {"x": np.float32([1])}, texts)
+            kept._write(cache.RESULT, {"x": np.array([1], np.float32)}, texts)
             assert kept.result() is None
 
     def test_a_write_that_is_interrupted_leaves_what_was_there(
@@ -181,7 +189,7 @@ class TestDamage:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(cache, "save_file", interrupted)
-        more = State(values={**state.values, "late": np.float32([1])}, choices=state.choices)
+        more = State(values={**state.values, "late": np.array([1], np.float32)}, choices=state.choices)
         with pytest.raises(KeyboardInterrupt):
             kept.save_state(more)
         assert_same(kept.state(), state)
@@ -202,7 +210,7 @@ class TestLock:
             thread.start()
             assert waits.wait(60)
             assert not entered.is_set()
-            kept.save_result({"x": np.float32([1])}, table, {"a": 1})
+            kept.save_result({"x": np.array([1], np.float32)}, table, {"a": 1})
         thread.join(60)
         assert found[0] is not None
         assert found[0][1:] == (table, {"a": 1})

@@ -1,5 +1,7 @@
 """The whole calibration on a small graph with outliers: equal in float, better in int8, the same in any order."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -13,22 +15,25 @@ import pytest
 from onnx import numpy_helper
 
 from edgetube import export, metrics
-from edgetube.calibration import calibrate, graphs, input_moments, numeric, search
+from edgetube.calibration import Calibrated, calibrate, graphs, input_moments, numeric, search
 from edgetube.calibration.cache import Cache
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.equalize import Equalisation
-from edgetube.calibration.table import IntegerFormat
+from edgetube.calibration.table import Activations, IntegerFormat
 from edgetube.calibration.walk import State, Walk
 from edgetube.datasets import ClipSet, built_in_calibration
 from edgetube.errors import ParityError
 from edgetube.export.graph import PIXEL_SCALE, Graph, half
 from edgetube.export.quantize import apply, qdq
+from edgetube.model.checkpoints import Checkpoint
 
-SCHEMES = ("int8", "uint8")
+SCHEMES: tuple[Activations, ...] = ("int8", "uint8")
 
 
 @pytest.fixture(scope="module")
-def calibrated(hard_graph, clips, tmp_path_factory):
+def calibrated(
+    hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Calibrated]:
     """Both schemes, with any loss allowed."""
     return {
         scheme: calibrate(
@@ -44,11 +49,13 @@ def calibrated(hard_graph, clips, tmp_path_factory):
 
 
 @pytest.fixture
-def walk(hard_graph, clips, tmp_path):
+def walk(hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path) -> Walk:
     return Walk(hard_graph.model, clips[0], export.evaluator(), "int8", tmp_path)
 
 
-def test_folding_does_not_change_the_float_graph(walk, clips, answer):
+def test_folding_does_not_change_the_float_graph(
+    walk: Walk, clips: tuple[Clips, Clips], answer: Callable[..., npt.NDArray[np.float32]]
+) -> None:
     state = State()
     walk.choose(state)
     assert {c.equalisation for c in state.choices.values()} != {"none"}
@@ -57,7 +64,7 @@ def test_folding_does_not_change_the_float_graph(walk, clips, answer):
     np.testing.assert_allclose(answer(folded, clips[1]), answer(walk.model, clips[1]), atol=2e-4)
 
 
-def test_errors_of_tubes_cancel_on_other_clips(walk, clips):
+def test_errors_of_tubes_cancel_on_other_clips(walk: Walk, clips: tuple[Clips, Clips]) -> None:
     """Neighbouring pixels are alike: what one weight is rounded up by, the next one is rounded down by."""
     walk.stages = walk.stages[:1]
     state = State()
@@ -121,7 +128,7 @@ def test_a_nearly_dead_channel_has_a_scale_that_float16_holds(
     hard_graph: Graph, clips: tuple[Clips, Clips], answer: Callable[..., Any], tmp_path: Path
 ) -> None:
     """From the calibration to the graph in half precision: no scale is changed, let alone to zero."""
-    known = graphs.weights(hard_graph.model)
+    known: dict[str, Any] = graphs.weights(hard_graph.model)
     weight = np.array(known["blocks.1.mlp.fc1.weight"])
     weight[:, 5] *= 1e-7 / np.abs(weight[:, 5]).max()
     weight[:, 6] *= 1e-5 / np.abs(weight[:, 6]).max()
@@ -174,7 +181,7 @@ def test_held_out_clips_are_those_that_only_judge(
         assert [error is not None for error in errors.values()] == [known] * len(errors)
 
 
-def test_moments_are_those_of_what_linears_read(hard_graph, clips):
+def test_moments_are_those_of_what_linears_read(hard_graph: Graph, clips: tuple[Clips, Clips]) -> None:
     """Of a block's last linear, whose input is the output of its GELU."""
     frames = list(clips[0].frames)[:3]
     found = input_moments(hard_graph.model, frames, export.evaluator())
@@ -192,19 +199,26 @@ class TestPlaces:
     """Behind a GELU: a gain for each channel, and for int8 the zero point that it lacks."""
 
     @pytest.fixture
-    def prepared(self, hard_graph):
+    def prepared(self, hard_graph: Graph) -> onnx.ModelProto:
         return graphs.prepared(hard_graph.model, "int8")
 
     @pytest.mark.parametrize("scheme", SCHEMES)
-    def test_a_place_that_is_not_used_leaves_nothing(self, hard_graph, scheme):
+    def test_a_place_that_is_not_used_leaves_nothing(self, hard_graph: Graph, scheme: Activations) -> None:
         prepared = graphs.prepared(hard_graph.model, scheme)
         onnx.checker.check_model(prepared)
         assert [place.centre is not None for place in graphs.places(prepared).values()] == [scheme == "int8"] * 2
         assert graphs.digest(graphs.without_idle_places(prepared)) == graphs.digest(hard_graph.model)
 
     @pytest.mark.parametrize(("gain", "centre"), [(2.0, 0.0), (1.0, -3.0), (2.0, -3.0)])
-    def test_what_is_used_stays(self, prepared, clips, answer, gain, centre):
-        values = {}
+    def test_what_is_used_stays(
+        self,
+        prepared: onnx.ModelProto,
+        clips: tuple[Clips, Clips],
+        answer: Callable[..., npt.NDArray[np.float32]],
+        gain: float,
+        centre: float,
+    ) -> None:
+        values: dict[Any, Any] = {}
         for place in graphs.places(prepared).values():
             values |= {place.gain: np.full(96, gain), place.centre: np.full(1, centre)}
         full = graphs.replaced(prepared, values)
@@ -213,7 +227,14 @@ class TestPlaces:
         onnx.checker.check_model(less)
         np.testing.assert_array_equal(answer(less, clips[1]), answer(full, clips[1]))
 
-    def test_the_float_graph_stays_what_it_was(self, prepared, hard_graph, clips, answer, tmp_path):
+    def test_the_float_graph_stays_what_it_was(
+        self,
+        prepared: onnx.ModelProto,
+        hard_graph: Graph,
+        clips: tuple[Clips, Clips],
+        answer: Callable[..., npt.NDArray[np.float32]],
+        tmp_path: Path,
+    ) -> None:
         walk = Walk(prepared, clips[0], export.evaluator(), "int8", tmp_path)
         state = State()
         walk.choose(state)
@@ -221,7 +242,13 @@ class TestPlaces:
         folded = graphs.replaced(prepared, state.values)
         np.testing.assert_allclose(answer(folded, clips[1]), answer(hard_graph.model, clips[1]), atol=2e-4)
 
-    def test_int8_is_then_as_exact_as_uint8(self, calibrated, hard_graph, clips, answer):
+    def test_int8_is_then_as_exact_as_uint8(
+        self,
+        calibrated: dict[str, Calibrated],
+        hard_graph: Graph,
+        clips: tuple[Clips, Clips],
+        answer: Callable[..., npt.NDArray[np.float32]],
+    ) -> None:
         exact = answer(hard_graph.model, clips[1])
         ratios = {}
         for scheme, found in calibrated.items():
@@ -229,7 +256,7 @@ class TestPlaces:
             ratios[scheme] = metrics.sqnr(exact, answer(qdq(equalised.model, table), clips[1]))
         assert ratios["int8"] > ratios["uint8"] - 1.5  # dB
 
-    def test_the_artifact_reads_the_shifted_tensor(self, calibrated, hard_graph):
+    def test_the_artifact_reads_the_shifted_tensor(self, calibrated: dict[str, Calibrated], hard_graph: Graph) -> None:
         _, table = apply(calibrated["int8"], hard_graph)
         read = {plan.name: plan.activation for plan in table.linears}
         assert read["blocks.0.mlp.fc2"] == "blocks.0.mlp.act.centred"
@@ -268,7 +295,13 @@ def test_a_folding_that_changes_the_graph_is_left_out(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_it_is_much_better_than_min_max(calibrated, hard_graph, clips, answer, scheme):
+def test_it_is_much_better_than_min_max(
+    calibrated: dict[str, Calibrated],
+    hard_graph: Graph,
+    clips: tuple[Clips, Clips],
+    answer: Callable[..., npt.NDArray[np.float32]],
+    scheme: Activations,
+) -> None:
     exact = answer(hard_graph.model, clips[1])
     found = calibrated[scheme]
     equalised, table = apply(found, hard_graph)
@@ -277,12 +310,19 @@ def test_it_is_much_better_than_min_max(calibrated, hard_graph, clips, answer, s
     assert ours > plain_sqnr(hard_graph.model, table, clips, answer, exact, scheme) + 4
 
 
-def plain_sqnr(model, table, clips, answer, exact, scheme):
+def plain_sqnr(
+    model: Any,
+    table: Any,
+    clips: tuple[Clips, Clips],
+    answer: Callable[..., npt.NDArray[np.float32]],
+    exact: Any,
+    scheme: Any,
+) -> Any:
     """Min-max ranges and unclipped weights on the same linears, nothing folded: what a careless export does."""
     from edgetube.calibration import numeric
     from edgetube.calibration.table import Range
 
-    known = graphs.weights(model)
+    known: dict[str, Any] = graphs.weights(model)
     linears = [linear for linear in graphs.linears(model) if linear.name in {p.name for p in table.quantised}]
     call = export.evaluator()(graphs.only(model, [linear.activation for linear in linears]))
     seen = [call({"frames": np.asarray(frames)[None]}) for frames in clips[0].frames]
@@ -299,7 +339,13 @@ def plain_sqnr(model, table, clips, answer, exact, scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_artifact_computes_what_was_simulated(calibrated, hard_graph, clips, answer, scheme):
+def test_the_artifact_computes_what_was_simulated(
+    calibrated: dict[str, Calibrated],
+    hard_graph: Graph,
+    clips: tuple[Clips, Clips],
+    answer: Callable[..., npt.NDArray[np.float32]],
+    scheme: Activations,
+) -> None:
     """Int8 weights behind DequantizeLinear give what the search saw with rounded float weights."""
     equalised, table = apply(calibrated[scheme], hard_graph)
     written = answer(qdq(equalised.model, table), clips[1])
@@ -308,14 +354,16 @@ def test_the_artifact_computes_what_was_simulated(calibrated, hard_graph, clips,
     )
 
 
-def test_biases_are_corrected(walk, clips, answer):
+def test_biases_are_corrected(
+    walk: Walk, clips: tuple[Clips, Clips], answer: Callable[..., npt.NDArray[np.float32]]
+) -> None:
     """The mean output of every corrected linear is that of the float graph, on the clips that were seen."""
     state = State()
     walk.choose(state)
     every = frozenset(linear.name for linear in walk.linears if linear.in_block)
     fc2 = "blocks.1.mlp.fc2"
 
-    def drift():
+    def drift() -> Any:
         models = walk.simulated(state, every), graphs.replaced(walk.model, state.values)
         q, f = (
             np.stack([call({"frames": np.asarray(x)[None]})[0] for x in clips[0].frames])
@@ -329,7 +377,7 @@ def test_biases_are_corrected(walk, clips, answer):
     assert set(state.biases) == {linear.bias for linear in walk.linears if linear.in_block}
 
 
-def test_the_order_of_the_clips_does_not_matter(hard_graph, hard_checkpoint, tmp_path):
+def test_the_order_of_the_clips_does_not_matter(hard_graph: Graph, hard_checkpoint: Checkpoint, tmp_path: Path) -> None:
     c = hard_checkpoint
     source = built_in_calibration(12, c.labels)
     tables = []
@@ -346,7 +394,7 @@ def test_the_order_of_the_clips_does_not_matter(hard_graph, hard_checkpoint, tmp
         np.testing.assert_array_equal(value, tables[1].values[name])
 
 
-def test_what_is_quantised_and_what_is_not(calibrated):
+def test_what_is_quantised_and_what_is_not(calibrated: dict[str, Calibrated]) -> None:
     table = calibrated["int8"].table
     kinds = {plan.name.rpartition(".")[2] for plan in table.quantised}
     assert {"qkv", "proj", "fc1", "fc2"} <= kinds
@@ -354,14 +402,21 @@ def test_what_is_quantised_and_what_is_not(calibrated):
     assert len({plan.activation for plan in table.quantised}) == len(table.ranges)
 
 
-def test_a_budget_that_cannot_hold_fails_with_numbers(hard_graph, clips, tmp_path, monkeypatch):
+def test_a_budget_that_cannot_hold_fails_with_numbers(
+    hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     verdict = search.Verdict(18, True, 0.5, 1.0, 0.5, 3.0, 50.0, 5.56)
     monkeypatch.setattr(search, "_try", lambda *_: verdict)
     with pytest.raises(ParityError, match=r"INT8 loses 50\.00 points of top-1 on 18 clips, 5\.56 allowed with the"):
         calibrate(hard_graph.model, *clips, export.evaluator(), activations="int8", workspace=tmp_path)
 
 
-def test_the_worst_linears_fall_back_until_the_budget_holds(walk, clips, answer, monkeypatch):
+def test_the_worst_linears_fall_back_until_the_budget_holds(
+    walk: Walk,
+    clips: tuple[Clips, Clips],
+    answer: Callable[..., npt.NDArray[np.float32]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     state = State()
     walk.choose(state)
     judge = search.Judge(clips[1], answer(walk.model, clips[1]), None)
@@ -376,7 +431,9 @@ def test_the_worst_linears_fall_back_until_the_budget_holds(walk, clips, answer,
     assert {name for name, reason in found.reasons.items() if reason.startswith("fell back")} == sensitive
 
 
-def test_the_ranking_finds_the_linear_that_hurts(walk, clips, answer):
+def test_the_ranking_finds_the_linear_that_hurts(
+    walk: Walk, clips: tuple[Clips, Clips], answer: Callable[..., npt.NDArray[np.float32]]
+) -> None:
     state = State()
     walk.choose(state)
     hurt = "blocks.1.mlp.fc1"
@@ -386,17 +443,17 @@ def test_the_ranking_finds_the_linear_that_hurts(walk, clips, answer):
     )
     judge = search.Judge(clips[1], answer(walk.model, clips[1]), None)
     ranking = search.rank(walk, state, judge, frozenset(linear.name for linear in walk.linears))
-    assert max(ranking, key=ranking.get) == hurt
+    assert max(ranking, key=lambda name: ranking[name]) == hurt
 
 
 class TestJudge:
-    def judge(self, clips, max_drop=None, labelled=True):
+    def judge(self, clips: Clips, max_drop: Any = None, labelled: bool = True) -> Any:
         logits = np.eye(9, dtype=np.float32)[np.maximum(clips.labels, 0)]
         if not labelled:
             clips = type(clips)(clips.name, clips.frames, np.full(18, -1), clips.names, clips.sha256)
         return search.Judge(clips, logits, max_drop), logits
 
-    def test_one_clip_may_change_its_mind(self, clips):
+    def test_one_clip_may_change_its_mind(self, clips: tuple[Clips, Clips]) -> None:
         judge, logits = self.judge(clips[1])
         other = logits.copy()
         assert judge.verdict(other).holds
@@ -408,7 +465,7 @@ class TestJudge:
         assert not judge.verdict(other).holds
         assert judge.verdict(other).top1 == pytest.approx(16 / 18)
 
-    def test_without_labels_agreement_counts(self, clips):
+    def test_without_labels_agreement_counts(self, clips: tuple[Clips, Clips]) -> None:
         judge, logits = self.judge(clips[1], 12.0, labelled=False)
         other = logits.copy()
         other[:2] = np.roll(other[:2], 1, axis=1)
@@ -418,9 +475,9 @@ class TestJudge:
 
 
 class TestCache:
-    def run(self, graph, clips, folder, tmp_path, **changed):
+    def run(self, graph: Any, clips: tuple[Clips, Clips], folder: Any, tmp_path: Path, **changed: Any) -> Any:
         stages = []
-        options = {"activations": "uint8", "max_drop": 100.0, "versions": {"numpy": "1"}} | changed
+        options: dict[str, Any] = {"activations": "uint8", "max_drop": 100.0, "versions": {"numpy": "1"}} | changed
         found = calibrate(
             graph.model,
             *clips,
@@ -432,7 +489,9 @@ class TestCache:
         )
         return found, set(stages)
 
-    def test_the_same_things_are_not_calibrated_twice(self, hard_graph, clips, tmp_path):
+    def test_the_same_things_are_not_calibrated_twice(
+        self, hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path
+    ) -> None:
         first, stages = self.run(hard_graph, clips, tmp_path / "c", tmp_path)
         assert "calibrate" in stages
         second, stages = self.run(hard_graph, clips, tmp_path / "c", tmp_path)
@@ -446,22 +505,26 @@ class TestCache:
         ("changed", "named"),
         [({"versions": {"numpy": "2"}}, "the tools"), ({"activations": "int8"}, "the scheme")],
     )
-    def test_a_difference_is_named_and_nothing_is_reused(self, hard_graph, clips, tmp_path, changed, named):
+    def test_a_difference_is_named_and_nothing_is_reused(
+        self, hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path, changed: dict[str, Any], named: str
+    ) -> None:
         self.run(hard_graph, clips, tmp_path / "c", tmp_path)
         found, stages = self.run(hard_graph, clips, tmp_path / "c", tmp_path, **changed)
         assert "calibrate" in stages
         assert f"calibrated again: {named} changed since the last calibration" in found.report["notes"]
 
-    def test_other_clips_are_other_clips(self, hard_graph, clips, tmp_path):
+    def test_other_clips_are_other_clips(self, hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path) -> None:
         self.run(hard_graph, clips, tmp_path / "c", tmp_path)
         found, _ = self.run(hard_graph, clips[::-1], tmp_path / "c", tmp_path)
         (note,) = found.report["notes"]
         assert "the clips or their preprocessing" in note
 
-    def test_it_goes_on_where_it_was_interrupted(self, hard_graph, clips, tmp_path, monkeypatch):
+    def test_it_goes_on_where_it_was_interrupted(
+        self, hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         done, stop = [], Walk._choose_stage
 
-        def interrupted(self, stage, *rest):
+        def interrupted(self: Any, stage: Any, *rest: Any) -> Any:
             if stage.name == "blocks.1" and "blocks.1" not in done:
                 done.append(stage.name)
                 raise KeyboardInterrupt
@@ -531,8 +594,15 @@ def damages(state: State) -> Iterator[State]:
         yield replace(state, **{field: {k: v for k, v in getattr(state, field).items() if not k.startswith(one)}})
 
 
-def test_clips_that_judge_what_they_made_are_a_stated_warning(hard_graph, clips, tmp_path):
-    options = {"activations": "uint8", "workspace": tmp_path, "max_drop": 100.0, "cache": tmp_path / "cache"}
+def test_clips_that_judge_what_they_made_are_a_stated_warning(
+    hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "activations": "uint8",
+        "workspace": tmp_path,
+        "max_drop": 100.0,
+        "cache": tmp_path / "cache",
+    }
     for _ in range(2):  # the second one is read from the cache
         found = calibrate(hard_graph.model, clips[0], clips[0], export.evaluator(), **options)
         (note,) = found.report["notes"]

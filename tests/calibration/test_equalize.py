@@ -73,19 +73,21 @@ class TestFormulas:
         np.testing.assert_allclose(found, rows @ weight + bias, atol=1e-5)
 
     def test_by_hand(self) -> None:
-        option = Equalisation("x", np.float32([2, 4]), np.float32([1, -3]))
-        np.testing.assert_array_equal(option.apply(np.float32([[5, 1], [1, -3]])), [[2, 1], [0, 0]])
-        np.testing.assert_array_equal(option.weight(np.float32([[1, 2], [3, 4]])), [[2, 4], [12, 16]])
+        option = Equalisation("x", np.array([2, 4], np.float32), np.array([1, -3], np.float32))
+        np.testing.assert_array_equal(option.apply(np.array([[5, 1], [1, -3]], np.float32)), [[2, 1], [0, 0]])
+        np.testing.assert_array_equal(option.weight(np.array([[1, 2], [3, 4]], np.float32)), [[2, 4], [12, 16]])
         # b' = b + shift W: 10 + 1 * 1 - 3 * 3 and 20 + 1 * 2 - 3 * 4
-        np.testing.assert_array_equal(option.bias(np.float32([[1, 2], [3, 4]]), np.float32([10, 20])), [2, 10])
+        np.testing.assert_array_equal(
+            option.bias(np.array([[1, 2], [3, 4]], np.float32), np.array([10, 20], np.float32)), [2, 10]
+        )
 
     def test_the_bias_is_summed_in_float64(self) -> None:
-        option = Equalisation("x", np.ones(3, np.float32), np.float32([1, 1, 1]))
-        weight = np.float32([[2.0**25], [1.0], [-(2.0**25)]])
-        assert option.bias(weight, np.float32([0])) == [1]
+        option = Equalisation("x", np.ones(3, np.float32), np.array([1, 1, 1], np.float32))
+        weight = np.array([[2.0**25], [1.0], [-(2.0**25)]], np.float32)
+        assert option.bias(weight, np.array([0], np.float32)) == [1]
 
     def test_none_changes_nothing(self, weight: Array, rows: Array) -> None:
-        plain = Equalisation("none", np.float32([7] * 12), np.float32([9] * 12))
+        plain = Equalisation("none", np.array([7] * 12, np.float32), np.array([9] * 12, np.float32))
         assert plain.identity
         assert plain.apply(rows) is rows
         assert plain.weight(weight) is weight
@@ -94,8 +96,8 @@ class TestFormulas:
 
     def test_channels_of_parts(self) -> None:
         one, other = (
-            Channels(np.float32([-3, 1]), np.float32([2, 5])),
-            Channels(np.float32([-1, 0]), np.float32([4, 2])),
+            Channels(np.array([-3, 1], np.float32), np.array([2, 5], np.float32)),
+            Channels(np.array([-1, 0], np.float32), np.array([4, 2], np.float32)),
         )
         both = Channels.of([one, other])
         np.testing.assert_array_equal(both.low, [-3, 0])
@@ -136,7 +138,7 @@ class TestCandidates:
 
     def test_dead_channels_keep_scales_within_bounds(self, weight: Array) -> None:
         """A channel that is always zero, and one that no output reads."""
-        rows = np.tile(np.float32([0.0, 1.0, 1e6, *[1.0] * 9]), (3, 1))
+        rows = np.tile(np.array([0.0, 1.0, 1e6, *[1.0] * 9], np.float32), (3, 1))
         weight[1] = 0
         for option in equalize.candidates(half(rows).channels, weight):
             assert np.isfinite(option.scale).all()

@@ -1,5 +1,9 @@
 """Fake quantisation against the ONNX reference implementation, scales against brute force."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -12,12 +16,12 @@ from onnx.reference import ReferenceEvaluator
 
 from edgetube import datasets
 from edgetube.calibration import equalize, numeric
-from edgetube.calibration.table import Range
+from edgetube.calibration.table import Activations, Range
 from edgetube.spec import InputContract
 
 
 @pytest.mark.parametrize("activations", ["int8", "uint8"])
-def test_activations_are_what_onnx_says(activations, rng):
+def test_activations_are_what_onnx_says(activations: Activations, rng: np.random.Generator) -> None:
     x = (rng.standard_normal((50, 8)) * 3).astype(np.float32)
     found = Range(-2.5, 4.0, "x")
     scale, zero = (found.symmetric, 0) if activations == "int8" else found.asymmetric
@@ -35,10 +39,12 @@ def test_activations_are_what_onnx_says(activations, rng):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     (expected,) = ReferenceEvaluator(model).run(None, {"x": x})
-    np.testing.assert_allclose(numeric.fake_activations(x, found, activations), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        numeric.fake_activations(x, found, activations), np.asarray(expected, np.float32), atol=1e-6
+    )
 
 
-def test_full_scales_clip_nothing(rng):
+def test_full_scales_clip_nothing(rng: np.random.Generator) -> None:
     weight = rng.standard_normal((30, 5)).astype(np.float32)
     q = numeric.quantise_weights(weight, numeric.full_scales(weight))
     assert q.dtype == np.int8
@@ -48,17 +54,17 @@ def test_full_scales_clip_nothing(rng):
     )
 
 
-def test_a_column_of_zeros_stays_zero():
+def test_a_column_of_zeros_stays_zero() -> None:
     weight = np.zeros((4, 2), np.float32)
     scales = numeric.mse_scales(weight, np.ones(4, np.float32))
     np.testing.assert_array_equal(numeric.quantise_weights(weight, scales), 0)
 
 
-def test_clipping_is_chosen_by_the_error_at_the_output(rng):
+def test_clipping_is_chosen_by_the_error_at_the_output(rng: np.random.Generator) -> None:
     weight = (rng.standard_t(2, (400, 6)) * 0.1).astype(np.float32)
     power = rng.uniform(0.1, 4, 400).astype(np.float32)
 
-    def cost(scales):
+    def cost(scales: npt.NDArray[np.float32]) -> Any:
         return (power[:, None] * np.square(numeric.fake_weights(weight, scales) - weight)).sum(axis=0)
 
     best = numeric.mse_scales(weight, power)
@@ -91,16 +97,18 @@ class TestRounding:
     """GPTQ against what it is: each row rounded, its error solved for by the rows that are left."""
 
     @pytest.fixture
-    def rows(self, rng):
+    def rows(self, rng: np.random.Generator) -> npt.NDArray[np.float32]:
         """Channels that know of one another, as in a real encoder."""
         mixed = rng.standard_normal((600, 20)) @ rng.standard_normal((20, 40)) * np.geomspace(5, 0.1, 40)
         return (mixed + 0.05 * rng.standard_normal((600, 40))).astype(np.float32)
 
     @pytest.fixture
-    def weight(self, rng):
+    def weight(self, rng: np.random.Generator) -> npt.NDArray[np.float32]:
         return rng.standard_normal((40, 6)).astype(np.float32)
 
-    def test_against_least_squares_row_by_row(self, rows, weight, monkeypatch):
+    def test_against_least_squares_row_by_row(
+        self, rows: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The rows that are left move to where the damped output error is least, whatever the size of a block."""
         scales = numeric.full_scales(weight) * np.float32(8)
         moments = rows.T.astype(np.float64) @ rows
@@ -119,7 +127,7 @@ class TestRounding:
                 numeric.rounded_weights(weight, scales, second_moments(rows))[order], expected
             )
 
-    def test_errors_cancel_at_the_output(self, rows, weight):
+    def test_errors_cancel_at_the_output(self, rows: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> None:
         scales = numeric.mse_scales(weight, np.square(rows).mean(axis=0))
         nearest = numeric.fake_weights(weight, scales)
         ours = (numeric.rounded_weights(weight, scales, second_moments(rows)) * scales).astype(np.float32)
@@ -127,7 +135,7 @@ class TestRounding:
         errors = [numeric.output_error(other, rows[::-1][:300], w) for w in (ours, nearest)]
         assert errors[0] < 0.3 * errors[1]
 
-    def test_channels_that_are_never_used(self, rows, weight):
+    def test_channels_that_are_never_used(self, rows: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> None:
         np.testing.assert_array_equal(
             numeric.rounded_weights(weight, numeric.full_scales(weight), np.zeros((len(weight), len(weight)))),
             numeric.quantise_weights(weight, numeric.full_scales(weight)),
@@ -136,14 +144,16 @@ class TestRounding:
         moments = second_moments(rows)
         assert np.abs(numeric.rounded_weights(weight, numeric.full_scales(weight), moments)).max() <= 127
 
-    def test_rounding_to_the_nearest_gives_the_integers_back(self, rows, weight):
+    def test_rounding_to_the_nearest_gives_the_integers_back(
+        self, rows: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]
+    ) -> None:
         scales = numeric.full_scales(weight)
         integers = numeric.rounded_weights(weight, scales, second_moments(rows))
         values = np.asarray(integers * scales, np.float32)
         np.testing.assert_array_equal(numeric.quantise_weights(values, scales), integers)
 
 
-def test_pixels_are_like_those_of_real_clips(rng):
+def test_pixels_are_like_those_of_real_clips(rng: np.random.Generator) -> None:
     """Rounded for no clip in particular, the errors of a kernel cancel on the built-in ones."""
     (clip,) = datasets.built_in(1, ()).clips(InputContract(8, 64, 64, fps=10.0))
     pieces = clip.frames.reshape(2, 4, 8, 8, 8, 8, 3).transpose(0, 2, 4, 1, 6, 3, 5)  # (..., T, C, H, W)
@@ -156,7 +166,7 @@ def test_pixels_are_like_those_of_real_clips(rng):
     assert errors[0] < errors[1] / 10
 
 
-def test_moments_of_pixels_by_hand():
+def test_moments_of_pixels_by_hand() -> None:
     near, mixed = numeric.NEAR, numeric.COLOURS
     found = numeric.pixel_moments(2, 1, 2, colours=2)  # (T, C, H, W): 8 pixels
     assert found.shape == (8, 8)
@@ -168,19 +178,20 @@ def test_moments_of_pixels_by_hand():
     np.testing.assert_array_equal(found, found.T)
 
 
-def gelu(x):
+def gelu(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return (x / (1 + np.exp(-1.702 * x))).astype(np.float32)
 
 
-def halves(*parts):
-    return tuple(equalize.Half(equalize.Channels(rows.min(axis=0), rows.max(axis=0)), rows) for rows in parts)
+def halves(*parts: npt.NDArray[np.float32]) -> tuple[equalize.Half, equalize.Half]:
+    first, second = (equalize.Half(equalize.Channels(rows.min(axis=0), rows.max(axis=0)), rows) for rows in parts)
+    return first, second
 
 
-def equalised(rows, weight, activations):
+def equalised(rows: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], activations: Any) -> Any:
     return equalize.behind_gelu(halves(rows[::2], rows[1::2]), weight, activations)
 
 
-def test_an_equalisation_has_to_hold_for_clips_that_it_was_not_made_from(rng):
+def test_an_equalisation_has_to_hold_for_clips_that_it_was_not_made_from(rng: np.random.Generator) -> None:
     """Every token of a clip alike: a shift to the middle of what was seen leaves a range that the next clip breaks."""
     weight = rng.standard_normal((12, 5)).astype(np.float32)
     scenes = 3 + rng.standard_normal((6, 12))
@@ -193,10 +204,12 @@ def test_an_equalisation_has_to_hold_for_clips_that_it_was_not_made_from(rng):
 
 class TestBehindGelu:
     @pytest.fixture
-    def weight(self, rng):
+    def weight(self, rng: np.random.Generator) -> npt.NDArray[np.float32]:
         return rng.standard_normal((12, 5)).astype(np.float32)
 
-    def test_a_centre_is_the_zero_point_that_int8_lacks(self, rng, weight):
+    def test_a_centre_is_the_zero_point_that_int8_lacks(
+        self, rng: np.random.Generator, weight: npt.NDArray[np.float32]
+    ) -> None:
         rows = gelu(rng.standard_normal((500, 12)) * 3)
         found = equalised(rows, weight, "int8")
         assert found.name == "centre"
@@ -210,7 +223,9 @@ class TestBehindGelu:
         assert equalised(rows, weight, "uint8").identity
 
     @pytest.mark.parametrize("activations", ["int8", "uint8"])
-    def test_a_channel_that_is_far_larger_is_scaled(self, rng, weight, activations):
+    def test_a_channel_that_is_far_larger_is_scaled(
+        self, rng: np.random.Generator, weight: npt.NDArray[np.float32], activations: Activations
+    ) -> None:
         rows = gelu(rng.standard_normal((500, 12)))
         rows[:, 3] *= 60
         weight[3] /= 60
@@ -223,7 +238,9 @@ class TestBehindGelu:
             found.apply(rows) @ found.weight(weight) + found.shift @ weight, rows @ weight, rtol=1e-4, atol=1e-4
         )
 
-    def test_what_lies_around_zero_stays_as_it_is(self, rng, weight):
+    def test_what_lies_around_zero_stays_as_it_is(
+        self, rng: np.random.Generator, weight: npt.NDArray[np.float32]
+    ) -> None:
         half = rng.standard_normal((500, 12)).astype(np.float32)
         assert equalised(np.concatenate([half, -half]), weight, "int8").identity
 

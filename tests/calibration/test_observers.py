@@ -1,6 +1,9 @@
 """Histograms against counting by numpy, ranges against searching by hand."""
 
+from __future__ import annotations
+
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,19 +17,19 @@ from edgetube.errors import InputError
 
 
 @pytest.fixture
-def values(rng):
+def values(rng: np.random.Generator) -> npt.NDArray[np.float32]:
     """A heavy tail, as activations have it."""
     return (rng.standard_t(3, 50_000) * 2).astype(np.float32)
 
 
-def filled(values, pieces=1):
+def filled(values: npt.NDArray[np.float32], pieces: int = 1) -> Any:
     histogram = Histogram()
     for piece in np.array_split(values, pieces):
         histogram.add(piece)
     return histogram
 
 
-def test_counts_are_those_of_numpy(values):
+def test_counts_are_those_of_numpy(values: npt.NDArray[np.float32]) -> None:
     h = filled(values, 7)
     edges = (np.arange(BINS + 1) - BINS // 2) * h.width
     np.testing.assert_array_equal(h.counts, np.histogram(values, edges)[0])
@@ -34,35 +37,37 @@ def test_counts_are_those_of_numpy(values):
     assert h.width * BINS < 8 * np.abs(values).max()
 
 
-def test_order_and_pieces_do_not_matter(values, rng):
+def test_order_and_pieces_do_not_matter(values: npt.NDArray[np.float32], rng: np.random.Generator) -> None:
     first = filled(values, 3)
     second = filled(rng.permutation(values), 50)
     np.testing.assert_array_equal(first.counts, second.counts)
     assert first.width == second.width
 
 
-def test_memory_does_not_grow(values):
+def test_memory_does_not_grow(values: npt.NDArray[np.float32]) -> None:
     assert filled(np.concatenate([values] * 5), 20).counts.nbytes == filled(values).counts.nbytes
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_refused(bad):
+def test_values_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(InputError, match="NaN or infinite activations"):
         Histogram().add(np.array([1, bad], np.float32))
 
 
-def test_percentiles_are_those_of_numpy(values):
+def test_percentiles_are_those_of_numpy(values: npt.NDArray[np.float32]) -> None:
     h = filled(values, 5)
     for share in (0.0005, 0.01, 0.5, 0.999):
         assert abs(h.quantile(share) - np.quantile(values, share, method="inverted_cdf")) <= 2 * h.width
 
 
 @pytest.mark.parametrize("activations", ["int8", "uint8"])
-def test_the_mse_range_is_the_best_of_a_direct_search(values, activations):
+def test_the_mse_range_is_the_best_of_a_direct_search(
+    values: npt.NDArray[np.float32], activations: Activations
+) -> None:
     h = filled(values)
     found = next(r for r in observers.candidates(h, activations) if r.method == "mse")
 
-    def cost(r):
+    def cost(r: Any) -> Any:
         return float(np.square(numeric.fake_activations(values, r, activations) - values).mean())
 
     limits = np.geomspace(1, 0.05, 300) * max(-h.low, h.high)
@@ -71,14 +76,14 @@ def test_the_mse_range_is_the_best_of_a_direct_search(values, activations):
     assert cost(found) < cost(Range(h.low, h.high, "min-max"))
 
 
-def test_entropy_clips_outliers_of_a_normal_tensor(rng):
+def test_entropy_clips_outliers_of_a_normal_tensor(rng: np.random.Generator) -> None:
     values = rng.standard_normal(100_000).astype(np.float32)
     values[0] = 60.0
     found = next(r for r in observers.candidates(filled(values), "int8") if r.method == "entropy")
     assert 2.5 < max(found.high, -found.low) < 20
 
 
-def test_every_candidate_lies_within_what_was_seen(values):
+def test_every_candidate_lies_within_what_was_seen(values: npt.NDArray[np.float32]) -> None:
     h = filled(values)
     methods = [r.method for r in observers.candidates(h, "int8")]
     assert methods == ["min-max", "percentile 99.9", "percentile 99.99", "percentile 99.999", "mse", "entropy"]
@@ -86,7 +91,7 @@ def test_every_candidate_lies_within_what_was_seen(values):
         assert h.low <= r.low <= 0 <= r.high <= h.high
 
 
-def test_a_constant_tensor_has_a_range():
+def test_a_constant_tensor_has_a_range() -> None:
     for r in observers.candidates(filled(np.zeros(10, np.float32)), "uint8"):
         assert (r.low, r.high) == (0, 0)
         np.testing.assert_array_equal(numeric.fake_activations(np.zeros(3, np.float32), r, "uint8"), 0)
@@ -114,7 +119,7 @@ class TestBins:
 
     def test_a_histogram_begins_with_the_finest_bins(self) -> None:
         h = Histogram()
-        h.add(np.float32([2.0**-25, -(2.0**-24), 3 * 2.0**-24]))
+        h.add(np.array([2.0**-25, -(2.0**-24), 3 * 2.0**-24], np.float32))
         assert h.width == 2.0**-24
         assert np.flatnonzero(h.counts).tolist() == [BINS // 2 - 1, BINS // 2, BINS // 2 + 3]
 
@@ -122,18 +127,18 @@ class TestBins:
     def test_the_largest_value_is_in_the_last_bin(self, sign: int) -> None:
         """1 is 4096 bins of 2 ** -12: a power of two needs no wider ones."""
         h = Histogram()
-        h.add(np.float32([sign * 1.0, 0.0]))
+        h.add(np.array([sign * 1.0, 0.0], np.float32))
         assert h.width == 2.0**-12
         assert np.flatnonzero(h.counts).tolist() == ([BINS // 2, BINS - 1] if sign > 0 else [0, BINS // 2])
-        h.add(np.float32([sign * 1.001]))
+        h.add(np.array([sign * 1.001], np.float32))
         assert h.width == 2.0**-11
         assert h.counts.sum() == 3
 
     def test_bins_merge_in_pairs_and_stay_around_zero(self) -> None:
         h = Histogram()
         width = h.width
-        h.add(np.float32([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]) * np.float32(width))
-        h.add(np.float32([4097 * width]))
+        h.add(np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5], np.float32) * np.float32(width))
+        h.add(np.array([4097 * width], np.float32))
         assert h.width == 2 * width
         middle = h.counts[BINS // 2 - 2 : BINS // 2 + 2]
         assert middle.tolist() == [1, 2, 2, 1]
@@ -141,16 +146,16 @@ class TestBins:
 
     def test_the_extremes_hold_zero(self) -> None:
         h = Histogram()
-        h.add(np.float32([[2.0], [3.0]]))
+        h.add(np.array([[2.0], [3.0]], np.float32))
         assert (h.low, h.high) == (0.0, 3.0)
-        h.add(np.float32([-1.0]))
+        h.add(np.array([-1.0], np.float32))
         assert (h.low, h.high) == (-1.0, 3.0)
-        h.add(np.float32([1.0]))
+        h.add(np.array([1.0], np.float32))
         assert (h.low, h.high) == (-1.0, 3.0)
 
     def test_a_quantile_is_the_upper_edge_of_its_bin(self) -> None:
         h = Histogram()
-        h.add(np.float32([-0.9, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0]))
+        h.add(np.array([-0.9, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0], np.float32))
         for share, value in ((0.05, -0.9), (0.1, -0.9), (0.11, 0.1), (0.5, 0.4), (0.85, 0.8), (0.9, 0.8)):
             assert h.quantile(share) == (np.floor(np.float32(value) / h.width) + 1) * h.width
         assert h.quantile(1.0) == 1.0

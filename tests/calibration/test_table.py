@@ -1,6 +1,10 @@
 """The table as a document: what is written is what is read, and another vendor's cache text is exact."""
 
+from __future__ import annotations
+
 import struct
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +26,7 @@ FLOATS = st.floats(0, 1e6, width=32)
 
 
 @pytest.fixture
-def table():
+def table() -> CalibrationTable:
     ranges = {"blocks.0.norm1": Range(-1.5, 2.0, "mse"), "blocks.0.mlp.act": Range(-0.17, 3.25, "percentile 99.99")}
     linears = (
         LinearPlan(
@@ -35,13 +39,13 @@ def table():
     return CalibrationTable("a" * 64, {"sha256": "b" * 64, "count": 3}, "uint8", ranges, linears, {"numpy": "2"})
 
 
-def test_a_saved_table_is_the_same_table(table, tmp_path):
+def test_a_saved_table_is_the_same_table(table: CalibrationTable, tmp_path: Path) -> None:
     path = table.save(tmp_path / "calibration.json")
     assert CalibrationTable.load(path) == table
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_it_is_diffable_one_line_a_tensor(table, tmp_path):
+def test_it_is_diffable_one_line_a_tensor(table: CalibrationTable, tmp_path: Path) -> None:
     lines = table.save(tmp_path / "t.json").read_text().splitlines()
     (line,) = (line for line in lines if "blocks.0.mlp.act" in line)
     assert "3.25" in line
@@ -49,7 +53,7 @@ def test_it_is_diffable_one_line_a_tensor(table, tmp_path):
 
 
 @given(low=FLOATS, high=FLOATS)
-def test_scales_are_those_of_the_textbook(low, high):
+def test_scales_are_those_of_the_textbook(low: Any, high: Any) -> None:
     found = Range(-low, high, "x")
     assert found.symmetric == pytest.approx(max(low, high) / 127, rel=1e-6) or max(low, high) < 1e-30
     scale, zero = found.asymmetric
@@ -63,12 +67,12 @@ def test_scales_are_those_of_the_textbook(low, high):
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.5, 1), (-1, -0.5), (float("nan"), 1), (-1, float("inf"))])
-def test_impossible_ranges_are_refused(low, high):
+def test_impossible_ranges_are_refused(low: float, high: float) -> None:
     with pytest.raises(InputError, match="expected finite numbers around zero"):
         Range(low, high, "x")
 
 
-def test_the_cache_text_by_hand():
+def test_the_cache_text_by_hand() -> None:
     """Scales that are powers of two have a float32 that can be written down: sign, exponent + 127, no fraction."""
     ranges = {"input": Range(-127.0, 1.0, "x"), "blocks.0": Range(-3.0, 127 * 2.0**-7, "x")}
     table = CalibrationTable("m", {}, "int8", ranges | {"third": Range(-0.25, 127 * 3 * 2.0**-6, "x")}, ())
@@ -80,13 +84,13 @@ def test_the_cache_text_by_hand():
     )
 
 
-def test_a_cache_of_the_documentation_is_read():
+def test_a_cache_of_the_documentation_is_read() -> None:
     found = CalibrationTable.from_cache("TRT-8503-EntropyCalibration2\ndata: 3c010a14\nblocks.0: a: 3f800000\n")
     assert found["data"].symmetric == struct.unpack(">f", bytes.fromhex("3c010a14"))[0]
     assert found["blocks.0: a"].high == 127.0
 
 
-def test_the_cache_keeps_every_scale(table):
+def test_the_cache_keeps_every_scale(table: CalibrationTable) -> None:
     back = CalibrationTable.from_cache(table.to_cache())
     assert {name: r.symmetric for name, r in back.items()} == {n: r.symmetric for n, r in table.ranges.items()}
 
@@ -99,18 +103,18 @@ def test_the_cache_keeps_every_scale(table):
         ("TRT-1-EntropyCalibration2\nx: 3c01", "line 2"),
     ],
 )
-def test_other_texts_are_no_cache(text, message):
+def test_other_texts_are_no_cache(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         CalibrationTable.from_cache(text)
 
 
-def test_a_table_of_another_model_is_refused(table):
+def test_a_table_of_another_model_is_refused(table: CalibrationTable) -> None:
     table.check("a" * 64)
     with pytest.raises(InputError, match="for the graph aaaaaaaaaaaa, this graph is cccccccccccc"):
         table.check("c" * 64)
 
 
-def test_no_table_is_an_error_with_the_file(tmp_path):
+def test_no_table_is_an_error_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(InputError, match="not a calibration table"):
         CalibrationTable.load(tmp_path / "x.json")
@@ -143,7 +147,7 @@ class TestStoredScales:
     def test_the_ends(self, dtype: ScaleType) -> None:
         given_scales = np.array([0.0, SMALLEST[dtype], SMALLEST[dtype] * 0.6, 1e-44, LARGEST[dtype]])
         expected = [1.0, SMALLEST[dtype], SMALLEST[dtype], SMALLEST[dtype], LARGEST[dtype]]
-        np.testing.assert_array_equal(stored_scales(given_scales, dtype), np.float32(expected))
+        np.testing.assert_array_equal(stored_scales(given_scales, dtype), np.array(expected, np.float32))
 
     @pytest.mark.parametrize("scale", [65520.0, 1e9, np.inf, np.nan])
     def test_what_is_too_large_is_named(self, scale: float) -> None:

@@ -1,5 +1,7 @@
 """Bundles that cannot be trusted are refused in one line; nothing half-written ever stands in a bundle's place."""
 
+from __future__ import annotations
+
 import errno
 import json
 import shutil
@@ -62,7 +64,7 @@ def edit(out: Path, **changes: Any) -> None:
     (out / MANIFEST).write_text(json.dumps(data))
 
 
-def test_round_trip_keeps_everything(out):
+def test_round_trip_keeps_everything(out: Path) -> None:
     read = bundles.load(out)
     assert (read.spec, read.contract, read.labels, read.batch) == (SPEC, CONTRACT, ("a", "b"), 1)
     assert set(read.files) == {"model.onnx", "golden.npz"}
@@ -73,17 +75,17 @@ def test_round_trip_keeps_everything(out):
     assert logits.tolist() == [1.0, 2.0]
 
 
-def test_nothing_is_left_beside_the_bundle(out):
+def test_nothing_is_left_beside_the_bundle(out: Path) -> None:
     assert [p.name for p in out.parent.iterdir()] == [out.name]
 
 
-def test_a_changed_file_is_found(out):
+def test_a_changed_file_is_found(out: Path) -> None:
     (out / "model.onnx").write_bytes(b"WEIGHTS")
     with pytest.raises(BundleError, match=r"model\.onnx is not the file that was proven"):
         bundles.load(out)
 
 
-def test_a_missing_file_is_named(out):
+def test_a_missing_file_is_named(out: Path) -> None:
     (out / "golden.npz").unlink()
     with pytest.raises(BundleError, match=r"incomplete: golden\.npz is missing"):
         bundles.load(out)
@@ -317,17 +319,17 @@ def test_bundles_that_were_made_before_the_manifest_was_checked_still_load(targe
         assert np.abs(rt(frames[None])[0] - logits).max() <= 2 * found.parity["max_abs_error"]
 
 
-def test_no_bundle_there(tmp_path):
+def test_no_bundle_there(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no such folder"):
         bundles.load(tmp_path / "nothing")
     with pytest.raises(BundleError, match=r"it has no edgetube\.json"):
         bundles.load(tmp_path)
 
 
-def test_a_failed_export_leaves_the_old_bundle(out):
+def test_a_failed_export_leaves_the_old_bundle(out: Path) -> None:
     before = bundles.load(out)
 
-    def fail():
+    def fail() -> None:
         with bundles.staging(out) as folder:
             (folder / "model.onnx").write_bytes(b"half")
             raise RuntimeError("boom")
@@ -338,13 +340,13 @@ def test_a_failed_export_leaves_the_old_bundle(out):
     assert [p.name for p in out.parent.iterdir()] == [out.name]
 
 
-def test_a_new_export_replaces_the_old_one(out):
+def test_a_new_export_replaces_the_old_one(out: Path) -> None:
     write(out, b"newer weights")
     assert bundles.load(out).artifact_bytes == len(b"newer weights")
     assert [p.name for p in out.parent.iterdir()] == [out.name]
 
 
-def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path):
+def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years")
     with pytest.raises(BundleError, match="is not a bundle; choose another --out"):
@@ -426,17 +428,17 @@ def test_an_export_that_still_runs_is_left_alone(out: Path) -> None:
     assert sorted(p.name for p in out.parent.iterdir()) == [out.name, "y"]
 
 
-def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="No space left on device"), bundles.staging(tmp_path / "x"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_golden_must_fit_the_manifest(out):
+def test_golden_must_fit_the_manifest(out: Path) -> None:
     bundles.save_golden(out, np.zeros((2, 16, 16, 3), np.uint8), np.zeros(2, np.float32))
     with pytest.raises(BundleError, match=r"frames.npy is \(2, 16, 16, 3\) uint8; expected \(4, 16, 16, 3\) uint8"):
         bundles.load(out, verify=False).golden()
-    bundles.save_golden(out, np.zeros(CONTRACT.shape, np.uint8), np.float32([1, np.nan]))
+    bundles.save_golden(out, np.zeros(CONTRACT.shape, np.uint8), np.array([1, np.nan], np.float32))
     with pytest.raises(BundleError, match="holds logits that are not finite"):
         bundles.load(out, verify=False).golden()
     (out / "golden.npz").write_bytes(b"not a zip")
@@ -444,8 +446,8 @@ def test_golden_must_fit_the_manifest(out):
         bundles.load(out, verify=False).golden()
 
 
-def test_bundle_is_frozen(out):
+def test_bundle_is_frozen(out: Path) -> None:
     read = bundles.load(out)
     assert replace(read, batch=2).batch == 2
     with pytest.raises(AttributeError):
-        read.batch = 2
+        read.batch = 2  # type: ignore[misc]

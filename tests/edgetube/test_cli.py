@@ -1,5 +1,7 @@
 """The command line as people and programs use it, through the installed entry point's function."""
 
+from __future__ import annotations
+
 import json
 import re
 import shutil
@@ -17,25 +19,25 @@ Cli: TypeAlias = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def edgetube_cli(capsys):
+def edgetube_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run a command line; gives (exit code, stdout, stderr)."""
 
-    def run(*args):
+    def run(*args: Any) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stopped:
             cli.main([str(a) for a in args])
         captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
+        return int(stopped.value.code or 0), captured.out, captured.err
 
     return run
 
 
 @pytest.fixture
-def clip(tmp_path, rng):
+def clip(tmp_path: Path, rng: np.random.Generator) -> Path:
     still = rng.integers(0, 256, (6, 8, 3), np.uint8).repeat(16, axis=0).repeat(16, axis=1)
     return video.write(tmp_path / "clip.mp4", (np.roll(still, 2 * i, axis=1) for i in range(30)), 20.0)
 
 
-def test_targets(edgetube_cli):
+def test_targets(edgetube_cli: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = edgetube_cli("targets")
     assert code == 0
     assert "onnx-fp32" in out
@@ -43,7 +45,9 @@ def test_targets(edgetube_cli):
     assert {row["name"] for row in json.loads(out)} >= {"onnx-fp32", "onnx-fp16"}
 
 
-def test_export_then_run_then_doctor(edgetube_cli, tiny_checkpoint, tmp_path, clip):
+def test_export_then_run_then_doctor(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_checkpoint: Path, tmp_path: Path, clip: Path
+) -> None:
     code, out, err = edgetube_cli(
         "export", "--target", "onnx-fp32", "--checkpoint", tiny_checkpoint, "--out", tmp_path, "--lowering", "gather",
         "--json",
@@ -67,14 +71,18 @@ def test_export_then_run_then_doctor(edgetube_cli, tiny_checkpoint, tmp_path, cl
     assert [check["ok"] for check in json.loads(out)] == [True] * 4
 
 
-def test_stream_prints_one_object_a_window(edgetube_cli, tiny_bundle, clip):
+def test_stream_prints_one_object_a_window(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, clip: Path
+) -> None:
     code, out, _ = edgetube_cli("run", tiny_bundle, clip, "--stream", "--hop", 2, "--limit", 3, "--json")
     assert code == 0
     starts = [json.loads(line)["start"] for line in out.splitlines()]
     assert starts == pytest.approx([0.0, 0.2, 0.4], abs=0.01)
 
 
-def test_a_folder_gives_a_line_a_file(edgetube_cli, tiny_bundle, clip):
+def test_a_folder_gives_a_line_a_file(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, clip: Path
+) -> None:
     shutil.copy(clip, clip.parent / "second.mp4")
     code, out, _ = edgetube_cli("run", tiny_bundle, clip.parent)
     assert code == 0
@@ -126,7 +134,9 @@ def test_int8_goes_on_past_calibration_clips_that_cannot_be_read(
     assert "2 of 12 clips of" in err
 
 
-def test_save_writes_an_annotated_video(edgetube_cli, tiny_bundle, clip, tmp_path):
+def test_save_writes_an_annotated_video(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, clip: Path, tmp_path: Path
+) -> None:
     code, _, _ = edgetube_cli("run", tiny_bundle, clip, "--save", tmp_path / "annotated.mp4")
     assert code == 0
     before = [frame for _, frame in video.frames(clip)]
@@ -153,7 +163,9 @@ def test_save_never_replaces_the_video_that_is_read(edgetube_cli: Any, tiny_bund
     assert clip.read_bytes() == before
 
 
-def test_inspect_prints_and_draws(edgetube_cli, tiny_bundle, tmp_path):
+def test_inspect_prints_and_draws(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, tmp_path: Path
+) -> None:
     code, out, _ = edgetube_cli("inspect", tiny_bundle)
     assert code == 0
     assert "4x8x8" in out
@@ -164,7 +176,9 @@ def test_inspect_prints_and_draws(edgetube_cli, tiny_bundle, tmp_path):
     assert (tmp_path / "tubes.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_parity_of_the_built_in_clips_and_its_gate(edgetube_cli, tiny_bundle):
+def test_parity_of_the_built_in_clips_and_its_gate(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path
+) -> None:
     code, out, _ = edgetube_cli("parity", tiny_bundle, "--clips", 9, "--json")
     assert code == 0
     row = json.loads(out)["bundles"][0]
@@ -174,7 +188,9 @@ def test_parity_of_the_built_in_clips_and_its_gate(edgetube_cli, tiny_bundle):
     assert "agreement is 1, --min-agreement asks for at least 1.1" in " ".join(err.split())
 
 
-def test_parity_for_people_with_layers_and_a_journal(edgetube_cli, tiny_bundle, tmp_path):
+def test_parity_for_people_with_layers_and_a_journal(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, tmp_path: Path
+) -> None:
     journal = tmp_path / "answers"
     arguments = ("parity", tiny_bundle, "--clips", 3, "--layers", "--layer-clips", 1, "--resume", journal)
     code, out, err = edgetube_cli(*arguments)
@@ -186,7 +202,7 @@ def test_parity_for_people_with_layers_and_a_journal(edgetube_cli, tiny_bundle, 
     assert journal.read_bytes().startswith(b"SQLite format 3")
 
 
-def test_parity_over_a_video(edgetube_cli, tiny_bundle, clip):
+def test_parity_over_a_video(edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, clip: Path) -> None:
     code, out, _ = edgetube_cli(
         "parity", tiny_bundle, "--video", clip, "--reference", tiny_bundle, "--hop", 2, "--json"
     )
@@ -203,13 +219,15 @@ def test_parity_over_a_video(edgetube_cli, tiny_bundle, clip):
     assert "leave out --data, --resume, --workers and --ray" in " ".join(err.split())
 
 
-def test_parity_is_done_in_one_place(edgetube_cli, tiny_bundle):
+def test_parity_is_done_in_one_place(edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path) -> None:
     code, _, err = edgetube_cli("parity", tiny_bundle, "--workers", 2, "--ray", "auto")
     assert code == 2
     assert "give one of the two" in err
 
 
-def test_parity_on_a_folder_of_classes(edgetube_cli, tiny_bundle, clip, tmp_path):
+def test_parity_on_a_folder_of_classes(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, clip: Path, tmp_path: Path
+) -> None:
     for label in ("static", "pan-left"):
         (tmp_path / "data" / label).mkdir(parents=True)
         shutil.copy(clip, tmp_path / "data" / label / "a.mp4")
@@ -219,7 +237,7 @@ def test_parity_on_a_folder_of_classes(edgetube_cli, tiny_bundle, clip, tmp_path
 
 
 @pytest.mark.slow
-def test_bench_prints_tables_and_notes(edgetube_cli, tiny_bundle):
+def test_bench_prints_tables_and_notes(edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path) -> None:
     options = ("--seconds", 0.1, "--starts", 1, "--camera-fps", 40, "--camera-seconds", 0.5, "--camera-size", "48x64")
     code, out, err = edgetube_cli("bench", tiny_bundle, *options)
     assert code == 0
@@ -258,7 +276,9 @@ def test_bench_prints_tables_and_notes(edgetube_cli, tiny_bundle):
         (["parity", "."], r"it has no edgetube\.json"),
     ],
 )
-def test_an_error_is_one_line_and_exit_code_2(edgetube_cli, args, message):
+def test_an_error_is_one_line_and_exit_code_2(
+    edgetube_cli: Callable[..., tuple[int, str, str]], args: list[str], message: str
+) -> None:
     code, out, err = edgetube_cli(*args)
     assert code == 2
     assert out == ""
@@ -267,18 +287,20 @@ def test_an_error_is_one_line_and_exit_code_2(edgetube_cli, args, message):
     assert re.search(message, err)
 
 
-def test_debug_shows_the_traceback(edgetube_cli):
+def test_debug_shows_the_traceback(edgetube_cli: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = edgetube_cli("inspect", "no/such/bundle", "--debug")
     assert code == 2
     assert "Traceback" in err
 
 
-def test_unknown_options_are_typers_refusal(edgetube_cli):
+def test_unknown_options_are_typers_refusal(edgetube_cli: Callable[..., tuple[int, str, str]]) -> None:
     code, _, _ = edgetube_cli("export", "--tarrget", "onnx-fp32")
     assert code == 2
 
 
-def test_a_broken_bundle_fails_the_doctor_with_exit_code_1(edgetube_cli, tiny_bundle, tmp_path):
+def test_a_broken_bundle_fails_the_doctor_with_exit_code_1(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, tmp_path: Path
+) -> None:
     copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
     (copy / "model.onnx").write_bytes(b"x")
     code, out, _ = edgetube_cli("doctor", copy, "--json")
@@ -287,13 +309,13 @@ def test_a_broken_bundle_fails_the_doctor_with_exit_code_1(edgetube_cli, tiny_bu
 
 
 @pytest.mark.parametrize("command", ["targets", "export", "run", "inspect", "doctor", "parity", "bench", "report"])
-def test_help_has_an_example(edgetube_cli, command):
+def test_help_has_an_example(edgetube_cli: Callable[..., tuple[int, str, str]], command: str) -> None:
     code, out, _ = edgetube_cli(command, "--help")
     assert code == 0
     assert f"Example: edgetube {command}" in " ".join(out.split())
 
 
-def test_built_in_labels_are_the_models():
+def test_built_in_labels_are_the_models() -> None:
     assert len(demo.LABELS) == 9
 
 

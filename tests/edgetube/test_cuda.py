@@ -1,8 +1,12 @@
 """Streams: what is asked of pycuda, cuda-python and the driver, recorded by doubles; the real ones, marked `gpu`."""
 
+from __future__ import annotations
+
 import ctypes
 import sys
+from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,18 +18,19 @@ from edgetube.errors import BackendError, MissingPackageError
 class Driver:
     """libcuda as far as graphs go: records names, answers 0 or what it is told to."""
 
-    def __init__(self, **answers):
-        self.calls, self.answers = [], answers
+    def __init__(self, **answers: Any) -> None:
+        self.calls: list[str] = []
+        self.answers = answers
 
-    def __getattr__(self, name):
-        def call(*_):
+    def __getattr__(self, name: Any) -> Any:
+        def call(*_: Any) -> Any:
             self.calls.append(name)
             return self.answers.get(name, 0)
 
         return call
 
 
-def test_work_is_recorded_between_begin_and_end_and_then_replayed(monkeypatch):
+def test_work_is_recorded_between_begin_and_end_and_then_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver()
     monkeypatch.setattr(cuda, "_driver", lambda: driver)
     graph = cuda.Graph(7, lambda: driver.calls.append("work"))
@@ -46,17 +51,17 @@ def test_work_is_recorded_between_begin_and_end_and_then_replayed(monkeypatch):
         ("cuGraphInstantiateWithFlags", "instantiate"),
     ],
 )
-def test_what_the_driver_refuses_is_said(monkeypatch, call, message):
+def test_what_the_driver_refuses_is_said(monkeypatch: pytest.MonkeyPatch, call: str, message: str) -> None:
     monkeypatch.setattr(cuda, "_driver", lambda: Driver(**{call: 901}))
     with pytest.raises(BackendError, match=message):
         cuda.Graph(7, lambda: None)
 
 
-def test_work_that_fails_still_ends_the_recording(monkeypatch):
+def test_work_that_fails_still_ends_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver()
     monkeypatch.setattr(cuda, "_driver", lambda: driver)
     with pytest.raises(ZeroDivisionError):
-        cuda.Graph(7, lambda: 1 / 0)
+        cuda.Graph(7, lambda: print(1 / 0))
     assert driver.calls[-1] == "cuStreamEndCapture"
 
 
@@ -66,63 +71,65 @@ class FakePyCuda(ModuleType):
     class Error(Exception):
         pass
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("pycuda.driver")
-        self.depth, self.memory, self.freed = 0, {}, []
+        self.depth = 0
+        self.memory: dict[int, Any] = {}
+        self.freed: list[Any] = []
         fake = self
 
         class Block:
-            def __init__(self, size):
+            def __init__(self, size: Any) -> None:
                 assert fake.depth, "no context is current"
                 self.address = 4096 * (len(fake.memory) + 1)
                 fake.memory[self.address] = np.zeros(size, np.uint8)
 
-            def __int__(self):
+            def __int__(self) -> int:
                 return self.address
 
-            def free(self):
+            def free(self) -> None:
                 fake.freed.append(self.address)
 
         class Context:
             @staticmethod
-            def pop():
+            def pop() -> None:
                 fake.depth -= 1
 
-            def push(self):
+            def push(self) -> None:
                 fake.depth += 1
 
-            def detach(self):
+            def detach(self) -> None:
                 fake.freed.append("context")
 
         class Stream:
             handle = 99
 
-            def synchronize(self):
+            def synchronize(self) -> None:
                 assert fake.depth
 
         self.mem_alloc, self.Context, self.Stream = Block, Context, Stream
 
-    def init(self):
+    def init(self) -> None:
         pass
 
-    def get_driver_version(self):
+    def get_driver_version(self) -> int:
         return 12040
 
-    def Device(self, index):
+    def Device(self, index: Any) -> Any:
         if index:
             raise self.Error("cuDeviceGet failed: invalid device ordinal")
         return SimpleNamespace(
             name=lambda: "Orin", compute_capability=lambda: (8, 7), retain_primary_context=lambda: self.Context()
         )
 
-    def pagelocked_empty(self, size, dtype):
+    def pagelocked_empty(self, size: Any, dtype: Any) -> Any:
         return np.empty(size, dtype)
 
-    def memcpy_htod_async(self, address, host, stream):
+    def memcpy_htod_async(self, address: Any, host: Any, stream: cuda.Stream) -> None:
         assert stream.handle == 99
         self.memory[address][:] = host
 
-    def memcpy_dtoh_async(self, host, address, stream):
+    def memcpy_dtoh_async(self, host: Any, address: Any, stream: cuda.Stream) -> None:
         host[:] = self.memory[address]
 
 
@@ -137,21 +144,23 @@ class FakeBindings(ModuleType):
     class Code(int):
         name = "CUDA_ERROR_INVALID_DEVICE"
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("cuda.bindings.driver")
-        self.depth, self.memory, self.freed = 0, {}, []
+        self.depth = 0
+        self.memory: dict[int, Any] = {}
+        self.freed: list[Any] = []
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: Any) -> Any:
         if not name.startswith("cu"):
             raise AttributeError(name)
 
-        def call(*arguments):
+        def call(*arguments: Any) -> Any:
             result = self.answer(name, *arguments)
             return (self.Code(0),) if result is None else (self.Code(0), result)
 
         return call
 
-    def answer(self, name, *arguments):
+    def answer(self, name: Any, *arguments: Any) -> Any:
         match name:
             case "cuDeviceGetName":
                 return b"RTX 4070\0\0\0"
@@ -177,7 +186,7 @@ class FakeBindings(ModuleType):
                 self.freed.append(name)
         return None
 
-    def cuDeviceGet(self, index):
+    def cuDeviceGet(self, index: Any) -> Any:
         return (self.Code(101 if index else 0), 0)
 
 
@@ -185,7 +194,7 @@ MODULES = {"pycuda": "pycuda.driver", "cuda-python": "cuda.bindings.driver"}
 
 
 @pytest.fixture(params=MODULES)
-def library(request, monkeypatch):
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Any]:
     """One of the two libraries, replaced by its double; the other one is not installed."""
     module, fake = MODULES[request.param], {"pycuda": FakePyCuda, "cuda-python": FakeBindings}[request.param]()
     monkeypatch.setitem(sys.modules, module, fake)
@@ -194,7 +203,7 @@ def library(request, monkeypatch):
 
 
 @pytest.fixture(params=[*MODULES, *(pytest.param(f"real {name}", marks=pytest.mark.gpu) for name in MODULES)])
-def stream(request, monkeypatch):
+def stream(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda.Stream]:
     """An open stream through each library; the doubles replay at once what was recorded."""
     kind, _, name = request.param.rpartition(" ")
     module = MODULES[name]
@@ -214,24 +223,26 @@ def stream(request, monkeypatch):
 class Replayed:
     """A double of a CUDA graph: it does the work again."""
 
-    def __init__(self, work):
+    def __init__(self, work: Any) -> None:
         self.work = work
         work()
 
-    def __call__(self):
+    def __call__(self) -> None:
         self.work()
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
-def test_a_recorded_round_trip_moves_what_lies_there_when_it_is_replayed(stream, rng):
+def test_a_recorded_round_trip_moves_what_lies_there_when_it_is_replayed(
+    stream: cuda.Stream, rng: np.random.Generator
+) -> None:
     size = 1 << 20
     with stream.current():
         up, down, address = stream.pinned(size), stream.pinned(size), stream.device(size)
         up[:] = down[:] = 0
 
-        def work():
+        def work() -> None:
             stream.upload(address, up)
             stream.download(down, address)
 
@@ -249,7 +260,7 @@ def test_a_recorded_round_trip_moves_what_lies_there_when_it_is_replayed(stream,
     assert float(stream.driver) > 0
 
 
-def test_bytes_go_up_and_come_down(library, rng):
+def test_bytes_go_up_and_come_down(library: tuple[str, Any], rng: np.random.Generator) -> None:
     name, fake = library
     stream = cuda.open_stream(0, "rtx")
     assert stream.library == name
@@ -271,18 +282,18 @@ def test_bytes_go_up_and_come_down(library, rng):
     assert fake.depth == 0
 
 
-def test_a_gpu_that_is_not_there(library):
+def test_a_gpu_that_is_not_there(library: tuple[str, Any]) -> None:
     with pytest.raises(BackendError, match=r"invalid device|INVALID_DEVICE"):
         cuda.open_stream(3, "rtx")
 
 
-def test_no_library_says_both_pip_lines(monkeypatch):
+def test_no_library_says_both_pip_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "installed", lambda _: False)
     with pytest.raises(MissingPackageError, match=r"edgetube\[tensorrt\].* or pip install cuda-bindings"):
         cuda.open_stream(0, "tensorrt")
 
 
-def test_without_a_driver_the_real_bindings_say_so():
+def test_without_a_driver_the_real_bindings_say_so() -> None:
     pytest.importorskip("cuda.bindings.driver")
     if not targets.missing((targets.GPU,)):
         pytest.skip("this machine has a GPU")

@@ -1,57 +1,68 @@
 """Sets of clips from whatever people have, sampled by name and not by order."""
 
+from __future__ import annotations
+
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from edgetube import datasets, demo, video
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import InputError
 from edgetube.spec import InputContract
+from edgetube.video import Clip
 
 CONTRACT = InputContract(4, 16, 24, fps=10.0)
 
 
 @pytest.fixture
-def clips(rng):
+def clips(rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     return rng.integers(0, 256, (3, 4, 16, 24, 3), np.uint8)
 
 
-def unread(names, labels):
-    return ClipSet("x", tuple(Item(n, label, lambda _: None) for n, label in zip(names, labels, strict=True)))
+def unread(names: Any, labels: Any) -> Any:
+    return ClipSet(
+        "x",
+        tuple(
+            Item(n, label, lambda _: Clip("unread", np.empty(0, np.uint8)))
+            for n, label in zip(names, labels, strict=True)
+        ),
+    )
 
 
 class TestSample:
     names = tuple(f"clip-{i}" for i in range(40))
     labels = ("a",) * 30 + ("b",) * 6 + ("c",) * 4
 
-    def test_classes_are_as_equal_as_they_can_be(self):
+    def test_classes_are_as_equal_as_they_can_be(self) -> None:
         found = unread(self.names, self.labels).sample(15)
         assert Counter(item.label for item in found.items) == {"a": 6, "b": 5, "c": 4}
 
-    def test_order_does_not_matter_but_the_seed_does(self):
+    def test_order_does_not_matter_but_the_seed_does(self) -> None:
         first = unread(self.names, self.labels).sample(10)
         second = unread(self.names[::-1], self.labels[::-1]).sample(10)
         assert [i.name for i in first.items] == [i.name for i in second.items]
         assert {i.name for i in first.items} != {i.name for i in unread(self.names, self.labels).sample(10, 1).items}
 
-    def test_a_larger_sample_begins_with_a_smaller_one(self):
+    def test_a_larger_sample_begins_with_a_smaller_one(self) -> None:
         whole = unread(self.names, self.labels)
         assert whole.sample(20).items[:7] == whole.sample(7).items
         assert whole.sample(100).count == 40
 
 
 class TestArrays:
-    def test_a_file_of_many_clips(self, clips, tmp_path):
+    def test_a_file_of_many_clips(self, clips: npt.NDArray[np.uint8], tmp_path: Path) -> None:
         np.savez(tmp_path / "set.npz", clips=clips, labels=np.array(["a", "b", "a"]))
         found = list(datasets.load(tmp_path / "set.npz").clips(CONTRACT))
         assert [(c.name, c.label) for c in found] == [("set#00000", "a"), ("set#00001", "b"), ("set#00002", "a")]
         np.testing.assert_array_equal([c.frames for c in found], clips)
 
-    def test_a_folder_of_arrays_by_class(self, clips, tmp_path):
+    def test_a_folder_of_arrays_by_class(self, clips: npt.NDArray[np.uint8], tmp_path: Path) -> None:
         for i, label in enumerate(("run", "walk", "walk")):
             (tmp_path / label).mkdir(exist_ok=True)
             np.save(tmp_path / label / f"{i}.npy", clips[i])
@@ -63,7 +74,7 @@ class TestArrays:
         ]
         np.testing.assert_array_equal(found[1].frames, clips[1])
 
-    def test_other_sizes_go_through_the_one_preprocessing(self, rng, tmp_path):
+    def test_other_sizes_go_through_the_one_preprocessing(self, rng: np.random.Generator, tmp_path: Path) -> None:
         np.save(tmp_path / "large.npy", rng.integers(0, 256, (9, 32, 48, 3), np.uint8))
         (clip,) = datasets.load(tmp_path / "large.npy").clips(CONTRACT)
         assert clip.frames.shape == CONTRACT.shape
@@ -76,24 +87,24 @@ class TestArrays:
             (np.zeros((4, 16, 24), np.uint8), "bad.npy: the frames: shape"),
         ],
     )
-    def test_bad_arrays_are_named(self, array, message, tmp_path):
+    def test_bad_arrays_are_named(self, array: npt.NDArray[Any], message: str, tmp_path: Path) -> None:
         np.save(tmp_path / "bad.npy", array)
         with pytest.raises(InputError, match=message):
             list(datasets.load(tmp_path / "bad.npy").clips(CONTRACT))
 
-    def test_labels_must_be_as_many(self, clips, tmp_path):
+    def test_labels_must_be_as_many(self, clips: npt.NDArray[np.uint8], tmp_path: Path) -> None:
         np.savez(tmp_path / "set.npz", clips=clips, labels=np.array(["a"]))
         with pytest.raises(InputError, match="3 clips and 1 labels"):
             datasets.load(tmp_path / "set.npz")
 
-    def test_an_archive_of_something_else(self, tmp_path):
+    def test_an_archive_of_something_else(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "set.npz", weights=np.zeros(3))
         with pytest.raises(InputError, match="holds weights; expected an array called frames or clips"):
             datasets.load(tmp_path / "set.npz")
 
 
 class TestManifest:
-    def test_rows_become_clips(self, clips, tmp_path):
+    def test_rows_become_clips(self, clips: npt.NDArray[np.uint8], tmp_path: Path) -> None:
         video.write(tmp_path / "a.mp4", np.repeat(clips[0], 4, axis=0), 10.0)
         np.save(tmp_path / "b.npy", clips[1])
         (tmp_path / "set.csv").write_text("path,label,start\na.mp4,run,0.5\na.mp4,run,\nb.npy,walk,\n")
@@ -227,13 +238,13 @@ class TestFolders:
         assert datasets.load(found.source).items[0].version == found.items[0].version
 
 
-def test_a_folder_mixes_videos_and_arrays(clips, tmp_path):
+def test_a_folder_mixes_videos_and_arrays(clips: npt.NDArray[np.uint8], tmp_path: Path) -> None:
     video.write(tmp_path / "a.mp4", clips[0], 10.0)
     np.save(tmp_path / "b.npy", clips[1])
     assert [c.name for c in datasets.load(tmp_path).clips(CONTRACT)] == ["a.mp4", "b.npy"]
 
 
-def test_nothing_there(tmp_path):
+def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no clips at"):
         datasets.load(tmp_path / "none")
     (tmp_path / "x.txt").write_text("")
@@ -241,7 +252,7 @@ def test_nothing_there(tmp_path):
         datasets.load(tmp_path / "x.txt")
 
 
-def test_the_built_in_sets_are_those_of_the_demo():
+def test_the_built_in_sets_are_those_of_the_demo() -> None:
     for given, expected in (
         (datasets.built_in(12, demo.LABELS), demo.evaluation(CONTRACT, 12)),
         (datasets.built_in_calibration(12, demo.LABELS), demo.calibration(CONTRACT, 12)),
@@ -251,14 +262,14 @@ def test_the_built_in_sets_are_those_of_the_demo():
             np.testing.assert_array_equal(a.frames, b.frames)
 
 
-def test_labels_of_another_model_are_refused():
+def test_labels_of_another_model_are_refused() -> None:
     known = unread(["1", "2"], ["a", None]).known(("a",))
     assert known.count == 2
     with pytest.raises(InputError, match="among them 'z'"):
         unread(["1"], ["z"]).known(("a",))
 
 
-def test_an_item_is_found_by_its_name(clips, tmp_path):
+def test_an_item_is_found_by_its_name(clips: npt.NDArray[np.uint8], tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", frames=clips, labels=["a", "b", "a"])
     found = datasets.load(tmp_path / "set.npz")
     assert found.source == tmp_path / "set.npz"
@@ -267,7 +278,7 @@ def test_an_item_is_found_by_its_name(clips, tmp_path):
         found.item("set#9")
 
 
-def test_a_file_that_changes_is_another_version(clips, tmp_path):
+def test_a_file_that_changes_is_another_version(clips: npt.NDArray[np.uint8], tmp_path: Path) -> None:
     path = tmp_path / "set.npz"
     np.savez(path, frames=clips)
     before = datasets.load(path)
@@ -277,7 +288,7 @@ def test_a_file_that_changes_is_another_version(clips, tmp_path):
     np.testing.assert_array_equal(after.items[0].read(CONTRACT).frames, clips[0, ::-1])
 
 
-def test_windows_of_one_video(tmp_path, rng):
+def test_windows_of_one_video(tmp_path: Path, rng: np.random.Generator) -> None:
     still = rng.integers(0, 256, (4, 6, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
     path = video.write(tmp_path / "v.mp4", (np.roll(still, 3 * i, axis=1) for i in range(20)), 10.0)
     found = datasets.windows(path, [0.0, 0.5])

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import os
 
 import pytest
@@ -17,7 +19,7 @@ CODES = {
 }
 
 
-def test_the_tree_is_the_one_that_the_module_draws():
+def test_the_tree_is_the_one_that_the_module_draws() -> None:
     tree = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
     tree.remove("InputWarning")
     assert tree == set(CODES)
@@ -25,7 +27,7 @@ def test_the_tree_is_the_one_that_the_module_draws():
 
 
 @pytest.mark.parametrize(("name", "code"), CODES.items())
-def test_every_error_is_caught_as_one_and_carries_its_exit_code(name, code):
+def test_every_error_is_caught_as_one_and_carries_its_exit_code(name: str, code: int) -> None:
     cls = getattr(errors, name)
     assert issubclass(cls, errors.EdgetubeError)
     with pytest.raises(errors.EdgetubeError, match=r"^what is wrong$") as caught:
@@ -33,7 +35,7 @@ def test_every_error_is_caught_as_one_and_carries_its_exit_code(name, code):
     assert caught.value.exit_code == code
 
 
-def test_callers_who_know_only_the_standard_library_catch_the_usual_types():
+def test_callers_who_know_only_the_standard_library_catch_the_usual_types() -> None:
     assert issubclass(errors.SpecError, ValueError)
     assert issubclass(errors.MissingPackageError, ImportError)
 

@@ -1,7 +1,10 @@
 """Which files of a folder are clips."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -102,12 +105,12 @@ def test_every_container_that_plays_is_found(tmp_path: Path, suffix: str, codec:
     path = tmp_path / f"clip.{suffix}"
     size = (720, 576) if suffix == "dv" else (176, 144)
     with av.open(str(path), "w", format=FORMATS.get(suffix)) as container:
-        stream = container.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt = *size, LAYOUTS.get(suffix, "yuv420p")  # type: ignore[attr-defined]
+        stream: Any = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = *size, LAYOUTS.get(suffix, "yuv420p")
         for _ in range(12):
             pixels = rng.integers(0, 256, (size[1] // 8, size[0] // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))  # type: ignore[attr-defined]
-        container.mux(stream.encode(None))  # type: ignore[attr-defined]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
     (listed,) = listing.walk(tmp_path, listing.VIDEOS).files
     assert listed == path
     assert video.load(listed, CONTRACT).frames.shape == CONTRACT.shape

@@ -1,7 +1,11 @@
 """The reader of packages against the vendor's own protobuf, and against damage."""
 
+from __future__ import annotations
+
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ from edgetube.errors import BundleError
 ct = pytest.importorskip("coremltools")
 
 
-def save(path, build):
+def save(path: Any, build: Any) -> Any:
     """A package of one function that makes `y` of `x` (2, 64) float16."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, types
@@ -37,7 +41,7 @@ def save(path, build):
     return path
 
 
-def linear(mb, x):
+def linear(mb: Any, x: Any) -> Any:
     rng = np.random.default_rng(0)
     data = rng.integers(-127, 127, (32, 64)).astype(np.int8)
     weight = mb.constexpr_blockwise_shift_scale(data=data, scale=np.full((32, 1), 0.01, np.float16))
@@ -46,21 +50,21 @@ def linear(mb, x):
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory):
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved package with weights of several types; nobody may write in it."""
     return save(tmp_path_factory.mktemp("package") / "model.mlpackage", linear)
 
 
 @pytest.fixture
-def copy(package, tmp_path):
+def copy(package: Path, tmp_path: Path) -> Path:
     return shutil.copytree(package, tmp_path / "model.mlpackage")
 
 
-def weights(path):
+def weights(path: Path) -> Path:
     return path / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
 
 
-def test_it_finds_what_the_vendors_protobuf_says(package):
+def test_it_finds_what_the_vendors_protobuf_says(package: Path) -> None:
     found = mlpackage.load(package)
     spec = ct.models.MLModel(str(package), skip_model_load=True).get_spec()
     assert found.version == spec.specificationVersion
@@ -78,7 +82,7 @@ def test_it_finds_what_the_vendors_protobuf_says(package):
     assert function.inputs == {"x": mlpackage.TensorType("fp16", (2, 64))}
 
 
-def test_constants_are_those_that_were_written(package):
+def test_constants_are_those_that_were_written(package: Path) -> None:
     function = mlpackage.load(package).functions["main"]
     rng = np.random.default_rng(0)
     (quantised,) = (o for o in function.operations if o.kind.startswith("constexpr_"))
@@ -91,14 +95,14 @@ def test_constants_are_those_that_were_written(package):
     assert list(shape) == [2, 4, 8]
 
 
-def test_a_weight_file_that_is_cut_off_is_refused(copy):
+def test_a_weight_file_that_is_cut_off_is_refused(copy: Path) -> None:
     with weights(copy).open("r+b") as file:
         file.truncate(weights(copy).stat().st_size - 64)
     with pytest.raises(BundleError, match="damaged"):
         mlpackage.load(copy)
 
 
-def test_a_record_that_is_no_record_is_refused(copy):
+def test_a_record_that_is_no_record_is_refused(copy: Path) -> None:
     data = bytearray(weights(copy).read_bytes())
     data[64] ^= 1
     weights(copy).write_bytes(data)
@@ -106,7 +110,7 @@ def test_a_record_that_is_no_record_is_refused(copy):
         mlpackage.load(copy)
 
 
-def test_a_record_of_another_size_is_refused(copy):
+def test_a_record_of_another_size_is_refused(copy: Path) -> None:
     data = bytearray(weights(copy).read_bytes())
     data[72] ^= 2
     weights(copy).write_bytes(data)
@@ -114,13 +118,13 @@ def test_a_record_of_another_size_is_refused(copy):
         mlpackage.load(copy)
 
 
-def test_a_missing_weight_file_is_named(copy):
+def test_a_missing_weight_file_is_named(copy: Path) -> None:
     weights(copy).unlink()
     with pytest.raises(BundleError, match=r"weight\.bin is missing"):
         mlpackage.load(copy)
 
 
-def test_no_package_at_all(tmp_path):
+def test_no_package_at_all(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="not an ML program package"):
         mlpackage.load(tmp_path)
     (tmp_path / "Manifest.json").write_text(json.dumps({"itemInfoEntries": {}}))
@@ -128,7 +132,7 @@ def test_no_package_at_all(tmp_path):
         mlpackage.load(tmp_path)
 
 
-def test_names_that_are_given_twice_are_refused(tmp_path):
+def test_names_that_are_given_twice_are_refused(tmp_path: Path) -> None:
     """The vendor's writer does not notice."""
     path = save(
         tmp_path / "twice.mlpackage", lambda mb, x: mb.cast(x=mb.add(x=x, y=x, name="y"), dtype="fp32", name="y")
@@ -137,7 +141,7 @@ def test_names_that_are_given_twice_are_refused(tmp_path):
         mlpackage.load(path)
 
 
-def test_damage_anywhere_in_the_program_is_an_error_of_ours_or_none(copy):
+def test_damage_anywhere_in_the_program_is_an_error_of_ours_or_none(copy: Path) -> None:
     (model,) = copy.rglob("*.mlmodel")
     data = model.read_bytes()
     rng = np.random.default_rng(0)
@@ -154,7 +158,7 @@ def test_damage_anywhere_in_the_program_is_an_error_of_ours_or_none(copy):
 
 
 @pytest.mark.parametrize(("bits", "signed"), [(1, False), (2, False), (3, False), (4, False), (4, True), (6, False)])
-def test_packed_numbers(bits, signed, rng):
+def test_packed_numbers(bits: int, signed: bool, rng: np.random.Generator) -> None:
     low, high = (-(1 << bits - 1), (1 << bits - 1)) if signed else (0, 1 << bits)
     numbers = rng.integers(low, high, 37)
     stream = sum((int(n) % (1 << bits)) << (i * bits) for i, n in enumerate(numbers))

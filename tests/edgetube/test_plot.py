@@ -1,6 +1,10 @@
 """The picture of the tubes: its geometry against a convolution's own gradient, its pixels against the clip."""
 
+from __future__ import annotations
+
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from edgetube import plot
 from edgetube.errors import InputError
 from edgetube.spec import ModelSpec, TubeSpec, named
 
-HEAD = {"width": 24, "depth": 1, "heads": 2, "classifiers": (("moves", 3),)}
+HEAD: dict[str, Any] = {"width": 24, "depth": 1, "heads": 2, "classifiers": (("moves", 3),)}
 SMALL = ModelSpec(
     tubes=(
         TubeSpec((4, 6, 6), (8, 16, 16), (1, 3, 2), (2, 1, 1)),
@@ -31,11 +35,14 @@ def read_by_convolution(tube: TubeSpec, clip: tuple[int, int, int]) -> np.ndarra
     y = F.conv3d(x[:, :, t:, h:, w:], torch.ones(1, 1, *tube.kernel), stride=tube.conv_stride)
     keep = [g * s for g, s in zip(tube.grid(clip), tube.space_to_depth, strict=True)]
     y[0, 0, : keep[0], : keep[1], : keep[2]].sum().backward()
+    assert x.grad is not None
+    assert x.grad is not None
+    assert x.grad is not None
     return (x.grad[0, 0] > 0).numpy()
 
 
 @pytest.mark.parametrize("tube", [*SMALL.tubes, TubeSpec((3, 5, 7), (1, 2, 3), (2, 0, 1))], ids=str)
-def test_boxes_are_the_voxels_that_a_convolution_reads(tube):
+def test_boxes_are_the_voxels_that_a_convolution_reads(tube: TubeSpec) -> None:
     clip = SMALL.clip
     expected = read_by_convolution(tube, clip)
     assert expected.any()
@@ -45,20 +52,20 @@ def test_boxes_are_the_voxels_that_a_convolution_reads(tube):
     assert len(np.unique(boxes, axis=0)) == len(boxes)
 
 
-def test_the_papers_tubes_touch_a_tenth_of_the_clip():
+def test_the_papers_tubes_touch_a_tenth_of_the_clip() -> None:
     assert plot.touched(named("tubevit-b")) == pytest.approx(0.105, abs=5e-4)
     assert plot.touched(named("tubevit-b-s2d")) == pytest.approx(0.175, abs=5e-4)
     assert plot.touched(named("tubevit-b", frames=1)) == 1.0  # the 2-D tube tiles an image
 
 
-def test_touched_counts_shared_voxels_once():
+def test_touched_counts_shared_voxels_once() -> None:
     tube = TubeSpec((2, 4, 4), (2, 4, 4))
     spec = ModelSpec(tubes=(tube, tube, TubeSpec((1, 2, 2), (4, 4, 4))), frames=4, size=(8, 12), **HEAD)
     assert plot.touched(spec) == 1.0
     assert plot.touched(replace(spec, tubes=spec.tubes[2:])) == 4 / 64
 
 
-def test_shown_frames_are_read_where_that_is_possible():
+def test_shown_frames_are_read_where_that_is_possible() -> None:
     clip = (32, 64, 64)
     assert plot.shown(TubeSpec((8, 8, 8), (16, 32, 32)), clip) == [0, 8, 16, 24]
     assert plot.shown(TubeSpec((2, 8, 8), (8, 32, 32), (5, 0, 0)), clip) == [5, 13, 21, 29]
@@ -66,12 +73,12 @@ def test_shown_frames_are_read_where_that_is_possible():
     assert plot.shown(TubeSpec((1, 8, 8), (1, 8, 8)), (1, 64, 64)) == [0]
 
 
-def test_lanes_keep_windows_apart():
+def test_lanes_keep_windows_apart() -> None:
     windows = np.array([(4, 20), (10, 26), (16, 32), (20, 36), (26, 42)])
     assert plot.lanes(windows) == [[(4, 20), (20, 36)], [(10, 26), (26, 42)], [(16, 32)]]
 
 
-def test_strongest_filters_are_scaled_one_by_one():
+def test_strongest_filters_are_scaled_one_by_one() -> None:
     weight = np.zeros((4, 3, 2, 2, 2))
     weight[1, 0, 0, 0, 0] = -0.01
     weight[3, 1, 1, 1, 0] = 5.0
@@ -83,7 +90,7 @@ def test_strongest_filters_are_scaled_one_by_one():
     assert plot.strongest(np.ones((2, 5, 1, 3, 3)), 9).shape == (2, 1, 3, 3, 3)  # not colours: grey
 
 
-def test_contact_sheet_places_every_picture():
+def test_contact_sheet_places_every_picture() -> None:
     pictures = np.linspace(0, 0.9, 5)[:, None, None, None, None] * np.ones((5, 3, 48, 24, 3))
     sheet, height = plot.contact_sheet(pictures, across=2, gap=0.5, lead=0.25)
     assert height == 48
@@ -107,7 +114,7 @@ def kernels_of(spec: ModelSpec) -> dict[int, np.ndarray]:
     return {i: rng.standard_normal(shape).astype(np.float32) for i, shape in enumerate(shapes)}
 
 
-def rgb(path) -> np.ndarray:
+def rgb(path: Any) -> np.ndarray:
     from matplotlib.image import imread
 
     return imread(path)[..., :3]
@@ -125,7 +132,7 @@ IMAGE = ModelSpec(
 
 
 @pytest.mark.parametrize(("spec", "rows"), [(SMALL, 3), (IMAGE, 1)], ids=["clip", "image"])
-def test_tubes_writes_one_png_with_a_row_a_tube(tmp_path, spec, rows):
+def test_tubes_writes_one_png_with_a_row_a_tube(tmp_path: Path, spec: ModelSpec, rows: int) -> None:
     path = tmp_path / "tubes.png"
     assert plot.tubes(path, spec, clip_of(spec), kernels_of(spec), "a $title$ \\of") == path
     assert [p.name for p in tmp_path.iterdir()] == ["tubes.png"]
@@ -142,7 +149,7 @@ def test_tubes_writes_one_png_with_a_row_a_tube(tmp_path, spec, rows):
         assert kernels.std() > 0.1
 
 
-def test_tubes_without_kernels_draws_the_same_geometry(tmp_path):
+def test_tubes_without_kernels_draws_the_same_geometry(tmp_path: Path) -> None:
     with_kernels = rgb(plot.tubes(tmp_path / "a.png", SMALL, clip_of(SMALL), kernels_of(SMALL), "t"))
     without = rgb(plot.tubes(tmp_path / "b.png", SMALL, clip_of(SMALL), None, "t"))
     edge = round((plot.KERNELS_X - 0.1) * plot.DPI)
@@ -150,7 +157,7 @@ def test_tubes_without_kernels_draws_the_same_geometry(tmp_path):
     assert (with_kernels[:, edge:] != without[:, edge:]).any()
 
 
-def test_the_strip_shows_the_clips_own_pixels_where_they_are_read(tmp_path):
+def test_the_strip_shows_the_clips_own_pixels_where_they_are_read(tmp_path: Path) -> None:
     """A white clip on which one tube reads the left half: white there, dark elsewhere."""
     spec = ModelSpec(tubes=(TubeSpec((1, 32, 16), (1, 32, 32)),), frames=4, size=(32, 32), **HEAD)
     picture = rgb(plot.tubes(tmp_path / "t.png", spec, np.full((4, 32, 32, 3), 255, np.uint8), None, "t"))
@@ -163,7 +170,7 @@ def test_the_strip_shows_the_clips_own_pixels_where_they_are_read(tmp_path):
         assert picture[y, right].max() < 0.5
 
 
-def test_tubes_does_not_depend_on_the_users_style(tmp_path):
+def test_tubes_does_not_depend_on_the_users_style(tmp_path: Path) -> None:
     import matplotlib
 
     plain = plot.tubes(tmp_path / "a.png", IMAGE, clip_of(IMAGE), None, "t").read_bytes()
@@ -172,7 +179,7 @@ def test_tubes_does_not_depend_on_the_users_style(tmp_path):
         assert matplotlib.rcParams["font.size"] == 30
 
 
-def test_tubes_refuses_what_does_not_belong_together(tmp_path):
+def test_tubes_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
     clip, path = clip_of(SMALL), tmp_path / "tubes.png"
     with pytest.raises(InputError, match=r"clip is \(16, 50, 64, 3\) uint8; the model takes \(17, 50, 64, 3\)"):
         plot.tubes(path, SMALL, clip[:16], None, "t")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -42,7 +45,7 @@ def expected_geometry(height: int, width: int, contract: InputContract) -> tuple
 
 def pil(image: np.ndarray, contract: InputContract) -> np.ndarray:
     """Pillow resizes the whole picture, then the crop is cut out."""
-    rows, columns, top, left = expected_geometry(*image.shape[:2], contract)
+    rows, columns, top, left = expected_geometry(image.shape[0], image.shape[1], contract)
     resized = np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR))
     return resized[top : top + contract.height, left : left + contract.width]
 
@@ -61,7 +64,9 @@ target = st.integers(1, 60)
 @example(1, 1, 60, 60, "noise", False)
 @example(1, 150, 40, 3, "ramp", False)
 @example(150, 1, 5, 60, "noise", True)
-def test_equals_pillow_within_one_level(height, width, rows, columns, kind, stretch):
+def test_equals_pillow_within_one_level(
+    height: Any, width: Any, rows: Any, columns: Any, kind: Any, stretch: Any
+) -> None:
     contract = InputContract(1, rows, columns, resize="stretch" if stretch else "short-side")
     image = picture(kind, height, width)
     ours = preprocess.spatial(image[None], contract)
@@ -71,7 +76,7 @@ def test_equals_pillow_within_one_level(height, width, rows, columns, kind, stre
 
 # A single column or row is left out: torch 2.13 then gives the other axis one and the same value everywhere.
 @given(side, side, st.integers(2, 60), st.integers(2, 60))
-def test_equals_torch_antialias_within_one_level(height, width, rows, columns):
+def test_equals_torch_antialias_within_one_level(height: Any, width: Any, rows: Any, columns: Any) -> None:
     torch = pytest.importorskip("torch")
     contract = InputContract(1, rows, columns)
     image = picture("noise", height, width)
@@ -85,7 +90,7 @@ def test_equals_torch_antialias_within_one_level(height, width, rows, columns):
 
 
 @pytest.mark.parametrize("contract", [InputContract(1, 224, 224), InputContract(1, 96, 160)], ids=str)
-def test_equals_pillow_on_a_photograph(contract):
+def test_equals_pillow_on_a_photograph(contract: InputContract) -> None:
     photo = pytest.importorskip("skimage.data").astronaut()[:, :400]
     ours = preprocess.spatial(photo[None], contract)[0]
     assert levels(ours, pil(photo, contract)) <= 1
@@ -93,20 +98,20 @@ def test_equals_pillow_on_a_photograph(contract):
 
 
 @pytest.mark.parametrize(("height", "width"), [(1080, 1920), (1920, 1080), (2000, 37)])
-def test_large_frames_equal_pillow(height, width):
+def test_large_frames_equal_pillow(height: int, width: int) -> None:
     contract = InputContract(1, 112, 112)
     image = picture("noise", height, width)
     assert levels(preprocess.spatial(image[None], contract)[0], pil(image, contract)) <= 1
 
 
 @given(side, side, target, target)
-def test_white_stays_white(height, width, rows, columns):
+def test_white_stays_white(height: Any, width: Any, rows: Any, columns: Any) -> None:
     """The weights sum to one exactly, so a flat picture keeps its level."""
     contract = InputContract(1, rows, columns)
     assert preprocess.spatial(picture("white", height, width)[None], contract).min() == 255
 
 
-def test_is_exact_integer_arithmetic():
+def test_is_exact_integer_arithmetic() -> None:
     """The same bytes on every machine: the filter in Python's integers gives the same bytes as the BLAS."""
     contract = InputContract(1, 9, 11)
     image = picture("noise", 61, 83)
@@ -125,7 +130,7 @@ def test_is_exact_integer_arithmetic():
 
 
 @given(side, side, target, target, st.sampled_from(["short-side", "stretch"]))
-def test_geometry_covers_the_crop(height, width, rows, columns, resize):
+def test_geometry_covers_the_crop(height: Any, width: Any, rows: Any, columns: Any, resize: Any) -> None:
     contract = InputContract(1, rows, columns, resize=resize)
     got = preprocess.geometry(height, width, contract)
     assert got == expected_geometry(height, width, contract)
@@ -144,22 +149,22 @@ def test_geometry_covers_the_crop(height, width, rows, columns, resize):
         ((224, 227), (224, 227, 0, 2)),
     ],
 )
-def test_geometry_is_that_of_torchvision(source, expected):
+def test_geometry_is_that_of_torchvision(source: tuple[int, int], expected: tuple[int, int, int, int]) -> None:
     assert preprocess.geometry(*source, InputContract(1, 224, 224)) == expected
 
 
-def test_right_size_is_returned_untouched():
+def test_right_size_is_returned_untouched() -> None:
     frames = picture("noise", 16, 24)[None]
     assert preprocess.spatial(frames, InputContract(1, 16, 24)) is frames
 
 
-def test_crop_alone_copies_pixels():
+def test_crop_alone_copies_pixels() -> None:
     frames = picture("noise", 16, 30)[None]
     out = preprocess.spatial(frames, InputContract(1, 16, 24))
     np.testing.assert_array_equal(out, frames[:, :, 3:27])
 
 
-def test_reads_only_what_the_crop_needs():
+def test_reads_only_what_the_crop_needs() -> None:
     """Changing pixels outside the crop's support changes nothing; inside, it does."""
     contract = InputContract(1, 20, 20)
     image = picture("noise", 100, 400)
@@ -208,7 +213,7 @@ RATES = [5, 10, 12.5, 24, 30, 60]
 )
 @example(10, 30, 30, 5, None)
 @example(3, 10, 10, 8, None)
-def test_sample_equals_the_definition(count, source, fps, frames, percent):
+def test_sample_equals_the_definition(count: Any, source: Any, fps: Any, frames: Any, percent: Any) -> None:
     contract = InputContract(frames, 8, 8, fps=fps)
     start = None if percent is None else Fraction(count * percent, 100) / Fraction(source)
     assume(not is_tie(count, Fraction(source), contract, start))
@@ -232,7 +237,9 @@ def test_sample_equals_the_definition(count, source, fps, frames, percent):
         (9, None, None, 1, None, [4]),  # an image of a clip is its middle
     ],
 )
-def test_sample_by_hand(count, source, fps, frames, start, expected):
+def test_sample_by_hand(
+    count: int, source: float | None, fps: float | None, frames: int, start: float | None, expected: list[int]
+) -> None:
     contract = InputContract(frames, 8, 8, fps=fps)
     assert preprocess.sample(count, source, contract, start).tolist() == expected
 
@@ -249,17 +256,17 @@ def test_sample_by_hand(count, source, fps, frames, start, expected):
         ((10, None, 0.0), "no clock: give source_fps"),
     ],
 )
-def test_sample_refuses(arguments, message):
+def test_sample_refuses(arguments: Any, message: str) -> None:
     count, source, start = arguments
     with pytest.raises(InputError, match=message):
         preprocess.sample(count, source, InputContract(4, 8, 8), start)
 
 
-def test_resample_gives_a_frame_when_its_time_has_come():
+def test_resample_gives_a_frame_when_its_time_has_come() -> None:
     """A live view must not wait for the next frame to show this one."""
     asked = []
 
-    def camera():
+    def camera() -> Iterator[Any]:
         for i in range(10):
             asked.append(i)
             yield i / 10, i
@@ -284,7 +291,7 @@ def test_resample_gives_a_frame_when_its_time_has_come():
         ([], 1.0, None, []),
     ],
 )
-def test_resample_by_hand(times, fps, start, expected):
+def test_resample_by_hand(times: list[Any], fps: float | None, start: float | None, expected: list[Any]) -> None:
     timed = ((t, i) for i, t in enumerate(times))
     assert [i for _, i in preprocess.resample(timed, fps, start)] == expected
 
@@ -292,7 +299,7 @@ def test_resample_by_hand(times, fps, start, expected):
 # -------------------------------------------------------------------------------------------------------------- arrays
 
 
-def test_prepare_samples_then_resizes():
+def test_prepare_samples_then_resizes() -> None:
     frames = np.stack([picture("noise", 40, 70) // 2 + i for i in range(50)])
     contract = InputContract(6, 24, 32, fps=7)
     clip = preprocess.prepare(frames, contract, source_fps=25, start=0.2)
@@ -304,7 +311,7 @@ def test_prepare_samples_then_resizes():
     assert clip.flags.c_contiguous
 
 
-def test_prepare_resizes_only_what_is_sampled(monkeypatch):
+def test_prepare_resizes_only_what_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     spatial = preprocess.spatial
     monkeypatch.setattr(preprocess, "spatial", lambda f, c: seen.append(len(f)) or spatial(f, c))
@@ -314,19 +321,19 @@ def test_prepare_resizes_only_what_is_sampled(monkeypatch):
     assert seen == [4, 2]
 
 
-def test_prepare_pads_a_short_clip_with_its_last_frame():
+def test_prepare_pads_a_short_clip_with_its_last_frame() -> None:
     frames = np.stack([np.full((8, 8, 3), 10 * i, np.uint8) for i in range(3)])
     clip = preprocess.prepare(frames, InputContract(6, 8, 8))
     assert clip[:, 0, 0, 0].tolist() == [0, 10, 20, 20, 20, 20]
 
 
-def test_prepare_returns_a_copy():
+def test_prepare_returns_a_copy() -> None:
     frames = np.zeros((4, 8, 8, 3), np.uint8)
     preprocess.prepare(frames, InputContract(4, 8, 8))[...] = 9
     assert not frames.any()
 
 
-def test_image_contract_takes_one_image():
+def test_image_contract_takes_one_image() -> None:
     image = picture("ramp", 30, 40)
     contract = InputContract(1, 16, 16)
     np.testing.assert_array_equal(preprocess.prepare(image, contract), preprocess.prepare(image[None], contract))
@@ -351,7 +358,7 @@ def views(clip: np.ndarray) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", list(views(np.zeros((1, 1, 1, 3), np.uint8))))
-def test_any_strides_give_the_same_bytes(name, rng):
+def test_any_strides_give_the_same_bytes(name: str, rng: np.random.Generator) -> None:
     clip = rng.integers(0, 256, (5, 30, 44, 3), np.uint8)
     view = views(clip)[name]
     same, other = InputContract(5, 30, 44), InputContract(3, 16, 20)
@@ -362,7 +369,7 @@ def test_any_strides_give_the_same_bytes(name, rng):
     np.testing.assert_array_equal(preprocess.prepare(view, other), preprocess.prepare(clip, other))
 
 
-def test_check_does_not_copy_what_is_right(rng):
+def test_check_does_not_copy_what_is_right(rng: np.random.Generator) -> None:
     clips = rng.integers(0, 256, (2, 3, 8, 8, 3), np.uint8)
     assert np.shares_memory(preprocess.check(clips, InputContract(3, 8, 8)), clips)
 
@@ -382,13 +389,13 @@ FLOATS = np.zeros((3, 8, 8, 3), np.float32)
     ids=["float", "int", "rank", "channels first", "alpha"],
 )
 @pytest.mark.parametrize("function", [preprocess.check, preprocess.prepare])
-def test_wrong_pixels_are_refused(function, array, message):
+def test_wrong_pixels_are_refused(function: Callable[..., Any], array: npt.NDArray[Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         function(array, InputContract(3, 8, 8))
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (3, 8, 9, 3), (2, 3, 9, 8, 3), (0, 3, 8, 8, 3), (8, 8, 3)])
-def test_check_refuses_another_shape(shape):
+def test_check_refuses_another_shape(shape: tuple[int, ...]) -> None:
     text = ", ".join(map(str, shape))
     with pytest.raises(
         InputError, match=rf"\({text}\); expected \(3, 8, 8, 3\) or a batch .*\(B, 3, 8, 8, 3\): .*prepare"
@@ -397,11 +404,11 @@ def test_check_refuses_another_shape(shape):
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 3), (2, 3, 8, 8, 3), (0, 8, 8, 3), (3, 0, 8, 3)])
-def test_prepare_refuses_another_rank_and_nothing(shape):
+def test_prepare_refuses_another_rank_and_nothing(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=rf"shape \({', '.join(map(str, shape))}\)"):
         preprocess.prepare(np.zeros(shape, np.uint8), InputContract(3, 8, 8))
 
 
-def test_image_contract_refuses_a_stack_of_images():
+def test_image_contract_refuses_a_stack_of_images() -> None:
     with pytest.raises(InputError, match=r"\(2, 8, 8, 3\); expected \(1, 8, 8, 3\)"):
         preprocess.check(np.zeros((2, 8, 8, 3), np.uint8), InputContract(1, 8, 8))

@@ -1,13 +1,17 @@
 """Arrays in files give back what NumPy reads, row by row; what is damaged is an error."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,42 +25,43 @@ class TestSpool:
     """An array in a file is the array that was put into it."""
 
     @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-    def test_rows_come_back_in_any_order(self, tmp_path, rng, dtype):
+    def test_rows_come_back_in_any_order(self, tmp_path: Path, rng: np.random.Generator, dtype: type[Any]) -> None:
         expected = (100 * rng.random((7, 3, 5))).astype(dtype)
         spool = Spool(tmp_path, expected.shape, dtype)
         for index in rng.permutation(7):
             spool[index] = expected[index]
-        assert (spool.shape, spool.dtype, len(spool)) == ((7, 3, 5), dtype, 7)
+        assert (spool.shape, len(spool)) == ((7, 3, 5), 7)
+        assert spool.dtype == dtype
         np.testing.assert_array_equal(np.stack(list(spool)), expected)
         for index in (3, 0, 6, -1):
             np.testing.assert_array_equal(spool[index], expected[index])
 
-    def test_rows_are_converted_and_made_contiguous(self, tmp_path, rng):
+    def test_rows_are_converted_and_made_contiguous(self, tmp_path: Path, rng: np.random.Generator) -> None:
         row = rng.random((5, 3)).T
         spool = Spool(tmp_path, (1, 3, 5), np.float32)
         spool[0] = row
         np.testing.assert_array_equal(spool[0], row.astype(np.float32))
 
-    def test_a_row_is_a_copy(self, tmp_path):
+    def test_a_row_is_a_copy(self, tmp_path: Path) -> None:
         spool = Spool(tmp_path, (2, 4), np.float32)
         spool[1] = np.ones(4)
         spool[1][:] = 7
         np.testing.assert_array_equal(np.stack(list(spool)), [[0] * 4, [1] * 4])
 
-    def test_there_is_no_row_beyond_the_end(self, tmp_path):
+    def test_there_is_no_row_beyond_the_end(self, tmp_path: Path) -> None:
         spool = Spool(tmp_path, (2, 4), np.float32)
         with pytest.raises(IndexError):
             spool[2]
         with pytest.raises(IndexError):
             spool[2] = np.ones(4)
 
-    def test_the_file_has_no_name(self, tmp_path):
+    def test_the_file_has_no_name(self, tmp_path: Path) -> None:
         spool = Spool(tmp_path, (2, 4), np.float32)
         assert list(tmp_path.iterdir()) == []
         del spool
 
     @pytest.mark.skipif(sys.platform == "win32", reason="has no limit of the size of files")
-    def test_a_disk_that_refuses_is_an_error_and_no_crash(self, tmp_path):
+    def test_a_disk_that_refuses_is_an_error_and_no_crash(self, tmp_path: Path) -> None:
         script = (
             "import resource, sys, numpy as np\nfrom pathlib import Path\n"
             "from edgetube.rows import Spool\n"
@@ -69,7 +74,9 @@ class TestSpool:
 
 
 @given(array=arrays.arrays(st.sampled_from(["<u1", "<f4", ">i2", "<U5"]), arrays.array_shapes(max_dims=4)))
-def test_what_numpy_saves_is_read_row_by_row(tmp_path_factory, array):
+def test_what_numpy_saves_is_read_row_by_row(
+    tmp_path_factory: pytest.TempPathFactory, array: npt.NDArray[np.uint8]
+) -> None:
     folder = tmp_path_factory.mktemp("arrays")
     np.save(folder / "a.npy", array)
     np.savez(folder / "b.npz", other=np.arange(5), frames=array)
@@ -84,7 +91,7 @@ def test_what_numpy_saves_is_read_row_by_row(tmp_path_factory, array):
 
 
 @pytest.mark.parametrize("array", [np.asfortranarray(np.arange(12.0).reshape(3, 4)), np.array("label")])
-def test_what_has_no_rows_in_the_file_is_read_at_once(tmp_path, array):
+def test_what_has_no_rows_in_the_file_is_read_at_once(tmp_path: Path, array: npt.NDArray[Any]) -> None:
     np.savez(tmp_path / "a.npz", a=array)
     found = stored(tmp_path / "a.npz")["a"]
     assert isinstance(found, np.ndarray)
@@ -93,16 +100,16 @@ def test_what_has_no_rows_in_the_file_is_read_at_once(tmp_path, array):
 
 class TestDamaged:
     @pytest.fixture
-    def array(self, rng):
+    def array(self, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
         return rng.integers(0, 256, (4, 8, 8), np.uint8)
 
-    def test_truncated(self, tmp_path, array):
+    def test_truncated(self, tmp_path: Path, array: npt.NDArray[np.uint8]) -> None:
         np.save(tmp_path / "a.npy", array)
         (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-7])
         with pytest.raises(ValueError, match="7 bytes too short"):
             stored(tmp_path / "a.npy")
 
-    def test_a_flipped_bit_in_an_archive(self, tmp_path, array):
+    def test_a_flipped_bit_in_an_archive(self, tmp_path: Path, array: npt.NDArray[np.uint8]) -> None:
         np.savez(tmp_path / "a.npz", frames=array)
         data = bytearray((tmp_path / "a.npz").read_bytes())
         data[250] ^= 1
@@ -111,17 +118,17 @@ class TestDamaged:
             stored(tmp_path / "a.npz")
 
     @pytest.mark.parametrize("name", ["a.npy", "a.npz"])
-    def test_no_array_at_all(self, tmp_path, name):
+    def test_no_array_at_all(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_bytes(b"no array, whatever its name says")
         with pytest.raises(FormatError, match=f"{name} is damaged"):
             stored(tmp_path / name)
 
-    def test_python_objects_are_not_loaded(self, tmp_path):
+    def test_python_objects_are_not_loaded(self, tmp_path: Path) -> None:
         np.save(tmp_path / "a.npy", np.array([{}, None]))
         with pytest.raises(ValueError, match=r"a\.npy: it holds object of shape \(2,\); expected numbers"):
             stored(tmp_path / "a.npy")
 
-    def test_a_file_that_shrank_meanwhile(self, tmp_path, array):
+    def test_a_file_that_shrank_meanwhile(self, tmp_path: Path, array: npt.NDArray[np.uint8]) -> None:
         np.save(tmp_path / "a.npy", array)
         found = stored(tmp_path / "a.npy")[""]
         (tmp_path / "a.npy").write_bytes(b"")
@@ -182,9 +189,9 @@ class TestReadArrays:
 
     @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
     def test_they_come_back_and_can_be_written_to(self, tmp_path: Path, save: Callable[..., None]) -> None:
-        a, b = np.arange(12, dtype=np.uint8).reshape(3, 4), np.float32([1.5, -2])
+        a, b = np.arange(12, dtype=np.uint8).reshape(3, 4), np.array([1.5, -2], np.float32)
         save(tmp_path / "x.npz", a=np.asfortranarray(a), b=b, empty=np.empty((0, 3), np.float32))
-        wanted = {"a": ((3, 4), np.uint8), "b": ((2,), np.float32), "empty": ((0, 3), "<f4")}
+        wanted: dict[str, Any] = {"a": ((3, 4), np.uint8), "b": ((2,), np.float32), "empty": ((0, 3), "<f4")}
         found = read_arrays(tmp_path / "x.npz", wanted)
         np.testing.assert_array_equal(found["a"], a)
         np.testing.assert_array_equal(found["b"], b)
@@ -202,7 +209,7 @@ class TestReadArrays:
         ],
     )
     def test_others_are_refused(self, tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
-        np.savez(tmp_path / "x.npz", **arrays)
+        np.savez(tmp_path / "x.npz", **{name: np.asarray(array) for name, array in arrays.items()})  # type: ignore[arg-type]
         with pytest.raises(FormatError, match=message):
             read_arrays(tmp_path / "x.npz", {"a": ((3,), np.uint8)})
 

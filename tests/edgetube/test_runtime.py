@@ -1,5 +1,7 @@
 """`edgetube.Runtime` as a camera app uses it."""
 
+from __future__ import annotations
+
 import os
 import pickle
 import shutil
@@ -7,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -22,38 +25,39 @@ from edgetube import preprocess, video
 from edgetube.errors import BackendError, BundleError, InputError, ParityError
 from edgetube.export import pipeline
 from edgetube.model import checkpoints
+from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.torch import normalise
 
 
 @pytest.fixture(scope="module")
-def rt(tiny_bundle):
+def rt(tiny_bundle: Path) -> Iterator[edgetube.Runtime]:
     with edgetube.Runtime(tiny_bundle) as runtime:
         yield runtime
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint):
+def model(tiny_checkpoint: Path) -> Checkpoint:
     return checkpoints.load(tiny_checkpoint)
 
 
 @pytest.fixture
-def clips(rng, rt):
+def clips(rng: np.random.Generator, rt: edgetube.Runtime) -> npt.NDArray[np.uint8]:
     return rng.integers(0, 256, (3, *rt.contract.shape), np.uint8)
 
 
-def reference(model, clips):
+def reference(model: Checkpoint, clips: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """The definition, written out: PyTorch on normalised pixels."""
     with torch.no_grad():
         return model.model(normalise(torch.from_numpy(np.ascontiguousarray(clips)), model.contract)).numpy()
 
 
-def test_logits_are_pytorchs(rt, model, clips):
+def test_logits_are_pytorchs(rt: edgetube.Runtime, model: Checkpoint, clips: npt.NDArray[np.uint8]) -> None:
     np.testing.assert_allclose(rt(clips), reference(model, clips), atol=1e-5)
     assert rt(clips).dtype == np.float32
 
 
 @pytest.mark.parametrize("view", ["reversed", "transposed", "strided"])
-def test_any_strides(rt, model, clips, view):
+def test_any_strides(rt: edgetube.Runtime, model: Checkpoint, clips: npt.NDArray[np.uint8], view: str) -> None:
     if view == "reversed":
         odd = clips[:, ::-1, :, ::-1]
     elif view == "transposed":
@@ -73,12 +77,16 @@ def test_any_strides(rt, model, clips, view):
         (lambda c: c[..., :2], "expected"),
     ],
 )
-def test_wrong_shape_or_dtype_says_given_and_expected(rt, clips, change, message):
+def test_wrong_shape_or_dtype_says_given_and_expected(
+    rt: edgetube.Runtime, clips: npt.NDArray[np.uint8], change: Callable[..., Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         rt(change(clips))
 
 
-def test_prediction_is_the_softmax_of_the_logits(rt, model, clips):
+def test_prediction_is_the_softmax_of_the_logits(
+    rt: edgetube.Runtime, model: Checkpoint, clips: npt.NDArray[np.uint8]
+) -> None:
     prediction = rt.predict(clips[0], top_k=3)
     expected = torch.from_numpy(reference(model, clips[:1])[0]).softmax(0)
     best = expected.argsort(descending=True)[:3]
@@ -89,30 +97,33 @@ def test_prediction_is_the_softmax_of_the_logits(rt, model, clips):
     assert prediction.latency_ms > 0
 
 
-def test_predict_preprocesses_frames_of_any_size(rt, rng):
+def test_predict_preprocesses_frames_of_any_size(rt: edgetube.Runtime, rng: np.random.Generator) -> None:
     frames = rng.integers(0, 256, (20, 90, 70, 3), np.uint8)
     prepared = preprocess.prepare(frames, rt.contract, 30.0)
     assert rt.predict(frames, fps=30.0).logits == pytest.approx(rt(prepared[None])[0].tolist(), abs=1e-6)
 
 
-def test_file_and_array_answer_the_same(rt, tmp_path, rng):
+def test_file_and_array_answer_the_same(rt: edgetube.Runtime, tmp_path: Path, rng: np.random.Generator) -> None:
     still = rng.integers(0, 256, (6, 8, 3), np.uint8).repeat(16, axis=0).repeat(16, axis=1)
     frames = [np.roll(still, 3 * i, axis=1) for i in range(24)]
     path = video.write(tmp_path / "clip.mp4", iter(frames), 20.0)
     clip = video.load(path, rt.contract)
     prediction = rt.predict(path)
     assert prediction.logits == pytest.approx(rt(clip.frames[None])[0].tolist(), abs=1e-6)
+    assert prediction.start is not None
+    assert prediction.end is not None
+    assert rt.contract.fps is not None
     assert prediction.end - prediction.start == pytest.approx(rt.contract.frames / rt.contract.fps, abs=0.1)
 
 
-def test_threads_share_one_runtime(rt, clips):
+def test_threads_share_one_runtime(rt: edgetube.Runtime, clips: npt.NDArray[np.uint8]) -> None:
     expected = rt(clips)
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(lambda _: rt(clips), range(16)):
             np.testing.assert_array_equal(got, expected)
 
 
-def test_closed_runtime_says_so(tiny_bundle, clips):
+def test_closed_runtime_says_so(tiny_bundle: Path, clips: npt.NDArray[np.uint8]) -> None:
     runtime = edgetube.Runtime(tiny_bundle, threads=1)
     runtime.close()
     runtime.close()
@@ -120,7 +131,7 @@ def test_closed_runtime_says_so(tiny_bundle, clips):
         runtime(clips)
 
 
-def test_bad_options_are_refused(tiny_bundle, rt, clips):
+def test_bad_options_are_refused(tiny_bundle: Path, rt: edgetube.Runtime, clips: npt.NDArray[np.uint8]) -> None:
     with pytest.raises(InputError, match="threads is 0"):
         edgetube.Runtime(tiny_bundle, threads=0)
     with pytest.raises(InputError, match="no device is called 'abacus'"):
@@ -133,7 +144,7 @@ def test_bad_options_are_refused(tiny_bundle, rt, clips):
         rt.predict(0)
 
 
-def test_a_tampered_bundle_is_refused(tiny_bundle, tmp_path):
+def test_a_tampered_bundle_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
     data = bytearray((copy / "model.onnx").read_bytes())
     data[len(data) // 2] ^= 1
@@ -142,7 +153,7 @@ def test_a_tampered_bundle_is_refused(tiny_bundle, tmp_path):
         edgetube.Runtime(copy)
 
 
-def test_an_artifact_that_is_none_is_the_vendors_refusal_in_one_line(tiny_bundle, tmp_path):
+def test_an_artifact_that_is_none_is_the_vendors_refusal_in_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
     (copy / "model.onnx").write_bytes(b"this is no graph")
     with pytest.raises(BackendError, match=r"ONNX Runtime .*cannot open .*model\.onnx") as caught:
@@ -150,7 +161,7 @@ def test_an_artifact_that_is_none_is_the_vendors_refusal_in_one_line(tiny_bundle
     assert "\n" not in str(caught.value)
 
 
-def test_golden_clip(rt, tiny_bundle, tmp_path):
+def test_golden_clip(rt: edgetube.Runtime, tiny_bundle: Path, tmp_path: Path) -> None:
     assert rt.check() < 1e-4
     copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
     frames, logits = rt.bundle.golden()
@@ -159,7 +170,7 @@ def test_golden_clip(rt, tiny_bundle, tmp_path):
         other.check()
 
 
-def test_stream_slides_a_window(rt, rng):
+def test_stream_slides_a_window(rt: edgetube.Runtime, rng: np.random.Generator) -> None:
     frames = rng.integers(0, 256, (14, 32, 48, 3), np.uint8)
     found = list(rt.stream(iter(frames), hop=3))
     assert len(found) == 3
@@ -205,14 +216,18 @@ def test_stream_copies_what_it_is_given(rt: edgetube.Runtime, rng: np.random.Gen
     assert len({p.logits for p in fresh}) == len(fresh) == 7
 
 
-def test_batches_of_another_size_run_in_pieces(tiny_checkpoint, tmp_path, clips, rt):
+def test_batches_of_another_size_run_in_pieces(
+    tiny_checkpoint: Path, tmp_path: Path, clips: npt.NDArray[np.uint8], rt: edgetube.Runtime
+) -> None:
     options = pipeline.Options(batch=2, lowering="gather")
     batched = pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, options)
     with edgetube.Runtime(batched) as two:
         np.testing.assert_allclose(two(clips), rt(clips), atol=1e-5)
 
 
-def test_the_image_model_takes_images(tiny_checkpoint, tmp_path, rng, model):
+def test_the_image_model_takes_images(
+    tiny_checkpoint: Path, tmp_path: Path, rng: np.random.Generator, model: Checkpoint
+) -> None:
     options = pipeline.Options(image=True, lowering="gather")
     bundle = pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, options)
     image = rng.integers(0, 256, (32, 48, 3), np.uint8)
@@ -257,7 +272,7 @@ class TestLifecycle:
         def slow(frames: np.ndarray) -> np.ndarray:
             inside.release()
             go_on.wait()
-            return plain(frames)  # type: ignore[no-any-return]
+            return plain(frames)
 
         monkeypatch.setattr(backend, "infer", slow)
         with ThreadPoolExecutor(8) as pool:

@@ -1,9 +1,12 @@
 """Geometry and arithmetic of a spec against counts made another way, its refusals, and JSON."""
 
+from __future__ import annotations
+
 import json
 import math
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -35,7 +38,7 @@ triples = st.tuples(*[st.integers(1, 6)] * 3)
 
 
 @st.composite
-def tubes(draw):
+def tubes(draw: st.DrawFn) -> TubeSpec:
     merge = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 2), (1, 1, 3)]))
     stride = tuple(s * m for s, m in zip(draw(triples), merge, strict=True))
     offset = tuple(v - 1 for v in draw(triples))
@@ -43,7 +46,7 @@ def tubes(draw):
 
 
 @st.composite
-def models(draw):
+def models(draw: st.DrawFn) -> ModelSpec:
     chosen = tuple(draw(st.lists(tubes(), min_size=1, max_size=3)))
     least = [max(axis) for axis in zip(*(tube.minimum() for tube in chosen), strict=True)]
     frames, height, width = (low + draw(st.integers(0, 8)) for low in least)
@@ -81,28 +84,30 @@ def positions_that_fit(tube: TubeSpec, axis: int, size: int) -> int:
 
 class TestTokens:
     @pytest.mark.parametrize("tubes", [PAPER_TUBES, PAPER_TUBES_S2D], ids=["plain", "space-to-depth"])
-    def test_the_paper_s_tubes_give_98_147_98_and_196_tokens(self, tubes):
+    def test_the_paper_s_tubes_give_98_147_98_and_196_tokens(
+        self, tubes: tuple[TubeSpec, TubeSpec, TubeSpec, TubeSpec]
+    ) -> None:
         assert [tube.tokens((32, 224, 224)) for tube in tubes] == [98, 147, 98, 196]
         assert [tube.grid((32, 224, 224)) for tube in tubes] == [(2, 7, 7), (3, 7, 7), (2, 7, 7), (1, 14, 14)]
 
     @pytest.mark.parametrize(("frames", "tokens"), [(32, 539), (20, 392), (64, 1176), (1, 196)])
     @pytest.mark.parametrize("name", ["tubevit-b", "tubevit-b-s2d"])
-    def test_a_model_s_tokens_by_number_of_frames(self, name, frames, tokens):
+    def test_a_model_s_tokens_by_number_of_frames(self, name: str, frames: int, tokens: int) -> None:
         assert named(name, frames).tokens == tokens
 
     @given(tubes(), triples)
-    def test_the_formula_counts_the_places_where_a_token_fits(self, tube, clip):
+    def test_the_formula_counts_the_places_where_a_token_fits(self, tube: Any, clip: Any) -> None:
         clip = tuple(6 * size for size in clip)
         assert tube.grid(clip) == tuple(positions_that_fit(tube, axis, size) for axis, size in enumerate(clip))
 
     @given(tubes())
-    def test_the_minimum_holds_one_token_and_one_voxel_less_holds_none(self, tube):
+    def test_the_minimum_holds_one_token_and_one_voxel_less_holds_none(self, tube: Any) -> None:
         low = tube.minimum()
         assert tube.tokens(low) == 1
         for axis in range(3):
             assert tube.tokens(tuple(v - (i == axis) for i, v in enumerate(low))) == 0
 
-    def test_without_its_first_tubes_a_model_is_an_image_model(self):
+    def test_without_its_first_tubes_a_model_is_an_image_model(self) -> None:
         image = named("tubevit-ti").at(frames=1)
         assert (image.is_image, image.active, image.grids) == (True, (3,), ((1, 14, 14),))
 
@@ -111,7 +116,7 @@ class TestTokens:
         [TubeSpec((1, 4, 4), (1, 4, 4), (1, 0, 0)), TubeSpec((1, 4, 4), (2, 4, 4), space_to_depth=(2, 1, 1))],
         ids=["late", "two frames"],
     )
-    def test_a_flat_tube_that_needs_a_second_frame_makes_no_image_tokens(self, tube):
+    def test_a_flat_tube_that_needs_a_second_frame_makes_no_image_tokens(self, tube: TubeSpec) -> None:
         assert not tube.is_2d
         assert not replace(SMALL, tubes=(tube,)).accepts_images
 
@@ -120,21 +125,23 @@ class TestArithmetic:
     """Multiply-accumulates in units of 1e9; the published figures leave the tokenizer out."""
 
     @pytest.mark.parametrize(("size", "macs"), [("ti", 4.2), ("s", 14.1), ("b", 51.1), ("l", 177), ("h", 363)])
-    def test_encoder(self, size, macs):
+    def test_encoder(self, size: str, macs: float) -> None:
         spec = named(f"tubevit-{size}")
         assert (spec.macs() - spec.tokenizer_macs()) / 1e9 == pytest.approx(macs, rel=0.02)
 
-    def test_tokenizer_and_image(self):
+    def test_tokenizer_and_image(self) -> None:
         spec = named("tubevit-b")
         assert spec.tokenizer_macs() / 1e9 == pytest.approx(0.45, rel=0.02)
         assert spec.at(frames=1).macs() / 1e9 == pytest.approx(17.4, rel=0.02)
 
-    def test_space_to_depth_costs_the_same(self):
+    def test_space_to_depth_costs_the_same(self) -> None:
         assert named("tubevit-b-s2d").macs() == named("tubevit-b").macs()
 
     @pytest.mark.parametrize(("tubes", "share"), [(PAPER_TUBES, 0.105), (PAPER_TUBES_S2D, 0.175)])
-    def test_share_of_the_voxels_that_the_tubes_touch(self, tubes, share):
-        touched = set()
+    def test_share_of_the_voxels_that_the_tubes_touch(
+        self, tubes: tuple[TubeSpec, TubeSpec, TubeSpec, TubeSpec], share: float
+    ) -> None:
+        touched: set[tuple[int, ...]] = set()
         for tube in tubes:
             grid, finer = tube.grid((32, 224, 224)), tube.conv_stride
             per_axis = [
@@ -153,17 +160,17 @@ class TestArithmetic:
 class TestRefusals:
     @pytest.mark.parametrize("name", ["kernel", "stride", "offset", "space_to_depth"])
     @pytest.mark.parametrize("value", [(1, 2), (1, 2, -1), (1, 2, 2.5), 4, None, ("1", "2", "3")])
-    def test_a_tube_of_anything_but_three_integers(self, name, value):
+    def test_a_tube_of_anything_but_three_integers(self, name: str, value: Any) -> None:
         with pytest.raises(SpecError, match=rf"tube {name} is .*; expected three integers >= [01]"):
             TubeSpec(**{"kernel": (1, 1, 1), "stride": (2, 2, 2)} | {name: value})
 
-    def test_zero_is_an_offset_but_no_size(self):
+    def test_zero_is_an_offset_but_no_size(self) -> None:
         assert TubeSpec((1, 1, 1), (1, 1, 1), (0, 0, 0)).offset == (0, 0, 0)
         with pytest.raises(SpecError, match="kernel"):
             TubeSpec((0, 1, 1), (1, 1, 1))
 
     @pytest.mark.parametrize(("axis", "merge"), [("time", (3, 1, 1)), ("height", (1, 3, 1)), ("width", (1, 1, 3))])
-    def test_a_stride_that_space_to_depth_does_not_divide(self, axis, merge):
+    def test_a_stride_that_space_to_depth_does_not_divide(self, axis: str, merge: tuple[int, int, int]) -> None:
         with pytest.raises(SpecError, match=f"tube 4x4x4: the {axis} stride 8 is not divisible by space_to_depth 3"):
             TubeSpec((4, 4, 4), (8, 8, 8), space_to_depth=merge)
 
@@ -175,11 +182,13 @@ class TestRefusals:
             ((32, 224, 15), r"tube 2 .*: width is 15, minimum 28"),
         ],
     )
-    def test_a_clip_that_a_tube_does_not_fit_names_tube_axis_and_minimum(self, clip, message):
+    def test_a_clip_that_a_tube_does_not_fit_names_tube_axis_and_minimum(
+        self, clip: tuple[int, int, int], message: str
+    ) -> None:
         with pytest.raises(SpecError, match=message):
             named("tubevit-ti", clip[0], clip[1:])
 
-    def test_the_smallest_clip_that_is_named_is_accepted(self):
+    def test_the_smallest_clip_that_is_named_is_accepted(self) -> None:
         spec = named("tubevit-ti", 20, (28, 28))
         assert spec.grids == ((1, 1, 1), (1, 1, 1), (2, 1, 1), (1, 1, 1))  # the 4-frame tube also sits at 16..19
 
@@ -223,22 +232,22 @@ class TestRefusals:
             ({"frames": 1, "tubes": (TubeSpec((2, 4, 4), (2, 4, 4)),)}, "an image needs a 2-D tube .* are 2x4x4"),
         ],
     )
-    def test_a_model_that_cannot_be(self, change, message):
+    def test_a_model_that_cannot_be(self, change: dict[str, Any], message: str) -> None:
         with pytest.raises(SpecError, match=message):
             replace(SMALL, **change)
 
     @pytest.mark.parametrize("name", ["tubevit-xl", "tubevit-b-s2d-s2d", "tubevit-b-s2dx", ""])
-    def test_an_unknown_name_lists_the_known_ones(self, name):
+    def test_an_unknown_name_lists_the_known_ones(self, name: str) -> None:
         with pytest.raises(SpecError, match="there are tubevit-ti, tubevit-s, tubevit-b, tubevit-l, tubevit-h"):
             named(name)
 
-    def test_zero_frames_are_not_taken_for_the_model_s_own(self):
+    def test_zero_frames_are_not_taken_for_the_model_s_own(self) -> None:
         with pytest.raises(SpecError, match="frames is 0"):
             SMALL.at(frames=0)
         with pytest.raises(SpecError, match="frames is 0; expected an integer, 1 to 65536"):
             InputContract(4, 16, 16).at(frames=0)
 
-    def test_stored_positions_belong_to_one_clip(self):
+    def test_stored_positions_belong_to_one_clip(self) -> None:
         stored = replace(SMALL, positions="stored")
         assert stored.at(frames=4) == stored
         assert not stored.accepts_images
@@ -264,7 +273,7 @@ class TestRefusals:
             ({"color": "BGR"}, "input color is 'BGR'; this version knows RGB"),
         ],
     )
-    def test_an_input_that_cannot_be(self, change, message):
+    def test_an_input_that_cannot_be(self, change: dict[str, Any], message: str) -> None:
         with pytest.raises(SpecError, match=message):
             replace(InputContract(4, 16, 16), **change)
 
@@ -273,11 +282,11 @@ class TestJson:
     """Everything survives a file: a round trip through JSON text gives an equal object."""
 
     @given(tubes())
-    def test_tube(self, tube):
+    def test_tube(self, tube: Any) -> None:
         assert TubeSpec.from_json(json.loads(json.dumps(tube.to_json()))) == tube
 
     @given(models())
-    def test_model(self, spec):
+    def test_model(self, spec: Any) -> None:
         assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
     @given(
@@ -292,37 +301,39 @@ class TestJson:
             resize=st.sampled_from(["short-side", "stretch"]),
         )
     )
-    def test_input(self, contract):
+    def test_input(self, contract: Any) -> None:
         assert InputContract.from_json(json.loads(json.dumps(contract.to_json()))) == contract
 
-    def test_prediction(self):
+    def test_prediction(self) -> None:
         prediction = Prediction("pan-left", 0.9, {"pan-left": 0.9, "static": 0.1}, (2.5, 0.5), 1.0, 2.0, 3.5)
         assert Prediction.from_json(json.loads(json.dumps(prediction.to_json()))) == prediction
 
     @pytest.mark.parametrize(
         "value", [SMALL.tubes[0], SMALL, InputContract(4, 16, 16)], ids=lambda value: type(value).__name__
     )
-    def test_a_missing_field_and_what_is_no_object_are_refused(self, value):
+    def test_a_missing_field_and_what_is_no_object_are_refused(
+        self, value: TubeSpec | ModelSpec | InputContract
+    ) -> None:
         data = value.to_json()
         first = next(iter(data))
         with pytest.raises(SpecError, match=f"{type(value).__name__} lacks the field {first}"):
             type(value).from_json({key: item for key, item in data.items() if key != first})
         with pytest.raises(SpecError, match=f"{type(value).__name__} is 3; expected an object"):
-            type(value).from_json(3)
+            type(value).from_json(3)  # type: ignore[arg-type]
 
-    def test_optional_fields_may_be_left_out(self):
+    def test_optional_fields_may_be_left_out(self) -> None:
         assert TubeSpec.from_json({"kernel": [1, 2, 3], "stride": [4, 5, 6]}) == TubeSpec((1, 2, 3), (4, 5, 6))
         assert InputContract.from_json({"frames": 4, "height": 16, "width": 16}) == InputContract(4, 16, 16)
 
     @pytest.mark.parametrize(
         "value", [SMALL.tubes[0], SMALL, InputContract(4, 16, 16)], ids=lambda value: type(value).__name__
     )
-    def test_an_unknown_field_is_refused_by_name(self, value):
+    def test_an_unknown_field_is_refused_by_name(self, value: TubeSpec | ModelSpec | InputContract) -> None:
         with pytest.raises(SpecError, match=f"{type(value).__name__} has no field dropout; it has "):
             type(value).from_json(value.to_json() | {"dropout": 0.1})
 
 
-def test_the_named_sizes():
+def test_the_named_sizes() -> None:
     assert SIZES == {
         "tubevit-ti": (192, 12, 3),
         "tubevit-s": (384, 12, 6),
@@ -332,7 +343,7 @@ def test_the_named_sizes():
     }
 
 
-def test_the_same_preprocessing_for_another_clip():
+def test_the_same_preprocessing_for_another_clip() -> None:
     contract = InputContract(8, 64, 80, fps=15.0, mean=(0.1, 0.2, 0.3))
     assert contract.at(frames=16, size=(32, 48)) == replace(contract, frames=16, height=32, width=48)
     assert contract.at() == contract

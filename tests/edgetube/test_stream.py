@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ def values(clip: Clip) -> list[int]:
     fps=st.sampled_from([5.0, 12.5, 20.0]),
     hop=st.integers(1, 6),
 )
-def test_every_tick_shows_the_frame_that_was_on_display(gaps, fps, hop):
+def test_every_tick_shows_the_frame_that_was_on_display(gaps: Any, fps: Any, hop: Any) -> None:
     # Off the grid of milliseconds, so that no tick lies exactly on a tolerance.
     times = np.cumsum([0, *(gap + 0.137 for gap in gaps[:-1])]) / 1000 + 2.0
     contract = InputContract(4, 8, 8, fps=fps)
@@ -49,7 +50,7 @@ def test_every_tick_shows_the_frame_that_was_on_display(gaps, fps, hop):
         assert [values(c) for c in found] == [shown[s : s + 4] for s in range(0, len(shown) - 3, hop)]
 
 
-def test_frames_are_resized_by_the_contract():
+def test_frames_are_resized_by_the_contract() -> None:
     tall = np.zeros((40, 20, 3), np.uint8)
     ((_, clip),) = stream.windows([(0.0, tall)], InputContract(2, 10, 10))
     assert clip.frames.shape == (2, 10, 10, 3)
@@ -89,7 +90,7 @@ def reason(message: str | None) -> str | None:
 )
 def test_stream_and_predict_refuse_the_same_arrays(dtype: type, shape: list[int], count: int, reverse: bool) -> None:
     """Whatever one door takes or refuses, the other does, and for the same reason."""
-    given_ = np.arange(count * math.prod(shape)).reshape(count, *shape).astype(dtype)
+    given_: npt.NDArray[Any] = np.arange(count * math.prod(shape)).reshape(count, *shape).astype(dtype)
     frames = given_[:, ::-1] if reverse and shape else given_
     contract = InputContract(4, 6, 6, fps=10.0)
     streamed = refusal(lambda: list(stream.timed(frames, 10.0)))
@@ -232,14 +233,14 @@ def test_a_leap_is_told_once() -> None:
 def test_one_frame_with_a_wrong_time_costs_one_window() -> None:
     times = STEADY.copy()
     times[32] += 36000
-    found = clips_of(times, InputContract(4, 8, 8, fps=10.0))
+    found = clips_of(times.tolist(), InputContract(4, 8, 8, fps=10.0))
     assert [clip[0] for clip in found] == [*range(29), *range(37, 61)]
 
 
 def test_frames_out_of_order_are_left_out() -> None:
     times = STEADY.copy()
     times[[10, 20, 40]] = times[[9, 18, 37]] - 0.01
-    found = clips_of(times, InputContract(4, 8, 8, fps=10.0))
+    found = clips_of(times.tolist(), InputContract(4, 8, 8, fps=10.0))
     assert not {10, 20, 40} & {number for clip in found for number in clip}
     assert len(found) == 61
 
@@ -247,7 +248,7 @@ def test_frames_out_of_order_are_left_out() -> None:
 def test_equal_times_are_no_leap() -> None:
     """A clock of whole seconds: every second shows the newest frame that it had when its time came."""
     times = np.floor(np.arange(60) / 10)
-    found = clips_of(times, InputContract(4, 8, 8, fps=1.0))
+    found = clips_of(times.tolist(), InputContract(4, 8, 8, fps=1.0))
     assert [clip[0] for clip in found] == [0, 10, 20]
 
 
@@ -285,13 +286,13 @@ def test_clips_are_those_of_each_span(steps: list[float]) -> None:
     assert len(long) < 110 * (len(times) + 1)
 
 
-def test_a_default_hop_is_a_quarter_of_the_clip():
+def test_a_default_hop_is_a_quarter_of_the_clip() -> None:
     contract = InputContract(8, 8, 8, fps=10.0)
     found = list(stream.windows(stream.timed([frame(i) for i in range(13)], 10.0), contract))
     assert [values(c)[0] for _, c in found] == [0, 2, 4]
 
 
-def test_what_cannot_be_windowed_is_refused():
+def test_what_cannot_be_windowed_is_refused() -> None:
     contract = InputContract(8, 8, 8)
     with pytest.raises(InputError, match="hop is 0"):
         next(stream.windows([], contract, 0))

@@ -1,6 +1,11 @@
 """What is said to be missing is missing."""
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,34 +13,34 @@ from edgetube import targets
 
 
 class Driver:
-    def __init__(self, starts=0, gpus=1):
+    def __init__(self, starts: int = 0, gpus: int = 1) -> None:
         self.starts, self.gpus = starts, gpus
 
-    def cuInit(self, _):
+    def cuInit(self, _: Any) -> Any:
         return self.starts
 
-    def cuDeviceGetCount(self, pointer):
+    def cuDeviceGetCount(self, pointer: Any) -> int:
         pointer._obj.value = self.gpus
         return 0
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def fresh() -> Iterator[None]:
     targets._gpus.cache_clear()
     yield
     targets._gpus.cache_clear()
 
 
-def test_modules():
+def test_modules() -> None:
     assert targets.missing(("json", "abacus", "abacus.beads", "os.path")) == ("abacus", "abacus.beads")
 
 
-def test_one_of_two_is_enough():
+def test_one_of_two_is_enough() -> None:
     assert targets.missing(("abacus|json",)) == ()
     assert targets.missing(("abacus|quipu",)) == ("abacus or quipu",)
 
 
-def test_a_folder_of_type_stubs_is_no_package(tmp_path, monkeypatch):
+def test_a_folder_of_type_stubs_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stubbed").mkdir()
     (tmp_path / "stubbed" / "__init__.pyi").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
@@ -45,17 +50,17 @@ def test_a_folder_of_type_stubs_is_no_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("driver", "there"), [(Driver(), True), (Driver(gpus=0), False), (Driver(starts=100), False), (None, False)]
 )
-def test_a_gpu_is_there_when_its_driver_says_so(monkeypatch, driver, there):
-    def load(_):
+def test_a_gpu_is_there_when_its_driver_says_so(monkeypatch: pytest.MonkeyPatch, driver: Any, there: bool) -> None:
+    def load(_: Any) -> Any:
         if driver is None:
             raise OSError("libcuda.so.1: cannot open shared object file")
         return driver
 
-    monkeypatch.setattr(targets.ctypes, "CDLL", load)
+    monkeypatch.setattr("edgetube.targets.ctypes.CDLL", load)
     assert (targets.missing((targets.GPU,)) == ()) is there
 
 
-def test_platforms():
+def test_platforms() -> None:
     here = {"linux": "Linux", "darwin": "macOS", "win32": "Windows"}[sys.platform]
     assert targets.missing(tuple(targets.PLATFORMS)) == tuple(name for name in targets.PLATFORMS if name != here)
 
@@ -72,9 +77,11 @@ def test_platforms():
     ],
     ids=["all there", "to build", "to run", "no such system here", "no GPU for the package", "to build at least"],
 )
-def test_a_remedy_is_what_pip_can_bring(monkeypatch, build, run, remedy):
+def test_a_remedy_is_what_pip_can_bring(
+    monkeypatch: pytest.MonkeyPatch, build: tuple[str], run: tuple[str, ...], remedy: str
+) -> None:
     """A pip line brings neither a Mac nor a GPU, and a package that runs on one of these only is of no use without."""
     monkeypatch.setitem(targets.PLATFORMS, "Atlantis", "atlantis")
-    monkeypatch.setattr(targets.ctypes, "CDLL", lambda _: Driver(gpus=0))
+    monkeypatch.setattr("edgetube.targets.ctypes.CDLL", lambda _: Driver(gpus=0))
     target = targets.Target("x-fp32", "fp32", "x", "for the test", build, run, extra="beads")
     assert target.remedy == remedy

@@ -9,10 +9,11 @@ import struct
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -36,11 +37,21 @@ def barcode(number: int) -> np.ndarray:
     return frame
 
 
-def numbers(frames) -> list[int]:
+def numbers(frames: Any) -> list[int]:
     return [sum(int(frame[SIZE // 2, bit * 8 + 4].mean() > 128) << bit for bit in range(BITS)) for frame in frames]
 
 
-def encode(path: Path, codec="libx264", form="mp4", times=None, fps=25, count=60, gop=12, options=None, rotation=None):
+def encode(
+    path: Path,
+    codec: str = "libx264",
+    form: str = "mp4",
+    times: Any = None,
+    fps: int = 25,
+    count: int = 60,
+    gop: int = 12,
+    options: Any = None,
+    rotation: Any = None,
+) -> Any:
     """Barcodes 0, 1, 2, ...; `times` in milliseconds makes the rate vary."""
     tick = Fraction(1, 1000) if times is not None else Fraction(1, fps)
     with av.open(str(path), "w", format=form, options=options or {}) as container:
@@ -62,7 +73,7 @@ def encode(path: Path, codec="libx264", form="mp4", times=None, fps=25, count=60
 
 VARIABLE = np.cumsum(np.random.default_rng(3).integers(10, 120, 60))
 FASTSTART, FRAGMENTS = {"movflags": "+faststart"}, {"movflags": "frag_keyframe+empty_moov"}
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "cfr.mp4": {},
     "faststart.mp4": {"options": FASTSTART},
     "fragments.mp4": {"options": FRAGMENTS},
@@ -84,12 +95,12 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> dict[str, Path]:
+def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("clips")
     return {name: encode(folder / name, **kind) for name, kind in KINDS.items()}
 
 
-def contract(frames=6, fps=None, size=SIZE) -> InputContract:
+def contract(frames: int = 6, fps: float | None = None, size: int = SIZE) -> InputContract:
     return InputContract(frames, size, size, fps=fps)
 
 
@@ -97,7 +108,7 @@ def contract(frames=6, fps=None, size=SIZE) -> InputContract:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_frames_have_the_times_they_were_written_with(clips, name):
+def test_frames_have_the_times_they_were_written_with(clips: dict[str, Path], name: str) -> None:
     times, pixels = zip(*video.frames(clips[name]), strict=True)
     assert numbers(pixels) == list(range(60))
     expected = (VARIABLE - VARIABLE[0]) / 1000 if "vfr" in name else np.arange(60) / 25
@@ -119,7 +130,7 @@ def expected_numbers(times: np.ndarray, wanted: InputContract, begin: float) -> 
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("fps", [None, 7.0, 25.0, 60.0])
-def test_load_finds_frames_by_time_wherever_it_starts(clips, name, fps):
+def test_load_finds_frames_by_time_wherever_it_starts(clips: dict[str, Path], name: str, fps: float | None) -> None:
     """Seeking must not change what is found: the oracle reads everything from the beginning."""
     wanted = contract(fps=fps)
     times = np.array([seconds for seconds, _ in video.frames(clips[name])])
@@ -159,14 +170,14 @@ def test_avi_with_empty_slots(tmp_path: Path, codec: str) -> None:
     assert clip.start == pytest.approx(27 / 25)
 
 
-def test_middle_of_a_video_with_a_varying_rate(clips):
+def test_middle_of_a_video_with_a_varying_rate(clips: dict[str, Path]) -> None:
     """The middle in time, not the middle frame."""
     times = [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, *range(910, 1410, 10)]
     path = encode(clips["vfr.mp4"].with_name("uneven.mp4"), times=times)
     assert numbers(video.load(path, contract(4, fps=10.0)).frames) == [5, 6, 7, 8]  # 1.41 s long: starts at 0.505
 
 
-def test_a_file_and_its_frames_in_memory_give_the_same_bytes(clips):
+def test_a_file_and_its_frames_in_memory_give_the_same_bytes(clips: dict[str, Path]) -> None:
     """One road: what calibration reads from arrays is what the runtime reads from the file."""
     wanted = InputContract(8, 40, 48, fps=9.0)
     times, pixels = zip(*video.frames(clips["cfr.mp4"]), strict=True)
@@ -176,15 +187,16 @@ def test_a_file_and_its_frames_in_memory_give_the_same_bytes(clips):
     assert len(times) == 60
 
 
-def test_short_video_repeats_its_last_frame(tmp_path):
+def test_short_video_repeats_its_last_frame(tmp_path: Path) -> None:
     path = encode(tmp_path / "short.mp4", count=3)
     clip = video.load(path, contract(8, fps=25.0))
     assert numbers(clip.frames) == [0, 1, 2, 2, 2, 2, 2, 2]
-    assert (clip.start, clip.end) == (0.0, pytest.approx(3 / 25))
+    assert clip.start == 0.0
+    assert clip.end == pytest.approx(3 / 25)
     assert numbers(video.load(path, contract(5)).frames) == [0, 1, 2, 2, 2]
 
 
-def test_only_sampled_frames_are_converted(clips, monkeypatch):
+def test_only_sampled_frames_are_converted(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     converted = []
     rgb = video._rgb
     monkeypatch.setattr(video, "_rgb", lambda frame: converted.append(frame.pts) or rgb(frame))
@@ -192,7 +204,7 @@ def test_only_sampled_frames_are_converted(clips, monkeypatch):
     assert len(converted) == 4
 
 
-def test_a_late_clip_does_not_decode_the_beginning(tmp_path, monkeypatch):
+def test_a_late_clip_does_not_decode_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = encode(tmp_path / "long.mp4", count=250)
     decoded = []
     clock = video._Reader._seconds
@@ -201,13 +213,13 @@ def test_a_late_clip_does_not_decode_the_beginning(tmp_path, monkeypatch):
     assert len(decoded) < 30
 
 
-def test_image_contract_takes_the_middle_frame_or_the_one_at_start(clips):
+def test_image_contract_takes_the_middle_frame_or_the_one_at_start(clips: dict[str, Path]) -> None:
     assert numbers(video.load(clips["cfr.mp4"], contract(1)).frames) == [29]
     assert numbers(video.load(clips["cfr.mp4"], contract(1, fps=5.0), start=0.4).frames) == [10]
 
 
 @pytest.mark.parametrize("start", [-0.1, 2.4, 99.0])
-def test_start_outside_the_video_is_refused(clips, start):
+def test_start_outside_the_video_is_refused(clips: dict[str, Path], start: float) -> None:
     with pytest.raises(InputError, match=rf"start is {start} s; expected a time within the 2.400 s"):
         video.load(clips["cfr.mp4"], contract(), start)
 
@@ -218,7 +230,7 @@ def test_start_outside_the_video_is_refused(clips, start):
 @pytest.mark.parametrize(
     "name", ["cfr.mp4", "faststart.mp4", "cfr.mkv", "vfr.mkv", "cfr.webm", "mpeg4.avi", "h264.avi"]
 )
-def test_cut_off_files_give_the_right_clip_or_an_error(clips, tmp_path, name):
+def test_cut_off_files_give_the_right_clip_or_an_error(clips: dict[str, Path], tmp_path: Path, name: str) -> None:
     """Never a clip that quietly differs; early cuts must fail, and formats with their index first survive late ones."""
     data, path = clips[name].read_bytes(), tmp_path / name
     asked = [(contract(fps=fps), start) for fps in (None, 7.0, 25.0) for start in (None, 0.0, 1.0)]
@@ -242,7 +254,7 @@ def cut(path: Path, target: Path, part: float) -> Path:
     return target
 
 
-def test_cut_off_file_says_how_much_is_left(clips, tmp_path):
+def test_cut_off_file_says_how_much_is_left(clips: dict[str, Path], tmp_path: Path) -> None:
     path = cut(clips["faststart.mp4"], tmp_path / "cut.mp4", 0.8)
     with av.open(str(clips["faststart.mp4"])) as container:
         packets = [p for p in container.demux(video=0) if p.size]
@@ -253,16 +265,16 @@ def test_cut_off_file_says_how_much_is_left(clips, tmp_path):
         video.load(path, contract(20), start=1.4)
 
 
-def test_streaming_a_cut_off_file_ends_with_the_error(clips, tmp_path):
+def test_streaming_a_cut_off_file_ends_with_the_error(clips: dict[str, Path], tmp_path: Path) -> None:
     path = cut(clips["cfr.mkv"], tmp_path / "cut.mkv", 0.7)
-    seen = []
+    seen: list[Any] = []
     with pytest.raises(InputError, match=r"cut.mkv is cut off or damaged: \d+ frames .* of 60"):
         seen.extend(number for _, frame in video.frames(path) for number in numbers([frame]))
     assert seen == list(range(len(seen)))
     assert len(seen) > 20
 
 
-def test_fragments_that_are_whole_can_be_read(clips, tmp_path):
+def test_fragments_that_are_whole_can_be_read(clips: dict[str, Path], tmp_path: Path) -> None:
     """A recording that lost its power: fragments carry no length, so what is there is the video."""
     data = clips["fragments.mp4"].read_bytes()
     whole = data[: data.rfind(b"moof") - 4]
@@ -359,7 +371,7 @@ JUNK = np.random.default_rng(0).bytes(5000)
         ("empty.mp4", b"", r"empty.mp4 is empty \(0 bytes\)"),
     ],
 )
-def test_what_is_no_video_is_refused(tmp_path, name, data, message):
+def test_what_is_no_video_is_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     path = tmp_path / name
     path.write_bytes(data)
     for read in (lambda: video.load(path, contract()), lambda: list(video.frames(path))):
@@ -381,7 +393,7 @@ def test_a_title_that_is_not_utf8_does_not_stop_a_film(tmp_path: Path, form: str
     assert numbers(frame for _, frame in video.frames(path)) == [7]
 
 
-def test_index_at_the_end_is_missing(clips, tmp_path):
+def test_index_at_the_end_is_missing(clips: dict[str, Path], tmp_path: Path) -> None:
     path = cut(clips["cfr.mp4"], tmp_path / "cut.mp4", 0.8)
     with pytest.raises(
         InputError, match=r"cut.mp4 (cannot be decoded: it is no video, or the file was cut off|has no)"
@@ -406,7 +418,7 @@ def sound(path: Path, cover: bool) -> Path:
 
 
 @pytest.mark.parametrize("cover", [False, True], ids=["sound", "sound with a cover"])
-def test_sound_is_refused(tmp_path, cover):
+def test_sound_is_refused(tmp_path: Path, cover: bool) -> None:
     path = sound(tmp_path / "song.flac", cover)
     with av.open(str(path)) as container:
         assert len(container.streams.video) == int(cover)
@@ -472,7 +484,7 @@ def test_the_stream_that_a_player_would_show(streams: list[tuple[Any, ...]], bes
     assert (None if found is None else candidates.index(found)) == best  # type: ignore[arg-type]
 
 
-def test_missing_file_and_folder_are_refused(tmp_path):
+def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none.mp4 is not a file"):
         video.load(tmp_path / "none.mp4", contract())
     with pytest.raises(InputError, match=r"is a folder, not a file"):
@@ -483,11 +495,12 @@ def test_missing_file_and_folder_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp"])
-def test_image_is_what_pillow_reads(tmp_path, suffix):
+def test_image_is_what_pillow_reads(tmp_path: Path, suffix: str) -> None:
     y, x = np.mgrid[0:50, 0:70]
     pixels = np.stack([x * 3, y * 5, x + y], -1).astype(np.uint8)
     path = tmp_path / f"50%03d{suffix}"  # a % must not be taken as the pattern of a sequence
-    Image.fromarray(pixels).save(path, **({"quality": 100, "subsampling": 0} if suffix == ".jpg" else {}))
+    options: dict[str, Any] = {"quality": 100, "subsampling": 0} if suffix == ".jpg" else {}
+    Image.fromarray(pixels).save(path, **options)
     (_, frame), *rest = video.frames(path)
     assert not rest
     slack = {".png": 0, ".bmp": 0}.get(suffix, 6)  # another decoder rounds the colours another way
@@ -499,7 +512,7 @@ def test_image_is_what_pillow_reads(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "I;16"])
-def test_image_modes_become_rgb(tmp_path, mode):
+def test_image_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     grey = Image.fromarray(np.tile(np.arange(0, 240, 4, dtype=np.uint8), (20, 1)))
     image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
     image.save(tmp_path / "image.png")
@@ -515,7 +528,7 @@ def test_photo_is_shown_as_exif_says(tmp_path: Path, suffix: str, orientation: i
     pixels = np.stack([x * 5, y * 7, np.full_like(x, 40)], -1).astype(np.uint8)  # unlike all its turns and mirrors
     exif = Image.Exif()
     exif[0x0112] = orientation
-    quality = {"lossless": True} if suffix == ".webp" else {"quality": 97, "subsampling": "4:4:4"}
+    quality: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {"quality": 97, "subsampling": "4:4:4"}
     Image.fromarray(pixels).save(tmp_path / f"photo{suffix}", exif=exif, **({} if suffix == ".tiff" else quality))
     ((_, frame),) = video.frames(tmp_path / f"photo{suffix}")
     with Image.open(tmp_path / f"photo{suffix}") as image:
@@ -555,14 +568,14 @@ def test_film_is_shown_as_its_display_matrix_says(tmp_path: Path, matrix: tuple[
 
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])
-def test_phone_video_is_turned_upright(tmp_path, rotation):
+def test_phone_video_is_turned_upright(tmp_path: Path, rotation: int) -> None:
     """The display matrix says by how much a player turns the picture, counter-clockwise."""
     path = encode(tmp_path / "phone.mp4", rotation=rotation, count=12)
     upright = [np.rot90(frame, -rotation // 90) for _, frame in video.frames(path)]
     assert numbers(upright) == list(range(12))
 
 
-def test_still_image_is_refused_by_a_video_model(tmp_path):
+def test_still_image_is_refused_by_a_video_model(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "photo.jpg")
     message = r"photo.jpg is a still image; the model needs 16 frames: give a video, or export .*--input image"
     with pytest.raises(InputError, match=message):
@@ -583,7 +596,7 @@ def test_one_frame_is_a_still_image_in_any_container(tmp_path: Path, mode: str, 
 
 def animation(path: Path) -> Path:
     first, *rest = [Image.fromarray(barcode(i)) for i in range(12)]
-    quality = {"lossless": True} if path.suffix == ".webp" else {}
+    quality: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
     first.save(path, save_all=True, append_images=rest, duration=[100] * 6 + [50] * 6, loop=0, **quality)
     return path
 
@@ -683,7 +696,7 @@ def test_what_follows_a_jpeg_does_not_matter(tmp_path: Path, tail: bytes) -> Non
 
 @pytest.mark.parametrize(("space", "red", "blue"), [(1, 0.2126, 0.0722), (5, 0.299, 0.114), (9, 0.2627, 0.0593)])
 @pytest.mark.parametrize("full", [False, True])
-def test_colours_follow_the_matrix_and_range_of_the_frame(space, red, blue, full):
+def test_colours_follow_the_matrix_and_range_of_the_frame(space: int, red: float, blue: float, full: bool) -> None:
     """BT.709, BT.601 and BT.2020, limited and full range, by the formula."""
     luma, cb, cr = 100, 90, 170
     frame = av.VideoFrame(32, 32, "yuv420p")
@@ -701,7 +714,7 @@ def test_colours_follow_the_matrix_and_range_of_the_frame(space, red, blue, full
 # ------------------------------------------------------------------------------------------------- cameras and network
 
 
-def test_missing_camera_is_refused(monkeypatch):
+def test_missing_camera_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     for source in (97, "97"):
         with pytest.raises(InputError, match=r"there is no camera 97 \(/dev/video97\); this machine has "):
@@ -711,7 +724,9 @@ def test_missing_camera_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("platform", "file", "form"), [("darwin", "2:none", "avfoundation"), ("win32", "video=Front", "dshow")]
 )
-def test_cameras_elsewhere_are_opened_by_their_system(monkeypatch, platform, file, form):
+def test_cameras_elsewhere_are_opened_by_their_system(
+    monkeypatch: pytest.MonkeyPatch, platform: str, file: str, form: str
+) -> None:
     devices = [av.DeviceInfo(n, "", False, [k]) for n, k in (("A", "video"), ("Mic", "audio"), ("B", "video"))]
     devices.append(av.DeviceInfo("Front", "", False, ["video"]))
     monkeypatch.setattr(sys, "platform", platform)
@@ -723,7 +738,7 @@ def test_cameras_elsewhere_are_opened_by_their_system(monkeypatch, platform, fil
             video._address(3)
 
 
-def test_silent_server_is_given_up(monkeypatch):
+def test_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/clip.mp4"
@@ -731,7 +746,7 @@ def test_silent_server_is_given_up(monkeypatch):
             next(video.frames(url))
 
 
-def test_refused_connection_is_one_line():
+def test_refused_connection_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(InputError, match="cannot be used: Connection refused"):
@@ -742,7 +757,7 @@ def serve(data: bytes) -> str:
     """One HTTP answer with `data`, then the connection closes."""
     server = socket.create_server(("127.0.0.1", 0))
 
-    def answer():
+    def answer() -> None:
         with server, server.accept()[0] as client:
             client.recv(4096)
             client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
@@ -751,13 +766,13 @@ def serve(data: bytes) -> str:
     return f"http://127.0.0.1:{server.getsockname()[1]}/live.ts"
 
 
-def test_stream_over_http_counts_from_its_first_frame(clips):
+def test_stream_over_http_counts_from_its_first_frame(clips: dict[str, Path]) -> None:
     times, pixels = zip(*video.frames(serve(clips["h264.ts"].read_bytes())), strict=True)
     assert numbers(pixels) == list(range(60))
     assert times == pytest.approx(np.arange(60) / 25, abs=1e-3)
 
 
-def test_stream_that_is_joined_in_the_middle_starts_with_the_next_key_frame(clips):
+def test_stream_that_is_joined_in_the_middle_starts_with_the_next_key_frame(clips: dict[str, Path]) -> None:
     data = clips["h264.ts"].read_bytes()
     times, pixels = zip(*video.frames(serve(data[len(data) // 3 // 188 * 188 :])), strict=True)
     shown = numbers(pixels)
@@ -769,11 +784,11 @@ def test_stream_that_is_joined_in_the_middle_starts_with_the_next_key_frame(clip
 class Hesitant:
     """A camera whose driver says "not yet" before each packet, as avfoundation does."""
 
-    def __init__(self, container, stream):
+    def __init__(self, container: Any, stream: Any) -> None:
         self.packets, self.ready = list(container.demux(stream)), False
         self.format, self.metadata = container.format, container.metadata
 
-    def demux(self, stream):
+    def demux(self, stream: Any) -> Iterator[Any]:
         while self.packets:
             self.ready = not self.ready
             if self.ready:
@@ -781,17 +796,17 @@ class Hesitant:
             yield self.packets.pop(0)
 
 
-def test_camera_that_is_not_ready_is_asked_again(clips):
+def test_camera_that_is_not_ready_is_asked_again(clips: dict[str, Path]) -> None:
     with av.open(str(clips["cfr.mp4"])) as container:
         stream = container.streams.video[0]
-        reader = video._Reader(video._Address("camera 0", None), Hesitant(container, stream), stream)
+        reader = video._Reader(video._Address("camera 0", None), cast(Any, Hesitant(container, stream)), stream)
         assert numbers(video._rgb(frame) for _, frame in reader.frames()) == list(range(60))
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
 
 
-def test_folder_is_searched_in_order(tmp_path):
+def test_folder_is_searched_in_order(tmp_path: Path) -> None:
     for name in ("b.mp4", "a/z.MOV", "a/y.jpg", "a/notes.txt", ".hidden.mp4", ".cache/c.mp4", "a/._b.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -815,11 +830,11 @@ def test_still_images_beside_videos_are_left_out_for_a_model_that_takes_clips(tm
     ("given", "expected"),
     [(0, [0]), ("3", [3]), ("rtsp://host/1", ["rtsp://host/1"]), ("http://h/v.mp4", ["http://h/v.mp4"])],
 )
-def test_cameras_and_urls_pass(given, expected):
+def test_cameras_and_urls_pass(given: int | str, expected: list[Any]) -> None:
     assert video.sources(given) == expected
 
 
-def test_nothing_found_is_an_error(tmp_path):
+def test_nothing_found_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the folder .* holds no clip \(it is empty\); known are .*\.mp4"):
         video.sources(tmp_path)
     for name in ("none.mp4", "*.mp4"):
@@ -831,7 +846,7 @@ def test_nothing_found_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
-def test_round_trip(tmp_path, monkeypatch, codec):
+def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
     if codec == "mpeg4":
         monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264"})
     path = video.write(tmp_path / "out.mp4", (barcode(i) for i in range(40)), fps=12.5)
@@ -876,7 +891,7 @@ def test_the_video_that_is_read_is_not_written(tmp_path: Path) -> None:
         video.check_output(tmp_path / "folder.mp4")
 
 
-def test_odd_sides_repeat_the_edge(tmp_path):
+def test_odd_sides_repeat_the_edge(tmp_path: Path) -> None:
     y, x = np.mgrid[0:33, 0:47]
     ramp = np.stack([x * 5, y * 7, x + y], -1).astype(np.uint8)
     path = video.write(tmp_path / "odd.mp4", [ramp[:, ::-1]] * 3, fps=10)  # negative strides too
@@ -901,17 +916,17 @@ GOOD = np.zeros((8, 8, 3), np.uint8)
         ([GOOD], 10, "no/a.mp4", r"there is no folder .*no"),
     ],
 )
-def test_write_refuses_and_leaves_nothing(tmp_path, frames, fps, name, message):
+def test_write_refuses_and_leaves_nothing(tmp_path: Path, frames: list[Any], fps: int, name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         video.write(tmp_path / name, frames, fps)
     assert not list(tmp_path.iterdir())
 
 
-def test_write_keeps_the_old_file_when_the_frames_fail(tmp_path):
+def test_write_keeps_the_old_file_when_the_frames_fail(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     path.write_bytes(b"old")
 
-    def broken():
+    def broken() -> Iterator[Any]:
         yield GOOD
         raise RuntimeError("the camera is gone")
 

@@ -1,9 +1,15 @@
 """Core ML packages: every way to build one converts, answers like PyTorch, and is what Apple's tools expect."""
 
+from __future__ import annotations
+
 import dataclasses
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 
@@ -11,13 +17,15 @@ import edgetube
 from edgetube import bundle as bundles
 from edgetube import calibration, datasets, demo, export, metrics, mlpackage, runtimes
 from edgetube.bundle import Bundle
-from edgetube.calibration import numeric
+from edgetube.calibration import Calibrated, numeric
 from edgetube.calibration.clips import collect
 from edgetube.calibration.table import CalibrationTable, Range
 from edgetube.errors import BundleError, InputError, MissingPackageError, SpecError
 from edgetube.export import coreml, int8, mlprogram, mlweights, pipeline, quantize, static
 from edgetube.export import graph as graphs
+from edgetube.export.graph import Graph
 from edgetube.model import checkpoints
+from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes import mil
 from edgetube.runtimes.torch import Reference
 
@@ -27,16 +35,16 @@ FP16 = export.target("coreml-fp16")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint):
+def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
     return checkpoints.load(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
-def traced(checkpoint):
+def traced(checkpoint: Checkpoint) -> Callable[..., Graph]:
     """The tiny model's graph by lowering, batch and kind of input."""
     known = {}
 
-    def trace(lowering="gather", batch=1, image=False):
+    def trace(lowering: str = "gather", batch: int = 1, image: bool = False) -> Any:
         if (lowering, batch, image) not in known:
             part = checkpoint.at(1, None) if image else checkpoint
             module = static.StaticTubeViT(part.model, part.contract, lowering, batch=batch)
@@ -48,29 +56,36 @@ def traced(checkpoint):
     return trace
 
 
-def evaluate(folder, graph, clips, function=None):
+def evaluate(folder: Any, graph: Any, clips: npt.NDArray[np.uint8], function: Any = None) -> Any:
     """Logits of the package in `folder` for clips (batch, T, H, W, 3)."""
     program = mil.Program(mlpackage.load(folder / "model.mlpackage"), function)
     return program({"frames": clips})["logits"]
 
 
 @pytest.fixture(scope="module")
-def clips(checkpoint):
+def clips(checkpoint: Checkpoint) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(5).integers(0, 256, (2, *checkpoint.contract.shape), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint, clips):
+def reference(checkpoint: Checkpoint, clips: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return Reference(checkpoint.model, checkpoint.contract)(clips)
 
 
-def error(got, reference):
+def error(got: Any, reference: npt.NDArray[np.float32]) -> Any:
     return np.abs(got - reference[: len(got)]).max() / max(1, np.abs(reference).max())
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("lowering", static.LOWERINGS)
-def test_every_lowering_in_every_layout(tmp_path, traced, clips, reference, lowering, layout):
+def test_every_lowering_in_every_layout(
+    tmp_path: Path,
+    traced: Callable[..., Graph],
+    clips: npt.NDArray[np.uint8],
+    reference: npt.NDArray[np.float32],
+    lowering: str,
+    layout: str,
+) -> None:
     graph = traced(lowering, batch=2)
     coreml.build(graph, FP16.choose({"layout": layout}), tmp_path)
     assert error(evaluate(tmp_path, graph, clips), reference) < FP16.tolerance
@@ -78,7 +93,15 @@ def test_every_lowering_in_every_layout(tmp_path, traced, clips, reference, lowe
 
 @pytest.mark.parametrize("precision", ["fp16", "w8", "w4"])
 @pytest.mark.parametrize("deployment", ["iOS16", "iOS17", "iOS18"])
-def test_every_precision_for_every_system(tmp_path, traced, clips, reference, precision, deployment, monkeypatch):
+def test_every_precision_for_every_system(
+    tmp_path: Path,
+    traced: Callable[..., Graph],
+    clips: npt.NDArray[np.uint8],
+    reference: npt.NDArray[np.float32],
+    precision: str,
+    deployment: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(mlweights, "SMALL", 64)  # the tiny model's weights are all small
     layout = "columns" if deployment == "iOS18" else "rows"
     target = export.target(f"coreml-{precision}").choose({"deployment": deployment, "layout": layout})
@@ -93,7 +116,7 @@ def test_every_precision_for_every_system(tmp_path, traced, clips, reference, pr
     assert error(evaluate(tmp_path, traced("gather"), clips[:1]), reference[:1]) < target.tolerance
 
 
-def test_layouts_compute_the_same(tmp_path, traced, clips):
+def test_layouts_compute_the_same(tmp_path: Path, traced: Callable[..., Graph], clips: npt.NDArray[np.uint8]) -> None:
     """They differ by the order of float16 sums alone."""
     answers = []
     for layout in ("rows", "columns"):
@@ -101,7 +124,7 @@ def test_layouts_compute_the_same(tmp_path, traced, clips):
         folder.mkdir()
         coreml.build(traced("conv2d"), FP16.choose({"layout": layout}), folder)
         answers.append(evaluate(folder, traced("conv2d"), clips[:1]))
-    np.testing.assert_allclose(*answers, atol=5e-3)
+    np.testing.assert_allclose(answers[0], answers[1], atol=5e-3)
     kinds = [o.kind for o in mlpackage.load(tmp_path / "columns" / "model.mlpackage").functions["main"].operations]
     blocks, heads = 2, 2
     assert kinds.count("einsum") == blocks * heads * 2
@@ -109,7 +132,7 @@ def test_layouts_compute_the_same(tmp_path, traced, clips):
     assert kinds.count("linear") == 1  # the classifier
 
 
-def test_no_tensor_exceeds_rank_5_and_all_types_are_core_mls(tmp_path, traced):
+def test_no_tensor_exceeds_rank_5_and_all_types_are_core_mls(tmp_path: Path, traced: Callable[..., Graph]) -> None:
     for layout in ("rows", "columns"):
         for lowering in static.LOWERINGS:
             folder = tmp_path / f"{layout}-{lowering}"
@@ -121,7 +144,9 @@ def test_no_tensor_exceeds_rank_5_and_all_types_are_core_mls(tmp_path, traced):
             assert {kind.dtype for kind in types} <= {"fp16", "fp32", "int32", "bool", "string", "dictionary"}
 
 
-def test_frames_may_be_integers(tmp_path, traced, clips, reference):
+def test_frames_may_be_integers(
+    tmp_path: Path, traced: Callable[..., Graph], clips: npt.NDArray[np.uint8], reference: npt.NDArray[np.float32]
+) -> None:
     coreml.build(traced("slice"), FP16.choose({"input": "int32"}), tmp_path)
     package = mlpackage.load(tmp_path / "model.mlpackage")
     assert package.functions["main"].inputs["frames"].dtype == "int32"
@@ -129,7 +154,13 @@ def test_frames_may_be_integers(tmp_path, traced, clips, reference):
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_pinned_tensors_are_computed_in_float32(tmp_path, traced, clips, reference, layout):
+def test_pinned_tensors_are_computed_in_float32(
+    tmp_path: Path,
+    traced: Callable[..., Graph],
+    clips: npt.NDArray[np.uint8],
+    reference: npt.NDArray[np.float32],
+    layout: str,
+) -> None:
     pins = ["blocks.*.norm?", "blocks.1.attn.scores", "blocks.0.mlp.fc1", "logits"]
     target = FP16.choose({"fp32": ",".join(pins), "layout": layout})
     coreml.build(traced("gather"), target, tmp_path)
@@ -144,17 +175,19 @@ INT8 = export.target("coreml-int8")
 
 
 @pytest.fixture(scope="module")
-def calibrated(checkpoint, traced, tmp_path_factory):
+def calibrated(
+    checkpoint: Checkpoint, traced: Callable[..., Graph], tmp_path_factory: pytest.TempPathFactory
+) -> Calibrated:
     """A calibration from few clips, whatever it costs."""
     folder = tmp_path_factory.mktemp("clips")
     source = datasets.built_in_calibration(12, checkpoint.labels)
     few = collect(source, checkpoint.contract, checkpoint.labels, folder)
-    options = {"activations": "int8", "workspace": folder, "max_drop": 100.0}
+    options: dict[str, Any] = {"activations": "int8", "workspace": folder, "max_drop": 100.0}
     return calibration.calibrate(traced().model, few, few, export.evaluator(), **options)
 
 
 @pytest.fixture(scope="module")
-def rendered(checkpoint):
+def rendered(checkpoint: Checkpoint) -> npt.NDArray[np.uint8]:
     """Clips of the kind that was calibrated on, (4, T, H, W, 3)."""
     return np.stack([clip.frames for clip in datasets.built_in(4, ()).clips(checkpoint.contract)])
 
@@ -164,7 +197,14 @@ def rendered(checkpoint):
     [("gather", {}), ("slice", {"input": "int32"}), ("conv2d", {"layout": "columns", "deployment": "iOS18"})],
     ids=["rows", "integers", "columns"],
 )
-def test_int8_computes_what_the_table_says(tmp_path, traced, calibrated, rendered, lowering, settings):
+def test_int8_computes_what_the_table_says(
+    tmp_path: Path,
+    traced: Callable[..., Graph],
+    calibrated: Calibrated,
+    rendered: npt.NDArray[np.uint8],
+    lowering: str,
+    settings: dict[str, Any],
+) -> None:
     """Against ONNX Runtime on the Q/DQ graph of the same table: far nearer to it than to the float graph.
 
     The table's ranges are too narrow on purpose: in good ones, what float16 rounds to the other side of a step is
@@ -183,7 +223,9 @@ def test_int8_computes_what_the_table_says(tmp_path, traced, calibrated, rendere
     assert sum(built.details["integers"].values()) == len(table.quantised)
 
 
-def test_what_calibration_adds_behind_gelu_does_not_turn_tokens_around(tmp_path, traced, calibrated):
+def test_what_calibration_adds_behind_gelu_does_not_turn_tokens_around(
+    tmp_path: Path, traced: Callable[..., Graph], calibrated: Calibrated
+) -> None:
     graph, table = quantize.apply(calibrated, traced("conv2d"))
     assert any(node.name.endswith(".centred") for node in graph.model.graph.node)
     counts = []
@@ -197,7 +239,9 @@ def test_what_calibration_adds_behind_gelu_does_not_turn_tokens_around(tmp_path,
 
 
 @pytest.mark.parametrize("lowering", ["gather", "conv2d"])
-def test_int8_weights_and_scales_are_the_tables(tmp_path, traced, calibrated, lowering):
+def test_int8_weights_and_scales_are_the_tables(
+    tmp_path: Path, traced: Callable[..., Graph], calibrated: Calibrated, lowering: str
+) -> None:
     graph, table = quantize.apply(calibrated, traced(lowering))
     coreml.build(graph, INT8, tmp_path, table)
     operations = mlpackage.load(tmp_path / "model.mlpackage").functions["main"].operations
@@ -219,13 +263,15 @@ def test_int8_weights_and_scales_are_the_tables(tmp_path, traced, calibrated, lo
         assert float(scale) == pytest.approx(table.ranges[plan.activation].symmetric / (256 if pixels else 1), rel=1e-3)
 
 
-def test_a_pinned_linear_is_not_quantised(tmp_path, traced, calibrated):
+def test_a_pinned_linear_is_not_quantised(tmp_path: Path, traced: Callable[..., Graph], calibrated: Calibrated) -> None:
     graph, table = quantize.apply(calibrated, traced())
     built = coreml.build(graph, INT8.choose({"fp32": "blocks.0.mlp.fc1,blocks.1.attn.qkv"}), tmp_path, table)
     assert sum(built.details["integers"].values()) == len(table.quantised) - 2
 
 
-def test_a_table_of_another_graph_is_refused(tmp_path, traced, calibrated):
+def test_a_table_of_another_graph_is_refused(
+    tmp_path: Path, traced: Callable[..., Graph], calibrated: Calibrated
+) -> None:
     _, table = quantize.apply(calibrated, traced())
     with pytest.raises(InputError, match="a table does not carry over"):
         coreml.build(traced(), INT8, tmp_path, table)
@@ -238,12 +284,14 @@ def test_a_table_of_another_graph_is_refused(tmp_path, traced, calibrated):
         ({"functions": "video+image"}, "coreml-int8 has no setting 'functions'"),
     ],
 )
-def test_what_int8_cannot_be(settings, message):
+def test_what_int8_cannot_be(settings: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         INT8.choose(settings)
 
 
-def test_an_int8_bundle(tiny_checkpoint, tmp_path, monkeypatch, rendered):
+def test_an_int8_bundle(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rendered: npt.NDArray[np.uint8]
+) -> None:
     """Judged by the evaluator, sealed with its table, read by Apple's loader, any number of clips."""
     monkeypatch.setattr(int8, "STATISTICS", 9)
     monkeypatch.setattr(int8, "JUDGED", 36)
@@ -262,12 +310,12 @@ def test_an_int8_bundle(tiny_checkpoint, tmp_path, monkeypatch, rendered):
     assert error(whole, expected) < 0.1
 
 
-def test_a_pin_that_matches_nothing_is_refused(tmp_path, traced):
+def test_a_pin_that_matches_nothing_is_refused(tmp_path: Path, traced: Callable[..., Graph]) -> None:
     with pytest.raises(InputError, match=r"fp32='blocks\.9\.\*' matches no tensor of the graph; it has tubes"):
         coreml.build(traced(), FP16.choose({"fp32": "blocks.9.*"}), tmp_path)
 
 
-def test_an_unknown_operator_is_refused_by_name(tmp_path, traced):
+def test_an_unknown_operator_is_refused_by_name(tmp_path: Path, traced: Callable[..., Graph]) -> None:
     model = onnx.ModelProto()
     model.CopyFrom(traced().model)
     next(node for node in model.graph.node if node.op_type == "Gelu").op_type = "Mish"
@@ -275,7 +323,7 @@ def test_an_unknown_operator_is_refused_by_name(tmp_path, traced):
         coreml.build(dataclasses.replace(traced(), model=model), FP16, tmp_path)
 
 
-def test_a_weight_beyond_float16_is_refused(tmp_path, traced):
+def test_a_weight_beyond_float16_is_refused(tmp_path: Path, traced: Callable[..., Graph]) -> None:
     model = onnx.ModelProto()
     model.CopyFrom(traced().model)
     weight = next(w for w in model.graph.initializer if w.name == "blocks.1.mlp.fc2.weight")
@@ -291,12 +339,12 @@ def test_a_weight_beyond_float16_is_refused(tmp_path, traced):
         ({"colour": "red"}, "coreml-fp16 has no setting 'colour'; it has deployment, layout"),
     ],
 )
-def test_impossible_settings_are_refused(settings, message):
+def test_impossible_settings_are_refused(settings: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         FP16.choose(settings)
 
 
-def test_two_functions_need_a_system_that_knows_them(tmp_path, traced):
+def test_two_functions_need_a_system_that_knows_them(tmp_path: Path, traced: Callable[..., Graph]) -> None:
     with pytest.raises(InputError, match="needs deployment=iOS18"):
         coreml.build(traced(), FP16.choose({"functions": "video+image"}), tmp_path)
     both = FP16.choose({"functions": "video+image", "deployment": "iOS18"})
@@ -304,14 +352,20 @@ def test_two_functions_need_a_system_that_knows_them(tmp_path, traced):
         coreml.build(traced(image=True), both, tmp_path)
 
 
-def test_video_and_image_share_their_weights(tmp_path, traced, checkpoint, clips, reference):
+def test_video_and_image_share_their_weights(
+    tmp_path: Path,
+    traced: Callable[..., Graph],
+    checkpoint: Checkpoint,
+    clips: npt.NDArray[np.uint8],
+    reference: npt.NDArray[np.float32],
+) -> None:
     folders = {}
     for name, settings in {"one": {}, "both": {"functions": "video+image"}}.items():
         folders[name] = tmp_path / name
         folders[name].mkdir()
         coreml.build(traced(), FP16.choose({"deployment": "iOS18", **settings}), folders[name])
 
-    def weights(folder):
+    def weights(folder: Any) -> Any:
         (file,) = folder.rglob("weight.bin")
         return file.stat().st_size
 
@@ -329,8 +383,8 @@ def test_video_and_image_share_their_weights(tmp_path, traced, checkpoint, clips
 
 @pytest.mark.parametrize(("precision", "numbers"), [("w8", "data"), ("w4", "indices")])
 def test_rounded_weights_are_the_same_in_both_functions_and_biases_are_not(
-    tmp_path, tiny_checkpoint, precision, numbers
-):
+    tmp_path: Path, tiny_checkpoint: Path, precision: str, numbers: str
+) -> None:
     options = pipeline.Options(settings={"functions": "video+image", "deployment": "iOS18"})
     bundle = pipeline.export_model(f"coreml-{precision}", tiny_checkpoint, tmp_path, options)
     found = {}
@@ -343,7 +397,7 @@ def test_rounded_weights_are_the_same_in_both_functions_and_biases_are_not(
     assert (one != other).any()
 
 
-def validate(path):
+def validate(path: Any) -> Any:
     """The package as coremltools opens it: its proto loader makes a valid program of the operations that we read."""
     from coremltools.converters.mil.frontend.milproto import load
 
@@ -357,7 +411,9 @@ def validate(path):
     return spec
 
 
-def test_apples_tools_read_it_and_xcode_has_something_to_show(tmp_path, traced, checkpoint):
+def test_apples_tools_read_it_and_xcode_has_something_to_show(
+    tmp_path: Path, traced: Callable[..., Graph], checkpoint: Checkpoint
+) -> None:
     coreml.build(traced(), FP16, tmp_path)
     path = tmp_path / "model.mlpackage"
     description = validate(path).description
@@ -371,7 +427,9 @@ def test_apples_tools_read_it_and_xcode_has_something_to_show(tmp_path, traced, 
     assert '"frames": 8' in metadata["edgetube.input"]
 
 
-def test_the_class_scores_are_the_softmax_of_the_logits(tmp_path, traced, checkpoint, clips):
+def test_the_class_scores_are_the_softmax_of_the_logits(
+    tmp_path: Path, traced: Callable[..., Graph], checkpoint: Checkpoint, clips: npt.NDArray[np.uint8]
+) -> None:
     coreml.build(traced(), FP16, tmp_path)
     answers = mil.Program(mlpackage.load(tmp_path / "model.mlpackage"))({"frames": clips[:1]})
     scores = metrics.softmax(answers["logits"][0])
@@ -380,21 +438,21 @@ def test_the_class_scores_are_the_softmax_of_the_logits(tmp_path, traced, checkp
     assert answers["label"] == checkpoint.labels[int(scores.argmax())]
 
 
-def test_it_is_quiet(tmp_path, traced, capfd):
+def test_it_is_quiet(tmp_path: Path, traced: Callable[..., Graph], capfd: pytest.CaptureFixture[str]) -> None:
     both = FP16.choose({"functions": "video+image", "deployment": "iOS18"})
     coreml.build(traced(), both, tmp_path)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint, tmp_path_factory) -> Bundle:
+def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A published bundle of both functions; nobody may write in it."""
     settings = {"functions": "video+image", "deployment": "iOS18"}
     options = pipeline.Options(settings=settings)
     return pipeline.export_model("coreml-fp16", tiny_checkpoint, tmp_path_factory.mktemp("out"), options)
 
 
-def test_a_bundle_is_proven_by_the_evaluator_and_says_so(bundle):
+def test_a_bundle_is_proven_by_the_evaluator_and_says_so(bundle: Bundle) -> None:
     device = runtimes.proof_device(bundle.target, bundle.backend)
     assert bundle.status == bundle.parity["status"] == ("executed" if device is None else "emulated")
     assert bundle.parity["image"]["clips"] == bundle.parity["clips"] == pipeline.PROOF_CLIPS
@@ -406,25 +464,27 @@ def test_a_bundle_is_proven_by_the_evaluator_and_says_so(bundle):
         assert "not timed" in bundle.build["lowering"]["why"]
 
 
-def test_the_runtime_emulates_when_it_is_asked_to(bundle, checkpoint, clips, reference):
+def test_the_runtime_emulates_when_it_is_asked_to(
+    bundle: Bundle, checkpoint: Checkpoint, clips: npt.NDArray[np.uint8], reference: npt.NDArray[np.float32]
+) -> None:
     with edgetube.Runtime(bundle.path, device="emulated") as rt:
         assert error(rt(clips), reference) < FP16.tolerance
         assert "evaluator" in rt.describe()
         assert rt.check() < 0.05
 
 
-def test_elsewhere_it_says_what_is_missing_and_how_to_emulate(bundle, monkeypatch):
+def test_elsewhere_it_says_what_is_missing_and_how_to_emulate(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "linux")
     with pytest.raises(MissingPackageError, match=r"runs on macOS, which is not here.*device 'emulated'"):
         edgetube.Runtime(bundle.path)
 
 
-def test_what_nothing_emulates(tiny_bundle):
+def test_what_nothing_emulates(tiny_bundle: Path) -> None:
     with pytest.raises(InputError, match="nothing emulates onnxruntime"):
         edgetube.Runtime(tiny_bundle, device="emulated")
 
 
-def test_a_bundle_with_a_corrupted_weight_file_is_refused(bundle, tmp_path):
+def test_a_bundle_with_a_corrupted_weight_file_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle.path, tmp_path / "copy")
     (weights,) = copy.rglob("weight.bin")
     data = bytearray(weights.read_bytes())
@@ -434,14 +494,14 @@ def test_a_bundle_with_a_corrupted_weight_file_is_refused(bundle, tmp_path):
         bundles.load(copy)
 
 
-def test_targets_say_that_they_run_on_macos(monkeypatch):
+def test_targets_say_that_they_run_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "linux")
     assert "macOS" in FP16.missing(FP16.run_needs)
     monkeypatch.setattr("sys.platform", "darwin")
     assert "macOS" not in FP16.missing(FP16.run_needs)
 
 
-def test_palettes_are_the_best_sixteen_numbers(rng):
+def test_palettes_are_the_best_sixteen_numbers(rng: np.random.Generator) -> None:
     """Against a k-means that somebody else wrote, started at the same kind of place, and no worse than it."""
     cluster = pytest.importorskip("sklearn.cluster")
     weights = (rng.normal(size=(64, 96)) * 0.02).astype(np.float32)
@@ -458,26 +518,26 @@ def test_palettes_are_the_best_sixteen_numbers(rng):
     )
 
 
-def test_palettes_of_few_numbers_are_exact():
+def test_palettes_of_few_numbers_are_exact() -> None:
     weights = np.array([[0.0, 1.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0]], np.float32)
     lut = mlweights.palette(weights)
     indices = mlweights.Palettes(lut[None], 1).nearest(weights.reshape(-1, 1)).reshape(weights.shape)
     np.testing.assert_allclose(lut[indices], weights, atol=1e-3)
 
 
-def test_integers_are_half_a_step_away(rng):
+def test_integers_are_half_a_step_away(rng: np.random.Generator) -> None:
     weights = rng.normal(size=(8, 50)).astype(np.float32) * np.logspace(-3, 1, 8, dtype=np.float32)[:, None]
     scales = mlweights.channel_scales(weights)
     back = mlweights.quantise(weights, scales) * scales[:, None]
     assert (np.abs(back - weights) <= scales[:, None] * 0.54).all()  # the scale itself is rounded to float16
 
 
-def test_a_tube_is_rounded_for_pixels_and_a_linear_to_the_nearest(rng):
+def test_a_tube_is_rounded_for_pixels_and_a_linear_to_the_nearest(rng: np.random.Generator) -> None:
     """Bright flat pixels are what the errors of a kernel add up on."""
     integers = {}
 
     class Builder:
-        def constexpr_affine_dequantize(self, quantized_data, name, **_):
+        def constexpr_affine_dequantize(self, quantized_data: Any, name: Any, **_: Any) -> None:
             integers[name] = quantized_data
 
     storage = mlweights.Storage(Builder(), "w8", None, {})
@@ -499,13 +559,13 @@ def test_a_tube_is_rounded_for_pixels_and_a_linear_to_the_nearest(rng):
 class Builder:
     """Keeps the numbers that the stored weights stand for."""
 
-    def __init__(self):
-        self.stored = {}
+    def __init__(self) -> None:
+        self.stored: dict[str, Any] = {}
 
-    def constexpr_affine_dequantize(self, quantized_data, scale, name, **_):
+    def constexpr_affine_dequantize(self, quantized_data: Any, scale: Any, name: Any, **_: Any) -> None:
         self.stored[name] = quantized_data * np.float32(scale)[:, None]
 
-    def constexpr_lut_to_dense(self, lut, indices, name, shape=None):
+    def constexpr_lut_to_dense(self, lut: Any, indices: Any, name: Any, shape: Any = None) -> None:
         if shape is None:  # (groups, 1, 16, 1), (O, I)
             groups = np.split(indices, len(lut))
             self.stored[name] = np.concatenate([t.reshape(-1)[i] for t, i in zip(lut, groups, strict=True)])
@@ -517,7 +577,7 @@ class Builder:
 STORAGES = pytest.mark.parametrize(("precision", "blocks"), [("w8", None), ("w4", None), ("w4", np.uint8)])
 
 
-def stored(precision, blocks, weight, moments):
+def stored(precision: Any, blocks: Any, weight: Any, moments: Any) -> Any:
     """A weight as it is stored, and the storage."""
     builder = Builder()
     storage = mlweights.Storage(
@@ -529,20 +589,22 @@ def stored(precision, blocks, weight, moments):
 
 
 @pytest.fixture
-def read(rng):
+def read(rng: np.random.Generator) -> npt.NDArray[np.float32]:
     """Rows of channels that know of one another, and whose mean is not zero."""
     mixed = 3 + rng.normal(size=(400, 20)) @ rng.normal(size=(20, 64)) * np.geomspace(5, 0.1, 64)
     return (mixed + 0.05 * rng.normal(size=(400, 64))).astype(np.float32)
 
 
-def moments_of(rows):
+def moments_of(rows: Any) -> Any:
     gram = numeric.GramMatrix(rows.shape[1])
     gram.add(rows)
     return gram.moments
 
 
 @STORAGES
-def test_biases_take_up_the_mean_of_what_storing_does(rng, read, precision, blocks):
+def test_biases_take_up_the_mean_of_what_storing_does(
+    rng: np.random.Generator, read: npt.NDArray[np.float32], precision: str, blocks: type[Any] | None
+) -> None:
     """On the mean input, the product with the stored weight and its bias is the exact one."""
     weight, bias = rng.normal(size=(32, 64)).astype(np.float32), rng.normal(size=32).astype(np.float32)
     moments = moments_of(read)
@@ -554,7 +616,9 @@ def test_biases_take_up_the_mean_of_what_storing_does(rng, read, precision, bloc
 
 
 @STORAGES
-def test_errors_of_weights_cancel_for_what_they_read(rng, read, precision, blocks):
+def test_errors_of_weights_cancel_for_what_they_read(
+    rng: np.random.Generator, read: npt.NDArray[np.float32], precision: str, blocks: type[Any] | None
+) -> None:
     """On rows that were not seen, and with numbers of the same palettes."""
     weight = rng.normal(size=(32, 64)).astype(np.float32)
     (ours, _), (plain, _) = (stored(precision, blocks, weight, moments) for moments in (moments_of(read[::2]), None))
@@ -566,11 +630,13 @@ def test_errors_of_weights_cancel_for_what_they_read(rng, read, precision, block
 
 
 @pytest.mark.parametrize("frames", [None, 1])
-def test_each_function_knows_the_moments_of_its_own_inputs(tiny_checkpoint, checkpoint, tmp_path, monkeypatch, frames):
+def test_each_function_knows_the_moments_of_its_own_inputs(
+    tiny_checkpoint: Path, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int | None
+) -> None:
     """Against PyTorch: what `fc1` reads on the rendered clips, or on the rendered images."""
     built = []
 
-    def spy(graph, *rest, build=coreml.build):
+    def spy(graph: Any, *rest: Any, build: Any = coreml.build) -> Any:
         built.append(graph)
         return build(graph, *rest)
 
@@ -579,16 +645,17 @@ def test_each_function_knows_the_moments_of_its_own_inputs(tiny_checkpoint, chec
     pipeline.export_model("coreml-w8", tiny_checkpoint, tmp_path, options)
     graph = built[0].image() if frames else built[0]
     part = checkpoint.at(frames, None)
+    first: Any = part.model.blocks[0]
     rendered = demo.scenes(part.contract, pipeline.MOMENT_CLIPS)
-    read = []
-    hook = part.model.blocks[0].mlp.fc1.register_forward_pre_hook(lambda _, x: read.append(x[0].detach().numpy()))
+    read: list[npt.NDArray[np.float32]] = []
+    hook = first.mlp.fc1.register_forward_pre_hook(lambda _, x: read.append(x[0].detach().numpy()))
     Reference(part.model, part.contract)(np.stack([clip.frames for clip in rendered]))
     hook.remove()
     expected = np.concatenate(read).mean(axis=(0, 1))
     np.testing.assert_allclose(graph.moments()["blocks.0.mlp.fc1.weight"].mean, expected, atol=1e-4)
 
 
-def test_scales_that_float16_does_not_have():
+def test_scales_that_float16_does_not_have() -> None:
     scales = mlweights.channel_scales(np.array([[0.0, 0.0], [1e-9, -1e-9], [12.7, 1.0]], np.float32))
     np.testing.assert_allclose(scales, [1, 2**-14, 0.1], rtol=1e-3)  # nothing to scale; the smallest normal number
     assert (mlweights.quantise(np.array([[0.0], [1e-9], [12.7]], np.float32), scales) == [[0], [0], [127]]).all()
@@ -596,7 +663,7 @@ def test_scales_that_float16_does_not_have():
         mlweights.channel_scales(np.array([[1e7]], np.float32))
 
 
-def test_every_operator_of_the_canonical_graphs_is_translated(traced):
+def test_every_operator_of_the_canonical_graphs_is_translated(traced: Callable[..., Graph]) -> None:
     seen = {node.op_type for low in static.LOWERINGS for node in traced(low).model.graph.node}
     assert seen <= set(mlprogram.Lowering.operators())
     assert len(seen) > 12

@@ -173,7 +173,7 @@ def test_names_are_those_of_the_modules() -> None:
             assert list(by_name[f"{name}.matmul"].input)[1] == f"{name}.weight"
             assert list(by_name[name].input) == [f"{name}.matmul", f"{name}.bias"]
             assert list(by_name[name].output) == [name]
-        expected = source.get_submodule(f"{block}.mlp.fc1").weight.detach().numpy().T
+        expected = source.get_parameter(f"{block}.mlp.fc1.weight").detach().numpy().T
         np.testing.assert_array_equal(values[f"{block}.mlp.fc1.weight"], expected)
         for norm in ("norm1", "norm2"):
             assert list(by_name[f"{block}.{norm}"].output) == [f"{block}.{norm}"]
@@ -193,10 +193,10 @@ def test_names_are_those_of_the_modules() -> None:
 
 
 def test_the_softmax_scale_is_in_the_query_weights() -> None:
-    qkv = model_of("paper")[0].blocks[0].attn.qkv
+    qkv = model_of("paper")[0].get_parameter("blocks.0.attn.qkv.weight").detach().numpy()
     weight = constants(trace("paper").model)["blocks.0.attn.qkv.weight"]
-    np.testing.assert_allclose(weight[:, :24], qkv.weight.detach().numpy().T[:, :24] / math.sqrt(12), rtol=1e-6)
-    np.testing.assert_array_equal(weight[:, 24:], qkv.weight.detach().numpy().T[:, 24:])
+    np.testing.assert_allclose(weight[:, :24], qkv.T[:, :24] / math.sqrt(12), rtol=1e-6)
+    np.testing.assert_array_equal(weight[:, 24:], qkv.T[:, 24:])
 
 
 def test_equal_constants_keep_their_own_names() -> None:
@@ -277,7 +277,7 @@ def test_half_precision_in_an_evaluator_that_computes_in_half_precision() -> Non
     """ONNX Runtime computes half precision in float on most CPUs; numpy does not."""
     frames = noise("mean")
     (answer,) = ReferenceEvaluator(graphs.half(trace("mean").model)).run(None, {"frames": frames})
-    assert cosine(answer, reference("mean", frames)) > 0.9995
+    assert cosine(np.asarray(answer), reference("mean", frames)) > 0.9995
 
 
 def test_half_precision_keeps_the_range_of_layernorm_and_softmax() -> None:
@@ -285,13 +285,14 @@ def test_half_precision_keeps_the_range_of_layernorm_and_softmax() -> None:
     spec = SPECS["paper"]
     model, contract = TubeViT(spec).eval(), model_of("paper")[1]
     with torch.no_grad():
-        model.blocks[0].mlp.fc2.bias[3] = 1500.0
-        model.blocks[0].attn.qkv.weight.mul_(6)
+        model.get_parameter("blocks.0.mlp.fc2.bias")[3] = 1500.0
+        model.get_parameter("blocks.0.attn.qkv.weight").mul_(6)
     narrow = graphs.half(graphs.trace(StaticTubeViT(model, contract), spec, contract).model)
     frames = noise("paper")
     with torch.no_grad():
         expected = model(normalise(torch.from_numpy(frames), contract)).numpy()
-    for answer in (run(narrow, frames), ReferenceEvaluator(narrow).run(None, {"frames": frames})[0]):
+    (by_numpy,) = ReferenceEvaluator(narrow).run(None, {"frames": frames})
+    for answer in (run(narrow, frames), np.asarray(by_numpy)):
         assert cosine(answer, expected) > 0.999
     types = {value.name: value.type.tensor_type.elem_type for value in narrow.graph.value_info}
     wide = [node for kind in ("LayerNormalization", "Softmax") for node in nodes(narrow, kind)]

@@ -1,5 +1,7 @@
 """INT8 on the road: calibrated on real clips only, measured against float, and published only within the budget."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Callable
@@ -25,13 +27,13 @@ GATHER = pipeline.Options(lowering="gather")
 
 
 @pytest.fixture(autouse=True)
-def few_clips(monkeypatch):
+def few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "STATISTICS", 9)
     monkeypatch.setattr(int8, "JUDGED", 36)
 
 
 @pytest.fixture
-def arrays(tiny_checkpoint, tmp_path, rng):
+def arrays(tiny_checkpoint: Path, tmp_path: Path, rng: np.random.Generator) -> Path:
     """Clips of a user's own."""
     contract = checkpoints.load(tiny_checkpoint).contract
     path = tmp_path / "mine.npz"
@@ -39,7 +41,7 @@ def arrays(tiny_checkpoint, tmp_path, rng):
     return path
 
 
-def test_the_bundle_says_whether_it_was_worth_it(tiny_checkpoint, tmp_path):
+def test_the_bundle_says_whether_it_was_worth_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bundle = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, GATHER)
     report = bundle.build["int8"]
     assert report["against"] == "onnx-fp32"
@@ -55,7 +57,7 @@ def test_the_bundle_says_whether_it_was_worth_it(tiny_checkpoint, tmp_path):
     assert bundle.artifact_bytes == (bundle.path / "model.onnx").stat().st_size
 
 
-def test_a_second_export_uses_the_calibration_again(tiny_checkpoint, tmp_path):
+def test_a_second_export_uses_the_calibration_again(tiny_checkpoint: Path, tmp_path: Path) -> None:
     stages = []
     for _ in range(2):
         bundle = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, GATHER, lambda *s: stages.append(s[0]))
@@ -64,7 +66,9 @@ def test_a_second_export_uses_the_calibration_again(tiny_checkpoint, tmp_path):
     assert stages.count("calibrate") > 0
 
 
-def test_a_budget_that_does_not_hold_leaves_the_good_artifact(tiny_checkpoint, tmp_path, monkeypatch):
+def test_a_budget_that_does_not_hold_leaves_the_good_artifact(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, GATHER)
     before = (good.path / "model.onnx").read_bytes()
     verdict = Verdict(36, True, 0.1, 0.9, 0.2, 1.0, 80.0, 2.8)
@@ -75,7 +79,7 @@ def test_a_budget_that_does_not_hold_leaves_the_good_artifact(tiny_checkpoint, t
     bundles.load(good.path)
 
 
-def test_own_clips_are_used_and_named(tiny_checkpoint, tmp_path, arrays):
+def test_own_clips_are_used_and_named(tiny_checkpoint: Path, tmp_path: Path, arrays: Path) -> None:
     options = pipeline.Options(lowering="gather", calib=arrays, max_drop=100.0)
     bundle = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path / "out", options)
     report = bundle.build["int8"]
@@ -84,14 +88,14 @@ def test_own_clips_are_used_and_named(tiny_checkpoint, tmp_path, arrays):
     assert report["accuracy"]["clips"] == 6
 
 
-def test_a_model_of_something_else_needs_clips(tiny_checkpoint, tmp_path):
+def test_a_model_of_something_else_needs_clips(tiny_checkpoint: Path, tmp_path: Path) -> None:
     other = checkpoints.load(tiny_checkpoint).select("other")
     with pytest.raises(InputError, match="INT8 needs clips of what tiny is for, 128 or more; give --calib"):
         pipeline.export_model("onnx-int8", other, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_clips_of_other_labels_are_refused(tiny_checkpoint, tmp_path):
+def test_clips_of_other_labels_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     contract = checkpoints.load(tiny_checkpoint).contract
     np.savez(tmp_path / "x.npz", clips=np.zeros((1, *contract.shape), np.uint8), labels=np.array(["jump"]))
     with pytest.raises(InputError, match="which the model does not know"):
@@ -99,12 +103,12 @@ def test_clips_of_other_labels_are_refused(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("drop", [-1, 101])
-def test_impossible_budgets_are_refused(drop):
+def test_impossible_budgets_are_refused(drop: int) -> None:
     with pytest.raises(InputError, match="expected percentage points"):
         pipeline.Options(max_drop=drop)
 
 
-def test_two_targets_of_one_scheme_share_a_calibration(tiny_checkpoint, tmp_path):
+def test_two_targets_of_one_scheme_share_a_calibration(tiny_checkpoint: Path, tmp_path: Path) -> None:
     stages = []
     names = [t.name for t in export.targets().values() if t.precision == "int8" and not t.missing(t.build_needs)]
     list(pipeline.export_models(names, tiny_checkpoint, tmp_path, GATHER, lambda *s: stages.append(s)))
@@ -143,7 +147,7 @@ def test_the_share_of_integer_work_is_counted_in_the_artifact(
         assert (expected < 0.9) == (lowering == "conv2d")
 
 
-def test_batches_of_two(tiny_checkpoint, tmp_path, rng):
+def test_batches_of_two(tiny_checkpoint: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     options = pipeline.Options(lowering="gather", batch=2)
     bundle = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, options)
     frames = rng.integers(0, 256, (3, *bundle.contract.shape), np.uint8)
@@ -155,7 +159,9 @@ def test_batches_of_two(tiny_checkpoint, tmp_path, rng):
 @pytest.mark.parametrize(
     ("cpu", "activations", "weights"), [("x86", "UINT8", "UINT8"), ("arm", "INT8", "INT8"), ("any", "UINT8", "INT8")]
 )
-def test_the_form_for_a_processor_is_asked_for(tiny_checkpoint, tmp_path, cpu, activations, weights):
+def test_the_form_for_a_processor_is_asked_for(
+    tiny_checkpoint: Path, tmp_path: Path, cpu: str, activations: str, weights: str
+) -> None:
     options = pipeline.Options(lowering="gather", settings={"cpu": cpu})
     bundle = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, options)
     assert bundle.build["integers"]["cpu"] == cpu
@@ -207,7 +213,7 @@ def test_weights_that_overflow_are_counted_for_the_manifest() -> None:
     assert not stated([[127], [1], [127], [1]])
 
 
-def test_slower_is_called_slower():
+def test_slower_is_called_slower() -> None:
     accuracy = {"clips": 10, "agreement": 1.0, "top1": None, "top1_float": None}
     report = {"judged": accuracy, "fallbacks": {"a": "fell back: x"}, "macs_share": 0.9, "against": "x-fp32"}
     slow = int8.summary(report | {"speedup": 0.5, "size_ratio": 0.3})

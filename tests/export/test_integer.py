@@ -1,6 +1,10 @@
 """Integer kernels against the Q/DQ graph of the same table, evaluated operator by operator."""
 
+from __future__ import annotations
+
 from collections import Counter
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -9,32 +13,36 @@ from onnx import numpy_helper
 
 from edgetube import calibration, datasets, export
 from edgetube.calibration.clips import collect
+from edgetube.calibration.table import Activations, CalibrationTable
 from edgetube.errors import InputError, ParityError
 from edgetube.export import graph as graphs
 from edgetube.export import integer, onnxruntime, quantize, static
+from edgetube.export.graph import Graph
 from edgetube.model import checkpoints
 from edgetube.runtimes.onnxruntime import evaluate
+
+Both = dict[str, tuple[onnx.ModelProto, CalibrationTable]]
+"""(graph, table) by scheme."""
 
 FORMS = {"any": ("uint8", False), "x86": ("uint8", True), "arm": ("int8", False)}
 
 
 @pytest.fixture(scope="module")
-def graph(tiny_checkpoint):
+def graph(tiny_checkpoint: Path) -> Graph:
     c = checkpoints.load(tiny_checkpoint).select("motion")
     return graphs.trace(static.StaticTubeViT(c.model, c.contract, "gather"), c.spec, c.contract)
 
 
 @pytest.fixture(scope="module")
-def clips(tiny_checkpoint, tmp_path_factory):
+def clips(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     c = checkpoints.load(tiny_checkpoint).select("motion")
     return collect(datasets.built_in_calibration(9, c.labels), c.contract, c.labels, tmp_path_factory.mktemp("clips"))
 
 
 @pytest.fixture(scope="module")
-def calibrated(graph, clips, tmp_path_factory):
-    """(graph, table) by scheme."""
-    found = {}
-    for scheme in ("uint8", "int8"):
+def calibrated(graph: Graph, clips: Any, tmp_path_factory: pytest.TempPathFactory) -> Both:
+    found: Both = {}
+    for scheme in get_args(Activations):
         workspace = tmp_path_factory.mktemp(scheme)
         made = calibration.calibrate(
             graph.model, clips, clips, export.evaluator(), activations=scheme, workspace=workspace, max_drop=100.0
@@ -44,13 +52,13 @@ def calibrated(graph, clips, tmp_path_factory):
     return found
 
 
-def logits(model, clips):
+def logits(model: Any, clips: Any) -> Any:
     call = evaluate(model.SerializeToString())
     return np.concatenate([call({"frames": np.asarray(frames)[None]})[0] for frames in clips.frames])
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_kernels_compute_what_the_pairs_say(calibrated, clips, form):
+def test_kernels_compute_what_the_pairs_say(calibrated: Both, clips: Any, form: str) -> None:
     scheme, unsigned = FORMS[form]
     model, table = calibrated[scheme]
     ours = logits(integer.native(model, table, unsigned_weights=unsigned), clips)
@@ -64,7 +72,7 @@ def test_kernels_compute_what_the_pairs_say(calibrated, clips, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_types_are_those_of_the_form(calibrated, form):
+def test_types_are_those_of_the_form(calibrated: Both, form: str) -> None:
     scheme, unsigned = FORMS[form]
     model, table = calibrated[scheme]
     made = integer.native(model, table, unsigned_weights=unsigned)
@@ -80,7 +88,7 @@ def test_types_are_those_of_the_form(calibrated, form):
                kernels), "the tubes multiply pixels as they are"  # fmt: skip
 
 
-def test_what_is_left_over_is_float_and_fused(calibrated):
+def test_what_is_left_over_is_float_and_fused(calibrated: Both) -> None:
     model, table = calibrated["uint8"]
     kinds = Counter(node.op_type for node in integer.native(model, table).graph.node)
     assert kinds["MultiHeadAttention"] == 2
@@ -88,7 +96,7 @@ def test_what_is_left_over_is_float_and_fused(calibrated):
     assert kinds["QuantizeLinear"] == sum("tubes" not in plan.name for plan in table.quantised)
 
 
-def test_a_product_behind_a_split_becomes_one_for_each_part(calibrated, clips):
+def test_a_product_behind_a_split_becomes_one_for_each_part(calibrated: Both, clips: Any) -> None:
     model, table = calibrated["uint8"]
     pairs = quantize.qdq(model, table)
     split = integer.split_products(pairs)
@@ -97,12 +105,12 @@ def test_a_product_behind_a_split_becomes_one_for_each_part(calibrated, clips):
     np.testing.assert_allclose(logits(split, clips), logits(pairs, clips), atol=1e-5)
 
 
-def test_a_table_of_another_model_is_refused(calibrated, graph):
+def test_a_table_of_another_model_is_refused(calibrated: Both, graph: Graph) -> None:
     with pytest.raises(InputError, match="a table does not carry over"):
         integer.native(graph.model, calibrated["uint8"][1])
 
 
-def test_onnxruntime_runs_every_kernel(calibrated, tmp_path):
+def test_onnxruntime_runs_every_kernel(calibrated: Both, tmp_path: Path) -> None:
     model, table = calibrated["uint8"]
     graphs.save(integer.native(model, table), tmp_path / "model.onnx")
     assert [kernel for kernel, _ in onnxruntime.integer_products(tmp_path / "model.onnx")] == [
@@ -110,7 +118,7 @@ def test_onnxruntime_runs_every_kernel(calibrated, tmp_path):
     ] * len(table.quantised)
 
 
-def test_a_float_fallback_is_counted_as_one(calibrated, tmp_path):
+def test_a_float_fallback_is_counted_as_one(calibrated: Both, tmp_path: Path) -> None:
     """Without its QuantizeLinear one product is a float one, whatever its weights are kept in."""
     model, table = calibrated["uint8"]
     pairs = quantize.qdq(model, table)
@@ -124,7 +132,7 @@ def test_a_float_fallback_is_counted_as_one(calibrated, tmp_path):
     integer.lint("ONNX Runtime", 3, 3)
 
 
-def test_openvino_runs_every_product(calibrated, tmp_path):
+def test_openvino_runs_every_product(calibrated: Both, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     from edgetube.export import openvino
 

@@ -1,7 +1,10 @@
 """The road end to end: what is published was proven, what fails leaves nothing."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +23,9 @@ from edgetube.runtimes.torch import Reference
 GATHER = pipeline.Options(lowering="gather")
 
 
-def test_every_target_that_can_be_built_here_answers_like_pytorch(tiny_checkpoint, tmp_path, rng):
+def test_every_target_that_can_be_built_here_answers_like_pytorch(
+    tiny_checkpoint: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
     names = [t.name for t in export.targets().values() if not t.missing(t.build_needs + t.run_needs)]
     assert {"onnx-fp32", "onnx-fp16"} <= set(names)
     checkpoint = checkpoints.load(tiny_checkpoint)
@@ -34,7 +39,7 @@ def test_every_target_that_can_be_built_here_answers_like_pytorch(tiny_checkpoin
         assert bundle.status == "executed"
 
 
-def test_the_manifest_says_what_was_chosen_and_measured(tiny_bundle, tiny_checkpoint):
+def test_the_manifest_says_what_was_chosen_and_measured(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     bundle = bundles.load(tiny_bundle)
     assert bundle.name == "tiny.onnx-fp32"
     assert bundle.checkpoint["source"] == str(tiny_checkpoint)
@@ -48,15 +53,15 @@ def test_the_manifest_says_what_was_chosen_and_measured(tiny_bundle, tiny_checkp
     json.dumps(bundle.to_json())
 
 
-def test_the_lowering_is_chosen_by_time_and_the_times_are_kept(tiny_checkpoint, tmp_path):
+def test_the_lowering_is_chosen_by_time_and_the_times_are_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bundle = pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path)
     lowering = bundle.build["lowering"]
     times = {name: timing["p50_ms"] for name, timing in lowering["timings"].items()}
     assert set(times) == set(static.LOWERINGS)
-    assert lowering["chosen"] == min(times, key=times.get)
+    assert lowering["chosen"] == min(times, key=lambda name: times[name])
 
 
-def test_another_clip_shape_and_classifier(tiny_checkpoint, tmp_path, rng):
+def test_another_clip_shape_and_classifier(tiny_checkpoint: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     options = pipeline.Options(frames=12, size=(40, 40), head="other", lowering="gather")
     bundle = pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, options)
     assert bundle.contract.shape == (12, 40, 40, 3)
@@ -67,10 +72,12 @@ def test_another_clip_shape_and_classifier(tiny_checkpoint, tmp_path, rng):
         np.testing.assert_allclose(rt(clips), Reference(moved.model, moved.contract)(clips), atol=1e-5)
 
 
-def test_a_wrong_artifact_is_not_published(tiny_checkpoint, tmp_path, monkeypatch):
+def test_a_wrong_artifact_is_not_published(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = exporter.build
 
-    def wrong(graph, target, folder):
+    def wrong(graph: Any, target: Any, folder: Any) -> Any:
         built = right(graph, target, folder)
         model = onnx.load(folder / "model.onnx")
         weight = next(w for w in model.graph.initializer if w.name == "blocks.1.mlp.fc2.weight")
@@ -113,7 +120,9 @@ def test_a_wrong_lowering_that_was_asked_for_stops_the_export(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_is_named_with_its_pip_line(tiny_checkpoint, tmp_path, monkeypatch):
+def test_a_missing_package_is_named_with_its_pip_line(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(type(export.target("onnx-fp32")), "missing", lambda *_: ("onnxscript",))
     with pytest.raises(MissingPackageError, match=r"needs onnxscript; install with: pip install 'edgetube\[export\]'"):
         pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path)
@@ -130,18 +139,20 @@ def test_a_missing_package_is_named_with_its_pip_line(tiny_checkpoint, tmp_path,
         ({"head": "cats"}, InputError, "no classifier 'cats'; it has motion, other"),
     ],
 )
-def test_impossible_options_are_refused(tiny_checkpoint, tmp_path, options, error, message):
+def test_impossible_options_are_refused(
+    tiny_checkpoint: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, pipeline.Options(**options))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_target_lists_those_there_are(tmp_path):
+def test_an_unknown_target_lists_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'onnx-fp8'; there are .*onnx-fp16, onnx-fp32"):
         pipeline.export_model("onnx-fp8", out=tmp_path)
 
 
-def test_progress_is_told_and_ends(tiny_checkpoint, tmp_path):
+def test_progress_is_told_and_ends(tiny_checkpoint: Path, tmp_path: Path) -> None:
     told = []
     pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, GATHER, lambda *step: told.append(step))
     stages = dict.fromkeys(stage for stage, _, _ in told)

@@ -1,6 +1,10 @@
 """Q/DQ graphs: what is in them, and that a table only fits its own graph."""
 
+from __future__ import annotations
+
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -8,35 +12,40 @@ import pytest
 from onnx import numpy_helper
 
 from edgetube import calibration, datasets, export
+from edgetube.calibration import Calibrated
 from edgetube.calibration.clips import collect
+from edgetube.calibration.table import Activations
 from edgetube.errors import InputError
 from edgetube.export import graph as graphs
 from edgetube.export import quantize, static
 from edgetube.model import checkpoints
+from edgetube.model.checkpoints import Checkpoint
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint):
+def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
     return checkpoints.load(tiny_checkpoint).select("motion")
 
 
-def traced(checkpoint, lowering="gather", batch=1):
+def traced(checkpoint: Checkpoint, lowering: str = "gather", batch: int = 1) -> Any:
     module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering, batch=batch)
     return graphs.trace(module, checkpoint.spec, checkpoint.contract, batch)
 
 
 @pytest.fixture(scope="module")
-def calibrated(checkpoint, tmp_path_factory):
+def calibrated(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
     folder = tmp_path_factory.mktemp("q")
     source = datasets.built_in_calibration(12, checkpoint.labels)
     clips = collect(source, checkpoint.contract, checkpoint.labels, folder)
     model = traced(checkpoint).model
-    options = {"activations": "uint8", "workspace": folder, "max_drop": 100.0}
+    options: dict[str, Any] = {"activations": "uint8", "workspace": folder, "max_drop": 100.0}
     return calibration.calibrate(model, clips, clips, export.evaluator(), **options)
 
 
 @pytest.mark.parametrize("activations", ["int8", "uint8"])
-def test_only_linears_are_quantised_with_one_pair_a_tensor(checkpoint, calibrated, activations):
+def test_only_linears_are_quantised_with_one_pair_a_tensor(
+    checkpoint: Checkpoint, calibrated: Calibrated, activations: Activations
+) -> None:
     graph, table = quantize.apply(calibrated, traced(checkpoint))
     model = quantize.qdq(graph.model, table, activations=activations)
     makers = {name: node for node in model.graph.node for name in node.output}
@@ -55,7 +64,7 @@ def test_only_linears_are_quantised_with_one_pair_a_tensor(checkpoint, calibrate
     assert not any(t.name.endswith(".bias") and t.data_type != onnx.TensorProto.FLOAT for t in model.graph.initializer)
 
 
-def test_the_int8_weights_take_a_quarter(checkpoint, calibrated):
+def test_the_int8_weights_take_a_quarter(checkpoint: Checkpoint, calibrated: Calibrated) -> None:
     graph, table = quantize.apply(calibrated, traced(checkpoint))
     model = quantize.qdq(graph.model, table)
     names = {plan.weight for plan in table.quantised}
@@ -64,12 +73,14 @@ def test_the_int8_weights_take_a_quarter(checkpoint, calibrated):
     assert after * 4 == before > 0
 
 
-def named(model):
+def named(model: Any) -> Any:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
 @pytest.mark.parametrize("lowering", static.LOWERINGS)
-def test_one_calibration_serves_every_lowering_and_batch(checkpoint, calibrated, lowering, rng):
+def test_one_calibration_serves_every_lowering_and_batch(
+    checkpoint: Checkpoint, calibrated: Calibrated, lowering: str, rng: np.random.Generator
+) -> None:
     graph, table = quantize.apply(calibrated, traced(checkpoint, lowering, 2))
     call = export.evaluator()(quantize.qdq(graph.model, table))
     same, table1 = quantize.apply(calibrated, traced(checkpoint))
@@ -81,11 +92,11 @@ def test_one_calibration_serves_every_lowering_and_batch(checkpoint, calibrated,
     tubes = [plan for plan in table.linears if plan.name.startswith("tubes")]
     assert {plan.precision for plan in tubes} == {"float" if lowering == "conv2d" else "int8"}
     before, after = (named(model) for model in (traced(checkpoint, lowering, 2).model, graph.model))
-    same = [np.array_equal(before[f"{plan.name}.weight"], after[f"{plan.name}.weight"]) for plan in tubes]
-    assert same == [lowering == "conv2d"] * len(tubes)  # what stays float is not rounded
+    kept = [np.array_equal(before[f"{plan.name}.weight"], after[f"{plan.name}.weight"]) for plan in tubes]
+    assert kept == [lowering == "conv2d"] * len(tubes)  # what stays float is not rounded
 
 
-def test_a_table_of_another_model_is_refused(checkpoint, calibrated):
+def test_a_table_of_another_model_is_refused(checkpoint: Checkpoint, calibrated: Calibrated) -> None:
     graph, table = quantize.apply(calibrated, traced(checkpoint))
     with pytest.raises(InputError, match="a table does not carry over"):
         quantize.qdq(traced(checkpoint).model, table)

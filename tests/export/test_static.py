@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,9 +103,9 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     tubes = []
     for _ in range(draw(st.integers(1, 3))):
         merge = draw(st.sampled_from([(1, 1, 1), (1, 1, 1), (2, 1, 1), (1, 2, 2), (1, 1, 3), (2, 2, 1)]))
-        kernel = tuple(draw(st.integers(1, 6)) for _ in range(3))
-        stride = tuple(draw(small) * draw(st.integers(1, 3)) * m for m in merge)
-        offset = tuple(draw(st.integers(0, 5)) for _ in range(3))
+        kernel, offset = (draw(st.tuples(*[st.integers(low, low + 5)] * 3)) for low in (1, 0))
+        across, down, along = (draw(small) * draw(st.integers(1, 3)) * m for m in merge)
+        stride = (across, down, along)
         tubes.append(TubeSpec(kernel, stride, offset, merge))
     low = [max(axis) for axis in zip(*(tube.minimum() for tube in tubes), strict=True)]
     clip = [size + draw(st.integers(0, 9)) for size in low]
@@ -173,17 +174,18 @@ def test_gates_are_constants_and_a_closed_gate_is_nothing() -> None:
     spec = spec_of(PAPER_TUBES, depth=3, gates=(0, 2))
     model, contract = make(spec)
     with torch.no_grad():
-        model.blocks[0].alpha.fill_(0.7)
-        model.blocks[2].alpha.fill_(0.0)
+        model.get_parameter("blocks.0.alpha").fill_(0.7)
+        model.get_parameter("blocks.2.alpha").fill_(0.0)
     rewritten = static.StaticTubeViT(model, contract)
-    assert float(rewritten.blocks[0].gate) == pytest.approx(math.tanh(0.7))
-    assert rewritten.blocks[1].gate is None
-    assert rewritten.blocks[2].gate is None
+    gates: list[Any] = [block.gate for block in rewritten.blocks]
+    assert float(gates[0]) == pytest.approx(math.tanh(0.7))
+    assert gates[1] is None
+    assert gates[2] is None
     clips = noise(spec)
     with torch.no_grad():
         expected = model(normalise(clips, contract))
         torch.testing.assert_close(rewritten(clips), expected, atol=1e-4, rtol=0)
-        model.blocks[0].alpha.fill_(0.0)
+        model.get_parameter("blocks.0.alpha").fill_(0.0)
         assert float((model(normalise(clips, contract)) - expected).abs().max()) > 1e-3
         assert static.StaticTubeViT(model, contract).positions is None
 

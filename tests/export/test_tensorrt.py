@@ -3,9 +3,14 @@
 TensorRT for RTX needs no GPU to parse and to build, so nothing here is a double.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -16,28 +21,31 @@ from onnx import TensorProto
 
 from edgetube import bundle as bundles
 from edgetube import demo, export
+from edgetube.bundle import Bundle
 from edgetube.calibration import graphs as seen
 from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
 from edgetube.errors import BackendError, InputError
 from edgetube.export import graph as graphs
 from edgetube.export import pipeline, quantize, rewrite, static
 from edgetube.export import tensorrt as exporter
+from edgetube.export.graph import Graph
 from edgetube.model import checkpoints
+from edgetube.model.checkpoints import Checkpoint
 from edgetube.model.tubevit import TubeViT
 from edgetube.runtimes import tensorrt as runtime
 from edgetube.spec import InputContract, ModelSpec, TubeSpec, named
-from edgetube.targets import installed
+from edgetube.targets import Target, installed
 
 GATHER = pipeline.Options(lowering="gather")
 needs_rtx = pytest.mark.skipif(not installed("tensorrt_rtx"), reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
 
 
-def with_settings(name, **settings):
+def with_settings(name: str, **settings: str) -> Target:
     return export.target(name).choose({k.replace("_", "-"): v for k, v in settings.items()})
 
 
 @pytest.fixture(scope="module", params=static.LOWERINGS)
-def graph(request, tiny_checkpoint):
+def graph(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> Graph:
     checkpoint = checkpoints.load(tiny_checkpoint)
     module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, request.param, batch=2)
     return graphs.trace(module, checkpoint.spec, checkpoint.contract, 2)
@@ -47,7 +55,9 @@ class TestCastFirst:
     """Moving and casting commute."""
 
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-    def test_the_answers_are_the_same_to_the_last_bit(self, graph, precision, rng):
+    def test_the_answers_are_the_same_to_the_last_bit(
+        self, graph: Graph, precision: str, rng: np.random.Generator
+    ) -> None:
         model = graph.model if precision == "fp32" else graphs.half(graph.model)
         clips = rng.integers(0, 256, (2, *graph.contract.shape), np.uint8)
         options = ort.SessionOptions()
@@ -60,13 +70,13 @@ class TestCastFirst:
         )
         np.testing.assert_array_equal(before, after)
 
-    def test_uint8_reaches_one_cast_and_nothing_else(self, graph):
+    def test_uint8_reaches_one_cast_and_nothing_else(self, graph: Graph) -> None:
         moved = rewrite.cast_first(graphs.half(graph.model)).graph
         assert [n.op_type for n in moved.node if "frames" in n.input] == ["Cast"]
         kinds = {v.name: v.type.tensor_type.elem_type for v in [*moved.input, *moved.value_info, *moved.output]}
         assert [name for name, kind in kinds.items() if kind == TensorProto.UINT8] == ["frames"]
 
-    def test_it_leaves_the_given_graph_alone(self, graph):
+    def test_it_leaves_the_given_graph_alone(self, graph: Graph) -> None:
         before = graph.model.SerializeToString(deterministic=True)
         rewrite.cast_first(graph.model)
         assert graph.model.SerializeToString(deterministic=True) == before
@@ -88,7 +98,7 @@ class TestSettings:
             ("trt-int8", {"legacy": "yes"}, "--fp16 --int8 --calib=calibration.cache"),
         ],
     )
-    def test_each_is_in_the_line_of_the_vendor_s_tool(self, target, settings, words):
+    def test_each_is_in_the_line_of_the_vendor_s_tool(self, target: str, settings: dict[str, Any], words: str) -> None:
         chosen = exporter.parse_settings(with_settings(target, **settings))
         line = exporter.command(target[:3], chosen)
         tool = {"trt": "trtexec", "rtx": "tensorrt_rtx"}[target[:3]]
@@ -117,13 +127,13 @@ class TestSettings:
             ("rtx-int8", {"legacy": "yes"}, "rtx-int8 has no setting 'legacy'"),
         ],
     )
-    def test_impossible_ones_are_refused(self, target, settings, message):
+    def test_impossible_ones_are_refused(self, target: str, settings: dict[str, str], message: str) -> None:
         with pytest.raises(InputError, match=message):
             exporter.parse_settings(with_settings(target, **settings))
 
 
 @pytest.mark.parametrize("name", ["trt-fp32", "trt-fp16"])
-def test_without_a_gpu_the_bundle_is_whole_but_for_the_engine(name, tiny_checkpoint, tmp_path):
+def test_without_a_gpu_the_bundle_is_whole_but_for_the_engine(name: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     target = export.target(name)
     if not target.missing(target.run_needs):
         pytest.skip("this machine can build the engine")
@@ -141,7 +151,7 @@ def test_without_a_gpu_the_bundle_is_whole_but_for_the_engine(name, tiny_checkpo
 class TestAttention:
     """Attention in int8 is one kernel up to 512 tokens and for heads of 16, 32 or 64 channels."""
 
-    def test_at_539_tokens_it_is_refused_and_the_shorter_clip_is_named_with_its_cost(self):
+    def test_at_539_tokens_it_is_refused_and_the_shorter_clip_is_named_with_its_cost(self) -> None:
         spec = named("tubevit-b")
         refusal = exporter.attention_refusal(spec)
         assert "needs at most 512 tokens, this clip gives 539" in refusal
@@ -151,30 +161,30 @@ class TestAttention:
         assert f"sees 20 of 32 frames and does {share:.0%} of the multiplications" in refusal
         assert exporter.attention_refusal(spec.at(20)) == ""
 
-    def test_the_export_says_so_without_being_asked(self):
+    def test_the_export_says_so_without_being_asked(self) -> None:
         note = exporter.attention_note(named("tubevit-ti"))
         assert note.startswith("attention stays in fp16: in int8 it is one kernel up to 512 tokens only")
         assert "--frames 20" in note
         assert exporter.attention_note(named("tubevit-ti", frames=20)) == ""
 
-    def test_where_no_shorter_clip_helps_none_is_proposed(self):
+    def test_where_no_shorter_clip_helps_none_is_proposed(self) -> None:
         stored = replace(named("tubevit-b"), positions="stored")
         assert "--frames" not in exporter.attention_refusal(stored)
         assert exporter.attention_note(stored) == ""
 
-    def test_other_head_sizes_are_refused(self, tiny_checkpoint):
+    def test_other_head_sizes_are_refused(self, tiny_checkpoint: Path) -> None:
         graph = traced(checkpoints.load(tiny_checkpoint))
         with pytest.raises(InputError, match="needs heads of 16, 32, 64 channels, this model's have 12"):
             exporter.wishes(graph, with_settings("rtx-int8", attention="int8"))
 
-    def test_operands_are_queries_keys_softmax_and_values_of_every_block(self):
+    def test_operands_are_queries_keys_softmax_and_values_of_every_block(self) -> None:
         graph = traced(small_checkpoint())
         wished = exporter.wishes(graph, with_settings("trt-int8", attention="int8")).tensors
         names = ("q", "k", "softmax", "v")
         assert sorted(wished) == sorted(f"blocks.{i}.attn.{name}" for i in range(2) for name in names)
         assert exporter.wishes(graph, export.target("trt-int8")).tensors == ()
 
-    def test_an_export_quantises_both_products_and_still_answers(self, tmp_path, few_clips):
+    def test_an_export_quantises_both_products_and_still_answers(self, tmp_path: Path, few_clips: Path) -> None:
         options = replace(GATHER, settings={"attention": "int8"}, calib=few_clips, max_drop=100.0)
         bundle = pipeline.export_model("trt-int8", small_checkpoint(), tmp_path, options)
         model = onnx.load(bundle.artifact_path)
@@ -196,7 +206,7 @@ class TestAttention:
 class TestLegacy:
     """For TensorRT 8.6 to 10: nothing here can run it; what is written is checked by other readers."""
 
-    def test_the_graph_is_of_2023_and_means_the_same(self, graph, rng):
+    def test_the_graph_is_of_2023_and_means_the_same(self, graph: Graph, rng: np.random.Generator) -> None:
         old = rewrite.opset_17(rewrite.cast_first(graph.model))
         assert [entry.version for entry in old.opset_import] == [17]
         assert "Gelu" not in {node.op_type for node in old.graph.node}
@@ -204,7 +214,7 @@ class TestLegacy:
         before, after = (export.evaluator()(m)({"frames": clips})[0] for m in (graph.model, old))
         np.testing.assert_allclose(after, before, atol=1e-5)
 
-    def test_the_bundle_carries_graph_clips_and_ranges(self, legacy_bundle):
+    def test_the_bundle_carries_graph_clips_and_ranges(self, legacy_bundle: Bundle) -> None:
         clips = np.load(legacy_bundle.path / bundles.CLIPS)
         assert clips.shape == (12, *legacy_bundle.contract.shape)  # all there are
         assert clips.dtype == np.uint8
@@ -215,7 +225,7 @@ class TestLegacy:
         settings = runtime.Settings.from_json(legacy_bundle.build["settings"])
         assert (settings.legacy, settings.source) == ("int8", "legacy.onnx")
 
-    def test_layer_norm_and_softmax_are_fp32_the_linears_int8_and_the_rest_fp16(self, legacy_bundle):
+    def test_layer_norm_and_softmax_are_fp32_the_linears_int8_and_the_rest_fp16(self, legacy_bundle: Bundle) -> None:
         layers = dict(runtime.Settings.from_json(legacy_bundle.build["settings"]).layers)
         old = onnx.load(legacy_bundle.path / runtime.LEGACY)
         assert set(layers) - {"*"} <= {node.name for node in old.graph.node}
@@ -228,33 +238,33 @@ class TestLegacy:
             in (legacy_bundle.build["command"])
         )
 
-    def test_a_real_parser_takes_it(self, legacy_bundle):
+    def test_a_real_parser_takes_it(self, legacy_bundle: Bundle) -> None:
         pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
         _, network, parser = runtime.parse(runtime.sdk("rtx"), legacy_bundle.path / runtime.LEGACY)
         names = {network.get_layer(i).name for i in range(network.num_layers)}
         assert set(dict(legacy_bundle.build["settings"]["layers"])) - {"*"} <= names
         del parser
 
-    def test_an_sdk_without_calibrators_says_what_to_do(self, legacy_bundle):
+    def test_an_sdk_without_calibrators_says_what_to_do(self, legacy_bundle: Bundle) -> None:
         pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
         with pytest.raises(BackendError, match=r"knows typed networks only; .*legacy=yes.*export without it"):
             runtime.build(runtime.sdk("rtx"), legacy_bundle.path / runtime.LEGACY, runtime.Settings(legacy="int8"))
 
 
 @pytest.fixture(scope="module")
-def few_clips(tmp_path_factory):
+def few_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("clips") / "clips.npy"
     np.save(path, np.stack([clip.frames for clip in demo.evaluation(small_checkpoint().contract, 12)]))
     return path
 
 
 @pytest.fixture(scope="module")
-def legacy_bundle(tmp_path_factory, few_clips):
+def legacy_bundle(tmp_path_factory: pytest.TempPathFactory, few_clips: Path) -> Bundle:
     options = replace(GATHER, settings={"legacy": "yes"}, calib=few_clips, max_drop=100.0)
     return pipeline.export_model("trt-int8", small_checkpoint(), tmp_path_factory.mktemp("legacy"), options)
 
 
-def small_checkpoint():
+def small_checkpoint() -> Checkpoint:
     """Random weights with heads of 16 channels; its labels are the built-in ones."""
     tubes = (TubeSpec((4, 8, 8), (4, 16, 16)), TubeSpec((1, 16, 16), (8, 16, 16)))
     spec = ModelSpec(tubes, 8, (32, 32), 32, 2, 2, (("motion", len(demo.LABELS)),))
@@ -264,7 +274,7 @@ def small_checkpoint():
     return checkpoints.Checkpoint("small", model, InputContract(8, 32, 32, fps=10.0), demo.LABELS, "", {})
 
 
-def traced(checkpoint):
+def traced(checkpoint: Any) -> Any:
     module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, "gather")
     return graphs.trace(module, checkpoint.spec, checkpoint.contract)
 
@@ -273,23 +283,23 @@ def traced(checkpoint):
 class TestForReal:
     """The vendor's parser and builder."""
 
-    def test_the_parser_takes_every_lowering_in_both_precisions(self, graph, tmp_path):
+    def test_the_parser_takes_every_lowering_in_both_precisions(self, graph: Graph, tmp_path: Path) -> None:
         kit = runtime.sdk("rtx")
         for model in (graph.model, graphs.half(graph.model)):
             graphs.save(rewrite.cast_first(model), tmp_path / "model.onnx")
             _, network, parser = runtime.parse(kit, tmp_path / "model.onnx")
             assert network.num_layers > 100
-            assert [network.get_input(i).dtype for i in range(network.num_inputs)] == [kit.trt.uint8]
+            assert [network.get_input(i).dtype for i in range(network.num_inputs)] == [cast(Any, kit.trt).uint8]
             assert network.get_output(0).dtype == kit.trt.float32
             del parser
 
-    def test_the_cast_has_to_come_first(self, graph, tmp_path):
+    def test_the_cast_has_to_come_first(self, graph: Graph, tmp_path: Path) -> None:
         """Why `cast_first` is there; when this fails, a newer parser can do without it."""
         graphs.save(graph.model, tmp_path / "model.onnx")
         with pytest.raises(BackendError, match=r"the parser refuses model\.onnx at tubes\.\S+ \(Reshape\): .*UInt8"):
             runtime.build(runtime.sdk("rtx"), tmp_path / "model.onnx", runtime.Settings(capabilities=("86",)))
 
-    def test_engines_of_three_generations_and_what_is_in_them(self, tiny_checkpoint, tmp_path):
+    def test_engines_of_three_generations_and_what_is_in_them(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
         bundle = pipeline.export_model("rtx-fp16", tiny_checkpoint, tmp_path, GATHER)
         assert bundle.status in ("emulated", "executed")
         assert bundle.build["engine"]["capabilities"] == ["86", "89", "120"]
@@ -301,13 +311,13 @@ class TestForReal:
         assert set(layers["gemms"]) == {"fp16"}
         bundles.load(bundle.path)
 
-    def test_a_gpu_that_the_sdk_does_not_know_lists_those_it_does(self, tiny_checkpoint, tmp_path):
+    def test_a_gpu_that_the_sdk_does_not_know_lists_those_it_does(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
         options = replace(GATHER, settings={"capabilities": "90"})
         with pytest.raises(BackendError, match=r"does not know SM90; it builds for .*86.*120"):
             pipeline.export_model("rtx-fp16", tiny_checkpoint, tmp_path, options)
         assert not list(tmp_path.iterdir())
 
-    def test_a_broken_file_is_one_line(self, tmp_path):
+    def test_a_broken_file_is_one_line(self, tmp_path: Path) -> None:
         (tmp_path / "model.onnx").write_bytes(b"not a model")
         with pytest.raises(BackendError, match=r"TensorRT for RTX 1\..*: the parser refuses model\.onnx") as caught:
             runtime.parse(runtime.sdk("rtx"), tmp_path / "model.onnx")
@@ -317,7 +327,9 @@ class TestForReal:
     @pytest.mark.parametrize("capability", ["86", "89", "120"])
     @pytest.mark.parametrize("precision", ["fp16", "int8"])
     @pytest.mark.parametrize("checkpoint", ["demo", "random:tubevit-ti"])
-    def test_real_models_for_each_generation(self, checkpoint, precision, capability, real_graphs):
+    def test_real_models_for_each_generation(
+        self, checkpoint: str, precision: str, capability: str, real_graphs: Callable[..., Any]
+    ) -> None:
         real = real_graphs(checkpoint, precision)
         kit = runtime.sdk("rtx")
         plan = runtime.build(kit, real.path, runtime.Settings(capabilities=(capability,)))
@@ -334,7 +346,9 @@ class TestForReal:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("frames", "tokens"), [(20, 392), (32, 539)])
-    def test_why_attention_in_int8_ends_at_512_tokens(self, frames, tokens, real_graphs):
+    def test_why_attention_in_int8_ends_at_512_tokens(
+        self, frames: int, tokens: int, real_graphs: Callable[..., Any]
+    ) -> None:
         """When the longer one becomes one kernel too, a newer builder can do without the rule."""
         real = real_graphs("random:tubevit-ti", "int8", frames, attention=True)
         kit = runtime.sdk("rtx")
@@ -344,11 +358,11 @@ class TestForReal:
 
 
 @pytest.fixture(scope="module")
-def real_graphs(tmp_path_factory, rng_of_module):
+def real_graphs(tmp_path_factory: pytest.TempPathFactory, rng_of_module: np.random.Generator) -> Callable[..., Any]:
     """The typed graph of a checkpoint on disk, made once; int8 with the extremes of one clip of noise as ranges."""
-    made = {}
+    made: dict[Any, Any] = {}
 
-    def make(name, precision, frames=None, attention=False):
+    def make(name: Any, precision: Any, frames: Any = None, attention: bool = False) -> Any:
         key = name, precision, frames, attention
         if key in made:
             return made[key]
@@ -367,11 +381,11 @@ def real_graphs(tmp_path_factory, rng_of_module):
 
 
 @pytest.fixture(scope="module")
-def rng_of_module():
+def rng_of_module() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def extremes(model, clip, attention):
+def extremes(model: Any, clip: Any, attention: Any) -> Any:
     """A table of every linear: builders only look at where the scales are, not at what they are."""
     linears, weights = seen.linears(model), seen.weights(model)
     names = dict.fromkeys(linear.activation for linear in linears)
@@ -391,7 +405,7 @@ def extremes(model, clip, attention):
     return CalibrationTable(seen.digest(model), {}, "int8", ranges, plans)
 
 
-def test_the_graph_keeps_layer_norm_and_softmax_in_fp32(graph):
+def test_the_graph_keeps_layer_norm_and_softmax_in_fp32(graph: Graph) -> None:
     model = rewrite.cast_first(graphs.half(graph.model))
     kinds = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
     wide = [n for n in model.graph.node if n.op_type in ("LayerNormalization", "Softmax")]

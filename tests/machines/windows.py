@@ -110,7 +110,8 @@ def compare(expected: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) 
 def main(command: str, *rest: str) -> int:
     """What stands at the top of this file."""
     if command == "make":
-        make(Path(rest[0]), *rest[1:])
+        checkpoint, count = rest[1] if len(rest) > 1 else "demo", int(rest[2]) if len(rest) > 2 else COUNT
+        make(Path(rest[0]), checkpoint, count)
         return 0
     found = judge(Path(rest[0]), Path(rest[1]))
     print(json.dumps(found))

@@ -126,20 +126,18 @@ def vendor(
     version: str = "10.3.0",
     opens: bool | Callable[[bytes], bool] = True,
     runs: bool = True,
-    lines: tuple[str, ...] = (HALF,),
     has_context: bool = True,
     kernels: Callable[[bytes], bool] = lambda data: True,
 ) -> Any:
-    """A module like `tensorrt`, or `tensorrt_rtx`, whose engines are ONNX files.
+    """A module like `tensorrt`, or `tensorrt_rtx`, whose engines are ONNX files; see `layers` for what they say.
 
     Args:
         opens, runs: whether engines can be opened (some may be), and be run.
         has_context: whether there is memory for a context.
         kernels: whether compiled kernels are accepted.
-        lines: what an engine's inspector says.
     """
     trt: Any = _module("tensorrt")
-    trt.__version__, trt.flags, trt.lines = version, [], lines
+    trt.__version__, trt.flags = version, []
 
     class Logger:
         Severity = SimpleNamespace(WARNING=2)
@@ -188,7 +186,8 @@ def vendor(
             return Context(self) if has_context else None
 
         def create_engine_inspector(self) -> SimpleNamespace:
-            return SimpleNamespace(get_engine_information=lambda form: layers(trt.lines))
+            information = layers(self.session.get_modelmeta().description)
+            return SimpleNamespace(get_engine_information=lambda form: information)
 
     class Runtime:
         def __init__(self, logger: object) -> None:
@@ -215,9 +214,9 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-def layers(lines: tuple[str, ...]) -> str:
-    """Layer information in one-line form."""
-    return "\n".join(("Layers:", *lines, ""))
+def layers(kind: str) -> str:
+    """Layer information in one-line form, of an engine whose file describes itself as `kind`."""
+    return "\n".join(("Layers:", *([INT8] if kind == "int8" else []), HALF, ""))
 
 
 @dataclass
@@ -259,15 +258,16 @@ class Machine:
         calibrator: Any = None,
         timing_cache: Path | None = None,
     ) -> bytes:
-        """In the place of `runtime.build`: the engine is the graph, and its layers say what they multiply."""
+        """In the place of `runtime.build`: the engine is the graph, which says whether it multiplies integers."""
         self.builds.append((kit.version, settings))
         self.timing_caches.append(timing_cache)
-        quantised = any(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
-        self.trt.lines = (INT8, HALF) if quantised or settings.legacy == "int8" else (HALF,)
-        kit.layers = layers(self.trt.lines)
+        model = onnx.load(path)
+        quantised = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+        model.doc_string = "int8" if quantised or settings.legacy == "int8" else "float"
+        kit.layers = layers(model.doc_string)
         while calibrator is not None and calibrator.get_batch(["frames"]):
             pass
-        return path.read_bytes()
+        return model.SerializeToString()
 
 
 @contextmanager

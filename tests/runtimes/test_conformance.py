@@ -1,6 +1,9 @@
 """One suite for every backend: what `edgetube.runtimes.base` promises, whoever keeps it."""
 
+from __future__ import annotations
+
 import importlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,7 +27,9 @@ TARGETS = export.targets()
 
 
 @pytest.fixture(scope="module", params=sorted({t.backend for t in TARGETS.values()}))
-def opened(request, tiny_checkpoint, tmp_path_factory):
+def opened(
+    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Backend, Target]]:
     """The first target of each backend, exported at batch 2 and opened."""
     target = next(t for t in TARGETS.values() if t.backend == request.param and t.tolerance is not None)
     device = runtimes.proof_device(target.name, target.backend)
@@ -37,7 +42,9 @@ def opened(request, tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_any_number_of_clips_answers_like_pytorch(opened, tiny_checkpoint, count, rng):
+def test_any_number_of_clips_answers_like_pytorch(
+    opened: tuple[Backend, Target], tiny_checkpoint: Path, count: int, rng: np.random.Generator
+) -> None:
     backend, target = opened
     checkpoint = checkpoints.load(tiny_checkpoint)
     clips = rng.integers(0, 256, (count, *checkpoint.contract.shape), np.uint8)
@@ -45,10 +52,10 @@ def test_any_number_of_clips_answers_like_pytorch(opened, tiny_checkpoint, count
     got = backend(clips)
     assert got.dtype == np.float32
     assert got.shape == expected.shape
-    assert np.abs(got - expected).max() <= target.tolerance * max(1, np.abs(expected).max())
+    assert np.abs(got - expected).max() <= (target.tolerance or 0) * max(1, np.abs(expected).max())
 
 
-def test_input_is_neither_changed_nor_kept(opened, rng):
+def test_input_is_neither_changed_nor_kept(opened: tuple[Backend, Target], rng: np.random.Generator) -> None:
     backend, _ = opened
     clips = rng.integers(0, 256, (2, *backend.contract.shape), np.uint8)
     before = clips.copy()
@@ -58,7 +65,7 @@ def test_input_is_neither_changed_nor_kept(opened, rng):
     np.testing.assert_array_equal(backend(before), first)
 
 
-def test_wrong_input_is_refused_before_the_vendor_sees_it(opened):
+def test_wrong_input_is_refused_before_the_vendor_sees_it(opened: tuple[Backend, Target]) -> None:
     backend, _ = opened
     with pytest.raises(InputError, match="float64"):
         backend(np.zeros((1, *backend.contract.shape)))
@@ -66,12 +73,12 @@ def test_wrong_input_is_refused_before_the_vendor_sees_it(opened):
         backend(np.zeros((1, 2, 3, 4, 3), np.uint8))
 
 
-def test_it_says_what_runs_it(opened):
+def test_it_says_what_runs_it(opened: tuple[Backend, Target]) -> None:
     backend, _ = opened
     assert backend.describe()
 
 
-def test_closing_is_final(tiny_bundle, rng):
+def test_closing_is_final(tiny_bundle: Path, rng: np.random.Generator) -> None:
     backend = runtimes.open_bundle(bundles.load(tiny_bundle))
     clips = np.zeros((1, *backend.contract.shape), np.uint8)
     backend(clips)
@@ -80,7 +87,7 @@ def test_closing_is_final(tiny_bundle, rng):
         backend(clips)
 
 
-def test_a_bundle_of_an_unknown_backend_says_to_upgrade(tiny_bundle):
+def test_a_bundle_of_an_unknown_backend_says_to_upgrade(tiny_bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"needs the backend 'abacus'; this edgetube has .*: upgrade"):
         runtimes.open_bundle(replace(bundles.load(tiny_bundle), backend="abacus"))
 
@@ -98,7 +105,9 @@ def test_every_target_is_one_of_its_backend() -> None:
 
 def test_what_an_artifact_takes_and_gives_is_what_the_manifest_says(opened: Opened) -> None:
     backend, _ = opened
-    (clips,), (logits,) = backend.interface().inputs, backend.interface().outputs
+    interface = backend.interface()
+    assert interface is not None
+    (clips,), (logits,) = interface.inputs, interface.outputs
     assert clips == (2, *backend.contract.shape)
     assert logits == (2, len(demo.LABELS))
 
@@ -118,6 +127,6 @@ def test_a_manifest_that_its_artifact_contradicts_is_refused(tiny_bundle: Path, 
         runtimes.open_bundle(replace(bundles.load(tiny_bundle), **change))
 
 
-def test_base_is_not_a_backend():
+def test_base_is_not_a_backend() -> None:
     assert "base" not in runtimes.names()
     assert {"onnxruntime", "torch"} <= runtimes.names()

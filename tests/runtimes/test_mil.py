@@ -1,5 +1,10 @@
 """The evaluator of ML programs: every operation against PyTorch, from packages that the vendor's writer saved."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +26,7 @@ GAMMA, BETA = RNG.normal(size=(2, 8)).astype(np.float32)
 INDEX = np.array([5, 0, 3, 3], np.int32)
 
 
-def T(array):
+def T(array: Any) -> Any:
     return torch.from_numpy(np.asarray(array)).float()
 
 
@@ -103,7 +108,7 @@ CASES = {
 }
 
 
-def save(path, build, dtype, target="iOS17", names="as"):
+def save(path: Any, build: Any, dtype: Any, target: str = "iOS17", names: Any = "as") -> Any:
     """A package of one function whose outputs are what `build` makes, by name."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, types
@@ -129,11 +134,11 @@ def save(path, build, dtype, target="iOS17", names="as"):
 
 
 @pytest.fixture(scope="module", params=[np.float16, np.float32])
-def evaluated(request, tmp_path_factory):
+def evaluated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All cases in one program, evaluated on the same inputs: name -> array, and the inputs."""
-    order = []
+    order: list[Any] = []
 
-    def build(mb, values, dtype):
+    def build(mb: Any, values: Any, dtype: Any) -> Any:
         made = {name: make(mb, values, dtype) for name, (make, _) in CASES.items()}
         order.extend(value.name for value in made.values())
         return made
@@ -147,7 +152,7 @@ def evaluated(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_operation_is_pytorchs(evaluated, case):
+def test_an_operation_is_pytorchs(evaluated: Any, case: str) -> None:
     dtype, inputs, answers = evaluated
     constants = {"W": W, "K": K, "P": P, "BIAS": BIAS, "GAMMA": GAMMA, "BETA": BETA}
     values = {k: T(v.astype(dtype)) for k, v in {**inputs, **constants}.items()} | {"d": dtype}
@@ -164,7 +169,7 @@ def test_an_operation_is_pytorchs(evaluated, case):
         np.testing.assert_allclose(got, expected, rtol=2e-6, atol=4e-6)
 
 
-def test_every_operation_has_a_case():
+def test_every_operation_has_a_case() -> None:
     tested = {case.removesuffix("_1x1").removesuffix("_columns").removesuffix("_transposed") for case in CASES}
     tested |= {"quantize", "dequantize"}
     compressed = {name for name in mil.OPERATIONS if name.startswith("constexpr_")}
@@ -172,13 +177,13 @@ def test_every_operation_has_a_case():
 
 
 @pytest.mark.parametrize("target", ["iOS17", "iOS18"])
-def test_compressed_weights_are_what_their_formulas_say(tmp_path, target, rng):
+def test_compressed_weights_are_what_their_formulas_say(tmp_path: Path, target: str, rng: np.random.Generator) -> None:
     data = rng.integers(-127, 128, (16, 8)).astype(np.int8)
     scale = rng.uniform(0.01, 0.02, 16).astype(np.float16)
     zero = rng.integers(-5, 5, 16).astype(np.int8)
     indices = rng.integers(0, 16, (16, 8)).astype(np.uint8)
 
-    def old(mb, _):
+    def old(mb: Any, _: Any) -> Any:
         lut = np.linspace(-1, 1, 16).astype(np.float16)
         packed = (indices.reshape(-1, 2) @ np.array([1, 16])).astype(np.uint8)
         return lut[indices], (
@@ -188,7 +193,7 @@ def test_compressed_weights_are_what_their_formulas_say(tmp_path, target, rng):
             mb.constexpr_lut_to_dense(lut=lut, indices=packed, shape=np.array((16, 8), np.uint32), name="palette"),
         )
 
-    def new(mb, types):
+    def new(mb: Any, types: Any) -> Any:
         lut = rng.normal(size=(4, 2, 16, 1)).astype(np.float16)
         blocks = lut[np.arange(16)[:, None] // 4, np.arange(8) // 4, indices, 0]
         return blocks, (
@@ -200,7 +205,7 @@ def test_compressed_weights_are_what_their_formulas_say(tmp_path, target, rng):
 
     expected = {}
 
-    def build(mb, values, _):
+    def build(mb: Any, values: Any, _: Any) -> Any:
         expected["palette"], (integers, palette) = new(mb, types) if target == "iOS18" else old(mb, types)
         return {
             "one": mb.linear(x=values["a"], weight=integers, name="one"),
@@ -213,13 +218,13 @@ def test_compressed_weights_are_what_their_formulas_say(tmp_path, target, rng):
     np.testing.assert_array_equal(program.constants["palette"], expected["palette"].astype(np.float32))
 
 
-def test_a_linear_layer_rounds_once():
+def test_a_linear_layer_rounds_once() -> None:
     """The sum is wide, the result is a float16: 2048 + 1 + 1 would stay 2048 in float16 arithmetic."""
     x, weight = np.ones((1, 3), np.float32), np.array([[2048, 1, 1]], np.float32)
     np.testing.assert_array_equal(mil.half(mil.OPERATIONS["linear"]({"x": x, "weight": weight})), [[2050]])
 
 
-def test_rounding_is_that_of_a_cast(rng):
+def test_rounding_is_that_of_a_cast(rng: np.random.Generator) -> None:
     """Random bit patterns of float32, every float16, and the numbers half way between neighbours."""
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     halves = np.sort(halves[np.isfinite(halves)])
@@ -233,7 +238,7 @@ def test_rounding_is_that_of_a_cast(rng):
     assert mil.half(np.array([65519], np.float32)) == 65504
 
 
-def test_every_half_precision_gelu():
+def test_every_half_precision_gelu() -> None:
     """All 63488 finite float16 numbers."""
     numbers = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     numbers = numbers[np.isfinite(numbers)].astype(np.float32)
@@ -243,7 +248,7 @@ def test_every_half_precision_gelu():
     assert len(numbers) == 63488
 
 
-def test_an_overflow_names_the_operation_and_the_remedy(tmp_path):
+def test_an_overflow_names_the_operation_and_the_remedy(tmp_path: Path) -> None:
     package = save(
         tmp_path / "o.mlpackage", lambda mb, v, _: {"y": mb.mul(x=v["a"], y=v["s"], name="blocks_1_norm")}, np.float16
     )
@@ -252,18 +257,18 @@ def test_an_overflow_names_the_operation_and_the_remedy(tmp_path):
         mil.Program(package)(inputs)
 
 
-def test_an_unknown_operation_is_refused_by_name(tmp_path):
+def test_an_unknown_operation_is_refused_by_name(tmp_path: Path) -> None:
     package = save(tmp_path / "u.mlpackage", lambda mb, v, _: {"y": mb.tanh(x=v["a"])}, np.float16, names="a")
     with pytest.raises(BundleError, match="has the operation tanh, which this edgetube cannot evaluate"):
         mil.Program(package)
 
 
-def test_integers_are_cast_towards_zero():
+def test_integers_are_cast_towards_zero() -> None:
     got = mil.OPERATIONS["cast"]({"x": np.array([1.9, -1.9], np.float32), "dtype": "int32"})
     assert got.dtype == np.int32
     assert list(got) == [1, -1]
 
 
-def test_classify_names_the_best():
+def test_classify_names_the_best() -> None:
     label, scores = mil.OPERATIONS["classify"]({"classes": ["a", "b"], "probabilities": np.array([[0.25, 0.75]])})
     assert (label, scores) == ("b", {"a": 0.25, "b": 0.75})

@@ -1,14 +1,18 @@
 """What is OpenVINO's own; what every backend promises is in `test_conformance.py`."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgetube import bundle as bundles
 from edgetube import runtimes
+from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
 from edgetube.export import pipeline
 
@@ -16,20 +20,20 @@ ov = pytest.importorskip("openvino")
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_checkpoint, tmp_path_factory):
+def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     """Bundles of the float targets by precision."""
     options, out = pipeline.Options(lowering="gather"), tmp_path_factory.mktemp("out")
     made = pipeline.export_models(["openvino-fp32", "openvino-fp16"], tiny_checkpoint, out, options)
     return {bundle.precision: bundle for bundle in made}
 
 
-def test_float32_is_computed_in_float32_whatever_the_cpu_prefers(exported):
+def test_float32_is_computed_in_float32_whatever_the_cpu_prefers(exported: dict[str, Bundle]) -> None:
     with runtimes.open_bundle(exported["fp32"]) as backend:
         assert backend.describe()["inference_precision"] == "f32"
     assert exported["fp32"].parity["max_abs_error"] < 1e-4
 
 
-def test_half_precision_takes_the_first_type_that_the_device_has(exported):
+def test_half_precision_takes_the_first_type_that_the_device_has(exported: dict[str, Bundle]) -> None:
     capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     expected = next(p for p, able in (("f16", "FP16"), ("bf16", "BF16"), ("f32", "FP32")) if able in capabilities)
     names = {"f16": "float16", "bf16": "bfloat16", "f32": "f32"}
@@ -37,35 +41,37 @@ def test_half_precision_takes_the_first_type_that_the_device_has(exported):
         assert names[backend.describe()["inference_precision"]] == names[expected]
 
 
-def test_half_precision_halves_the_weights(exported):
+def test_half_precision_halves_the_weights(exported: dict[str, Bundle]) -> None:
     sizes = {precision: (bundle.path / "model.bin").stat().st_size for precision, bundle in exported.items()}
     assert 0.45 < sizes["fp16"] / sizes["fp32"] < 0.62  # indices of the gather stay whole numbers
 
 
-def test_threads_and_device_are_said(exported):
+def test_threads_and_device_are_said(exported: dict[str, Bundle]) -> None:
     with runtimes.open_bundle(exported["fp32"], threads=1, device="CPU") as backend:
         assert backend.describe()["threads"] == 1
         assert backend.describe()["device"] == ["CPU"]
 
 
-def test_unknown_device(exported):
+def test_unknown_device(exported: dict[str, Bundle]) -> None:
     with pytest.raises(InputError, match=r"no device is called 'abacus' here; OpenVINO finds .*cpu"):
         runtimes.open_bundle(exported["fp32"], device="abacus")
 
 
-def test_a_file_that_is_no_model_is_one_line(exported, tmp_path):
+def test_a_file_that_is_no_model_is_one_line(exported: dict[str, Bundle], tmp_path: Path) -> None:
     (tmp_path / "model.xml").write_text("<net")
     with pytest.raises(BackendError, match=r"^OpenVINO \S+: cannot open .*model\.xml: [^\n]+$"):
         runtimes.open_bundle(replace(exported["fp32"], path=tmp_path))
 
 
-def test_weights_that_are_missing_are_one_line(exported, tmp_path):
+def test_weights_that_are_missing_are_one_line(exported: dict[str, Bundle], tmp_path: Path) -> None:
     (tmp_path / "model.xml").write_bytes(exported["fp32"].artifact_path.read_bytes())
     with pytest.raises(BackendError, match=r"^OpenVINO \S+: cannot open [^\n]+$"):
         runtimes.open_bundle(replace(exported["fp32"], path=tmp_path))
 
 
-def test_the_bundle_opens_from_its_folder_alone(exported, tmp_path, rng):
+def test_the_bundle_opens_from_its_folder_alone(
+    exported: dict[str, Bundle], tmp_path: Path, rng: np.random.Generator
+) -> None:
     moved = tmp_path / "moved"
     exported["fp32"].path.rename(moved)
     try:
@@ -76,7 +82,7 @@ def test_the_bundle_opens_from_its_folder_alone(exported, tmp_path, rng):
         moved.rename(exported["fp32"].path)
 
 
-def test_importing_the_backend_tells_nobody(tmp_path):
+def test_importing_the_backend_tells_nobody(tmp_path: Path) -> None:
     """OpenVINO's own import writes an identifier to the home folder and reports to its vendor."""
     code = "import edgetube.runtimes.openvino, sys; assert 'openvino_telemetry' not in sys.modules"
     environment = {"HOME": str(tmp_path), "PATH": "", "USERPROFILE": str(tmp_path)}
@@ -84,7 +90,9 @@ def test_importing_the_backend_tells_nobody(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_old_int8_artifact_is_refused_where_its_sums_overflow(exported, monkeypatch):
+def test_an_old_int8_artifact_is_refused_where_its_sums_overflow(
+    exported: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """x86 without VNNI: OpenVINO has no other form of a product of integers."""
     from edgetube.runtimes import openvino
 
@@ -98,7 +106,7 @@ def test_an_old_int8_artifact_is_refused_where_its_sums_overflow(exported, monke
     runtimes.open_bundle(replace(old, build=marked)).close()
 
 
-def test_the_probe_is_a_product_of_integers_that_would_overflow():
+def test_the_probe_is_a_product_of_integers_that_would_overflow() -> None:
     """What the CPU plugin runs is 8-bit, and 255 times 127 twice is more than 16 bits hold."""
     from edgetube.runtimes import openvino
 

@@ -1,16 +1,20 @@
 """The runtime of engines, over the doubles of `doubles.py`; the tests of bundles also on a GPU, marked `gpu`."""
 
+from __future__ import annotations
+
 import gc
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 import edgetube
@@ -33,14 +37,14 @@ GATHER = pipeline.Options(lowering="gather")
 
 
 @pytest.fixture
-def machine(tmp_path):
+def machine(tmp_path: Path) -> Iterator[doubles.Machine]:
     """A machine of doubles: a GPU, both SDKs, and a builder that writes the graph's bytes."""
     with doubles.machine(tmp_path / "cache") as here:
         yield here
 
 
 @pytest.fixture(scope="module")
-def deferred(tiny_checkpoint, tmp_path_factory):
+def deferred(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A trt-fp16 bundle without an engine, two clips a call."""
     target = export.target("trt-fp16")
     if not target.missing(target.run_needs):
@@ -50,7 +54,9 @@ def deferred(tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_clips_go_up_and_logits_come_down(machine, deferred, tiny_checkpoint, count, rng):
+def test_clips_go_up_and_logits_come_down(
+    machine: doubles.Machine, deferred: Bundle, tiny_checkpoint: Path, count: int, rng: np.random.Generator
+) -> None:
     checkpoint = checkpoints.load(tiny_checkpoint)
     clips = rng.integers(0, 256, (count, *deferred.contract.shape), np.uint8)
     expected = Reference(checkpoint.model, checkpoint.contract)(clips)
@@ -60,7 +66,9 @@ def test_clips_go_up_and_logits_come_down(machine, deferred, tiny_checkpoint, co
     assert machine.opened[-1].closed
 
 
-def test_the_first_load_builds_and_the_next_ones_do_not(machine, deferred, caplog):
+def test_the_first_load_builds_and_the_next_ones_do_not(
+    machine: doubles.Machine, deferred: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
     with edgetube.Runtime(deferred) as rt:
         assert rt.describe()["engine"] == "built here: the bundle has no engine; first load on this machine"
     assert "building the engine of tiny.trt-fp16 for RTX 4070" in caplog.text
@@ -79,7 +87,9 @@ def test_the_first_load_builds_and_the_next_ones_do_not(machine, deferred, caplo
         ({"settings": {"workspace_mb": 64}}, "settings default -> workspace_mb=64"),
     ],
 )
-def test_what_changed_is_said_and_built_anew(machine, deferred, change, said, monkeypatch):
+def test_what_changed_is_said_and_built_anew(
+    machine: doubles.Machine, deferred: Bundle, change: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edgetube.Runtime(deferred).close()
     if "version" in change:
         machine.use(version=change["version"])
@@ -88,7 +98,7 @@ def test_what_changed_is_said_and_built_anew(machine, deferred, change, said, mo
     elif "driver" in change:
         original = HostStream.__init__
 
-        def newer(self, *arguments, **names):
+        def newer(self: Any, *arguments: Any, **names: Any) -> None:
             original(self, *arguments, **names)
             self.driver = change["driver"]
 
@@ -101,7 +111,7 @@ def test_what_changed_is_said_and_built_anew(machine, deferred, change, said, mo
     assert len(machine.builds) == 2
 
 
-def test_another_graph_under_the_same_name_builds_anew(machine, deferred):
+def test_another_graph_under_the_same_name_builds_anew(machine: doubles.Machine, deferred: Bundle) -> None:
     edgetube.Runtime(deferred).close()
     record = replace(deferred.files["model.onnx"], sha256="0" * 64)
     other = replace(deferred, files={**deferred.files, "model.onnx": record})
@@ -111,7 +121,7 @@ def test_another_graph_under_the_same_name_builds_anew(machine, deferred):
 
 class TestTheBundlesOwnEngine:
     @pytest.fixture
-    def record(self):
+    def record(self) -> dict[str, Any]:
         return {
             "file": "model.onnx",  # the double opens ONNX files
             "version": "10.3.0",
@@ -120,7 +130,7 @@ class TestTheBundlesOwnEngine:
             "gpu": "RTX 4070",
         }
 
-    def test_it_is_used_where_it_fits(self, machine, deferred, record):
+    def test_it_is_used_where_it_fits(self, machine: doubles.Machine, deferred: Bundle, record: dict[str, Any]) -> None:
         with edgetube.Runtime(replace(deferred, build={**deferred.build, "engine": record})) as rt:
             assert rt.describe()["engine"] == "the bundle's"
         assert machine.builds == []
@@ -133,7 +143,9 @@ class TestTheBundlesOwnEngine:
             ({"capabilities": ["86", "120"]}, "for compute capability 86, 120, here is 8.9"),
         ],
     )
-    def test_else_both_sides_are_named_and_one_is_built(self, machine, deferred, record, change, said):
+    def test_else_both_sides_are_named_and_one_is_built(
+        self, machine: doubles.Machine, deferred: Bundle, record: dict[str, Any], change: dict[str, Any], said: str
+    ) -> None:
         with edgetube.Runtime(replace(deferred, build={**deferred.build, "engine": record | change})) as rt:
             assert said in rt.describe()["engine"]
         assert len(machine.builds) == 1
@@ -287,7 +299,9 @@ def test_pinned_memory_is_given_back_in_its_context(machine: Machine, deferred: 
     assert stream.closed
 
 
-def test_without_a_cuda_graph_it_runs_and_says_so(machine, deferred, rng, caplog):
+def test_without_a_cuda_graph_it_runs_and_says_so(
+    machine: doubles.Machine, deferred: Bundle, rng: np.random.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
     machine.stream = {"can_capture": False}
     clips = rng.integers(0, 256, (1, *deferred.contract.shape), np.uint8)
     with edgetube.Runtime(deferred) as rt:
@@ -297,7 +311,7 @@ def test_without_a_cuda_graph_it_runs_and_says_so(machine, deferred, rng, caplog
     assert "kernel by kernel" in caplog.text
 
 
-def test_no_call_allocates(machine, deferred, rng):
+def test_no_call_allocates(machine: doubles.Machine, deferred: Bundle, rng: np.random.Generator) -> None:
     clips = rng.integers(0, 256, (2, *deferred.contract.shape), np.uint8)
     with edgetube.Runtime(deferred) as rt:
         before = len(machine.opened[-1].memory)
@@ -306,13 +320,15 @@ def test_no_call_allocates(machine, deferred, rng):
         assert len(machine.opened[-1].memory) == before == 2
 
 
-def test_several_runtimes_in_one_process_and_threads(machine, deferred, rng):
+def test_several_runtimes_in_one_process_and_threads(
+    machine: doubles.Machine, deferred: Bundle, rng: np.random.Generator
+) -> None:
     clips = rng.integers(0, 256, (4, 1, *deferred.contract.shape), np.uint8)
     with edgetube.Runtime(deferred) as rt:
         expected = [rt(clip) for clip in clips]
-        got = [None] * len(clips)
+        got: dict[int, npt.NDArray[np.float32]] = {}
 
-        def ask(i):
+        def ask(i: Any) -> None:
             got[i] = rt(clips[i])
 
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(clips))]
@@ -320,20 +336,20 @@ def test_several_runtimes_in_one_process_and_threads(machine, deferred, rng):
             thread.start()
         for thread in threads:
             thread.join()
-    np.testing.assert_array_equal(np.stack(got), np.stack(expected))
+    np.testing.assert_array_equal(np.stack([got[i] for i in range(len(clips))]), np.stack(expected))
     opened = len(machine.opened)
     with edgetube.Runtime(deferred), edgetube.Runtime(deferred):
         assert len(machine.opened) == opened + 2
 
 
-def test_an_engine_that_does_not_open_says_what_the_sdk_said(machine, deferred):
+def test_an_engine_that_does_not_open_says_what_the_sdk_said(machine: doubles.Machine, deferred: Bundle) -> None:
     machine.use(opens=False)
     with pytest.raises(BackendError, match=r"TensorRT 10\.3\.0: cannot open .* on RTX 4070: .*incompatible device$"):
         edgetube.Runtime(deferred)
     assert machine.opened[-1].closed
 
 
-def test_a_call_that_fails_says_what_the_sdk_said(machine, deferred):
+def test_a_call_that_fails_says_what_the_sdk_said(machine: doubles.Machine, deferred: Bundle) -> None:
     machine.use(runs=False)
     with pytest.raises(BackendError, match=r"cannot run the engine: .*Cuda Runtime \(illegal address\)"):
         edgetube.Runtime(deferred)
@@ -341,12 +357,12 @@ def test_a_call_that_fails_says_what_the_sdk_said(machine, deferred):
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu", "cuda:x"])
-def test_an_unknown_device(machine, deferred, device):
+def test_an_unknown_device(machine: doubles.Machine, deferred: Bundle, device: str) -> None:
     with pytest.raises(InputError, match=f"no device is called '{device}' here; expected cuda"):
         edgetube.Runtime(deferred, device=device)
 
 
-def test_a_missing_sdk_says_the_pip_line(deferred):
+def test_a_missing_sdk_says_the_pip_line(deferred: Bundle) -> None:
     if installed("tensorrt"):
         pytest.skip("TensorRT is installed")
     runtime.sdk.cache_clear()
@@ -369,7 +385,7 @@ Name: Reformatting CopyNode for Input, LayerType: Reformat, Inputs: [ { Name: q,
 Bindings: frames
 """
 
-    def test_counts(self):
+    def test_counts(self) -> None:
         assert runtime.layer_truth(self.TEXT) == {
             "kernels": 8,
             "gemms": {"int8": 1, "fp16": 2, "fp32": 1},
@@ -378,12 +394,12 @@ Bindings: frames
             "float_gemms": ["fc1.matmul", "__myl_CastMulFc_6", "CaskGemm"],
         }
 
-    def test_nothing_was_told(self):
+    def test_nothing_was_told(self) -> None:
         assert runtime.layer_truth("")["kernels"] == 0
 
 
 @pytest.mark.parametrize(("version", "works"), [("8.6.1", False), ("9.3.0", False), ("10.0.1", True), ("11.0.0", True)])
-def test_versions_of_typed_networks(monkeypatch, version, works):
+def test_versions_of_typed_networks(monkeypatch: pytest.MonkeyPatch, version: str, works: bool) -> None:
     trt = vendor(version=version)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     flags = {"STRONGLY_TYPED": 1} if version.startswith("10") else {}
@@ -399,17 +415,17 @@ def test_versions_of_typed_networks(monkeypatch, version, works):
 class Recorder:
     """Stands for any object of TensorRT 8 to 10 and records what is called and set: full TensorRT needs its GPU."""
 
-    def __init__(self, **known):
+    def __init__(self, **known: Any) -> None:
         self.__dict__.update(known, calls=[])
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: Any, value: Any) -> None:
         self.calls.append((name, value))
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: Any) -> Any:
         return lambda *arguments: self.calls.append((name, *arguments))
 
 
-def old_vendor(layers):
+def old_vendor(layers: Any) -> Any:
     """A module like TensorRT 8.6's: networks without types, precision flags and calibrators."""
     trt = vendor(version="8.6.1")
 
@@ -421,7 +437,7 @@ def old_vendor(layers):
     trt.config = Recorder()
     trt.network = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
 
-    def create_network(flags):
+    def create_network(flags: Any) -> Any:
         trt.flags.append(flags)
         return trt.network
 
@@ -434,7 +450,7 @@ def old_vendor(layers):
     return trt
 
 
-def layer(name, kind="matmul", dtype="fp32"):
+def layer(name: Any, kind: str = "matmul", dtype: str = "fp32") -> Any:
     return Recorder(name=name, type=kind, num_outputs=1, get_output=lambda i: SimpleNamespace(dtype=dtype))
 
 
@@ -444,7 +460,7 @@ class TestLegacy:
     LAYERS = (("*", "fp16"), ("norm", "fp32"), ("fc.matmul", "int8"))
 
     @pytest.fixture
-    def kit(self, monkeypatch):
+    def kit(self, monkeypatch: pytest.MonkeyPatch) -> runtime.Sdk:
         layers = [
             layer("norm"), layer("fc.matmul"), layer("scores"), layer("weights", kind="constant"),
             layer("gather", dtype="int32"),
@@ -457,31 +473,33 @@ class TestLegacy:
     @pytest.mark.parametrize(
         ("precision", "flags"), [("fp32", []), ("fp16", ["FP16", "OBEY"]), ("int8", ["FP16", "OBEY", "INT8"])]
     )
-    def test_flags(self, kit, precision, flags, tmp_path):
+    def test_flags(self, kit: runtime.Sdk, precision: str, flags: list[Any], tmp_path: Path) -> None:
         settings = runtime.Settings(legacy=precision)
-        assert runtime.build(kit, tmp_path / "legacy.onnx", settings, calibrator="ours") == b"plan"
-        assert kit.trt.flags == [1]  # an explicit batch, and no types
-        calls = kit.trt.config.calls
+        assert runtime.build(kit, tmp_path / "legacy.onnx", settings, calibrator=cast(Any, "ours")) == b"plan"
+        assert cast(Any, kit.trt).flags == [1]  # an explicit batch, and no types
+        calls = cast(Any, kit.trt).config.calls
         assert ("clear_flag", "TF32") in calls
         assert [call[1] for call in calls if call[0] == "set_flag"] == flags
         assert (("int8_calibrator", "ours") in calls) == (precision == "int8")
 
-    def test_each_layer_computes_in_what_it_was_given(self, kit, tmp_path):
+    def test_each_layer_computes_in_what_it_was_given(self, kit: runtime.Sdk, tmp_path: Path) -> None:
         runtime.build(kit, tmp_path / "legacy.onnx", runtime.Settings(legacy="int8", layers=self.LAYERS))
-        norm, linear, scores, weights, gather = (layer.calls for layer in kit.trt.recorded)
+        norm, linear, scores, weights, gather = (layer.calls for layer in cast(Any, kit.trt).recorded)
         assert norm == [("precision", "fp32"), ("set_output_type", 0, "fp32")]
         assert linear == [("precision", "int8")]
         assert scores == [("precision", "fp16")]
         assert weights == gather == []
 
-    def test_the_calibrator_gives_every_clip_once_and_keeps_what_tensorrt_found(self, kit, tmp_path, monkeypatch, rng):
+    def test_the_calibrator_gives_every_clip_once_and_keeps_what_tensorrt_found(
+        self, kit: runtime.Sdk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+    ) -> None:
         monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
         clips = rng.integers(0, 256, (5, 2, 4, 4, 3), np.uint8)
         np.save(tmp_path / bundles.CLIPS, clips)
         (tmp_path / runtime.LEGACY).write_bytes(b"graph")
         gpu = HostStream(0)
 
-        def make(version="8.6.1"):
+        def make(version: str = "8.6.1") -> Any:
             kit.trt.__version__ = version
             return runtime.calibrator(kit, tmp_path, runtime.Settings(legacy="int8"), gpu, batch=2)
 
@@ -502,10 +520,10 @@ class TestLegacy:
             assert make().read_calibration_cache() is None
 
     @pytest.mark.parametrize("precision", ["", "fp16"])
-    def test_others_need_no_calibrator(self, kit, tmp_path, precision):
+    def test_others_need_no_calibrator(self, kit: runtime.Sdk, tmp_path: Path, precision: str) -> None:
         assert runtime.calibrator(kit, tmp_path, runtime.Settings(legacy=precision), HostStream(0), 1) is None
 
-    def test_a_kept_engine_is_told_by_its_layers_without_listing_them(self, kit, deferred):
+    def test_a_kept_engine_is_told_by_its_layers_without_listing_them(self, kit: runtime.Sdk, deferred: Bundle) -> None:
         gpu = HostStream(0)
         keys = [
             runtime.engine_key(kit, deferred, gpu, runtime.Settings(legacy="int8", layers=layers))["settings"]
@@ -515,14 +533,14 @@ class TestLegacy:
         assert keys[2] == "legacy=int8"
         assert all(key.startswith("legacy=int8") and "norm" not in key for key in keys)
 
-    def test_tensorrt_11_says_what_to_do(self, kit, tmp_path):
+    def test_tensorrt_11_says_what_to_do(self, kit: runtime.Sdk, tmp_path: Path) -> None:
         del kit.trt.IInt8EntropyCalibrator2
         kit.trt.__version__ = "11.0.0"
         with pytest.raises(BackendError, match=r"TensorRT 11\.0\.0 knows typed networks only"):
             runtime.build(kit, tmp_path / "legacy.onnx", runtime.Settings(legacy="fp16"))
 
 
-def test_the_names_that_are_used_are_real():
+def test_the_names_that_are_used_are_real() -> None:
     kit = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
     for name in set(runtime.Vendor.__annotations__) - {"IInt8EntropyCalibrator2"}:  # TensorRT 8 to 10 alone
         assert hasattr(kit, name), name
@@ -538,7 +556,7 @@ def test_the_names_that_are_used_are_real():
         assert not [name for name in names if not hasattr(owner, name)]
 
 
-def test_the_builder_reports_its_phases(tiny_checkpoint, tmp_path):
+def test_the_builder_reports_its_phases(tiny_checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
     bundle = pipeline.export_model("rtx-fp16", tiny_checkpoint, tmp_path, GATHER)
     told = []
@@ -548,7 +566,9 @@ def test_the_builder_reports_its_phases(tiny_checkpoint, tmp_path):
     assert all(0 <= step <= steps for _, step, steps in told)
 
 
-def test_a_long_build_says_where_it_is_but_not_at_every_step(monkeypatch, caplog):
+def test_a_long_build_says_where_it_is_but_not_at_every_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     clock = iter([0.0, 0.5, 1.0, 2.5, 3.0, 5.0])
     monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     caplog.set_level("INFO", "edgetube")
@@ -558,7 +578,7 @@ def test_a_long_build_says_where_it_is_but_not_at_every_step(monkeypatch, caplog
     assert [r.message for r in caplog.records] == ["2 s: Building engine, 2 of 5", "5 s: Building engine, 4 of 5"]
 
 
-def targets_here():
+def targets_here() -> Iterator[Any]:
     """Every target of the two SDKs, on the doubles, and marked `gpu` on this machine's GPU."""
     for target in export.targets().values():
         if target.backend == "tensorrt":
@@ -568,18 +588,18 @@ def targets_here():
 
 
 @pytest.fixture(scope="class")
-def bundle(request, tmp_path_factory):
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """The built-in model for one target, exported where its engine can run; `request.param` says what and where."""
     (name, double), folder = request.param, tmp_path_factory.mktemp("gpu")
     with doubles.machine(folder / "cache") if double else pytest.MonkeyPatch.context() as here:
-        if not double:
+        if isinstance(here, pytest.MonkeyPatch):
             here.setenv("EDGETUBE_CACHE", str(folder / "cache"))
-        yield export_here(name, folder / "out", GATHER)
+        yield export_here(name, tmp_path_factory.getbasetemp() / "out", GATHER)  # int8 calibrates once
 
 
 @pytest.mark.parametrize("bundle", list(targets_here()), indirect=True)
 class TestOnAGpu:
-    def test_it_answers_like_pytorch_and_says_what_ran(self, bundle, rng):
+    def test_it_answers_like_pytorch_and_says_what_ran(self, bundle: Bundle, rng: np.random.Generator) -> None:
         checkpoint = checkpoints.load("demo")
         clips = rng.integers(0, 256, (3, *bundle.contract.shape), np.uint8)
         expected = Reference(checkpoint.model, checkpoint.contract)(clips)
@@ -591,7 +611,7 @@ class TestOnAGpu:
         assert described["replay"] == "CUDA graph"
         assert described["layers"]["kernels"] > 0
 
-    def test_an_engine_built_on_the_first_load_is_kept(self, bundle):
+    def test_an_engine_built_on_the_first_load_is_kept(self, bundle: Bundle) -> None:
         bare = replace(bundle, build={k: v for k, v in bundle.build.items() if k != "engine"})
         with edgetube.Runtime(bare) as rt:
             assert rt.describe()["engine"].startswith("built here: the bundle has no engine")
@@ -599,13 +619,13 @@ class TestOnAGpu:
             assert rt.describe()["engine"] == "built here earlier: the bundle has no engine"
         assert list(cache.folder().glob("*.engine"))
 
-    def test_two_runtimes_in_two_threads(self, bundle, rng):
+    def test_two_runtimes_in_two_threads(self, bundle: Bundle, rng: np.random.Generator) -> None:
         clips = rng.integers(0, 256, (8, 1, *bundle.contract.shape), np.uint8)
         with edgetube.Runtime(bundle) as first, edgetube.Runtime(bundle) as second:
             expected = [first(clip) for clip in clips]
             got = {}
 
-            def ask(rt, part):
+            def ask(rt: Any, part: Any) -> None:
                 got.update({i: rt(clips[i]) for i in part})
 
             threads = [
@@ -619,45 +639,48 @@ class TestOnAGpu:
             np.testing.assert_allclose(logits, expected[i], atol=1e-3)
         assert len(got) == 8
 
-    def test_the_golden_clip(self, bundle):
+    def test_the_golden_clip(self, bundle: Bundle) -> None:
         with edgetube.Runtime(bundle) as rt:
             rt.check()
 
-    def test_the_evaluation_set(self, bundle, request):
+    def test_the_evaluation_set(self, bundle: Bundle, request: pytest.FixtureRequest) -> None:
         double = "double" in request.node.name  # its answers are those of the processor, which takes its time
         found = parity.measure([bundle], datasets.built_in(27 if double else 252, bundle.labels))
         (measured,) = found.measured
         assert measured.parity.status == "executed"
         assert measured.parity.agreement >= 0.99
-        assert measured.parity.top1 >= measured.parity.top1_reference - 0.01
+        assert (measured.parity.top1 or 0.0) >= (measured.parity.top1_reference or 1) - 0.01
 
 
-def legacy_targets():
+def legacy_targets() -> Iterator[Any]:
     for name in ("trt-fp32", "trt-fp16", "trt-int8"):
         yield pytest.param(name, True, id=f"{name}-double", marks=pytest.mark.slow)
         yield pytest.param(name, False, id=name, marks=pytest.mark.gpu)
 
 
 @pytest.mark.parametrize(("name", "double"), list(legacy_targets()))
-def test_on_a_gpu_networks_without_types(name, double, tmp_path, monkeypatch):
+def test_on_a_gpu_networks_without_types(
+    name: str, double: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
     with doubles.machine(tmp_path / "cache") if double else nullcontext():
         skip_where_it_cannot_run(name)
         if int((version := runtime.sdk("trt").version).split(".")[0]) > 10:
             pytest.skip(f"TensorRT {version} knows typed networks only")
-        bundle = export_here(name, tmp_path / "out", replace(GATHER, settings={"legacy": "yes"}))
+        out = tmp_path_factory.getbasetemp() / "out"
+        bundle = export_here(name, out, replace(GATHER, settings={"legacy": "yes"}))
         assert bundle.status == "executed"
         with edgetube.Runtime(bundle) as rt:
             assert (rt.describe()["layers"]["gemms"].get("int8", 0) > 0) == (name == "trt-int8")
 
 
-def skip_where_it_cannot_run(name):
+def skip_where_it_cannot_run(name: str) -> None:
     target = export.target(name)
     if missing := target.missing(target.run_needs):
         pytest.skip(f"{name} cannot run here: that needs {', '.join(missing)}")
 
 
-def export_here(name, out, options):
+def export_here(name: str, out: Path, options: pipeline.Options) -> Bundle:
     """A bundle of the built-in model; skipped with the SDK's own words where it does not take this GPU."""
     skip_where_it_cannot_run(name)
     gpu = cuda.open_stream(0, "rtx")
@@ -670,6 +693,6 @@ def export_here(name, out, options):
         raise
 
 
-def test_bundle_round_trip_keeps_the_settings(deferred):
+def test_bundle_round_trip_keeps_the_settings(deferred: Bundle) -> None:
     again = bundles.load(deferred.path)
     assert runtime.Settings.from_json(again.build["settings"]) == runtime.Settings()

@@ -1,10 +1,11 @@
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 
+from tests.edgetube.demo import oracle as independent
+
 
 @pytest.fixture(scope="session")
-def oracle():
-    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("oracle.py"))))
+def oracle() -> ModuleType:
+    """An estimate of camera motion that shares nothing with the renderer."""
+    return independent

@@ -1,13 +1,16 @@
 """What the camera did, estimated from the frames alone: least squares on image gradients, nothing of the renderer."""
 
+from __future__ import annotations
+
 import itertools
 
 import numpy as np
+import numpy.typing as npt
 
 from edgetube.demo.moves import TRAVEL
 
 
-def smooth(grey):
+def smooth(grey: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Binomial blur of (T, H, W), so that moves of a few pixels are still within reach of a gradient."""
     for _ in range(6):
         for axis in (1, 2):
@@ -15,7 +18,7 @@ def smooth(grey):
     return grey[:, 6:-6, 6:-6]
 
 
-def travel(frames):
+def travel(frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     """Camera travel (x, y, zoom, roll) over frames (T, H, W, 3): the sum of what each pair of neighbours shows.
 
     The brightness of a point that moves does not change: I_t = -(I_x u + I_y v), with the flow (u, v) of a shift,
@@ -35,7 +38,7 @@ def travel(frames):
     return total
 
 
-def label(frames):
+def label(frames: npt.NDArray[np.uint8]) -> str:
     """The class that `travel` amounts to: its largest component against the smallest travel that has a label."""
     seen = travel(frames) / [low for low, _ in TRAVEL]
     axis = int(np.abs(seen).argmax())

@@ -1,6 +1,11 @@
+from __future__ import annotations
+
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from edgetube.demo import render
@@ -8,23 +13,29 @@ from edgetube.demo.moves import LABELS, Move
 from edgetube.errors import InputError
 
 
-def picture(height, width, seed=0):
+def picture(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     noise = np.random.default_rng(seed).uniform(0, 255, (height // 8 + 2, width // 8 + 2, 3))
     return np.kron(noise, np.ones((8, 8, 1)))[:height, :width].astype(np.uint8)
 
 
-def still(**changes):
+def still(**changes: Any) -> Any:
     """A camera that does nothing at all, but for `changes`."""
     move = Move.draw("static", np.random.default_rng(0))
-    calm = {"shake": np.zeros((4, 2, 3), np.float32), "blur": 0.0, "noise": 0.0, "exposure": 0.0, "flicker": 0.0}
+    calm: dict[str, Any] = {
+        "shake": np.zeros((4, 2, 3), np.float32),
+        "blur": 0.0,
+        "noise": 0.0,
+        "exposure": 0.0,
+        "flicker": 0.0,
+    }
     return dataclasses.replace(move, **calm, **changes)
 
 
-def test_generator_does_not_depend_on_the_process():
+def test_generator_does_not_depend_on_the_process() -> None:
     assert render.generator("evaluation", 7).integers(2**32, size=2).tolist() == [220921436, 1608268853]
 
 
-def test_view_without_scaling_is_the_photo_itself():
+def test_view_without_scaling_is_the_photo_itself() -> None:
     photo = render.Photo("p", picture(96, 128))
     view = render.View((50.5, 40.5), 32.0, 0.0)  # between pixels: an even frame has no middle pixel
     points = render.project(view, np.zeros((1, 4), np.float32), (32, 48), render._grid((32, 48)))
@@ -32,7 +43,7 @@ def test_view_without_scaling_is_the_photo_itself():
     np.testing.assert_allclose(seen, photo.pixels[25:57, 27:75], atol=1e-3)
 
 
-def test_quarter_roll_clockwise_turns_the_picture_counter_clockwise():
+def test_quarter_roll_clockwise_turns_the_picture_counter_clockwise() -> None:
     photo = render.Photo("p", picture(96, 96))
     view = render.View((47.5, 47.5), 32.0, 0.0)
     path = np.array([[0, 0, 0, 0], [0, 0, 0, np.pi / 2]], np.float32)
@@ -41,7 +52,7 @@ def test_quarter_roll_clockwise_turns_the_picture_counter_clockwise():
     np.testing.assert_allclose(last, np.rot90(first), atol=0.05)  # np.rot90 turns counter-clockwise
 
 
-def test_shift_and_zoom_move_the_picture_the_other_way():
+def test_shift_and_zoom_move_the_picture_the_other_way() -> None:
     photo = render.Photo("p", picture(128, 128))
     view = render.View((63.5, 63.5), 32.0, 0.0)
     path = np.array([[0, 0, 0, 0], [0.25, 0, 0, 0], [0, -0.25, 0, 0], [0, 0, np.log(2), 0]], np.float32)
@@ -53,7 +64,7 @@ def test_shift_and_zoom_move_the_picture_the_other_way():
     assert np.abs(blocks - seen[0][8:24, 8:24]).mean() < 6
 
 
-def test_far_views_read_means_of_the_photo():
+def test_far_views_read_means_of_the_photo() -> None:
     pixels = np.indices((256, 256)).sum(axis=0) % 2 * 255  # a chequerboard that must not alias
     photo = render.Photo("p", np.repeat(pixels[..., None], 3, axis=-1).astype(np.uint8))
     view = render.View((127.5, 127.5), 200.0, 0.1)
@@ -62,7 +73,7 @@ def test_far_views_read_means_of_the_photo():
     np.testing.assert_allclose(seen, 127.5, atol=0.01)
 
 
-def test_gaussian_against_its_definition():
+def test_gaussian_against_its_definition() -> None:
     dot = np.zeros((31, 31, 1), np.float32)
     dot[15, 15] = 1
     blurred = render._gaussian(dot, 2.0)[..., 0]
@@ -72,7 +83,7 @@ def test_gaussian_against_its_definition():
 
 
 @pytest.mark.parametrize("label", LABELS)
-def test_the_whole_move_stays_inside_the_photo(label):
+def test_the_whole_move_stays_inside_the_photo(label: str) -> None:
     photo = render.Photo("p", picture(150, 220))
     for seed in range(10):
         rng = np.random.default_rng(seed)
@@ -85,7 +96,7 @@ def test_the_whole_move_stays_inside_the_photo(label):
         assert y.max() <= 149
 
 
-def test_texture_decides_the_view():
+def test_texture_decides_the_view() -> None:
     pixels = np.full((300, 300, 3), 128, np.uint8)
     pixels[:, 150:] = picture(300, 150)
     photo = render.Photo("half", pixels)
@@ -95,7 +106,7 @@ def test_texture_decides_the_view():
     assert render.texture(np.full((32, 32, 3), 90.0, np.float32)) == 0
 
 
-def test_exposure_and_noise_are_what_they_say():
+def test_exposure_and_noise_are_what_they_say() -> None:
     photo = render.Photo("grey", np.full((200, 200, 3), 100, np.uint8))
     brighter = render.render_clip(photo, still(), 9, (32, 32), np.random.default_rng(0))
     assert (brighter == 100).all()
@@ -110,7 +121,7 @@ def test_exposure_and_noise_are_what_they_say():
     assert abs(frames.mean() - 100) < 0.2
 
 
-def test_a_file_that_is_no_image_is_refused(tmp_path):
+def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "broken.jpg"
     path.write_bytes(b"not a picture at all")
     with pytest.raises(InputError, match=r"broken\.jpg is not an image"):

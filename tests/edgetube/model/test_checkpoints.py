@@ -1,9 +1,13 @@
 """Weights in, weights out: nothing lost on the way, and nothing accepted that does not fit to the last tensor."""
 
+from __future__ import annotations
+
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,18 +63,18 @@ def models(draw: st.DrawFn) -> ModelSpec:
 
 
 @pytest.fixture
-def checkpoint():
+def checkpoint() -> Checkpoint:
     torch.manual_seed(0)
     model = TubeViT(SPEC).eval()
     return Checkpoint("mine", model, CONTRACT, LABELS, digest="", other_labels=OTHERS)
 
 
 @pytest.fixture
-def clips():
+def clips() -> torch.Tensor:
     return torch.randn(2, 3, 4, 24, 24, generator=torch.Generator().manual_seed(1))
 
 
-def rewrite(path, header=None, drop=(), **tensors):
+def rewrite(path: Path, header: Any = None, drop: Any = (), **tensors: Any) -> Path:
     """The same file with an entry of the header or some tensors changed."""
     with safe_open(path, "pt") as file:
         document = json.loads(file.metadata()[checkpoints.HEADER])
@@ -87,7 +91,9 @@ class TestRoundTrip:
         [{}, {"kernel": (4, 8, 8)}, {"positions": "stored"}, {"pool": "mean"}, {"gates": ()}],
         ids=lambda change: next(iter(change), "plain"),
     )
-    def test_a_loaded_model_is_the_saved_one(self, tmp_path, clips, checkpoint, change):
+    def test_a_loaded_model_is_the_saved_one(
+        self, tmp_path: Path, clips: torch.Tensor, checkpoint: Checkpoint, change: dict[str, Any]
+    ) -> None:
         torch.manual_seed(1)
         saved = replace(checkpoint, model=TubeViT(replace(SPEC, **change)).eval())
         path = checkpoints.save(saved, tmp_path / "motion.safetensors")
@@ -101,22 +107,26 @@ class TestRoundTrip:
         for head in ("motion", "place"):
             torch.testing.assert_close(loaded.model(clips, head), saved.model(clips, head), atol=0, rtol=0)
 
-    def test_half_precision_weights_become_single(self, tmp_path, checkpoint):
+    def test_half_precision_weights_become_single(self, tmp_path: Path, checkpoint: Checkpoint) -> None:
         path = checkpoints.save(replace(checkpoint, model=TubeViT(SPEC).half()), tmp_path / "half.safetensors")
         assert {value.dtype for value in checkpoints.load(path).model.state_dict().values()} == {torch.float32}
 
-    def test_saving_replaces_the_file_and_leaves_nothing_beside_it(self, tmp_path, checkpoint):
+    def test_saving_replaces_the_file_and_leaves_nothing_beside_it(
+        self, tmp_path: Path, checkpoint: Checkpoint
+    ) -> None:
         path = tmp_path / "motion.safetensors"
         path.write_bytes(b"older")
         checkpoints.save(checkpoint, path)
         assert [p.name for p in tmp_path.iterdir()] == ["motion.safetensors"]
         assert checkpoints.load(path).spec == SPEC
 
-    def test_a_save_that_fails_keeps_the_older_file(self, tmp_path, checkpoint, monkeypatch):
+    def test_a_save_that_fails_keeps_the_older_file(
+        self, tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         path = checkpoints.save(checkpoint, tmp_path / "motion.safetensors")
         before = path.read_bytes()
 
-        def full(state, partial, metadata):
+        def full(state: Any, partial: Any, metadata: Any) -> None:
             partial.write_bytes(b"half of it")
             raise OSError("no space left on device")
 
@@ -184,7 +194,7 @@ class TestWhereACheckpointIs:
 
 
 class TestOtherClipsAndClassifiers:
-    def test_another_clip_takes_the_same_weights(self, clips, checkpoint):
+    def test_another_clip_takes_the_same_weights(self, clips: torch.Tensor, checkpoint: Checkpoint) -> None:
         longer = checkpoint.at(frames=6, size=(32, 24))
         assert longer.spec.clip == (6, 32, 24)
         assert longer.contract == replace(CONTRACT, frames=6, height=32)
@@ -194,11 +204,11 @@ class TestOtherClipsAndClassifiers:
         image = checkpoint.at(frames=1)
         torch.testing.assert_close(image.model(clips[:, :, :1]), checkpoint.model(clips[:, :, :1]))
 
-    def test_a_clip_that_does_not_fit_is_refused(self, checkpoint):
+    def test_a_clip_that_does_not_fit_is_refused(self, checkpoint: Checkpoint) -> None:
         with pytest.raises(SpecError, match=r"tube 0 .* height is 8, minimum 16"):
             checkpoint.at(size=(8, 24))
 
-    def test_one_classifier_of_several(self, clips, checkpoint):
+    def test_one_classifier_of_several(self, clips: torch.Tensor, checkpoint: Checkpoint) -> None:
         place = checkpoint.select("place")
         assert (place.spec.classifiers, place.labels, place.other_labels) == ((("place", 2),), OTHERS["place"], {})
         torch.testing.assert_close(place.model(clips), checkpoint.model(clips, "place"), atol=0, rtol=0)
@@ -207,7 +217,7 @@ class TestOtherClipsAndClassifiers:
 
 
 class TestRandom:
-    def test_a_named_architecture_is_the_same_every_time(self):
+    def test_a_named_architecture_is_the_same_every_time(self) -> None:
         one, two = (checkpoints.load("random:tubevit-ti") for _ in range(2))
         assert (one.spec, len(one.labels)) == (named("tubevit-ti"), 400)
         assert (one.name, one.source) == ("tubevit-ti", "random:tubevit-ti")
@@ -218,24 +228,24 @@ class TestRandom:
         assert all(same)
         assert not torch.equal(one.model.tubes.weights[0], other.model.tubes.weights[0])
 
-    def test_it_leaves_the_caller_s_random_numbers_alone(self):
+    def test_it_leaves_the_caller_s_random_numbers_alone(self) -> None:
         torch.manual_seed(7)
         expected = torch.rand(3)
         torch.manual_seed(7)
         checkpoints.random("tubevit-ti")
         assert torch.equal(torch.rand(3), expected)
 
-    def test_an_unknown_architecture(self):
+    def test_an_unknown_architecture(self) -> None:
         with pytest.raises(SpecError, match="no architecture is called 'tubevit-xl'"):
             checkpoints.load("random:tubevit-xl")
 
 
 class TestRefusals:
     @pytest.fixture
-    def path(self, tmp_path, checkpoint):
+    def path(self, tmp_path: Path, checkpoint: Checkpoint) -> Path:
         return checkpoints.save(checkpoint, tmp_path / "motion.safetensors")
 
-    def test_no_file(self, tmp_path):
+    def test_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(
             InputError, match=r"no checkpoint at .*gone.safetensors; give a .safetensors file, demo, or"
         ):
@@ -244,20 +254,20 @@ class TestRefusals:
             checkpoints.load(tmp_path)
 
     @pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"PK\x03\x04 a zip file of another framework"])
-    def test_not_a_safetensors_file(self, tmp_path, content):
+    def test_not_a_safetensors_file(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "weights.safetensors"
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"weights.safetensors is not a safetensors file: "):
             checkpoints.load(path)
 
     @pytest.mark.parametrize("size", [4, 200, -1])
-    def test_a_truncated_file(self, path, size):
+    def test_a_truncated_file(self, path: Path, size: int) -> None:
         path.write_bytes(path.read_bytes()[:size])
         with pytest.raises(CheckpointError, match="is not a safetensors file"):
             checkpoints.load(path)
 
     @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-    def test_somebody_else_s_safetensors(self, tmp_path, metadata):
+    def test_somebody_else_s_safetensors(self, tmp_path: Path, metadata: dict[str, str] | None) -> None:
         save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors", metadata=metadata)
         with pytest.raises(CheckpointError, match=r"other.safetensors has no 'edgetube' header; write it with"):
             checkpoints.load(tmp_path / "other.safetensors")
@@ -288,7 +298,7 @@ class TestRefusals:
             (lambda d: d | {"labels": ["left", "none", "left"]}, "labels of motion has 'left' more than once"),
         ],
     )
-    def test_a_header_that_does_not_fit(self, path, header, message):
+    def test_a_header_that_does_not_fit(self, path: Path, header: Callable[..., Any], message: str) -> None:
         with pytest.raises(CheckpointError, match=message):
             checkpoints.load(rewrite(path, header))
 
@@ -368,24 +378,24 @@ class TestRefusals:
             checkpoints.save(replace(checkpoint, model=wrapped), tmp_path / "x.safetensors")  # type: ignore[arg-type]
         assert not list(tmp_path.iterdir())
 
-    def test_a_missing_tensor(self, path):
+    def test_a_missing_tensor(self, path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"motion.safetensors does not fit .*: missing tubes.weights.0$"):
             checkpoints.load(rewrite(path, drop=["tubes.weights.0"]))
 
-    def test_an_unknown_tensor(self, path):
+    def test_an_unknown_tensor(self, path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"does not fit its own spec: unknown cls_token$"):
             checkpoints.load(rewrite(path, cls_token=torch.zeros(1, 1, 24)))
 
-    def test_a_misshapen_tensor(self, path):
+    def test_a_misshapen_tensor(self, path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"blocks.0.norm1.bias is \(25,\), expected \(24,\)$"):
             checkpoints.load(rewrite(path, **{"blocks.0.norm1.bias": torch.zeros(25)}))
 
-    def test_many_faults_are_counted_not_listed(self, path):
+    def test_many_faults_are_counted_not_listed(self, path: Path) -> None:
         gone = [f"blocks.1.norm{i}.{part}" for i in (1, 2) for part in ("weight", "bias")]
         with pytest.raises(CheckpointError, match=r"(missing [^;]*; ){2}missing \S+ and 1 more$"):
             checkpoints.load(rewrite(path, drop=gone))
 
-    def test_stored_positions_of_another_clip(self, tmp_path, checkpoint):
+    def test_stored_positions_of_another_clip(self, tmp_path: Path, checkpoint: Checkpoint) -> None:
         model = TubeViT(replace(SPEC, positions="stored"))
         path = checkpoints.save(replace(checkpoint, model=model), tmp_path / "stored.safetensors")
         with pytest.raises(CheckpointError, match=r"positions is \(5, 24\), expected \(11, 24\)"):
@@ -395,7 +405,7 @@ class TestRefusals:
 
 
 @pytest.mark.skipif(not demo.WEIGHTS.is_file(), reason="the built-in model is not trained yet")
-def test_the_built_in_model_ships_with_the_package():
+def test_the_built_in_model_ships_with_the_package() -> None:
     motion = checkpoints.load()
     assert (motion.name, motion.source, len(motion.labels)) == ("demo", "demo", 9)
     assert set(motion.labels) == set(demo.LABELS)

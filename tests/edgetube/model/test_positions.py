@@ -1,7 +1,11 @@
 """The fixed position embedding against the formula, one number at a time."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ from edgetube.model.tubevit import TubeViT
 from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, TubeSpec, named
 
 
-def spans(tube, axis, size):
+def spans(tube: Any, axis: Any, size: Any) -> Iterator[Any]:
     """First and last voxel of every token along an axis, by sliding the tube until it leaves the clip."""
     merge = tube.space_to_depth[axis]
     reach = tube.kernel[axis] - 1 + (merge - 1) * (tube.stride[axis] // merge)
@@ -22,7 +26,7 @@ def spans(tube, axis, size):
         first += tube.stride[axis]
 
 
-def by_hand(tubes, clip, width):
+def by_hand(tubes: Any, clip: Any, width: Any) -> Any:
     """Rows of the table, one sine at a time, at the middle between the first and the last voxel of each token."""
     rows = []
     for tube in tubes:
@@ -39,7 +43,9 @@ def by_hand(tubes, clip, width):
 
 @pytest.mark.parametrize("width", [192, 64, 12, 7, 5])
 @pytest.mark.parametrize("tubes", [PAPER_TUBES, PAPER_TUBES_S2D], ids=["plain", "space-to-depth"])
-def test_values_are_those_of_the_formula_at_the_centres(tubes, width):
+def test_values_are_those_of_the_formula_at_the_centres(
+    tubes: tuple[TubeSpec, TubeSpec, TubeSpec, TubeSpec], width: int
+) -> None:
     clip = (32, 64, 96)
     points = np.concatenate([positions.centres(tube, tube.grid(clip)) for tube in tubes])
     expected = by_hand(tubes, clip, width)
@@ -47,7 +53,7 @@ def test_values_are_those_of_the_formula_at_the_centres(tubes, width):
     np.testing.assert_allclose(positions.embed(points, width), expected, atol=1e-11)
 
 
-def test_the_table_of_a_model_is_the_one_that_it_adds():
+def test_the_table_of_a_model_is_the_one_that_it_adds() -> None:
     spec = named("tubevit-ti", 32, (64, 64), classes=2)
     expected = by_hand(spec.tubes, spec.clip, spec.width)
     np.testing.assert_allclose(positions.table(spec), expected, atol=1e-11)
@@ -56,7 +62,7 @@ def test_the_table_of_a_model_is_the_one_that_it_adds():
     np.testing.assert_allclose(table.numpy(), expected, atol=1e-6)
 
 
-def test_the_first_tokens_by_hand():
+def test_the_first_tokens_by_hand() -> None:
     """8x8x8 at the origin: centre 3.5 everywhere; 16x4x4 at (4, 8, 8): centre (11.5, 9.5, 9.5)."""
     assert positions.centres(PAPER_TUBES[0], (2, 7, 7))[0].tolist() == [3.5, 3.5, 3.5]
     assert positions.centres(PAPER_TUBES[1], (3, 7, 7))[[0, 1, 7, 49]].tolist() == [
@@ -70,7 +76,7 @@ def test_the_first_tokens_by_hand():
 
 
 @pytest.mark.parametrize("width", [64, 7, 5])
-def test_channels_that_six_does_not_divide_are_untouched(width):
+def test_channels_that_six_does_not_divide_are_untouched(width: int) -> None:
     table = positions.embed(np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), width)
     left = 6 * (width // 6)
     assert left < width
@@ -78,19 +84,19 @@ def test_channels_that_six_does_not_divide_are_untouched(width):
     assert np.abs(table[:, :left]).min(initial=1.0) > 0
 
 
-def test_an_image_has_the_positions_of_the_first_frame():
+def test_an_image_has_the_positions_of_the_first_frame() -> None:
     video = named("tubevit-ti", 32, (64, 64), classes=2)
     image = video.at(frames=1)
     np.testing.assert_array_equal(positions.table(image), positions.table(video)[-image.tokens :])
     assert set(positions.centres(PAPER_TUBES[3], image.grids[0])[:, 0]) == {0.0}
 
 
-def test_two_tokens_of_one_model_never_share_a_position():
+def test_two_tokens_of_one_model_never_share_a_position() -> None:
     table = positions.table(named("tubevit-ti", 64))
     assert len(np.unique(table.round(9), axis=0)) == len(table) == 1176
 
 
-def test_a_tube_s_centre_does_not_depend_on_space_to_depth_where_the_extents_agree():
+def test_a_tube_s_centre_does_not_depend_on_space_to_depth_where_the_extents_agree() -> None:
     whole = TubeSpec((8, 4, 4), (8, 8, 8))
     halves = TubeSpec((4, 4, 4), (8, 8, 8), space_to_depth=(2, 1, 1))
     np.testing.assert_array_equal(positions.centres(whole, (2, 3, 3)), positions.centres(halves, (2, 3, 3)))

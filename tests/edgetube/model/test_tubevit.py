@@ -1,7 +1,10 @@
 """The reference model against others' and slower ones: PyTorch's encoder layer, loops over voxels, algebra."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from itertools import product
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -32,7 +35,7 @@ SMALL = ModelSpec(
 )
 
 
-def model_of(spec, seed=0):
+def model_of(spec: ModelSpec, seed: int = 0) -> TubeViT:
     """A model in which nothing is zero, so that nothing can be left out unnoticed."""
     torch.manual_seed(seed)
     model = TubeViT(spec).eval()
@@ -42,12 +45,12 @@ def model_of(spec, seed=0):
     return model
 
 
-def clips_of(spec, batch=2, seed=1):
+def clips_of(spec: ModelSpec, batch: int = 2, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, spec.channels, *spec.clip, generator=generator)
 
 
-def tokens_by_loops(x, tube, weight, bias):
+def tokens_by_loops(x: Any, tube: Any, weight: Any, bias: Any) -> Any:
     """Tokens (B, n, D) by sliding over voxels; D = S * D/S with the neighbours (dt, dh, dw) outermost."""
     x, weight, bias = (value.detach().double().numpy() for value in (x, weight, bias))
     finer = tube.conv_stride
@@ -68,7 +71,7 @@ def tokens_by_loops(x, tube, weight, bias):
 
 class TestTubes:
     @given(st.data())
-    def test_tokens_are_those_of_a_loop_over_voxels(self, data):
+    def test_tokens_are_those_of_a_loop_over_voxels(self, data: Any) -> None:
         merge = data.draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 2), (1, 1, 3), (2, 2, 1)]), "merge")
         draw = [data.draw(st.tuples(*[st.integers(1, 3)] * 3), name) for name in ("kernel", "stride", "offset", "more")]
         kernel, finer, offset, more = draw
@@ -86,7 +89,7 @@ class TestTubes:
         assert tokens.shape == expected.shape == (2, tube.tokens(clip), 3 * tube.merge)
         np.testing.assert_allclose(tokens, expected, atol=1e-4)
 
-    def test_all_tubes_end_to_end_in_their_order(self):
+    def test_all_tubes_end_to_end_in_their_order(self) -> None:
         model, x = model_of(SMALL), clips_of(SMALL)
         expected = [
             tokens_by_loops(x, t, model.tubes.weight(i), model.tubes.biases[i]) for i, t in enumerate(SMALL.tubes)
@@ -95,7 +98,7 @@ class TestTubes:
         assert tokens.shape == (2, SMALL.tokens, SMALL.width)
         np.testing.assert_allclose(tokens.detach(), np.concatenate(expected, axis=1), atol=1e-4)
 
-    def test_a_flat_16x16_tube_is_the_patch_embedding_of_an_image_vit(self):
+    def test_a_flat_16x16_tube_is_the_patch_embedding_of_an_image_vit(self) -> None:
         spec = ModelSpec((TubeSpec((1, 16, 16), (1, 16, 16)),), 1, (48, 64), 32, 1, 4, (("a", 2),))
         vit = nn.Conv2d(3, 32, kernel_size=16, stride=16)
         model = TubeViT(spec)
@@ -106,7 +109,7 @@ class TestTubes:
         expected = vit(image).flatten(2).transpose(1, 2)
         torch.testing.assert_close(model.tubes(image.unsqueeze(2)), expected, atol=1e-5, rtol=0)
 
-    def test_a_shared_kernel_is_resized_trilinearly_to_each_tube(self):
+    def test_a_shared_kernel_is_resized_trilinearly_to_each_tube(self) -> None:
         spec = replace(SMALL, kernel=(3, 5, 4))
         tubes = Tubes(spec)
         assert [name for name, _ in tubes.named_parameters()] == ["kernel", "biases.0", "biases.1", "biases.2"]
@@ -118,12 +121,12 @@ class TestTubes:
             torch.testing.assert_close(weight, expected)
             np.testing.assert_allclose(weight.detach(), linear_by_hand(tubes.kernel[:width], tube.kernel), atol=1e-6)
 
-    def test_a_shared_kernel_of_a_tube_s_own_shape_is_used_as_it_is(self):
+    def test_a_shared_kernel_of_a_tube_s_own_shape_is_used_as_it_is(self) -> None:
         tubes = Tubes(replace(SMALL, kernel=(2, 6, 6)))
         torch.testing.assert_close(tubes.weight(1), tubes.kernel, atol=0, rtol=0)
 
 
-def linear_by_hand(kernel, shape):
+def linear_by_hand(kernel: Any, shape: Any) -> Any:
     """Resize (D, C, t, h, w) linearly, one axis after the other: pixel centres at half integers, borders held."""
     result = kernel.detach().double().numpy()
     for axis, size in enumerate(shape, start=2):
@@ -138,8 +141,8 @@ def linear_by_hand(kernel, shape):
 
 class TestEncoder:
     @pytest.mark.parametrize("eps", [1e-6, 1e-2])
-    def test_a_block_is_pytorch_s_pre_norm_encoder_layer(self, eps):
-        block = model_of(replace(SMALL, norm_eps=eps)).blocks[1]
+    def test_a_block_is_pytorch_s_pre_norm_encoder_layer(self, eps: float) -> None:
+        block: Any = model_of(replace(SMALL, norm_eps=eps)).blocks[1]
         layer = nn.TransformerEncoderLayer(
             28,
             4,
@@ -165,7 +168,7 @@ class TestEncoder:
         x = torch.randn(2, 17, 28, generator=torch.Generator().manual_seed(2))
         torch.testing.assert_close(block(x, torch.randn_like(x)), layer(x), atol=1e-5, rtol=1e-5)
 
-    def test_a_gate_adds_tanh_alpha_of_the_bare_tube_tokens(self):
+    def test_a_gate_adds_tanh_alpha_of_the_bare_tube_tokens(self) -> None:
         plain = model_of(SMALL).blocks[0]
         gated = Block(replace(SMALL, gates=(0,)), gated=True)
         assert gated.alpha == 0
@@ -173,10 +176,10 @@ class TestEncoder:
         x, z0 = torch.randn(2, 2, 9, 28, generator=torch.Generator().manual_seed(2))
         torch.testing.assert_close(gated(x, z0), plain(x, z0) + 0.6043677771 * z0)  # tanh(0.7)
 
-    def test_gates_see_the_tokens_before_the_positions_are_added(self):
+    def test_gates_see_the_tokens_before_the_positions_are_added(self) -> None:
         gated = model_of(replace(SMALL, gates=(0, 2)))
         plain = TubeViT(SMALL).eval()
-        alphas = [gated.blocks[i].alpha.item() for i in (0, 2)]
+        alphas = [gated.get_parameter(f"blocks.{i}.alpha").item() for i in (0, 2)]
         plain.load_state_dict({k: v for k, v in gated.state_dict().items() if not k.endswith("alpha")})
         assert [b.alpha is None for b in gated.blocks] == [False, True, False]
         x = clips_of(SMALL)
@@ -186,17 +189,17 @@ class TestEncoder:
         torch.testing.assert_close(gated(x), plain.classify(plain.norm(z)))
         assert not torch.allclose(gated(x), plain(x), atol=1e-3)
 
-    def test_closed_gates_change_nothing(self):
+    def test_closed_gates_change_nothing(self) -> None:
         gated, plain = model_of(replace(SMALL, gates=(1,))), TubeViT(SMALL).eval()
         with torch.no_grad():
-            gated.blocks[1].alpha.zero_()
+            gated.get_parameter("blocks.1.alpha").zero_()
         plain.load_state_dict({k: v for k, v in gated.state_dict().items() if not k.endswith("alpha")})
         x = clips_of(SMALL)
         torch.testing.assert_close(gated(x), plain(x), atol=0, rtol=0)
 
 
 class TestHead:
-    def test_attention_pooling_is_a_softmax_weighted_sum(self):
+    def test_attention_pooling_is_a_softmax_weighted_sum(self) -> None:
         pool = AttentionPool(6)
         x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(4))
         scores = x @ pool.score.weight[0] + pool.score.bias
@@ -205,12 +208,14 @@ class TestHead:
         torch.testing.assert_close(pool(x), expected)
         assert not torch.allclose(pool(x), MeanPool()(x), atol=1e-3)
 
-    def test_mean_pooling(self):
+    def test_mean_pooling(self) -> None:
         x = torch.arange(24.0).reshape(2, 3, 4)
         assert MeanPool()(x).tolist() == [[4, 5, 6, 7], [16, 17, 18, 19]]
 
     @pytest.mark.parametrize("pool", ["attention", "mean"])
-    def test_each_classifier_is_its_own_linear_layer_on_the_pooled_tokens(self, pool):
+    def test_each_classifier_is_its_own_linear_layer_on_the_pooled_tokens(
+        self, pool: Literal["attention", "mean"]
+    ) -> None:
         model = model_of(replace(SMALL, pool=pool))
         x = clips_of(SMALL)
         z0 = model.tubes(x)
@@ -222,14 +227,14 @@ class TestHead:
             torch.testing.assert_close(logits, pooled @ linear.weight.T + linear.bias)
         torch.testing.assert_close(model(x), model(x, "motion"), atol=0, rtol=0)
 
-    def test_an_unknown_classifier_is_refused_with_the_known_ones(self):
+    def test_an_unknown_classifier_is_refused_with_the_known_ones(self) -> None:
         with pytest.raises(InputError, match="no classifier 'kinetics'; it has motion, place"):
             model_of(SMALL)(clips_of(SMALL), "kinetics")
 
 
 class TestImages:
     @pytest.mark.parametrize("gates", [(), (1,)])
-    def test_logits_are_those_of_the_frame_s_2d_tokens_alone(self, gates):
+    def test_logits_are_those_of_the_frame_s_2d_tokens_alone(self, gates: tuple[int, ...]) -> None:
         """Video tokens of the flat tube at t = 0, sent through the encoder without the other tubes' tokens."""
         model, clips = model_of(replace(SMALL, gates=gates)), clips_of(SMALL)
         flat = SMALL.tubes[2].tokens((1, *SMALL.size))
@@ -243,7 +248,7 @@ class TestImages:
         torch.testing.assert_close(logits, expected)
         assert not torch.allclose(logits, model(clips), atol=1e-3)
 
-    def test_the_image_form_with_the_same_weights_agrees(self):
+    def test_the_image_form_with_the_same_weights_agrees(self) -> None:
         model, image = model_of(SMALL), TubeViT(SMALL.at(frames=1)).eval()
         image.load_state_dict(model.state_dict())
         x = clips_of(SMALL)[:, :, :1]
@@ -252,31 +257,31 @@ class TestImages:
     @pytest.mark.parametrize(
         "shape", [(2, 3, 8, 24, 32), (2, 1, 9, 24, 32), (2, 3, 9, 32, 24), (3, 9, 24, 32)], ids=str
     )
-    def test_other_shapes_are_refused_with_given_and_expected(self, shape):
+    def test_other_shapes_are_refused_with_given_and_expected(self, shape: tuple[int, ...]) -> None:
         with pytest.raises(InputError, match=r"takes clips \('B', 3, 9, 24, 32\), or images.* given \(") as caught:
             model_of(SMALL)(torch.zeros(shape))
         assert str(shape) in str(caught.value)
 
-    def test_a_model_without_a_2d_tube_refuses_images(self):
+    def test_a_model_without_a_2d_tube_refuses_images(self) -> None:
         with pytest.raises(InputError, match=r"given \(2, 3, 1, 24, 32\)"):
             model_of(replace(SMALL, tubes=SMALL.tubes[:2]))(clips_of(SMALL)[:, :, :1])
 
 
 class TestWhole:
     @pytest.mark.parametrize(("name", "millions"), [("tubevit-b", 90), ("tubevit-l", 311), ("tubevit-h", 635)])
-    def test_parameters_of_the_published_sizes(self, name, millions):
+    def test_parameters_of_the_published_sizes(self, name: str, millions: int) -> None:
         with torch.device("meta"):
             model = TubeViT(named(name))
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
 
-    def test_parameters_by_hand(self):
+    def test_parameters_by_hand(self) -> None:
         d, h = 28, 112
         tubes = 7 * 3 * 64 + 7 + 28 * 3 * 72 + 28 + 28 * 3 * 64 + 28
         block = 2 * 2 * d + (3 * d * d + 3 * d) + (d * d + d) + (d * h + h) + (h * d + d)
         head = 2 * d + (d + 1) + (5 * d + 5) + (2 * d + 2)
         assert sum(p.numel() for p in TubeViT(SMALL).parameters()) == tubes + 3 * block + head
 
-    def test_multiply_accumulates_are_those_that_pytorch_counts(self):
+    def test_multiply_accumulates_are_those_that_pytorch_counts(self) -> None:
         """On a dense tube: with sparse ones the convolution makes outputs that become no token."""
         spec = replace(SMALL, tubes=(TubeSpec((1, 8, 8), (3, 8, 8)),))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused kernels go uncounted
@@ -284,7 +289,7 @@ class TestWhole:
         weighted_sum = spec.tokens * spec.width  # of the pool: elementwise, which PyTorch does not count
         assert counter.get_total_flops() / 2 == spec.macs() - weighted_sum
 
-    def test_stored_positions_are_weights_and_fixed_ones_are_not(self):
+    def test_stored_positions_are_weights_and_fixed_ones_are_not(self) -> None:
         assert "positions" not in TubeViT(SMALL).state_dict()
         stored = model_of(replace(SMALL, positions="stored"))
         x = clips_of(SMALL)
@@ -294,13 +299,13 @@ class TestWhole:
         torch.testing.assert_close(stored(x), stored.classify(stored.encode(z0, z0)))
         assert not torch.allclose(stored(x), before, atol=1e-3)
 
-    def test_every_parameter_learns(self):
+    def test_every_parameter_learns(self) -> None:
         model = TubeViT(replace(SMALL, gates=(1,), classifiers=(("motion", 5),)))
         F.cross_entropy(model(clips_of(SMALL)), torch.tensor([1, 3])).backward()
         idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         # The bias of a softmax's scores moves all of them alike.
         assert idle in ([], ["pool.score.bias"])
 
-    def test_a_clip_s_logits_do_not_depend_on_its_batch(self):
+    def test_a_clip_s_logits_do_not_depend_on_its_batch(self) -> None:
         model, x = model_of(SMALL), clips_of(SMALL, batch=3)
         torch.testing.assert_close(model(x)[1:2], model(x[1:2]))
