@@ -3,14 +3,17 @@
     python bench/int8.py speed --checkpoint random:tubevit-b --folder out/int8 [--json docs/int8.json]
     python bench/int8.py profile --checkpoint random:tubevit-b --folder out/int8 [--json docs/int8.json]
     python bench/int8.py accuracy --folder out/int8 [--json docs/int8.json]
+    python bench/int8.py weights --windows windows.npz [--json docs/int8.json]
     python bench/int8.py memory --checkpoint random:tubevit-b --clips 512 [--json docs/int8.json]
 
 `speed`: latency of one clip, the contestants in turns and each in a process of its own, and what no arrangement of the
 same multiplications could beat: their number over the best rates that any runtime reaches here. The peers quantise the
 graph of our own float bundle on the clips that our calibration sees. `profile`: where the time of what `speed` made
-goes, as each runtime tells it. `accuracy`: the built-in model on labelled clips that no calibration has seen. `memory`:
-the most that this process ever held while it calibrated the first blocks. What `--folder` holds already is not made
-again: make it with `--seconds 0.1`, then measure when the machine is quiet.
+goes, as each runtime tells it. `accuracy`: the built-in model on labelled clips that no calibration has seen.
+`weights`: what 7 bits and what safe pairs cost the built-in model, on the clips that judge and on the filmed windows
+that `python tests/machines/windows.py make windows.npz` writes. `memory`: the most that this process ever held while it
+calibrated the first blocks. What `--folder` holds already is not made again: make it with `--seconds 0.1`, then measure
+when the machine is quiet.
 """
 
 from __future__ import annotations
@@ -26,24 +29,27 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 
 from edgetube import bundle as bundles
-from edgetube import datasets, demo
+from edgetube import datasets, demo, metrics
 from edgetube import export as exporting
 from edgetube.bench import machine, parity
 from edgetube.bench.latency import Contestant, Options, peaks, race
 from edgetube.bench.peers import quantisers
 from edgetube.bench.worker import Lap, Subject, peak_mb
 from edgetube.bundle import Bundle
-from edgetube.calibration import graphs
-from edgetube.calibration.clips import Clips
+from edgetube.calibration import calibrate, graphs, numeric
+from edgetube.calibration.clips import Clips, collect
+from edgetube.calibration.table import IntegerFormat
 from edgetube.calibration.walk import State, Walk
 from edgetube.export import graph as canonical
-from edgetube.export import pipeline, static
+from edgetube.export import int8 as exporting_int8
+from edgetube.export import integer, pipeline, quantize, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.rows import Spool
@@ -241,6 +247,59 @@ def accuracy(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+FORMS = {"8 bits": (127, False), "8 bits, safe pairs": (127, True), "7 bits": (63, False)}
+"""Forms of weights: the largest magnitude, and whether pairs are limited (`edgetube.calibration.numeric.PAIR`)."""
+
+
+def weights(args: argparse.Namespace) -> dict[str, Any]:
+    """The built-in model in integer kernels under each form of weights, against PyTorch's graph in float32.
+
+    Every form is calibrated anew. Where sums of 8-bit products overflow, only the last two give these numbers.
+    """
+    checkpoint, rows = checkpoints.load("demo"), []
+    module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, "gather")
+    graph = canonical.trace(module, checkpoint.spec, checkpoint.contract)
+    with tempfile.TemporaryDirectory() as name, np.load(args.windows) as windows:
+        sets = (
+            collect(source, checkpoint.contract, checkpoint.labels, Path(name))
+            for source in exporting_int8.sources(checkpoint, None)
+        )
+        seen, judged = sets
+        clips = {"judged": judged.frames, "filmed": windows["frames"]}
+        exact = answers(graph.model, clips)
+        for form, (levels, safe) in FORMS.items():
+            with patch.object(numeric, "LEVELS", levels):
+                found = calibrate(
+                    graph.model,
+                    seen,
+                    judged,
+                    exporting.evaluator(),
+                    activations="uint8",
+                    form=IntegerFormat(safe_pairs=safe),
+                    workspace=Path(name),
+                    cache=Path(name) / form,
+                    max_drop=100.0,
+                )
+            applied, table = quantize.apply(found, graph)
+            model = integer.native(applied.model, table)
+            stored = (
+                np.asarray(m, np.int8) for m in graphs.weights(model).values() if m.dtype == np.int8 and m.ndim == 2
+            )
+            row: dict[str, Any] = {"name": form, "overflowing_pairs": sum(map(numeric.overflowing_pairs, stored))}
+            for kind, logits in answers(model, clips).items():
+                row[f"{kind}_sqnr_db"] = metrics.sqnr(exact[kind], logits)
+                row[f"{kind}_agreement"] = metrics.agreement(exact[kind], logits)
+                row[f"{kind}_cosine"] = metrics.cosine(exact[kind], logits)
+            rows.append(row)
+    return {"machine": machine.describe(), "clips": {kind: len(frames) for kind, frames in clips.items()}, "rows": rows}
+
+
+def answers(model: onnx.ModelProto, clips: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Logits of a graph for each set of clips."""
+    call = exporting.evaluator()(model)
+    return {kind: np.concatenate([call({"frames": clip[None]})[0] for clip in some]) for kind, some in clips.items()}
+
+
 def profile(args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds by operator of the INT8 files that `speed` has left in the folder."""
     checkpoint = checkpoints.load(args.checkpoint)
@@ -386,6 +445,23 @@ def accuracy_text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def weights_text(found: Mapping[str, Any]) -> str:
+    """Markdown."""
+    judged, filmed = (found["clips"][kind] for kind in ("judged", "filmed"))
+    lines = [
+        f"demo, {judged} clips that judge, {filmed} filmed windows; {found['machine']}",
+        "",
+        "| weights | pairs that may overflow | SQNR dB | filmed: SQNR dB | agreement | worst cosine |",
+        "|---|" + "---|" * 5,
+    ]
+    for row in found["rows"]:
+        lines.append(
+            f"| {row['name']} | {row['overflowing_pairs']} | {row['judged_sqnr_db']:.1f} | {row['filmed_sqnr_db']:.1f} "
+            f"| {row['filmed_agreement']:.0%} | {row['filmed_cosine']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
 def profile_text(found: Mapping[str, Any]) -> str:
     """Markdown."""
     lines = [f"{found['checkpoint']}; {found['machine']}", "", "| file | ms | of them |", "|---|---|---|"]
@@ -414,6 +490,7 @@ COMMANDS = {
     "speed": (speed, speed_text),
     "profile": (profile, profile_text),
     "accuracy": (accuracy, accuracy_text),
+    "weights": (weights, weights_text),
     "memory": (memory, memory_text),
 }
 
@@ -426,19 +503,20 @@ def main() -> None:
     )
     commands.add_parser("profile")
     commands.add_parser("accuracy").add_argument("--clips", type=int, default=1008, help="labelled clips to judge by")
+    commands.add_parser("weights").add_argument("--windows", type=Path, required=True, help="filmed, as .npz")
     commands.add_parser("memory").add_argument("--clips", type=int, default=512, help="to calibrate on")
     for name, command in commands.choices.items():
         command.add_argument("--json", type=Path, help="write the numbers there, too")
-        if name != "memory":
+        if name not in ("memory", "weights"):
             command.add_argument("--folder", type=Path, required=True, help="for bundles and the peers' files")
-        if name != "accuracy":
+        if name not in ("accuracy", "weights"):
             command.add_argument("--checkpoint", default="random:tubevit-b")
     speeds, memories = commands.choices["speed"], commands.choices["memory"]
     speeds.add_argument("--seconds", type=float, default=8.0, help="of timing, per contestant")
     memories.add_argument("--stages", type=int, default=3, help="tubes and blocks to walk")
     memories.add_argument("--workspace", type=Path, help="folder for what is spooled; the system's own if left out")
     args = parser.parse_args()
-    if args.command != "memory":
+    if "folder" in args:
         args.folder.mkdir(parents=True, exist_ok=True)
     measure, text = COMMANDS[args.command]
     result = measure(args)

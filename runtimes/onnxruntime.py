@@ -185,17 +185,26 @@ def _entries(bundle: Bundle) -> dict[str, str]:
 @functools.cache
 def _saturates(entry: str) -> bool:
     """Whether sums of uint8 times int8 overflow here, under one session option: 255 times 127, computed."""
-    size, scale = 64, np.ones(1, np.float32)
-    weights: dict[str, npt.NDArray[np.generic]] = {
-        "b": np.full((size, size), 127, np.int8),
-        "one": scale,
-        "other": scale,
-    }
-    model = _product("MatMulIntegerToFloat", np.uint8, np.float32, weights, "com.microsoft")
+    size = 64
+    model = _integers(np.full((size, size), 127, np.int8))
     session = _open(model, _options(1, {entry: "1"} if entry else {}), PROVIDERS["cpu"], "cannot multiply integers")
     with _mapped("cannot multiply integers"):
         (result,) = session.run(None, {"a": np.full((size, size), 255, np.uint8)})
     return not bool((np.asarray(result) == size * 255 * 127).all())
+
+
+def _integers(weight: npt.NDArray[np.int8]) -> bytes:
+    """An ONNX file that multiplies uint8 (M, K) by `weight` (K, N), in the very form that INT8 artifacts have."""
+    one, zero = np.ones((), np.float32), np.zeros((), np.uint8)
+    scales = np.ones(weight.shape[1], np.float32)
+    constants: dict[str, npt.NDArray[np.generic]] = {
+        "b": weight,
+        "scale": one,
+        "scales": scales,
+        "zero": zero,
+        "": zero,
+    }
+    return _product("MatMulIntegerToFloat", np.uint8, np.float32, constants, "com.microsoft")
 
 
 def optimise(source: Path, optimised: Path) -> Path:
@@ -243,7 +252,7 @@ TYPES: Mapping[_Type, int] = {np.float32: 1, np.uint8: 2, np.int8: 3, np.int32: 
 def _product(
     operator: str, left: _Type, result: _Type, constants: Mapping[str, npt.NDArray[np.generic]], domain: str = ""
 ) -> bytes:
-    """An ONNX file with one operator: `a`, of any shape (M, K), and constants -> `c`.
+    """An ONNX file with one operator: `a`, of any shape (M, K), and constants, "" for one that is left out -> `c`.
 
     Written by hand (onnx.proto, field by field): a device has no package for that.
     """
@@ -259,7 +268,7 @@ def _product(
 
     inputs = b"".join(text(1, name) for name in ("a", *constants))
     graph = field(1, inputs + text(2, "c") + text(4, operator) + text(7, domain)) + text(2, "g")
-    graph += b"".join(field(5, constant(name, array)) for name, array in constants.items())
+    graph += b"".join(field(5, constant(name, array)) for name, array in constants.items() if name)
     graph += field(11, value("a", left)) + field(12, value("c", result))
     opsets = field(8, text(1, "") + number(2, 17)) + (field(8, text(1, domain) + number(2, 1)) if domain else b"")
     return number(1, 8) + opsets + field(7, graph)

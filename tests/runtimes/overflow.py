@@ -36,10 +36,7 @@ def weights(safe: bool) -> Weights:
 def onnxruntime(frames: npt.NDArray[np.uint8], weight: Weights) -> npt.NDArray[Any]:
     from edgetube.runtimes import onnxruntime as backend
 
-    one = np.ones(1, np.float32)
-    constants: dict[str, npt.NDArray[np.generic]] = {"b": weight, "one": one, "other": one}
-    model = backend._product("MatMulIntegerToFloat", np.uint8, np.float32, constants, "com.microsoft")
-    session = backend._open(model, backend._options(1), backend.PROVIDERS["cpu"], "cannot multiply")
+    session = backend._open(backend._integers(weight), backend._options(1), backend.PROVIDERS["cpu"], "cannot multiply")
     return np.asarray(session.run(None, {"a": frames})[0])
 
 
