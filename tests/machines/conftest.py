@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -24,4 +28,22 @@ def windows(films: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) ->
         made: Path = films.make(tmp_path_factory.mktemp("windows") / "windows.npz")
     except films.Absent as error:
         pytest.skip(str(error))
+    return made
+
+
+@pytest.fixture(scope="session")
+def emulation() -> SimpleNamespace:
+    """`emulation.py`: how Python is started on a processor that this machine has not."""
+    return SimpleNamespace(**runpy.run_path(str(HERE / "emulation.py")))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy: a build leaves files in its source tree."""
+    source, dist = tmp_path_factory.mktemp("wheel") / "source", tmp_path_factory.mktemp("dist")
+    unwanted = (".git", ".venv", "build", "dist", "out", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*unwanted))
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    (made,) = dist.glob("*.whl")
     return made

@@ -1,0 +1,121 @@
+"""Other processors, emulated by QEMU's user mode: x86 that lack instructions, and aarch64 with a root of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+CACHE = Path(__file__).parents[2] / "build" / "machines"
+MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
+RELEASE, PYTHON = "bookworm", "3.11"
+"""Debian's release that the root is made of, and the Python that it has."""
+
+WHEELS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
+
+SITE = "/site"
+"""Where the base install is, in the root."""
+
+
+class Absent(Exception):
+    """What emulates the processor is not here and cannot be made."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How Python is started on a processor, and the folder that is `/` there if it is not the one that is here."""
+
+    command: tuple[str, ...]
+    root: Path | None = None
+
+    def run(self, script: Path, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
+        """Run a script; the paths among the arguments are copied to where the machine can read them."""
+        environment = {"OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"], "HOME": "/tmp"}
+        with ExitStack() as stack:
+            if self.root:
+                given = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=self.root / "given")))
+                arguments = tuple(_copied(a, given, self.root) if isinstance(a, Path) else a for a in arguments)
+                script, environment["PYTHONPATH"] = _copied(script, given, self.root), SITE
+            command = [*self.command, str(script), *map(str, arguments)]
+            return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def _copied(path: Path, folder: Path, root: Path) -> Path:
+    target = folder / path.name
+    shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+    return Path("/") / target.relative_to(root)
+
+
+def x86(cpu: str, python: Path | str = sys.executable) -> Machine:
+    """This system on another x86 processor, by QEMU's name for it.
+
+    Raises:
+        Absent: there is no QEMU.
+    """
+    return Machine((_qemu("x86_64"), "-cpu", cpu, str(python)))
+
+
+def aarch64(wheel: Path) -> Machine:
+    """A Debian of its own with Python, and edgetube's wheel with what a base install brings.
+
+    It has no /sys: the library by which ONNX Runtime looks for the processor would read the host's there and crash.
+
+    Raises:
+        Absent: there is no QEMU, or a root cannot be made.
+    """
+    qemu, root = _qemu("aarch64"), CACHE / f"aarch64-{RELEASE}"
+    if not (root / "made").is_file():
+        _debian(root, Path(qemu))
+    site = root / SITE.strip("/")
+    shutil.rmtree(site / "edgetube", ignore_errors=True)
+    platforms = [option for name in WHEELS for option in ("--platform", name)]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade"]
+    _call([*pip, *platforms, "--python-version", PYTHON, "--only-binary=:all:", "--target", str(site), str(wheel)])
+    become_root = () if os.geteuid() == 0 else ("unshare", "--map-root-user")
+    return Machine((*become_root, _chroot(), str(root), "/qemu", f"/usr/bin/python{PYTHON}"), root)
+
+
+def _debian(root: Path, qemu: Path) -> None:
+    """Unpack Debian's packages; none of their scripts is run."""
+    debootstrap = shutil.which("debootstrap", path="/usr/sbin:/sbin:" + os.environ["PATH"])
+    if debootstrap is None:
+        raise Absent("no debootstrap here; on Debian: apt-get install debootstrap")
+    shutil.rmtree(root, ignore_errors=True)
+    fetched = root / "fetched"
+    root.mkdir(parents=True)
+    wanted = f"--include=python3,libstdc++6,python{PYTHON}"
+    become_root = [] if os.geteuid() == 0 else ["unshare", "--map-root-user"]
+    options = ["--arch=arm64", "--variant=minbase", wanted, "--download-only"]
+    _call([*become_root, debootstrap, *options, RELEASE, str(fetched), MIRROR])
+    for package in sorted(fetched.glob("var/cache/apt/archives/*.deb")):
+        _call(["dpkg-deb", "--extract", str(package), str(root)])
+    shutil.rmtree(fetched)
+    for folder in ("tmp", "given"):
+        (root / folder).mkdir(exist_ok=True)
+    shutil.copy(qemu, root / "qemu")
+    (root / "made").touch()
+
+
+def _chroot() -> str:
+    return shutil.which("chroot", path="/usr/sbin:/sbin:" + os.environ["PATH"]) or "chroot"
+
+
+def _qemu(processor: str) -> str:
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        raise Absent("emulated processors are tried on x86-64 Linux")
+    found = shutil.which(f"qemu-{processor}-static") or shutil.which(f"qemu-{processor}")
+    if found is None:
+        raise Absent(f"no qemu-{processor}-static here; on Debian: apt-get install qemu-user-static")
+    return found
+
+
+def _call(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Absent(f"{command[0]} failed: {' '.join((done.stderr or done.stdout).split())[-300:]}")
