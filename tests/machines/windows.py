@@ -157,7 +157,7 @@ def compare(expected: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) 
 def main(command: str, *rest: str) -> int:
     """What stands at the top of this file."""
     if command == "make":
-        make(Path(rest[0]), *rest[1:2])
+        make(Path(rest[0]), rest[1] if rest[1:] else "demo")
         return 0
     if command == "probe":
         print(json.dumps(probe(Path(rest[0]), Path(rest[1]), *map(int, rest[2:]))))
