@@ -7,13 +7,16 @@ goes to stderr. Nothing but the standard library is imported before the clock of
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TextIO
 
 from edgetube.errors import EdgetubeError
@@ -144,8 +147,10 @@ ORDERS: dict[str, Callable[..., Any]] = {"warm": warm, "turn": turn, "prepare": 
 
 
 def main() -> None:
-    """Serve one contestant until stdin ends; the first argument says which, see `Process`."""
+    """Serve one contestant; the first argument says which, see `Process`. The process ends when stdin does."""
     began = time.monotonic()
+    orders: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
     order = json.loads(sys.argv[1])
     answers = _answers()
     laps = {"start": (began - order["spawned"]) * 1e3}
@@ -171,9 +176,20 @@ def main() -> None:
         say({"error": str(error), "kind": type(error).__name__})
         return
     say({"laps": laps, "about": subject.about})
-    for line in sys.stdin:
-        request = json.loads(line)
+    while True:
+        request = json.loads(orders.get())
         say(ORDERS[request.pop("do")](subject, **request))
+
+
+def _listen(orders: SimpleQueue[bytes]) -> None:
+    """Take orders from stdin; its end is the parent's, and the work in hand is of no use any more.
+
+    Unbuffered: the lock of a buffer that a thread waits for would not let Python end.
+    """
+    with io.FileIO(0, closefd=False) as stdin:
+        while line := stdin.readline():
+            orders.put(line)
+    os._exit(0)
 
 
 def _answers() -> TextIO:

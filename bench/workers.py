@@ -20,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from edgetube import interrupts
 from edgetube.bench.panel import Job, Opened, Panel, Replies
 from edgetube.errors import BackendError, InputError
 from edgetube.targets import need
@@ -87,7 +88,8 @@ def _submit(
     """Hand jobs to a pool; one that it does not take any more, because a process died, is kept in `suspects`."""
     for job in jobs:
         try:
-            running[pool.submit(_ask, panel, job)] = job
+            with interrupts.kept_from_children():
+                running[pool.submit(_ask, panel, job)] = job
         except BrokenProcessPool:
             suspects.append(job)
             raise
@@ -100,7 +102,9 @@ def _alone(panel: Panel, suspects: deque[Job]) -> Results:
         with _pool(1) as pool:
             try:
                 while suspects:
-                    replies = pool.submit(_ask, panel, suspects[0]).result()
+                    with interrupts.kept_from_children():
+                        answer = pool.submit(_ask, panel, suspects[0])
+                    replies = answer.result()
                     yield suspects.popleft(), replies
                     tries = 0
             except BrokenProcessPool as error:
@@ -113,11 +117,17 @@ def _alone(panel: Panel, suspects: deque[Job]) -> Results:
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that start from nothing: forking one that has threads may deadlock."""
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    """Processes that start from nothing: forking one that has threads may deadlock. An error in the block ends them."""
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), interrupts.end_with_parent)
+    done = False
     try:
         yield pool
+        done = True
     finally:
+        processes = list((pool._processes or {}).values())
+        if not done:
+            for process in processes:
+                process.terminate()
         pool.shutdown(cancel_futures=True)
 
 

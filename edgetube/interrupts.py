@@ -11,6 +11,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -33,10 +35,12 @@ class Handled:
 
     Attributes:
         received: the first signal that came, or None.
+        deferred: signals that wait for the end of `kept_from_children`; None outside of it.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.deferred: list[int] | None = None
         self._since = 0.0
         self._before: dict[int, Any] = {}
         self._hook = sys.unraisablehook
@@ -63,6 +67,9 @@ class Handled:
             raise KeyboardInterrupt from error
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.deferred is not None:
+            self.deferred.append(number)
+            return
         now = time.monotonic()
         if self.received is None:
             self.received, self._since = number, now
@@ -85,6 +92,46 @@ def check() -> None:
 def leave_at_once() -> None:
     """From now on the first of `SIGNALS` ends the process: while there is nothing to clean up."""
     _install(_leave)
+
+
+@contextmanager
+def kept_from_children() -> Iterator[None]:
+    """For starting processes that do not get a terminal's Ctrl-C: their parent ends them.
+
+    Signals wait for the end of the block, so that no process is left half started. The mask, which a process inherits,
+    is not enough for that: another thread may take the signal.
+    """
+    handled = _current if threading.current_thread() is threading.main_thread() else None
+    before = None
+    if handled is not None:
+        handled.deferred = []
+    if hasattr(signal, "pthread_sigmask"):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if handled is not None:
+            waiting, handled.deferred = handled.deferred or [], None
+            for number in waiting[:1]:
+                handled._handle(number, None)
+
+
+def end_with_parent() -> None:
+    """In a process of multiprocessing: end when the parent does, however that ends."""
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_outlive, args=(parent.sentinel,), daemon=True).start()
+
+
+def _outlive(parent: int) -> None:
+    from multiprocessing.connection import wait
+
+    wait([parent])
+    os._exit(1)
 
 
 def _leave(number: int, _: FrameType | None) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +18,8 @@ import numpy as np
 import pytest
 
 import edgetube
-from edgetube import bundle, cli, demo, video
+from edgetube import bundle, cli, demo, interrupts, video
+from edgetube.errors import InputError
 
 Cli: TypeAlias = Callable[..., tuple[int, str, str]]
 
@@ -285,6 +291,141 @@ def test_an_error_is_one_line_and_exit_code_2(
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert re.search(message, err)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (OSError(28, "No space left on device", "out/model.onnx"), 2, "error: out/model.onnx: No space left on device"),
+        (OSError(28, "No space left on device"), 2, "error: the system refuses: No space left on device"),
+        (PermissionError(13, "Permission denied", "a\x1b[2J"), 2, r"error: a\x1b[2J: Permission denied"),
+        (MemoryError("4 GiB"), 2, "error: this machine has not enough memory for it (4 GiB); close other programs, or "
+                                  "give less at a time"),
+        (RecursionError("maximum depth"), 2, "error: something is nested too deeply to be read (maximum depth)"),
+        (EOFError("no more"), 2, "error: no more"),
+        (EOFError(), 2, "error: EOFError"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (InputError("two\nlines\x07"), 2, r"error: two\nlines\x07"),
+    ],
+)  # fmt: skip
+def test_what_the_system_refuses_is_one_line(
+    edgetube_cli: Cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("edgetube.export.targets", fail)
+    assert edgetube_cli("targets") == (code, "", line + "\n")
+    assert "Traceback" in edgetube_cli("targets", "--debug")[2]
+
+
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
+def test_a_signal_ends_a_command_with_its_code(edgetube_cli: Cli, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def swallow() -> dict[str, Any]:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("a library wraps it") from error
+        return {}
+
+    monkeypatch.setattr("edgetube.export.targets", swallow)
+    assert edgetube_cli("targets") == (128 + number, "", "error: interrupted\n")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetube.export.targets", lambda: {}["x"])
+    with pytest.raises(KeyError):
+        cli.main(["targets"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+def test_who_reads_no_further_is_not_told_of_it() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "edgetube", "targets", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(
+    ("stage", "command", "number"),
+    [
+        ("prove lowerings: done", "export --target onnx-fp32", signal.SIGTERM),
+        ("onnx-fp32: build: done", "export --target onnx-fp32 --lowering gather", signal.SIGINT),
+        (
+            "onnx-fp32: proof: done",
+            "export --target onnx-fp32 --target openvino-fp32 --lowering gather",
+            signal.SIGTERM,
+        ),
+        ("read clips: done", "export --target onnx-int8 --lowering gather", signal.SIGINT),
+    ],
+)
+def test_an_interrupted_export_publishes_nothing_more(
+    tiny_checkpoint: Path, tmp_path: Path, stage: str, command: str, number: int
+) -> None:
+    arguments = [*command.split(), "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "edgetube", *arguments], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stderr is not None
+        seen = ""
+        while not seen.startswith(stage):
+            seen = process.stderr.readline()
+            assert seen
+        process.send_signal(number)
+        rest = process.stderr.read().splitlines()
+        assert process.wait() == 128 + number
+    assert rest[-1] == "error: interrupted"
+    assert "Traceback" not in "".join(rest)
+    left = {path.name for path in (tmp_path / "out").glob("*")} - {".calibration"}
+    assert left <= {"tiny.onnx-fp32"}
+    for name in left:
+        assert bundle.load(tmp_path / "out" / name).name == name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+@pytest.mark.parametrize(
+    ("options", "end"),
+    [
+        (["parity", "--clips", "5000", "--workers", "2"], signal.SIGKILL),
+        (["parity", "--clips", "5000", "--workers", "2"], signal.SIGINT),
+        (["bench", "--seconds", "60"], signal.SIGKILL),
+        (["bench", "--seconds", "60"], signal.SIGTERM),
+    ],
+)
+def test_processes_end_with_their_parent(tiny_bundle: Path, options: list[str], end: int) -> None:
+    command = [sys.executable, "-m", "edgetube", options[0], str(tiny_bundle), *options[1:]]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True) as process:
+        while len(session(process.pid)) < 2:
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(end)
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert "Traceback" not in said, said
+        assert process.wait() == (-end if end == signal.SIGKILL else 128 + end), said
+        for _ in range(600):
+            if not session(process.pid):
+                break
+            time.sleep(0.05)
+        assert session(process.pid) == []
+
+
+def session(leader: int) -> list[str]:
+    """Processes that live in a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, of = path.read_text().rpartition(")")[2].split()[:4]
+            if int(of) == leader and state != "Z":
+                found.append(path.parent.name)
+    return found
 
 
 def test_debug_shows_the_traceback(edgetube_cli: Callable[..., tuple[int, str, str]]) -> None:

@@ -72,6 +72,24 @@ def test_a_second_signal_does_not_disturb_the_cleaning_up() -> None:
     assert done
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_signals_wait_while_a_process_is_started() -> None:
+    seen = []
+
+    def start() -> None:
+        with interrupts.kept_from_children():
+            signal.raise_signal(signal.SIGTERM)
+            code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+            seen.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+
+    handled = interrupts.Handled()
+    with pytest.raises(KeyboardInterrupt), handled:
+        start()
+    assert handled.received == signal.SIGTERM
+    assert seen == ["True\n"]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_other_threads_change_nothing() -> None:
     before, seen = signal.getsignal(signal.SIGINT), []
 
