@@ -43,7 +43,7 @@ def clip(tmp_path: Path, rng: np.random.Generator) -> Path:
     return video.write(tmp_path / "clip.mp4", (np.roll(still, 2 * i, axis=1) for i in range(30)), 20.0)
 
 
-def test_targets(edgetube_cli: Callable[..., tuple[int, str, str]]) -> None:
+def test_targets(edgetube_cli: Cli) -> None:
     code, out, _ = edgetube_cli("targets")
     assert code == 0
     assert "onnx-fp32" in out
@@ -259,7 +259,10 @@ def test_bench_prints_tables_and_notes(edgetube_cli: Callable[..., tuple[int, st
         (["export", "--target", "onnx-fp8"], "no target is called 'onnx-fp8'"),
         (["export", "--target", "onnx-fp32", "--size", "big"], "--size is 'big'; expected 224 or 224x320"),
         (["export", "--target", "onnx-fp32", "--input", "sound"], "expected video or image"),
-        (["export", "--target", "onnx-fp32", "--checkpoint", "none.safetensors"], "no checkpoint at none.safetensors"),
+        (
+            ["export", "--target", "onnx-fp32", "--checkpoint", "none.safetensors"],
+            r"no checkpoint at .*none\.safetensors",
+        ),
         (["bench", ".", "--threads", "many"], "--threads is 'many'; expected numbers like 1,2,4"),
         (["bench", ".", "--camera-fps", "0"], "camera-fps is 0.0; expected more than 0"),
         (["report", "."], r"\. holds no bundles"),
@@ -305,7 +308,7 @@ def test_an_error_is_one_line_and_exit_code_2(
         (EOFError("no more"), 2, "error: no more"),
         (EOFError(), 2, "error: EOFError"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
-        (InputError("two\nlines\x07"), 2, r"error: two\nlines\x07"),
+        (InputError("two\nlines\x07"), 2, r"error: two lines\x07"),
     ],
 )  # fmt: skip
 def test_what_the_system_refuses_is_one_line(
@@ -428,13 +431,13 @@ def session(leader: int) -> list[str]:
     return found
 
 
-def test_debug_shows_the_traceback(edgetube_cli: Callable[..., tuple[int, str, str]]) -> None:
+def test_debug_shows_the_traceback(edgetube_cli: Cli) -> None:
     code, _, err = edgetube_cli("inspect", "no/such/bundle", "--debug")
     assert code == 2
     assert "Traceback" in err
 
 
-def test_unknown_options_are_typers_refusal(edgetube_cli: Callable[..., tuple[int, str, str]]) -> None:
+def test_unknown_options_are_typers_refusal(edgetube_cli: Cli) -> None:
     code, _, _ = edgetube_cli("export", "--tarrget", "onnx-fp32")
     assert code == 2
 
