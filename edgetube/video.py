@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import re
 import sys
 import time
 import warnings
@@ -471,20 +472,45 @@ class _Reader:
             raise InputError(f"{self.address.name} is cut off or damaged: copy or record it again")
 
     def declared(self) -> float | None:
-        """Seconds that the header promises; None where the format does not say."""
+        """Seconds that the header promises, of the video or else the longest stream; None where it does not say."""
         if self.form not in _HEADED:
             return None
         if self.form == _AVI and self.stream.frames:  # slots; its duration is a guess where the index was cut off
             return float(self.stream.frames * self.tick)
         if self.stream.duration is not None:
             return float(self.stream.duration * self.tick)
-        if self.container.duration is None:
-            return None
-        return self.container.duration / 1e6 - float((self.origin or 0) * self.tick)
+        ends = self._stated_end or (self.container.duration and self.container.duration / 1e6)
+        return ends - float((self.origin or 0) * self.tick) if ends else None
+
+    @cached_property
+    def _stated_end(self) -> float | None:
+        """When the video ends, where Matroska says so in a tag: 00:00:02.023000000."""
+        found = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", self.stream.metadata.get("DURATION", ""))
+        return found and int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
+
+    @cached_property
+    def _is_outlasted(self) -> bool:
+        """Whether a whole file, of which only the longest stream's length is known, goes on after its video."""
+        exact = self.stream.duration is not None or len(self.container.streams) == 1 or self._stated_end
+        promised = None if exact or self.live else self.declared()
+        if promised is None:
+            return False
+        import av
+
+        end = 0.0
+        with self._again() as fresh:
+            try:
+                for packet in fresh.container.demux():
+                    stamp = packet.dts if packet.pts is None else packet.pts
+                    if stamp is not None and packet.time_base:
+                        end = max(end, float((stamp + (packet.duration or 0)) * packet.time_base))
+            except av.FFmpegError:
+                pass  # what is cut off does not reach its end
+        return end - float((self.origin or 0) * self.tick) > promised - 0.5
 
     def duration(self) -> float:
         """Seconds of the video: the header's, or where it has none, read through the file without decoding."""
-        if promised := self.declared():
+        if (promised := self.declared()) and not self._is_outlasted:
             return promised
         _, seconds, leaps = self._scan()
         self._joined = leaps > 0
@@ -629,13 +655,9 @@ class _Reader:
             warnings.warn(f"{where}: it is read, but pictures there may be wrong", InputWarning, stacklevel=2)
 
     def _check_end(self) -> None:
-        """Refuse a file that ends before its time, by more than two frames, or more where sound may be the longer."""
+        """Refuse a file whose video ends more than two frames before its time."""
         promised = None if self.live else self.declared()
-        if promised is None:
-            return
-        exact = self.stream.duration is not None or len(self.container.streams) == 1
-        slack = 2 / self.rate + (0.0 if exact else 0.25 + 0.05 * promised)
-        if promised - self._end > slack:
+        if promised is not None and promised - self._end > 2 / self.rate and not self._is_outlasted:
             raise self._cut_off()
 
     def _scan(self) -> tuple[int, float, int]:

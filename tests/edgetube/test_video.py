@@ -265,6 +265,55 @@ def test_cut_off_file_says_how_much_is_left(clips: dict[str, Path], tmp_path: Pa
         video.load(path, contract(20), start=1.4)
 
 
+def with_sound(path: Path, seconds: float, form: str, tagged: bool = True) -> Path:
+    """Frames 0 to 59, 2.4 s of them, beside sound of another length, interleaved as a muxer does it."""
+    with av.open(str(path), "w", format=form) as container:
+        film = container.add_stream("libx264", rate=25)
+        film.width = film.height = SIZE
+        film.max_b_frames = 0
+        sound = container.add_stream("flac", rate=8000, layout="mono")
+        packets = []
+        for i in range(60):
+            frame = av.VideoFrame.from_ndarray(barcode(i))
+            frame.pts, frame.time_base = i, Fraction(1, 25)
+            packets += film.encode(frame)
+        packets += film.encode()
+        for at in range(0, int(seconds * 8000), 800):
+            noise = np.random.default_rng(at).integers(-9999, 9999, (1, 800), np.int16)
+            samples = av.AudioFrame.from_ndarray(noise, format="s16", layout="mono")
+            samples.sample_rate, samples.pts = 8000, at
+            packets += sound.encode(samples)
+        packets += sound.encode()
+        container.mux(sorted(packets, key=lambda packet: float(packet.pts * packet.time_base)))
+    if not tagged:
+        path.write_bytes(path.read_bytes().replace(b"DURATION", b"DURATI0N"))
+    return path
+
+
+@pytest.mark.parametrize("seconds", [1.0, 2.4, 12.0])
+@pytest.mark.parametrize(("form", "tagged"), [("matroska", True), ("matroska", False), ("mp4", True)])
+def test_sound_may_be_longer_or_shorter(tmp_path: Path, seconds: float, form: str, tagged: bool) -> None:
+    """Matroska states the length of the longest stream, and of each in a tag that not every muxer writes."""
+    path = with_sound(tmp_path / "film", seconds, form, tagged)
+    assert numbers(frame for _, frame in video.frames(path)) == list(range(60))
+    assert numbers(video.load(path, contract(4, fps=25.0)).frames) == [28, 29, 30, 31]
+    with pytest.raises(InputError, match=r"start is 5.0 s; expected a time within the 2.4\d\d s"):
+        video.load(path, contract(4), start=5.0)
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+@pytest.mark.parametrize("seconds", [2.4, 12.0])
+def test_a_film_with_sound_that_is_cut_off_is_refused(tmp_path: Path, seconds: float, tagged: bool) -> None:
+    path = with_sound(tmp_path / "film.mkv", seconds, "matroska", tagged)
+    data = path.read_bytes()
+    for part in (0.2, 0.4, 0.6, 0.75) if seconds == 2.4 else (0.05, 0.1, 0.15):
+        path.write_bytes(data[: int(part * len(data))])
+        with pytest.raises(InputError, match=r"film.mkv is cut off or damaged: \d+ frames"):
+            list(video.frames(path))
+        with pytest.raises(InputError, match=r"film.mkv is cut off or damaged: \d+ frames"):
+            video.load(path, contract(40, fps=25.0))
+
+
 def test_streaming_a_cut_off_file_ends_with_the_error(clips: dict[str, Path], tmp_path: Path) -> None:
     path = cut(clips["cfr.mkv"], tmp_path / "cut.mkv", 0.7)
     seen: list[Any] = []
