@@ -272,8 +272,11 @@ def _plan(data: Any, where: str) -> LinearPlan:
     needed = ("name", "activation", "weight", "weight_scales", "precision")
     found = strict.record(data, where, needed, ("reason",))
     scales = strict.items(found["weight_scales"], f"{where}.weight_scales")
+    name, activation, weight = (strict.text(found[key], f"{where}.{key}") for key in ("name", "activation", "weight"))
     return LinearPlan(
-        *(strict.text(found[key], f"{where}.{key}") for key in ("name", "activation", "weight")),
+        name,
+        activation,
+        weight,
         tuple(strict.number(scale, f"{where}.weight_scales", 0, LARGEST) for scale in scales),
         cast(Literal["int8", "float"], strict.choice(found["precision"], f"{where}.precision", ("int8", "float"))),
         strict.text(found.get("reason", ""), f"{where}.reason"),

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from edgetube import __version__, datasets, errors, export, health, interrupts, terminal, video
+from edgetube import __version__, datasets, errors, export, health, interrupts, signing, terminal, video
 from edgetube import bundle as bundles
 from edgetube.bench import latency
 from edgetube.bundle import Bundle
@@ -276,19 +276,35 @@ def inspect(
 def doctor(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
     device: Device = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Public key of minisign: also check that its owner signed the bundle.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Verify a bundle on this machine: files, versions, and the golden clip's answer. Exit 1 when a check fails.
 
     Example: edgetube doctor out/demo.onnx-fp32
     """
-    checks = health.examine(bundle, device)
+    checks = health.examine(bundle, device, key)
     if as_json:
         print_json([asdict(check) for check in checks])
     else:
         terminal.checks(checks)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
+
+
+@app.command()
+def sign(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    key: Annotated[Path, typer.Option(help="Secret key of minisign; its password is asked for.")],
+) -> None:
+    """Sign a bundle, so that `edgetube doctor --key` can tell who made it. Needs the extra `sign`.
+
+    Example: edgetube sign out/demo.onnx-fp32 --key minisign.key
+    """
+    asked = partial(typer.prompt, f"Password of {key}", hide_input=True, err=True)
+    terminal.wrote(signing.sign(bundle, key, asked))
 
 
 @app.command()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetube import bundle as bundles
+from edgetube import signing
 from edgetube.errors import EdgetubeError
 from edgetube.runtime import Runtime
 
@@ -20,8 +21,12 @@ class Check:
     detail: str
 
 
-def examine(path: str | Path, device: str | None = None) -> list[Check]:
-    """Check manifest, files, artifact and the golden clip's answer; stops at the first that fails."""
+def examine(path: str | Path, device: str | None = None, key: Path | None = None) -> list[Check]:
+    """Check manifest, files, artifact and the golden clip's answer; stops at the first that fails.
+
+    Args:
+        key: file with a public key of minisign; the manifest's signature is then checked before anything else.
+    """
     checks: list[Check] = []
 
     def attempt(name: str, probe: Callable[[], str]) -> bool:
@@ -30,6 +35,9 @@ def examine(path: str | Path, device: str | None = None) -> list[Check]:
         except EdgetubeError as error:
             checks.append(Check(name, False, str(error)))
         return checks[-1].ok
+
+    def signature() -> str:
+        return signing.check(path, key) if key else ""
 
     def manifest() -> str:
         bundle = bundles.load(path, verify=False)
@@ -48,7 +56,8 @@ def examine(path: str | Path, device: str | None = None) -> list[Check]:
         with Runtime(path, device=device, verify=False) as rt:
             return f"largest logit error against the reference {rt.check():.2e}"
 
-    for name, probe in (("manifest", manifest), ("files", files), ("opens", opens), ("golden clip", golden)):
+    first = (("signature", signature),) if key else ()
+    for name, probe in (*first, ("manifest", manifest), ("files", files), ("opens", opens), ("golden clip", golden)):
         if not attempt(name, probe):
             break
     return checks
