@@ -96,7 +96,7 @@ def pace(
     contract = runtime.contract
     rate = contract.fps or fps
     hop = max(1, contract.frames // 4) if hop is None else hop
-    source = Camera(enlarge(runtime.bundle.golden()[0], size), fps, seconds + contract.frames / rate, *clock)
+    source = Camera(enlarge(runtime.bundle.golden()[0][0], size), fps, seconds + contract.frames / rate, *clock)
     latencies: list[float] = []
     for prediction in runtime.stream(source, hop=hop, fps=fps):
         newest = (prediction.end or 0.0) - (1 / contract.fps if contract.fps else 0.0)

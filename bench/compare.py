@@ -38,6 +38,7 @@ class Rows:
         cosine: (N,) of the two logit vectors.
         error: (N,) largest absolute error of a logit.
         largest: (N,) largest |logit| of the reference.
+        signal, noise: (N,) sums over the logits of reference^2 and of (reference - artifact)^2.
     """
 
     label: Integers
@@ -52,6 +53,8 @@ class Rows:
     cosine: Floats
     error: Floats
     largest: Floats
+    signal: Floats
+    noise: Floats
 
     @property
     def flipped(self) -> npt.NDArray[np.bool_]:
@@ -68,6 +71,7 @@ def rows(reference: Logits, logits: Logits, labels: Integers) -> Rows:
     if not (finite := np.isfinite(logits).all(axis=1)).all():
         raise ParityError(f"the artifact gave NaN or infinite logits on {int((~finite).sum())} of {len(logits)} clips")
     known, some = labels >= 0, np.maximum(labels, 0)
+    difference = reference.astype(np.float64) - logits
     return Rows(
         label=labels,
         reference=reference.argmax(axis=1),
@@ -79,8 +83,10 @@ def rows(reference: Logits, logits: Logits, labels: Integers) -> Rows:
         margin=metrics.margins(reference).astype(np.float64),
         kl=metrics.kl_rows(reference, logits),
         cosine=metrics.cosine_rows(reference, logits),
-        error=np.abs(reference.astype(np.float64) - logits).max(axis=1),
+        error=np.abs(difference).max(axis=1),
         largest=np.abs(reference).max(axis=1).astype(np.float64),
+        signal=(reference.astype(np.float64) ** 2).sum(axis=1),
+        noise=(difference**2).sum(axis=1),
     )
 
 
@@ -106,6 +112,8 @@ class Parity:
         agreement_high, top5, top5_reference: as above; None for five classes or fewer.
         drop: top1_reference - top1, in percentage points.
         sure_flips: share of clips with another top-1 class, of the half where the reference's margin is larger.
+        sqnr: 10 log10(sum reference^2 / sum (reference - artifact)^2) over all logits of all clips, dB; infinite where
+            they are equal.
     """
 
     clips: int
@@ -124,6 +132,7 @@ class Parity:
     top5_reference: float | None
     drop: float | None
     sure_flips: float
+    sqnr: float
 
     @property
     def relative_error(self) -> float:
@@ -131,7 +140,8 @@ class Parity:
         return self.max_abs_error / max(1.0, self.max_abs_logit)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain JSON: an infinite `sqnr` is None."""
+        return asdict(self) | {"sqnr": self.sqnr if np.isfinite(self.sqnr) else None}
 
 
 def summarise(found: Rows, classes: int, status: Status) -> Parity:
@@ -162,6 +172,7 @@ def summarise(found: Rows, classes: int, status: Status) -> Parity:
         max_abs_error=float(found.error.max()),
         max_abs_logit=float(found.largest.max()),
         status=status,
+        sqnr=metrics.decibels(float(found.signal.sum()), float(found.noise.sum())),
     )
 
 

@@ -93,7 +93,7 @@ def launched(lap: Lap, path: str) -> Subject:
     lap("import")
     session = KernelByKernel(bundles.load(path))
     lap("load")
-    clips = np.repeat(bundles.load(path).golden()[0][None], session.batch, axis=0)
+    clips = np.repeat(bundles.load(path).golden()[0][:1], session.batch, axis=0)
     return Subject(lambda: session(clips), about=session.describe())
 
 

@@ -216,7 +216,7 @@ def subject(lap: Lap, path: str, device: str = "cuda", compiled: bool = False) -
     lap("import")
     bundle = bundles.load(path)
     witness = Witness(bundle, device, compiled)
-    clips = np.repeat(bundle.golden()[0][None], bundle.batch, axis=0)
+    clips = np.repeat(bundle.golden()[0][:1], bundle.batch, axis=0)
     lap("load")
     return Subject(lambda: witness(clips), about=witness.describe())
 

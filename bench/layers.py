@@ -7,7 +7,8 @@ is kept of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +18,24 @@ import numpy.typing as npt
 from edgetube import bundle as bundles
 from edgetube import metrics
 from edgetube.bench import panel
-from edgetube.bench.panel import Opened
+from edgetube.bench.panel import Artifact, Opened
 from edgetube.bundle import Bundle
 from edgetube.datasets import ClipSet
 from edgetube.errors import BackendError, InputError
 from edgetube.model import checkpoints
+from edgetube.model.tubevit import TubeViT
 from edgetube.progress import Progress, silent
 from edgetube.runtimes.base import Backend
 from edgetube.spec import ModelSpec
+from edgetube.targets import Precision
 from edgetube.video import Frames
 
 Array = npt.NDArray[np.float32]
 View = Callable[[str, Array], Array]
 """(layer, tensor) -> the part of it, or the form, in which two models can be compared."""
+
+TOKENS = "tubes"
+"""What the canonical graph calls the embedded tokens."""
 
 TOGETHER = 6
 """Tensors that are looked at in one pass."""
@@ -95,17 +101,42 @@ def names(spec: ModelSpec) -> tuple[str, ...]:
         "mlp.fc2",
     )
     blocks = [f"blocks.{i}{part}" for i in range(spec.depth) for part in (*(f".{name}" for name in inside), "")]
-    return ("tubes", *blocks, "norm", "pool", "logits")
+    return (TOKENS, *blocks, "norm", "pool", "logits")
+
+
+def landmarks(spec: ModelSpec) -> tuple[str, ...]:
+    """The layers that every form of an artifact has, whatever was folded or fused: tokens, blocks, logits."""
+    return (TOKENS, *(f"blocks.{i}" for i in range(spec.depth)), "logits")
+
+
+EXPECTED: Mapping[Precision, tuple[float, float]] = {
+    "fp32": (80.0, 80.0),
+    "fp16": (45.0, 45.0),
+    "w8": (45.0, 45.0),
+    "int8": (38.0, 38.0),
+    "w4": (45.0, 33.0),
+}
+"""SQNR of the tokens, and of the blocks, from which the landmarks of a precision are as good as they need to be, dB."""
+
+
+def drops(curve: Sequence[Layer], expected: Sequence[float] = (VISIBLE, VISIBLE)) -> list[tuple[str, float]]:
+    """(layer, dB) by which each layer's SQNR lies below all before it and below `expected`, of tokens and the rest."""
+    floor, found = math.inf, []
+    for layer in curve:
+        floor = min(floor, expected[layer.layer != TOKENS])
+        found.append((layer.layer, floor - min(floor, layer.sqnr_db)))
+        floor = min(floor, layer.sqnr_db)
+    return found
 
 
 def first_jump(curve: Sequence[Layer]) -> str | None:
     """The first layer whose error is out of proportion to all that comes before it; None if there is none."""
-    floor = VISIBLE
-    for found in curve:
-        if found.sqnr_db < floor - JUMP:
-            return found.layer
-        floor = min(floor, found.sqnr_db)
-    return None
+    return next((layer for layer, drop in drops(curve) if drop > JUMP), None)
+
+
+def largest_drop(curve: Curve, precision: Precision) -> tuple[str, float] | None:
+    """The largest of `drops` for what a precision is expected to reach; None without layers."""
+    return max(drops(curve.curve, EXPECTED[precision]), key=lambda found: found[1], default=None)
 
 
 def curves(
@@ -130,20 +161,57 @@ def curves(
     if not clips:
         raise InputError("no clips to look at layers on: the data set is empty")
     with Opened(models) as opened:
-        truth = opened.backend(0)
-        seen = truth.layers(names(models.models[0].bundle.spec))
-        if not seen:
-            raise BackendError(f"the runtime of {models.models[0].name} shows no layers; leave out --reference")
-        stated = _plain if reference else _as_exported(models.models[0].bundle)
-        found = []
-        for index, bundle in enumerate(compared, start=1):
-            backend = opened.backend(index)
-            common = _comparable(backend.layers(seen), bundle, reference)
-            view = _without_values if _is_equalised(bundle, reference) else _plain
-            measured = _measure(truth, backend, common, clips, stated, view, bundle.name, progress)
-            note = "" if common else "this bundle's runtime shows no inner tensors"
-            found.append(Curve(bundle.name, len(clips), tuple(measured), note))
-    return tuple(found)
+        return tuple(of_opened(opened, clips, names(models.models[0].bundle.spec), progress))
+
+
+def of_opened(
+    opened: Opened, clips: Sequence[Frames], wanted: Sequence[str], progress: Progress = silent
+) -> Iterator[Curve]:
+    """The curves of the bundles of a panel that is open, in the panel's order; see `curves`.
+
+    Args:
+        clips: (T, H, W, 3) uint8 each.
+        wanted: of `names`.
+
+    Raises:
+        BackendError: the reference bundle's backend shows no layers, or a runtime refuses.
+    """
+    first, *rest = opened.panel.models
+    truth, reference = opened.backend(0), first.bundle if isinstance(first, Artifact) else None
+    seen = truth.layers(wanted)
+    if not seen:
+        raise BackendError(f"the runtime of {first.name} shows no layers; leave out --reference")
+    if reference is None:
+        model = checkpoints.of_bundle(first.bundle).model
+        stated = as_exported(model, first.bundle.spec)
+    else:
+        stated = _plain
+    for index, artifact in enumerate(rest, start=1):
+        yield curve(truth, opened.backend(index), artifact.bundle, clips, seen, stated, reference, progress)
+
+
+def curve(
+    truth: Backend,
+    backend: Backend,
+    bundle: Bundle,
+    clips: Sequence[Frames],
+    wanted: Sequence[str],
+    stated: View,
+    reference: Bundle | None = None,
+    progress: Progress = silent,
+) -> Curve:
+    """The layers of one opened artifact.
+
+    Args:
+        truth: the reference, which shows the layers `wanted`.
+        stated: turns the reference's tensors into those of an artifact, see `as_exported`.
+        reference: the bundle that `truth` runs, if it runs one.
+    """
+    common = _comparable(backend.layers(wanted), bundle, reference)
+    view = _without_values if _is_equalised(bundle, reference) else _plain
+    measured = _measure(truth, backend, common, clips, stated, view, bundle.name, progress)
+    note = "" if common else "this bundle's runtime shows no inner tensors"
+    return Curve(bundle.name, len(clips), tuple(measured), note)
 
 
 def _measure(
@@ -193,15 +261,14 @@ def _without_values(layer: str, value: Array) -> Array:
     return value[..., : 2 * value.shape[-1] // 3] if layer.endswith(".qkv") else value
 
 
-def _as_exported(bundle: Bundle) -> View:
+def as_exported(model: TubeViT, spec: ModelSpec) -> View:
     """What exported graphs have folded into a module of the trained model: positions, and the queries' scale."""
-    model, spec = checkpoints.of_bundle(bundle).model, bundle.spec
     table = model.positions.detach().numpy()
     scale = np.ones(3 * spec.width, np.float32)
     scale[: spec.width] = (spec.width / spec.heads) ** -0.5
 
     def view(layer: str, value: Array) -> Array:
-        if layer == "tubes":
+        if layer == TOKENS:
             return np.asarray(value + table, np.float32)
         return value * scale if layer.endswith(".qkv") else value
 

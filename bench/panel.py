@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -23,11 +23,12 @@ from edgetube import runtimes
 from edgetube.bench import machine
 from edgetube.bundle import Bundle
 from edgetube.datasets import Item
-from edgetube.errors import InputError
+from edgetube.errors import CheckpointError, InputError, printable
 from edgetube.model import checkpoints
+from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.base import Backend
 from edgetube.runtimes.torch import Reference
-from edgetube.spec import InputContract
+from edgetube.spec import InputContract, ModelSpec
 from edgetube.targets import Status
 from edgetube.video import Clip, Frames
 
@@ -110,7 +111,38 @@ class Trained:
 
     def open(self, threads: int | None) -> Backend:
         checkpoint = checkpoints.of_bundle(self.bundle)
+        _must_match(self.bundle, checkpoint)
         return Reference(checkpoint.model, checkpoint.contract, threads)
+
+
+def _must_match(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """That a manifest states the input, labels and model of its checkpoint.
+
+    Raises:
+        CheckpointError: it does not; names the first thing that differs, and both values.
+    """
+    pairs = {
+        "input": (bundle.contract.to_json(), checkpoint.contract.to_json()),
+        "labels": ({"labels": list(bundle.labels)}, {"labels": list(checkpoint.labels)}),
+        "model": (_stated(bundle.spec), _stated(checkpoint.spec)),
+    }
+    for what, (stated, trained) in pairs.items():
+        for key in sorted(stated.keys() | trained.keys()):
+            if stated.get(key) != trained.get(key):
+                raise CheckpointError(
+                    f"{bundle.path}: the manifest and its checkpoint differ in {what}: {key} is "
+                    f"{_short(stated.get(key))}, the model was trained with {_short(trained.get(key))}; export it again"
+                )
+
+
+def _stated(spec: ModelSpec) -> dict[str, Any]:
+    """Of several classifiers an artifact has the first."""
+    return replace(spec, classifiers=spec.classifiers[:1]).to_json()
+
+
+def _short(value: Any) -> str:
+    text = printable(str(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass(frozen=True)

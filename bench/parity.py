@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,19 @@ import numpy.typing as npt
 
 from edgetube import datasets
 from edgetube.bench import compare as comparing
-from edgetube.bench import machine, panel, workers
+from edgetube.bench import layers, machine, panel, workers
+from edgetube.bench import probe as probing
 from edgetube.bench.compare import ClassRow, Parity, Quarter, Rows, WorstClip
 from edgetube.bench.journal import Journal, clip_key
-from edgetube.bench.panel import Artifact, Job, Panel, Replies
+from edgetube.bench.panel import Artifact, Job, Opened, Panel, Replies
+from edgetube.bench.probe import Probe
 from edgetube.bundle import Bundle
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
 from edgetube.progress import Progress, silent, track
 from edgetube.runtimes.base import Backend
 from edgetube.spec import InputContract
-from edgetube.targets import Status
+from edgetube.targets import Precision, Status
 from edgetube.video import Clip, Frames
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "Gates",
     "Measured",
     "Parity",
+    "Probe",
     "Tally",
     "Verdict",
     "answer",
@@ -119,6 +122,7 @@ class Measured:
     flips: tuple[Quarter, ...]
     classes: tuple[ClassRow, ...]
     worst: tuple[WorstClip, ...]
+    probe: Probe = field(default_factory=Probe)
 
     def to_json(self) -> dict[str, Any]:
         bundle = self.bundle
@@ -131,6 +135,8 @@ class Measured:
             "bytes": bundle.artifact_bytes,
             **self.parity.to_json(),
             "relative_error": self.parity.relative_error,
+            "order_agreement": self.probe.order_agreement,
+            "layer_jump": None if self.probe.jump is None else dict(zip(("layer", "db"), self.probe.jump, strict=True)),
             "flips": [asdict(quarter) for quarter in self.flips],
             "classes": [asdict(row) for row in self.classes],
             "worst": [clip.to_json() for clip in self.worst],
@@ -224,7 +230,16 @@ def measure(
         tally.add(job.positions, [item.name for item in job.items], replies)
         done += len(job.items)
         progress("compare", done, source.count)
-    return tally.comparison(source, worst)
+    comparison = tally.comparison(source, worst)
+    return replace(comparison, measured=tuple(_probed(models, source, comparison.measured, progress)))
+
+
+def _probed(models: Panel, source: ClipSet, measured: Sequence[Measured], progress: Progress) -> Iterator[Measured]:
+    """The same with what `edgetube.bench.probe` finds on a few of the clips, here, whoever answered the others."""
+    clips = [clip.frames for clip in source.sample(probing.CLIPS).clips(models.contract)]
+    with Opened(models) as opened:
+        for one, found in zip(measured, probing.probe(opened, clips, progress), strict=True):
+            yield replace(one, probe=found)
 
 
 class _Jobs:
@@ -390,18 +405,36 @@ def reopen(document: Mapping[str, Any], labels: tuple[str, ...]) -> ClipSet:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One gate and one bundle: `gate` is the option's name, `limit` what it was given, `value` what was measured."""
+    """One gate and one bundle.
+
+    Attributes:
+        gate: the option's name.
+        bundle: its name.
+        value, limit: what was measured, and what it was held against.
+        where: the layer that `value` is about; empty where it is about the answers.
+    """
 
     gate: str
     bundle: str
     value: float
     limit: float
     passed: bool
+    where: str = ""
 
     def __str__(self) -> str:
         relation = "at least" if self.gate.startswith("min") else "at most"
-        what = self.gate.partition("-")[2].replace("-", " ")
+        what = self.gate.partition("-")[2].replace("-", " ") + (f" at {self.where}" if self.where else "")
         return f"{self.bundle}: {what} is {self.value:.6g}, --{self.gate} asks for {relation} {self.limit:g}"
+
+
+SQNR: Mapping[Precision, float] = {"fp32": 60.0, "fp16": 40.0, "w8": 40.0, "int8": 35.0, "w4": 28.0}
+"""Smallest SQNR of the logits by precision, dB; `docs/parity.md` has what sound and broken artifacts reach."""
+
+SQNR_MARGIN = 6.0
+"""How far below the SQNR of its own proof an artifact may be on other clips, dB, where that is less than `SQNR`."""
+
+ORDER_AGREEMENT = 0.99
+"""Smallest `order_agreement`. A wrong order of two frames of the built-in model gives 0.97 at most."""
 
 
 @dataclass(frozen=True)
@@ -416,6 +449,10 @@ class Gates:
         max_kl: largest mean KL, nats.
         max_error: largest logit error, relative to the largest |logit| of the reference, which counts as 1 at least.
         max_sure_flips: largest share of flips among the half of the clips where the reference is surer.
+        min_sqnr: smallest SQNR of the logits, dB: a number for all, or one for each precision (`SQNR`), which a model
+            that is harder to quantise may miss as long as it is within `SQNR_MARGIN` of what its export proved.
+        min_order_agreement: how alike reversed and shuffled clips move the two, see `edgetube.bench.probe`.
+        max_layer_jump: dB by which the tokens or the output of a block may be worse than all before them.
     """
 
     min_agreement: float | None = None
@@ -425,6 +462,9 @@ class Gates:
     max_kl: float | None = None
     max_error: float | None = None
     max_sure_flips: float | None = None
+    min_sqnr: float | Mapping[Precision, float] | None = None
+    min_order_agreement: float | None = None
+    max_layer_jump: float | None = None
 
     def check_data(self, source: ClipSet) -> None:
         """That the clips can answer what is asked, before they are shown to anybody.
@@ -440,23 +480,47 @@ class Gates:
             )
 
     def judge(self, comparison: Comparison) -> tuple[Verdict, ...]:
-        """A verdict for every bundle and every gate that is set."""
-        return tuple(
-            self._verdict(one, limit.name, getattr(self, limit.name))
-            for one in comparison.measured
-            for limit in fields(self)
-            if getattr(self, limit.name) is not None
-        )
+        """A verdict for every bundle and every gate that is set, except where there is nothing to hold against it."""
+        return tuple(verdict for one in comparison.measured for verdict in self.verdicts(one))
 
-    def _verdict(self, one: Measured, gate: str, limit: float) -> Verdict:
-        measured = _gated(one)[gate]
-        value = math.inf if measured is None else measured
-        passed = value >= limit if gate.startswith("min") else value <= limit
-        return Verdict(gate.replace("_", "-"), one.bundle.name, value, limit, passed)
+    def verdicts(self, one: Measured) -> Iterator[Verdict]:
+        """The verdicts on one bundle."""
+        measured = _gated(one)
+        for gate in (limit.name for limit in fields(self)):
+            limit = getattr(self, gate)
+            if isinstance(limit, Mapping):
+                limit = _sqnr_limit(one.bundle, limit)
+            if limit is None or (measured[gate] is None and gate in OPTIONAL):
+                continue
+            found = measured[gate]
+            value = math.inf if found is None else found
+            passed = value >= limit if gate.startswith("min") else value <= limit
+            where = one.probe.jump[0] if gate == "max_layer_jump" and one.probe.jump else ""
+            yield Verdict(gate.replace("_", "-"), one.bundle.name, value, limit, passed, where)
+
+
+OPTIONAL = ("min_order_agreement", "max_layer_jump")
+"""Gates that say nothing where a model does not care for order, or where a runtime shows no layers."""
+
+DEFAULTS = Gates(
+    min_agreement=0.99,
+    min_cosine=0.98,
+    min_sqnr=SQNR,
+    min_order_agreement=ORDER_AGREEMENT,
+    max_layer_jump=layers.JUMP,
+)
+"""What `edgetube parity` asks for when nobody says otherwise."""
+
+
+def _sqnr_limit(bundle: Bundle, limits: Mapping[Precision, float]) -> float:
+    """The SQNR that a bundle has to reach on any clips, dB."""
+    proven = bundle.parity.get("sqnr")
+    limit = limits[bundle.precision]
+    return limit if proven is None else min(limit, float(proven) - SQNR_MARGIN)
 
 
 def _gated(one: Measured) -> dict[str, float | None]:
-    """What each gate looks at; None without labels."""
+    """What each gate looks at; None where there is nothing to look at."""
     return {
         "min_agreement": one.parity.agreement,
         "min_cosine": one.parity.cosine,
@@ -465,6 +529,9 @@ def _gated(one: Measured) -> dict[str, float | None]:
         "max_kl": one.parity.kl,
         "max_error": one.parity.relative_error,
         "max_sure_flips": one.parity.sure_flips,
+        "min_sqnr": one.parity.sqnr,
+        "min_order_agreement": one.probe.order_agreement,
+        "max_layer_jump": None if one.probe.jump is None else one.probe.jump[1],
     }
 
 

@@ -80,7 +80,7 @@ def _inputs(found: Bundle, camera: tuple[int, int]) -> tuple[Frames, Callable[[]
     from edgetube import preprocess
     from edgetube.bench.camera import enlarge
 
-    golden = found.golden()[0]
+    golden = found.golden()[0][0]
     raw = enlarge(golden, camera)
     return golden[None].repeat(found.batch, axis=0), lambda: preprocess.prepare(raw, found.contract)
 

@@ -102,13 +102,13 @@ def calibrate(
     with opened(cache or workspace / "cache", key, progress) as kept:
         if (finished := kept.result()) is not None:
             values, table, report = finished
-            return Calibrated(values, table, judge, {**report, "notes": _notes(statistics, judged), "cached": True})
+            return Calibrated(values, table, judge, {**report, "notes": _notes(statistics, judge), "cached": True})
         held_out = _held_out(statistics, judged)
         walk = Walk(model, statistics, open_graph, activations, workspace, progress, held_out, form)
         state = _choose(walk, kept)
         found = search.search(walk, state, judge)
         values = walk.decided(state, found.quantised)
-        notes = [*_notes(statistics, judged), *([kept.note] if kept.note else [])]
+        notes = [*_notes(statistics, judge), *([kept.note] if kept.note else [])]
         report = _report(walk, state, found) | {"notes": notes}
         table = CalibrationTable(
             model=graphs.digest(graphs.replaced(model, values)),
@@ -187,15 +187,15 @@ def _held_out(statistics: Clips, judged: Clips) -> list[Frames]:
     return [judged.frames[index] for index in others[::step][:HELD_OUT_CLIPS]]
 
 
-def _notes(statistics: Clips, judged: Clips) -> list[str]:
+def _notes(statistics: Clips, judge: Judge) -> list[str]:
     """What a person should know of the clips."""
-    shared = len(set(statistics.names) & set(judged.names))
-    if not shared:
-        return list(statistics.notes)
-    same = (
-        f"{shared} of {len(judged)} clips judged the accuracy that they were calibrated on: other clips may lose more"
-    )
-    return [*statistics.notes, f"{same}; give --calib more clips"]
+    notes, judged = list(statistics.notes), judge.clips
+    if shared := len(set(statistics.names) & set(judged.names)):
+        notes.append(
+            f"{shared} of {len(judged)} clips judged the accuracy that they were calibrated on: other clips may lose "
+            "more; give --calib more clips"
+        )
+    return [*notes, judge.note] if judge.note else notes
 
 
 def _key(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class Verdict:
         top1, top1_float: accuracy, None without labels.
         agreement: share of clips with the same answer.
         sqnr: of the logits, dB.
-        loss, budget: in points; a budget is never less than one clip.
+        loss, budget: in points; a budget that nobody gave is never less than one clip.
     """
 
     clips: int
@@ -71,12 +72,24 @@ class Judge:
 
     Attributes:
         logits: (N, classes) of the float graph.
-        max_drop: points that may be lost; None for the default.
+        max_drop: points that may be lost, held as they are given; None for the default, which is one clip where one
+            clip is more than that.
     """
 
     clips: Clips
     logits: Array
     max_drop: float | None
+
+    @property
+    def note(self) -> str:
+        """What a person should know when a budget is finer than what so many clips can tell; else empty."""
+        if self.max_drop is None or self.max_drop * len(self.clips) >= 100:
+            return ""
+        need = f"at least {math.ceil(100 / self.max_drop)} clips" if self.max_drop else "no number of clips"
+        return (
+            f"a budget of {self.max_drop:g} points can be decided by {need}; {len(self.clips)} judged, one of which is "
+            f"{100 / len(self.clips):.2g} points, so none may be lost: give --calib more clips"
+        )
 
     def verdict(self, logits: Array) -> Verdict:
         """Judge other answers (N, classes) to the same clips."""
@@ -86,9 +99,11 @@ class Judge:
         top1 = metrics.top_k(logits, truth) if labelled else None
         top1_float = metrics.top_k(self.logits, truth) if labelled else None
         loss = 1 - agreement if top1 is None or top1_float is None else top1_float - top1
-        budget = (MAX_DROP if labelled else MAX_DISAGREEMENT) if self.max_drop is None else self.max_drop
+        budget = self.max_drop
+        if budget is None:
+            budget = max(MAX_DROP if labelled else MAX_DISAGREEMENT, 100 / count)
         sqnr = metrics.sqnr(self.logits, logits)
-        return Verdict(count, labelled, top1, top1_float, agreement, sqnr, 100 * loss, max(budget, 100 / count))
+        return Verdict(count, labelled, top1, top1_float, agreement, sqnr, 100 * loss, budget)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
         edgetube.json     manifest: model, input, labels, target, files with sha256, versions, parity
         model.onnx        the raw artifact, as the vendor's own tools open it
         calibration.json  the table of an INT8 artifact: ranges, scales, what stayed float and why
-        golden.npz        one clip (frames, T x H x W x 3 uint8) and the reference's answer (logits, float32)
+        golden.npz        clips (frames, K x T x H x W x 3 uint8) and the reference's answers (logits, K x classes)
 
 A bundle appears under its name only when it is complete: it is written to a folder beside, then renamed.
 """
@@ -114,20 +114,51 @@ class Bundle:
         return self.path / name
 
     def golden(self) -> tuple[Frames, npt.NDArray[np.float32]]:
-        """The golden clip (T, H, W, 3) uint8 and the reference's logits for it (classes,) float32.
+        """The golden clips (K, T, H, W, 3) uint8 and the reference's logits for them (K, classes) float32.
+
+        Bundles of older versions have one clip, and nothing that says for which manifest it was made.
 
         Raises:
-            BundleError: the file is missing or does not fit the manifest.
+            BundleError: the file is missing, does not fit the manifest, or was made for another input, other labels or
+                another model than the manifest states.
         """
         path = self.file(GOLDEN)
-        wanted = {"frames": (self.contract.shape, np.uint8), "logits": ((len(self.labels),), np.float32)}
+        stated = self.parity.get("golden")
+        count = () if stated is None else (int(stated["clips"]),)
+        wanted: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {
+            "frames": ((*count, *self.contract.shape), np.uint8),
+            "logits": ((*count, len(self.labels)), np.float32),
+        }
+        if stated is not None:
+            wanted["contract"] = (32,), np.uint8
         try:
             found = rows.read_arrays(path, wanted)
         except (OSError, FormatError) as error:
             raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
         if not np.isfinite(found["logits"]).all():
             raise BundleError(f"{path} holds logits that are not finite; export the bundle again")
+        if stated is None:
+            return found["frames"][None], found["logits"][None]
+        if found["contract"].tobytes() != self.contract_digest():
+            raise BundleError(
+                f"{self.path}: the manifest's target, input, labels, model or checkpoint are not those that were "
+                "proven: somebody has edited it; export or copy the bundle again"
+            )
         return found["frames"], found["logits"]
+
+    def contract_digest(self) -> bytes:
+        """sha256 (32 bytes) of what the manifest states about artifact and input; the golden clips carry it, too."""
+        stated = {
+            "target": self.target,
+            "precision": self.precision,
+            "backend": self.backend,
+            "batch": self.batch,
+            "labels": list(self.labels),
+            "input": self.contract.to_json(),
+            "model": self.spec.to_json(),
+            "checkpoint": self.checkpoint.get("sha256"),
+        }
+        return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).digest()
 
     def verify(self) -> None:
         """Hash every file.
@@ -214,7 +245,7 @@ NAME = r"\w[\w.-]*"
 """What a bundle, a target and a backend may be called: their names become names of files."""
 
 MOST_BATCH = 1 << 12
-MOST_FILES = 1 << 16
+MOST_FILES, MOST_GOLDEN = 1 << 16, 64
 
 
 def _parse(path: Path, data: dict[str, Any]) -> Bundle:
@@ -236,7 +267,7 @@ def _parse(path: Path, data: dict[str, Any]) -> Bundle:
         artifact=strict.path(data["artifact"], "artifact"),
         checkpoint=_parse_checkpoint(data["checkpoint"]),
         build=_parse_build(data["build"]),
-        parity=_parse_parity(data["parity"], "parity"),
+        parity=_parse_proof(data["parity"]),
         versions=_texts(data["versions"], "versions"),
         files=_parse_files(data["files"]),
     )
@@ -295,6 +326,16 @@ def _parse_parity(value: Any, where: str) -> dict[str, Any]:
     if (error := value.get("max_abs_error")) is not None:
         strict.number(error, f"{where}.max_abs_error", 0, 1e30)
     return dict(value)
+
+
+def _parse_proof(value: Any) -> dict[str, Any]:
+    """The whole of `parity`."""
+    proof = _parse_parity(value, "parity")
+    if "golden" in proof:
+        golden = strict.record(proof["golden"], "parity.golden", ("clips", "min_sqnr"))
+        strict.integer(golden["clips"], "parity.golden.clips", 1, MOST_GOLDEN)
+        strict.number(golden["min_sqnr"], "parity.golden.min_sqnr", -300, 300)
+    return proof
 
 
 def _texts(value: Any, where: str) -> dict[str, str]:
@@ -356,9 +397,13 @@ def seal(bundle: Bundle) -> Bundle:
     return bundle
 
 
-def save_golden(folder: Path, frames: Frames, logits: npt.NDArray[np.float32]) -> None:
-    """Write the golden clip (T, H, W, 3) uint8 and its reference logits (classes,)."""
-    np.savez_compressed(folder / GOLDEN, frames=frames, logits=logits)
+def save_golden(bundle: Bundle, frames: Frames, logits: npt.NDArray[np.float32]) -> None:
+    """Write the golden clips (K, T, H, W, 3) uint8 and their reference logits (K, classes) into a staged bundle.
+
+    K is what the manifest says in `parity.golden.clips`.
+    """
+    digest = np.frombuffer(bundle.contract_digest(), np.uint8)
+    np.savez_compressed(bundle.path / GOLDEN, frames=frames, logits=logits, contract=digest)
 
 
 @contextmanager

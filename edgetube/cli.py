@@ -264,7 +264,7 @@ def inspect(
     found = bundles.load(bundle)
     if plot:
         kernels = _kernels(found, checkpoint)
-        need("edgetube.plot", "plot").tubes(plot, found.spec, found.golden()[0], kernels, found.name)
+        need("edgetube.plot", "plot").tubes(plot, found.spec, found.golden()[0][0], kernels, found.name)
         terminal.wrote(plot)
     if as_json:
         print_json(found.to_json())
@@ -328,6 +328,15 @@ def parity(
     max_sure_flips: Annotated[
         float | None, typer.Option(help="Gate: share of other answers where the reference was sure.")
     ] = None,
+    min_sqnr: Annotated[
+        float | None, typer.Option(help="Gate: SQNR of the logits, dB; what the bundle's precision allows if left out.")
+    ] = None,
+    min_order_agreement: Annotated[
+        float, typer.Option(help="Gate: how alike reversed and shuffled clips move the two, up to 1.")
+    ] = 0.99,
+    max_layer_jump: Annotated[
+        float, typer.Option(help="Gate: dB by which the error of a block may exceed that of all before it.")
+    ] = 8.0,
     layers: Annotated[bool, typer.Option("--layers", help="Also compare layer by layer.")] = False,
     layer_clips: Annotated[int, typer.Option(help="Clips that --layers looks at.")] = 4,
     watch: Annotated[
@@ -350,7 +359,10 @@ def parity(
     harness = need("edgetube.bench.parity", "export")
     found = _located([bundles.load(path) for path in bundle], checkpoint)
     held_against = bundles.load(reference) if reference else None
-    gates = harness.Gates(min_agreement, min_cosine, max_drop, max_class_drop, max_kl, max_error, max_sure_flips)
+    gates = harness.Gates(
+        min_agreement, min_cosine, max_drop, max_class_drop, max_kl, max_error, max_sure_flips,
+        harness.SQNR if min_sqnr is None else min_sqnr, min_order_agreement, max_layer_jump,
+    )  # fmt: skip
     with progress() as show:
         if watch:
             if data or resume or ray or workers > 1:

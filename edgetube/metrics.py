@@ -71,6 +71,19 @@ def max_abs_error(a: Array, b: Array) -> float:
     return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
 
 
+def moves_alike(reference: Array, value: Array) -> float | None:
+    """How alike two models' answers move when their input is changed: 1 - sum (ref - value)^2 / (2 sum ref^2).
+
+    Both are differences of logits (N, classes). 1 where they are equal; the cosine between them where they are equally
+    large, and less where they are not.
+
+    Returns:
+        None where the reference hardly moves: there is nothing to compare with.
+    """
+    signal, noise = energies(reference, value)
+    return None if signal == 0 else 1 - noise / (2 * signal)
+
+
 def sqnr(reference: Array, value: Array) -> float:
     """Signal to quantisation noise ratio 10 log10(sum ref^2 / sum (ref - value)^2), dB; inf when equal."""
     return decibels(*energies(reference, value))

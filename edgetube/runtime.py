@@ -24,7 +24,10 @@ Source = str | Path | int
 """A file, a URL, or the index of a camera."""
 
 GOLDEN_SLACK = 1e-3
-"""How far the golden logits may move between two machines, of the largest logit, beside twice the proven error."""
+"""How far the golden logits of an older bundle may move between two machines, of the largest logit, beside twice the
+proven error."""
+
+DIFFERENT = "the device or its driver computes differently: export for this device, or use an fp32 target"
 
 
 class Runtime:
@@ -157,22 +160,36 @@ class Runtime:
         return (self._predict(clip, top_k, arrived) for arrived, clip in clips)
 
     def check(self) -> float:
-        """Run the golden clip on this device; the largest logit error against the reference.
+        """Run the golden clips on this device; the largest logit error against the reference.
+
+        The manifest says how large the errors may be together: what was proven, and what the target's arithmetic may
+        differ by between machines (`docs/bundle.md`).
 
         Raises:
+            BundleError: the manifest is not the one that the clips were made for.
             ParityError: this device answers differently than the machine that proved the bundle.
         """
         frames, reference = self.bundle.golden()
-        logits = self(frames[None])[0]
+        logits = np.concatenate([self(clip[None]) for clip in frames])
         error = metrics.max_abs_error(reference, logits)
-        scale = max(1.0, float(np.abs(reference).max()))
-        proven = float(cast(float, self.bundle.parity.get("max_abs_error", 0.0)))
-        if not error <= (allowed := 2 * proven + GOLDEN_SLACK * scale):
+        stated = self.bundle.parity.get("golden")
+        if stated is None:
+            self._check_largest(error, float(np.abs(reference).max()))
+        elif not (found := metrics.sqnr(reference, logits)) >= (limit := float(stated["min_sqnr"])):
             raise ParityError(
-                f"{self.bundle.name}: the golden clip's logits are off by {error:.3g} here, {allowed:.3g} is allowed; "
-                "the device or its driver computes differently: export for this device, or use an fp32 target"
+                f"{self.bundle.name}: the golden clips have an SQNR of {found:.1f} dB here, at least {limit:.1f} is "
+                f"expected (largest error of a logit {error:.3g}); {DIFFERENT}"
             )
         return error
+
+    def _check_largest(self, error: float, largest: float) -> None:
+        """The bound of bundles whose manifest has no other: twice the proven error, and a thousandth."""
+        proven = float(cast(float, self.bundle.parity.get("max_abs_error", 0.0)))
+        if not error <= (allowed := 2 * proven + GOLDEN_SLACK * max(1.0, largest)):
+            raise ParityError(
+                f"{self.bundle.name}: the golden clip's logits are off by {error:.3g} here, {allowed:.3g} is allowed; "
+                f"{DIFFERENT}"
+            )
 
     def describe(self) -> dict[str, Any]:
         """What runs the artifact: versions, device, threads; plain JSON."""

@@ -16,6 +16,9 @@ from edgetube.errors import InputError, MissingPackageError
 
 Precision = Literal["fp32", "fp16", "int8", "w8", "w4"]
 
+Arithmetic = Literal["float32", "float16", "bfloat16"]
+"""What floats are computed in."""
+
 Status = Literal["executed", "emulated", "built", "deferred"]
 """How far an artifact was proven here: run by its own runtime; evaluated by an independent reader; written and
 checked but not run; to be completed on the device."""
@@ -58,6 +61,7 @@ class Target:
         lowering: the tube lowering where none can be timed.
         tolerance: largest error of a logit, relative to the largest |logit| of the proof (at least 1), that the
             proof accepts; None where the accuracy budget of the calibration decides instead.
+        arithmetic: what floats may be computed in on one device or another; all of these are right.
         settings: what else may be chosen.
         chosen: the settings that are not at their default; see `choose`.
     """
@@ -71,6 +75,7 @@ class Target:
     extra: str = "export"
     lowering: str = "gather"
     tolerance: float | None = None
+    arithmetic: tuple[Arithmetic, ...] = ("float32",)
     settings: tuple[Setting, ...] = ()
     chosen: Mapping[str, str] = field(default_factory=dict)
 

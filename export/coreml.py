@@ -64,6 +64,7 @@ def _target(precision: Any, summary: str, tolerance: float | None) -> Target:
         extra="export,coreml",
         lowering="conv2d",
         tolerance=tolerance,
+        arithmetic=("float16",),
         settings=INT8_SETTINGS if precision == "int8" else SETTINGS,
     )
 

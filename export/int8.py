@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from edgetube import datasets, demo, export
+from edgetube import datasets, demo, export, metrics
+from edgetube.bench import layers
 from edgetube.bench.latency import interleave
+from edgetube.bundle import Bundle
 from edgetube.calibration import Calibrated
 from edgetube.calibration.table import FLOAT32_SCALES, Activations, IntegerFormat
 from edgetube.datasets import ClipSet
@@ -21,8 +24,9 @@ from edgetube.export.base import Built, Wishes
 from edgetube.export.graph import Graph
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.progress import Progress, track
-from edgetube.runtimes.base import Backend
+from edgetube.runtimes.base import Backend, may_saturate
 from edgetube.targets import Target
+from edgetube.video import Frames
 
 STATISTICS, JUDGED = 128, 252
 """Clips that ranges come from, and clips that accuracy is judged on; the latter are others when there are enough."""
@@ -31,13 +35,27 @@ ENOUGH = 32
 """Fewer unseen clips than this are not worth judging on alone: then all clips judge."""
 
 
+MIN_COSINE = 0.98
+"""Smallest cosine of the logits on a clip that judges, between the artifact and the float graph."""
+
+SQNR_LOSS = 3.0
+"""dB by which the artifact's SQNR on the judging clips may lie below the simulated one."""
+
+LOGITS = "logits"
+"""What the canonical graph calls its output."""
+
+
 @dataclass(frozen=True)
 class Contestant:
     """An opened artifact and its size in bytes."""
 
-    name: str
+    bundle: Bundle
     backend: Backend
-    size: int
+    size: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.bundle.target
 
 
 def sources(checkpoint: Checkpoint, given: Path | None) -> tuple[ClipSet, ClipSet]:
@@ -119,17 +137,55 @@ def judge(calibrated: Calibrated, int8: Contestant, instead: str, progress: Prog
         instead: what to propose when it fails.
 
     Raises:
-        ParityError: the artifact loses more than the budget on the clips that judge.
+        ParityError: the artifact loses more than the budget on the clips that judge, or its error is larger than
+            that of the simulation by more than `SQNR_LOSS` (names the cause where it can be told), or the cosine of a
+            clip is below `MIN_COSINE`.
     """
-    clips, logits = calibrated.judge.clips, []
-    for frames in track(clips.frames, f"{int8.name}: accuracy", len(clips), progress):
-        logits.append(int8.backend(frames[None])[0])
-    verdict = calibrated.judge.verdict(np.stack(logits))
+    clips = calibrated.judge.clips
+    shown = track(clips.frames, f"{int8.name}: accuracy", len(clips), progress)
+    logits = np.concatenate([int8.backend(frames[None]) for frames in shown])
+    verdict = calibrated.judge.verdict(logits)
     if not verdict.holds:
         raise ParityError(
             f"{int8.name} loses {verdict}; nothing was written: allow more with --max-drop, or use {instead}"
         )
-    return {"accuracy": verdict.to_json()}
+    simulated = float(calibrated.report["judged"]["sqnr"])
+    if not verdict.sqnr >= simulated - SQNR_LOSS:
+        why = cause(int8, clips.frames[0], calibrated.judge.logits[0])
+        raise ParityError(
+            f"{int8.name} computes something else than what was calibrated: its SQNR on {len(clips)} clips is "
+            f"{verdict.sqnr:.1f} dB, simulated were {simulated:.1f}; {why}; nothing was written: use {instead}"
+        )
+    cosine = metrics.cosine(calibrated.judge.logits, logits)
+    if not cosine >= MIN_COSINE:
+        raise ParityError(
+            f"{int8.name}: the cosine of the logits on the worst of {len(clips)} clips is {cosine:.4f}, at least "
+            f"{MIN_COSINE} is expected; nothing was written: use {instead}, or calibrate on more clips"
+        )
+    return {"accuracy": {**verdict.to_json(), "cosine": cosine}}
+
+
+def cause(int8: Contestant, clip: Frames, expected: npt.NDArray[np.float32]) -> str:
+    """Why an artifact is further from the float graph than its simulation, as far as it can be told, in words.
+
+    Args:
+        clip: (T, H, W, 3) uint8.
+        expected: the float graph's logits for it (classes,).
+    """
+    integers = int8.bundle.build.get("integers", {})
+    asked, executed = int(integers.get("asked", 0)), int(integers.get("executed", 0))
+    if executed < asked:
+        return f"the runtime computes {asked - executed} of {asked} linears in float"
+    shown = int8.backend.layers(layers.landmarks(int8.bundle.spec))
+    if LOGITS in shown:
+        batch = np.repeat(clip[None], int8.backend.batch, axis=0)
+        whole, apart = int8.backend(clip[None])[0], int8.backend.tap(shown)(batch)[LOGITS][0]
+        gained = metrics.sqnr(expected, apart) - metrics.sqnr(expected, whole)
+        if gained > SQNR_LOSS:
+            return f"the runtime fuses operators wrongly: with every block's output shown it is {gained:.1f} dB better"
+    if may_saturate(int8.bundle):
+        return "sums of its 8-bit products may overflow on this processor (x86 without VNNI)"
+    return "the cause cannot be told; edgetube parity --layers names the layer of an artifact that was written"
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -46,6 +46,7 @@ TARGETS = (
         build_needs=NEEDS,
         run_needs=("onnxruntime",),
         tolerance=2e-2,
+        arithmetic=("float16",),
     ),
     Target(
         name="onnx-int8",

@@ -40,6 +40,7 @@ TARGETS = (
         run_needs=("openvino",),
         extra=EXTRA,
         tolerance=2e-2,
+        arithmetic=("float16", "bfloat16"),
     ),
     Target(
         name="openvino-int8",
@@ -49,6 +50,7 @@ TARGETS = (
         build_needs=BUILD_NEEDS,
         run_needs=("openvino",),
         extra=EXTRA,
+        arithmetic=("float32", "bfloat16"),
     ),
 )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ from typing_extensions import Self
 from edgetube import bundle as bundles
 from edgetube import calibration, demo, export, runtimes
 from edgetube import targets as targeting
-from edgetube.bench import machine, parity
+from edgetube.bench import machine, parity, probe
 from edgetube.bench.latency import interleave
+from edgetube.bench.probe import Probe
 from edgetube.bundle import Bundle
 from edgetube.calibration import Calibrated
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.numeric import Moments
 from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat, Range, ScaleType
 from edgetube.errors import InputError, MissingPackageError, ParityError
+from edgetube.export import arithmetic, int8, proof, quantize, static
 from edgetube.export import graph as graphs
-from edgetube.export import int8, quantize, static
 from edgetube.export.base import Built
 from edgetube.export.graph import Graph
 from edgetube.model import checkpoints
@@ -37,11 +39,8 @@ from edgetube.model.checkpoints import Checkpoint
 from edgetube.progress import Progress, silent
 from edgetube.runtimes.base import Backend
 from edgetube.runtimes.torch import Reference
-from edgetube.targets import Target
-from edgetube.video import Clip
-
-PROOF_CLIPS = 16
-"""Clips of the proof that every export runs: one of noise, the others rendered from photographs."""
+from edgetube.targets import Arithmetic, Target
+from edgetube.video import Frames
 
 MOMENT_CLIPS = 8
 """Rendered clips that tell a target without calibration what every linear reads."""
@@ -144,8 +143,13 @@ class Road:
         self.checkpoint = checkpoint
         self.options = options
         self.progress = progress
-        self.clips = proof_clips(checkpoint, PROOF_CLIPS)
-        self.reference = self._answers(Reference(checkpoint.model, checkpoint.contract), "reference answers")
+        self.clips = proof.clips(checkpoint, proof.CLIPS)
+        self.model = Reference(checkpoint.model, checkpoint.contract)
+        self.reference = self._answers(self.model, "reference answers")
+        golden = proof.golden_clips(self.clips)
+        self.golden = proof.Golden(golden, np.concatenate([self.model(clip[None]) for clip in golden]))
+        self._spreads: dict[Arithmetic, float] = {}
+        self._probes: dict[bool, tuple[list[Frames], proof.Ordered]] = {}
         self.lowerings = self._prove_lowerings()
         self._graphs: dict[tuple[str, bool, int], Graph] = {}
         self._lowerings: dict[str, dict[str, Any]] = {}
@@ -168,12 +172,12 @@ class Road:
             graph = self._graph(lowering["chosen"])
             build = self._build_int8 if target.precision == "int8" else self._build
             bundle, built = build(folder, target, graph)
-            bundles.save_golden(folder, self.clips[0].frames, self.reference.logits[0])
             bundle = replace(bundle, name=place.name, build={"lowering": lowering, **bundle.build})
             bundle = self._prove(bundle, target)
             bundle = self._prove_image(bundle, target) if built.image else bundle
             if built.deferred and bundle.status != "executed":
                 bundle = replace(bundle, status="deferred")
+            bundles.save_golden(bundle, self.golden.frames, self.golden.logits)
             bundles.seal(bundle)
         return bundles.load(place)
 
@@ -188,6 +192,9 @@ class Road:
         """Calibrate, build, and measure against the float artifact of the same runtime."""
         wishes = int8.wishes(graph, target)  # refuses what cannot be before the long work begins
         calibrated = self._calibrate(target, folder.parent)
+        some, _ = self._probe_clips(judged=True)
+        answers = np.concatenate([self.model(frames[None]) for frames in some])
+        proof.check_float_graph(target.name, answers, calibrated.judge.logits[: len(some)])
         equalised, table = quantize.apply(calibrated, graph)
         scales = int8.integer_format(target).dtype
         table = replace(table, ranges={**table.ranges, **self._observe(wishes.tensors, calibrated, scales)})
@@ -199,7 +206,7 @@ class Road:
         report["macs_share"] = int8.macs_share(built, calibrated, self.options.batch)
         if runtimes.proof_device(target.name, target.backend) == runtimes.EMULATED:
             with runtimes.open_bundle(bundle, device=runtimes.EMULATED) as backend:
-                contestant = int8.Contestant(target.name, backend, 0)
+                contestant = int8.Contestant(bundle, backend)
                 report |= int8.judge(calibrated, contestant, int8.float_sibling(target).name, self.progress)
         elif not target.missing(target.run_needs):
             report |= self._measure_int8(calibrated, bundle, target, graph)
@@ -212,7 +219,7 @@ class Road:
             plain, _ = self._build(Path(folder), sibling, graph)
             first, second = (
                 int8.Contestant(
-                    each.target,
+                    each,
                     stack.enter_context(runtimes.open_bundle(each)),
                     sum(f.stat().st_size for f in each.path.rglob("*") if f.is_file() and f.name != bundles.CLIPS),
                 )
@@ -379,11 +386,36 @@ class Road:
         """Run the staged artifact on the proof clips; the bundle with what was measured."""
         device = runtimes.proof_device(target.name, target.backend)
         if device is None and (missing := target.missing(target.run_needs)):
-            return replace(bundle, status="built", parity={"note": f"not run here: that needs {', '.join(missing)}"})
+            note = f"not run here: that needs {', '.join(missing)}"
+            return replace(bundle, status="built", parity={"note": note, "golden": self.golden.unproven(target)})
         with runtimes.open_bundle(bundle, device=device) as backend:
             measured = parity.compare(self.reference, self._answers(backend, f"{target.name}: proof"))
-        check(bundle.name, target, measured)
-        return replace(bundle, status=measured.status, parity=measured.to_json())
+            some, ordered = self._probe_clips(target.precision == "int8")
+            found = Probe(ordered.agreement(backend), proof.jump(self.checkpoint, self.model, backend, bundle, some))
+            proof.check(bundle, target, measured, found)
+            golden = self.golden.judge(backend, max(map(self._spread, target.arithmetic)))
+        return replace(bundle, status=measured.status, parity=proof.record(measured, found, golden))
+
+    def _probe_clips(self, judged: bool) -> tuple[list[Frames], proof.Ordered]:
+        """Clips whose order and layers are looked at: of the proof, or some of those that judge int8."""
+        if judged not in self._probes:
+            if judged:
+                some = list(islice(self._calibration_clips[1].frames, probe.CLIPS))
+            else:
+                some = [clip.frames for clip in self.clips if clip.name != "noise"][: probe.CLIPS]
+            self._probes[judged] = some, proof.Ordered.of(self.model, some)
+        return self._probes[judged]
+
+    def _spread(self, kind: Arithmetic) -> float:
+        """See `edgetube.export.arithmetic.spread`; float32 is below what is asked of anything."""
+        if kind == "float32":
+            return 0.0
+        if kind not in self._spreads:
+            self.progress(f"simulate {kind}", 0, 1)
+            module = static.StaticTubeViT(self.checkpoint.model, self.checkpoint.contract)
+            self._spreads[kind] = arithmetic.spread(module, self.golden.frames, kind)
+            self.progress(f"simulate {kind}", 1, 1)
+        return self._spreads[kind]
 
     def _prove_image(self, bundle: Bundle, target: Target) -> Bundle:
         """The proof of an artifact that also answers images, on the first frame of the same clips."""
@@ -393,35 +425,9 @@ class Road:
         reference = parity.answer(Reference(checkpoint.model, checkpoint.contract), images, checkpoint.labels)
         with runtimes.open_bundle(part, device=runtimes.proof_device(bundle.target, bundle.backend)) as backend:
             measured = parity.compare(reference, parity.answer(backend, images, checkpoint.labels))
-        check(f"{bundle.name} for images", target, measured)
+        proof.check(part, target, measured, Probe(), " for images")
         return replace(bundle, parity={**bundle.parity, "image": measured.to_json()})
 
     def _answers(self, backend: Backend, stage: str) -> parity.Answers:
         labels = self.checkpoint.labels
         return parity.answer(backend, self.clips, labels, stage=stage, total=len(self.clips), progress=self.progress)
-
-
-def check(name: str, target: Target, measured: parity.Parity) -> None:
-    """That an artifact stays within its target's tolerance.
-
-    Raises:
-        ParityError: it does not.
-    """
-    if target.tolerance is not None and not measured.relative_error <= target.tolerance:
-        raise ParityError(
-            f"{name} differs from the reference by {measured.relative_error:.2e} of the largest logit; "
-            f"{target.name} allows {target.tolerance:.0e}; nothing was written"
-        )
-
-
-def proof_clips(checkpoint: Checkpoint, count: int) -> list[Clip]:
-    """The clips that an export is proven on: rendered from photographs, and one of noise, for any contract.
-
-    The first one moves: it becomes the bundle's golden clip. The rendered ones show camera motion; their labels are
-    dropped unless the checkpoint knows all of them.
-    """
-    rendered = list(demo.evaluation(checkpoint.contract, count - 1))
-    if not set(demo.LABELS) <= set(checkpoint.labels):
-        rendered = [replace(clip, label=None) for clip in rendered]
-    noise = np.random.default_rng(0).integers(0, 256, checkpoint.contract.shape, np.uint8)
-    return [rendered[1], Clip("noise", noise), rendered[0], *rendered[2:]]

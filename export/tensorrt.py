@@ -86,6 +86,7 @@ def _target(name: str, summary: str, tolerance: float | None) -> Target:
         run_needs=runtime.NEEDS[family],
         extra=runtime.FAMILIES[family].extra,
         tolerance=tolerance,
+        arithmetic=("float32",) if precision == "fp32" else ("float16",),
         settings=SETTINGS[family] + ((ATTENTION,) if precision == "int8" else ()),
     )
 

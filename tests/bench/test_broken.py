@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,22 +13,31 @@ import pytest
 from onnx import helper, numpy_helper
 
 from edgetube import bundle as bundles
-from edgetube import cli, datasets
+from edgetube import cli, datasets, runtimes
 from edgetube.bench import layers, parity
 from edgetube.bench.layers import Curve
 from edgetube.bench.parity import Comparison
 from edgetube.bundle import Bundle
+from edgetube.errors import ParityError
 from edgetube.export import graph as graphs
-from edgetube.export import static
+from edgetube.export import proof, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
+from edgetube.runtime import Runtime
+from edgetube.runtimes.torch import Reference
+from edgetube.targets import Precision
 
 CLIPS = 36
-GATES = parity.Gates(min_agreement=0.99, min_cosine=0.98)
+GATES = parity.DEFAULTS
 """The defaults of the command line. Half of what is broken here keeps every top-1 answer: agreement alone is blind."""
 
-FIRST = "blocks.1.mlp.fc1"
-"""The linear that one of them breaks; it has sound layers before and behind it."""
+FIRST, PROJ, TUBE = "blocks.1.mlp.fc1", "blocks.2.attn.proj", "tubes.2"
+"""The linears that some of them break; they have sound layers before and behind them."""
+
+PRECISIONS: tuple[Precision, ...] = ("int8", "w4")
+
+SMALL = ("frames", "mean45", "proj", "tube")
+"""Small faults, which keep at least 99 % of the answers, or the cosine of the worst clip above 0.98."""
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +52,17 @@ def sound(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     graph = graphs.trace(static.StaticTubeViT(demo.model, demo.contract), demo.spec, demo.contract)
     graphs.save(graph.model, folder / "model.onnx")
     checkpoint = {"name": demo.name, "source": demo.source, "sha256": demo.digest}
-    return bundles.seal(
-        Bundle(
-            folder, "sound", "onnx-fp32", "fp32", "onnxruntime", demo.spec, demo.contract, demo.labels, 1, "model.onnx",
-            checkpoint=checkpoint,
-        )
+    bundle = Bundle(
+        folder, "sound", "onnx-fp32", "fp32", "onnxruntime", demo.spec, demo.contract, demo.labels, 1, "model.onnx",
+        checkpoint=checkpoint,
     )  # fmt: skip
+    clips = proof.golden_clips(proof.clips(demo, 8))
+    reference = Reference(demo.model, demo.contract)
+    golden = proof.Golden(clips, np.concatenate([reference(clip[None]) for clip in clips]))
+    with runtimes.open_bundle(bundle) as backend:
+        bundle = replace(bundle, parity={"golden": golden.judge(backend, rough=0.0)})
+    bundles.save_golden(bundle, golden.frames, golden.logits)
+    return bundles.seal(bundle)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +75,17 @@ def broken(sound: Bundle, demo: Checkpoint, tmp_path_factory: pytest.TempPathFac
         "time": transposed_time,
         "scale": wrong_scale,
         "rounded": right_scale,
+        "frames": swapped_frames,
+        "mean45": slightly_wrong_mean,
+        "proj": one_and_a_half_proj,
+        "tube": one_and_a_quarter_tube,
     }
     made = {}
     for name, make in makers.items():
         folder = root / name
         folder.mkdir()
         onnx.save(make(demo, onnx.load(sound.artifact_path)), folder / sound.artifact)
+        shutil.copy(sound.path / bundles.GOLDEN, folder)
         made[name] = bundles.seal(replace(sound, path=folder, name=name))
     return made
 
@@ -75,6 +95,37 @@ def wrong_mean(demo: Checkpoint, model: onnx.ModelProto) -> onnx.ModelProto:
     tokenizer = static.StaticTokenizer(demo.model, replace(demo.contract, mean=(0.0, 0.0, 0.0)))
     bias = next(tensor for tensor in model.graph.initializer if tensor.name == "tubes.bias")
     bias.CopyFrom(numpy_helper.from_array(tokenizer.bias.numpy(), bias.name))
+    return model
+
+
+def slightly_wrong_mean(demo: Checkpoint, model: onnx.ModelProto) -> onnx.ModelProto:
+    """0.45 for 0.5: half a thumb's breadth on the histogram."""
+    tokenizer = static.StaticTokenizer(demo.model, replace(demo.contract, mean=(0.45, 0.45, 0.45)))
+    bias = next(tensor for tensor in model.graph.initializer if tensor.name == "tubes.bias")
+    bias.CopyFrom(numpy_helper.from_array(tokenizer.bias.numpy(), bias.name))
+    return model
+
+
+def swapped_frames(demo: Checkpoint, model: onnx.ModelProto) -> onnx.ModelProto:
+    """Two neighbours of sixteen frames in each other's place."""
+    order = np.arange(demo.spec.frames)
+    order[[7, 8]] = order[[8, 7]]
+    node = helper.make_node("Gather", ["frames", "order"], ["reordered"], name="reordered", axis=1)
+    return behind_input(model, [node], [numpy_helper.from_array(order, "order")])
+
+
+def one_and_a_half_proj(demo: Checkpoint, model: onnx.ModelProto) -> onnx.ModelProto:
+    return scaled(model, f"{PROJ}.weight", 1.5)
+
+
+def one_and_a_quarter_tube(demo: Checkpoint, model: onnx.ModelProto) -> onnx.ModelProto:
+    return scaled(model, f"{TUBE}.weight", 1.25)
+
+
+def scaled(model: onnx.ModelProto, name: str, factor: float) -> onnx.ModelProto:
+    """A weight that is multiplied: a scale that was rounded, or looked up, wrongly."""
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), name))
     return model
 
 
@@ -142,7 +193,7 @@ def curves(sound: Bundle, broken: dict[str, Bundle]) -> dict[str, Curve]:
     return {curve.name: curve for curve in found}
 
 
-@pytest.mark.parametrize("name", ["mean", "channels", "time", "scale"])
+@pytest.mark.parametrize("name", ["mean", "channels", "time", "scale", *SMALL])
 def test_a_gate_catches_it(comparison: Comparison, name: str) -> None:
     failed = [verdict for verdict in GATES.judge(comparison) if not verdict.passed]
     assert name in {verdict.bundle for verdict in failed}
@@ -158,6 +209,34 @@ def test_agreement_alone_would_not_see_three_of_them(comparison: Comparison) -> 
     assert min(found["sound"].cosine, found["rounded"].cosine) > 0.999
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_small_faults_pass_the_older_gates_and_fail_each_of_the_newer(comparison: Comparison, name: str) -> None:
+    """Agreement and cosine pass what the SQNR of the logits and the error of the tokens or of a block do not."""
+    one = next(one for one in comparison.measured if one.bundle.name == name)
+    failed = {verdict.gate for verdict in GATES.verdicts(one) if not verdict.passed}
+    assert failed >= {"min-sqnr", "max-layer-jump"}
+    assert "min-order-agreement" in failed or name != "frames"
+    assert "min-agreement" not in failed
+    assert one.probe.jump is not None
+    assert one.probe.jump[0] == {"proj": "blocks.2"}.get(name, "tubes")
+
+
+def test_the_wider_limits_of_coarser_precisions_see_them_too(comparison: Comparison) -> None:
+    """The faults alone, without the noise that int8 or 4-bit weights add to them."""
+    found = {one.bundle.name: one for one in comparison.measured}
+    for name in SMALL:
+        for precision in PRECISIONS:
+            one = replace(found[name], bundle=replace(found[name].bundle, precision=precision))
+            assert any(not v.passed for v in GATES.verdicts(one)), (name, precision, one.parity.sqnr, one.probe)
+
+
+@pytest.mark.parametrize("name", ["channels", *SMALL])
+def test_the_golden_clips_see_it_on_the_device(broken: dict[str, Bundle], name: str) -> None:
+    """The sound artifact's bound, on one that was broken afterwards and hashed anew."""
+    with Runtime(broken[name].path) as device, pytest.raises(ParityError, match="golden clips have an SQNR of"):
+        device.check()
+
+
 def test_the_command_line_says_so_with_its_exit_code(
     broken: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,19 +249,29 @@ def test_the_command_line_says_so_with_its_exit_code(
     assert [(gate["gate"], gate["passed"]) for gate in document["gates"]] == [
         ("min-agreement", True),
         ("min-cosine", False),
+        ("min-sqnr", False),
+        ("min-order-agreement", True),
+        ("max-layer-jump", False),
     ]
     assert "mean: cosine is 0.9" in captured.err
+    assert "layer jump at tubes is" in captured.err
     assert "--min-cosine asks for at least 0.98" in " ".join(captured.err.split())
 
 
 def test_the_sound_ones_pass(comparison: Comparison, sound: Bundle) -> None:
-    failed = {verdict.bundle for verdict in GATES.judge(comparison) if not verdict.passed}
-    assert failed.isdisjoint({sound.name, "rounded"})
+    found = {one.bundle.name: one for one in comparison.measured}
+    rounded = replace(found["rounded"], bundle=replace(found["rounded"].bundle, precision="int8"))
+    assert all(verdict.passed for one in (found[sound.name], rounded) for verdict in GATES.verdicts(one))
     assert comparison.measured[0].parity.agreement == 1.0
 
 
 @pytest.mark.parametrize(
-    ("name", "place"), [("mean", "tubes"), ("channels", "tubes"), ("time", "tubes"), ("scale", FIRST)]
+    ("name", "place"),
+    [
+        *((name, "tubes") for name in ("mean", "channels", "time", "frames", "mean45", "tube")),
+        ("scale", FIRST),
+        ("proj", PROJ),
+    ],
 )
 def test_the_layers_name_the_place(curves: dict[str, Curve], name: str, place: str) -> None:
     assert curves[name].first_jump == place

@@ -94,7 +94,19 @@ def test_gates_are_judged_by_their_own_number(tiny_bundle: Path) -> None:
     same = parity.measure([bundle], datasets.built_in(9, bundle.labels))
     worse = replace(same.measured[0].parity, agreement=0.9, cosine=0.5, drop=2.0, kl=0.1, sure_flips=0.2)
     rows = (compare.ClassRow("a", 4, 0.5, 0.75, 1.0, 25.0), compare.ClassRow("b", 4, 1.0, 1.0, 1.0, 0.0))
-    changed = replace(same, measured=(replace(same.measured[0], parity=worse, classes=rows),))
+    found = parity.Probe(0.5, ("blocks.1", 9.0))
+    changed = replace(same, measured=(replace(same.measured[0], parity=worse, classes=rows, probe=found),))
+    newer = parity.Gates(min_sqnr=30.0, min_order_agreement=0.99, max_layer_jump=8.0)
+    assert [(v.gate, v.value, v.passed, v.where) for v in newer.judge(changed)] == [
+        ("min-sqnr", worse.sqnr, True, ""),
+        ("min-order-agreement", 0.5, False, ""),
+        ("max-layer-jump", 9.0, False, "blocks.1"),
+    ]
+    assert str(newer.judge(changed)[2]) == (
+        f"{bundle.name}: layer jump at blocks.1 is 9, --max-layer-jump asks for at most 8"
+    )
+    blind = replace(changed, measured=(replace(changed.measured[0], probe=parity.Probe()),))
+    assert [v.gate for v in newer.judge(blind)] == ["min-sqnr"]
     limits = {"min_agreement": 0.9, "min_cosine": 0.6, "max_drop": 1.5, "max_class_drop": 20.0, "max_kl": 0.05}
     verdicts = parity.Gates(**limits, max_sure_flips=0.1).judge(changed)
     assert {v.gate: (v.value, v.passed) for v in verdicts} == {
@@ -150,7 +162,30 @@ def test_a_clip_is_made_once_however_many_models_see_it(tiny_bundle: Path) -> No
         return replace(item, read=lambda contract: made.append(item.name) or item.read(contract))
 
     parity.measure([bundle] * 3, ClipSet("counted", tuple(map(counted, source.items))))
-    assert made == [item.name for item in source.items]
+    names = [item.name for item in source.items]
+    assert made[:3] == names
+    assert sorted(made[3:]) == names  # once more, for the order of frames and the layers
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"contract": {"fps": 30.0}}, r"manifest and its checkpoint differ in input: fps is 30.0, .* with 10.0"),
+        ({"contract": {"mean": (0.4, 0.5, 0.5)}}, r"mean is \(0.4, 0.5, 0.5\), .* with \(0.4, 0.5, 0.6\)"),
+        ({"contract": {"std": (0.2, 0.3, 0.2)}}, "std is"),
+        ({"contract": {"resize": "stretch"}}, "resize is stretch, the model was trained with short-side"),
+        ({"labels": True}, "differ in labels: labels is"),
+        ({"spec": {"norm_eps": 1e-3}}, "differ in model: norm_eps is 0.001"),
+    ],
+)
+def test_the_manifest_has_to_be_that_of_the_checkpoint(tiny_bundle: Path, change: dict[str, Any], message: str) -> None:
+    bundle = bundles.load(tiny_bundle)
+    edited = {
+        key: bundle.labels[::-1] if key == "labels" else replace(getattr(bundle, key), **value)
+        for key, value in change.items()
+    }
+    with pytest.raises(CheckpointError, match=message):
+        parity.measure([replace(bundle, **edited)], datasets.built_in(1, bundle.labels))
 
 
 def test_frames_of_a_worst_clip_are_read_again(tiny_bundle: Path) -> None:

@@ -465,6 +465,32 @@ class TestJudge:
         assert not judge.verdict(other).holds
         assert judge.verdict(other).top1 == pytest.approx(16 / 18)
 
+    def test_a_budget_that_was_given_is_never_loosened(self, clips: tuple[Clips, Clips]) -> None:
+        """18 clips: one of them is 5.6 points, and 1 point was allowed."""
+        judge, logits = self.judge(clips[1], 1.0)
+        other = logits.copy()
+        assert judge.verdict(other).holds
+        other[0] = np.roll(other[0], 1)
+        verdict = judge.verdict(other)
+        assert (verdict.holds, verdict.budget) == (False, 1.0)
+
+    @pytest.mark.parametrize(
+        ("max_drop", "says"),
+        [
+            (1.0, "a budget of 1 points can be decided by at least 100 clips; 18 judged, one of which is 5.6 points"),
+            (0.3, "by at least 334 clips"),
+            (0.0, "by no number of clips"),
+            (6.0, ""),
+            (None, ""),
+        ],
+    )
+    def test_how_many_clips_a_budget_takes_is_said(
+        self, clips: tuple[Clips, Clips], max_drop: float | None, says: str
+    ) -> None:
+        judge, _ = self.judge(clips[1], max_drop)
+        assert says in judge.note
+        assert bool(judge.note) == bool(says)
+
     def test_without_labels_agreement_counts(self, clips: tuple[Clips, Clips]) -> None:
         judge, logits = self.judge(clips[1], 12.0, labelled=False)
         other = logits.copy()

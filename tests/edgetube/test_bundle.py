@@ -27,23 +27,22 @@ SPEC = ModelSpec((TubeSpec((2, 8, 8), (2, 8, 8)),), 4, (16, 16), 12, 1, 2, (("ma
 def write(out: Path, weights: bytes = b"weights") -> Path:
     with bundles.staging(out) as folder:
         (folder / "model.onnx").write_bytes(weights)
-        bundles.save_golden(folder, np.zeros(CONTRACT.shape, np.uint8), np.array([1.0, 2.0], np.float32))
-        bundles.seal(
-            Bundle(
-                path=folder,
-                name=out.name,
-                target="onnx-fp32",
-                precision="fp32",
-                backend="onnxruntime",
-                spec=SPEC,
-                contract=CONTRACT,
-                labels=("a", "b"),
-                batch=1,
-                artifact="model.onnx",
-                checkpoint={"name": "x", "source": "x", "sha256": "0" * 64},
-                parity={"max_abs_error": 1e-6},
-            )
+        bundle = Bundle(
+            path=folder,
+            name=out.name,
+            target="onnx-fp32",
+            precision="fp32",
+            backend="onnxruntime",
+            spec=SPEC,
+            contract=CONTRACT,
+            labels=("a", "b"),
+            batch=1,
+            artifact="model.onnx",
+            checkpoint={"name": "x", "source": "x", "sha256": "0" * 64},
+            parity={"max_abs_error": 1e-6, "golden": {"clips": 2, "sqnr": None, "min_sqnr": 80.0}},
         )
+        bundles.save_golden(bundle, np.zeros((2, *CONTRACT.shape), np.uint8), np.array([[1, 2], [3, 4]], np.float32))
+        bundles.seal(bundle)
     return out
 
 
@@ -71,8 +70,8 @@ def test_round_trip_keeps_everything(out: Path) -> None:
     assert read.artifact_bytes == len(b"weights")
     assert bundles.load(out, verify=False) == read
     frames, logits = read.golden()
-    assert frames.shape == CONTRACT.shape
-    assert logits.tolist() == [1.0, 2.0]
+    assert frames.shape == (2, *CONTRACT.shape)
+    assert logits.tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
 def test_nothing_is_left_beside_the_bundle(out: Path) -> None:
@@ -301,7 +300,7 @@ def test_paths_hold_when_the_working_folder_changes(out: Path, monkeypatch: pyte
     monkeypatch.chdir("/")
     assert found.path == out
     found.verify()
-    assert found.golden()[1].tolist() == [1.0, 2.0]
+    assert found.golden()[1].tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
 OLD = Path(__file__).parent / "schema1"
@@ -316,7 +315,7 @@ def test_bundles_that_were_made_before_the_manifest_was_checked_still_load(targe
     assert found.files["model.onnx"].bytes == size
     frames, logits = found.golden()
     with Runtime(found) as rt:
-        assert np.abs(rt(frames[None])[0] - logits).max() <= 2 * found.parity["max_abs_error"]
+        assert np.abs(rt(frames) - logits).max() <= 2 * found.parity["max_abs_error"]
 
 
 def test_no_bundle_there(tmp_path: Path) -> None:
@@ -435,15 +434,43 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_golden_must_fit_the_manifest(out: Path) -> None:
-    bundles.save_golden(out, np.zeros((2, 16, 16, 3), np.uint8), np.zeros(2, np.float32))
-    with pytest.raises(BundleError, match=r"frames.npy is \(2, 16, 16, 3\) uint8; expected \(4, 16, 16, 3\) uint8"):
+    bundle = bundles.load(out)
+    bundles.save_golden(bundle, np.zeros((2, 2, 16, 16, 3), np.uint8), np.zeros((2, 2), np.float32))
+    with pytest.raises(BundleError, match=r"is \(2, 2, 16, 16, 3\) uint8; expected \(2, 4, 16, 16, 3\) uint8"):
         bundles.load(out, verify=False).golden()
-    bundles.save_golden(out, np.zeros(CONTRACT.shape, np.uint8), np.array([1, np.nan], np.float32))
+    bundles.save_golden(bundle, np.zeros((2, *CONTRACT.shape), np.uint8), np.array([[1, np.nan], [1, 1]], np.float32))
     with pytest.raises(BundleError, match="holds logits that are not finite"):
         bundles.load(out, verify=False).golden()
     (out / "golden.npz").write_bytes(b"not a zip")
     with pytest.raises(BundleError, match="cannot be read"):
         bundles.load(out, verify=False).golden()
+
+
+def test_one_golden_clip_of_an_older_bundle_is_still_read(out: Path) -> None:
+    np.savez(out / "golden.npz", frames=np.zeros(CONTRACT.shape, np.uint8), logits=np.ones(2, np.float32))
+    edit(out, parity={"max_abs_error": 1e-6})
+    frames, logits = bundles.load(out, verify=False).golden()
+    assert (frames.shape, logits.shape) == ((1, *CONTRACT.shape), (1, 2))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": ["b", "a"]},
+        {"input": {"fps": 30.0}},
+        {"input": {"mean": [0.45, 0.45, 0.45]}},
+        {"input": {"std": [0.3, 0.3, 0.3]}},
+        {"input": {"resize": "stretch"}},
+        {"target": "onnx-fp16", "precision": "fp16"},
+        {"checkpoint": {"name": "x", "source": "x", "sha256": "1" * 64}},
+    ],
+)
+def test_an_edited_manifest_is_not_that_of_the_golden_clips(out: Path, changes: dict[str, Any]) -> None:
+    """Every hash in it still fits: only what was proven tells."""
+    given = {key: CONTRACT.to_json() | value if key == "input" else value for key, value in changes.items()}
+    edit(out, **given)
+    with pytest.raises(BundleError, match="not those that were proven: somebody has edited it"):
+        bundles.load(out).golden()
 
 
 def test_bundle_is_frozen(out: Path) -> None:

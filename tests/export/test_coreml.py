@@ -21,7 +21,7 @@ from edgetube.calibration import Calibrated, numeric
 from edgetube.calibration.clips import collect
 from edgetube.calibration.table import CalibrationTable, Range
 from edgetube.errors import BundleError, InputError, MissingPackageError, SpecError
-from edgetube.export import coreml, int8, mlprogram, mlweights, pipeline, quantize, static
+from edgetube.export import coreml, int8, mlprogram, mlweights, pipeline, proof, quantize, static
 from edgetube.export import graph as graphs
 from edgetube.export.graph import Graph
 from edgetube.model import checkpoints
@@ -455,7 +455,7 @@ def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> B
 def test_a_bundle_is_proven_by_the_evaluator_and_says_so(bundle: Bundle) -> None:
     device = runtimes.proof_device(bundle.target, bundle.backend)
     assert bundle.status == bundle.parity["status"] == ("executed" if device is None else "emulated")
-    assert bundle.parity["image"]["clips"] == bundle.parity["clips"] == pipeline.PROOF_CLIPS
+    assert bundle.parity["image"]["clips"] == bundle.parity["clips"] == proof.CLIPS
     assert bundle.parity["agreement"] == 1
     assert bundle.build["settings"]["functions"] == "video+image"
     assert bundle.build["lowering"]["chosen"] in static.LOWERINGS

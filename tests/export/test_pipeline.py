@@ -16,7 +16,7 @@ from edgetube import bundle as bundles
 from edgetube import export
 from edgetube.errors import InputError, MissingPackageError, ParityError, SpecError
 from edgetube.export import onnxruntime as exporter
-from edgetube.export import pipeline, static
+from edgetube.export import pipeline, proof, static
 from edgetube.model import checkpoints
 from edgetube.runtimes.torch import Reference
 
@@ -47,7 +47,7 @@ def test_the_manifest_says_what_was_chosen_and_measured(tiny_bundle: Path, tiny_
     assert bundle.build["lowering"]["chosen"] == "gather"
     assert set(bundle.build["lowering"]["max_abs_error"]) == {"gather"}
     assert bundle.build["lowering"]["dropped"] == {}
-    assert bundle.parity["clips"] == pipeline.PROOF_CLIPS
+    assert bundle.parity["clips"] == proof.CLIPS
     assert bundle.parity["max_abs_error"] < 1e-4
     assert bundle.versions["torch"].partition("+")[0] == str(torch.__version__).partition("+")[0]
     json.dumps(bundle.to_json())

@@ -26,7 +26,7 @@ from edgetube.calibration import graphs as seen
 from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
 from edgetube.errors import BackendError, InputError
 from edgetube.export import graph as graphs
-from edgetube.export import pipeline, quantize, rewrite, static
+from edgetube.export import pipeline, proof, quantize, rewrite, static
 from edgetube.export import tensorrt as exporter
 from edgetube.export.graph import Graph
 from edgetube.model import checkpoints
@@ -141,7 +141,7 @@ def test_without_a_gpu_the_bundle_is_whole_but_for_the_engine(name: str, tiny_ch
     assert bundle.status == "deferred"
     assert set(bundle.files) == {"model.onnx", "golden.npz"}
     assert bundle.parity["status"] == "emulated"
-    assert bundle.parity["clips"] == pipeline.PROOF_CLIPS
+    assert bundle.parity["clips"] == proof.CLIPS
     assert bundle.parity["max_abs_error"] <= target.tolerance * max(1, bundle.parity["max_abs_logit"])
     assert bundle.build["command"].startswith("trtexec --onnx=model.onnx")
     if installed("tensorrt_rtx"):

@@ -77,7 +77,7 @@ def test_the_bundle_opens_from_its_folder_alone(
     try:
         frames, logits = bundles.load(moved).golden()
         with runtimes.open_bundle(bundles.load(moved)) as backend:
-            np.testing.assert_allclose(backend(frames[None])[0], logits, atol=1e-4)
+            np.testing.assert_allclose(backend(frames), logits, atol=1e-4)
     finally:
         moved.rename(exported["fp32"].path)
 

@@ -1,0 +1,92 @@
+"""What answers alone do not show: whether an artifact sees the order of the frames, and where its error begins.
+
+A model may be robust enough to give the same class, and nearly the same logits, on wrong pixels. So two more things are
+looked at on a few clips. The frames of a clip are reversed and shuffled: the artifact's logits have to move as the
+reference's do. And the tokens and the output of every block are compared: the error may grow from layer to layer, but
+not jump.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetube import metrics
+from edgetube.bench import layers
+from edgetube.bench.panel import Opened
+from edgetube.progress import Progress, silent
+from edgetube.video import Frames
+
+Logits = npt.NDArray[np.float32]
+
+CLIPS, LAYER_CLIPS = 6, 2
+"""Clips whose order is changed, and clips that layers are looked at on."""
+
+MOVES = 1e-3
+"""A reference that moves by less than this share of its logits' energy does not care for order."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found of one artifact.
+
+    Attributes:
+        order_agreement: `edgetube.metrics.moves_alike` of the reversed and shuffled clips; None for single images and
+            for a reference that does not care for order.
+        jump: (layer, dB) of the largest `edgetube.bench.layers.drops`; None where the runtime shows no layers.
+    """
+
+    order_agreement: float | None = None
+    jump: tuple[str, float] | None = None
+
+
+def reordered(frames: Frames) -> list[Frames]:
+    """A clip (T, H, W, 3) backwards, and with its frames shuffled, always in the same way; nothing for an image."""
+    if len(frames) < 2:
+        return []
+    shuffled = np.random.default_rng(0).permutation(len(frames))
+    return [np.ascontiguousarray(frames[::-1]), np.ascontiguousarray(frames[shuffled])]
+
+
+def order_agreement(reference: Sequence[Logits], answers: Sequence[Logits]) -> float | None:
+    """From logits (classes,) of a clip and of its `reordered` forms, three after three."""
+    first, second = (np.stack(each).reshape(len(each) // 3, 3, -1).astype(np.float64) for each in (reference, answers))
+    moved = first[:, 1:] - first[:, :1]
+    if not (moved**2).sum() > MOVES * (first**2).sum():
+        return None
+    return metrics.moves_alike(moved, second[:, 1:] - second[:, :1])
+
+
+def probe(opened: Opened, clips: Sequence[Frames], progress: Progress = silent) -> tuple[Probe, ...]:
+    """Look at the bundles of an open panel, in its order.
+
+    Args:
+        clips: (T, H, W, 3) uint8 each; the first few are used.
+    """
+    models = opened.panel.models
+    shown = [form for clip in clips[:CLIPS] for form in (clip, *reordered(clip))]
+    answers = []
+    for index, model in enumerate(models):
+        progress(f"{model.name}: order", 0, 1)
+        backend = opened.backend(index)
+        answers.append([backend(clip[None])[0] for clip in shown] if len(shown) > len(clips[:CLIPS]) else [])
+        progress(f"{model.name}: order", 1, 1)
+    curves = _curves(opened, clips[:LAYER_CLIPS], progress)
+    return tuple(
+        Probe(
+            order_agreement(answers[0], own) if own else None,
+            layers.largest_drop(found, model.bundle.precision),
+        )
+        for model, own, found in zip(models[1:], answers[1:], curves, strict=True)
+    )
+
+
+def _curves(opened: Opened, clips: Sequence[Frames], progress: Progress) -> tuple[layers.Curve, ...]:
+    """The landmarks of each bundle; empty curves where the reference shows no layers."""
+    wanted = layers.landmarks(opened.panel.models[0].bundle.spec)
+    if not opened.backend(0).layers(wanted):
+        return tuple(layers.Curve(model.name, 0, ()) for model in opened.panel.models[1:])
+    return tuple(layers.of_opened(opened, clips, wanted, progress))
