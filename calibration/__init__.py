@@ -31,6 +31,7 @@ from edgetube.calibration.table import (
     digits,
 )
 from edgetube.calibration.walk import StaleStateError, State, Walk
+from edgetube.errors import InputError
 from edgetube.progress import Progress, silent, track
 from edgetube.video import Frames
 
@@ -93,9 +94,14 @@ def calibrate(
 
     Raises:
         ParityError: the budget cannot be met.
-        InputError: the clips make the model give NaN.
+        InputError: the clips make the model give NaN or infinite numbers.
     """
     reference = search.answers(model, judged, open_graph, "float answers", progress)
+    if bad := [name for name, row in zip(judged.names, reference, strict=True) if not np.isfinite(row).all()]:
+        raise InputError(
+            f"the model gives NaN or infinite logits on {len(bad)} of {len(judged)} clips, {bad[0]} among them; check "
+            "weights and clips"
+        )
     judge = Judge(judged, reference, max_drop)
     key = _key(model, statistics, judge, activations, form, versions or {})
     model = graphs.prepared(model, activations)
@@ -165,7 +171,11 @@ def observe(
 
 
 def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: Open) -> dict[str, Moments]:
-    """The moments over clips (T, H, W, 3) and tokens of what each linear with a bias reads, by its weight."""
+    """The moments over clips (T, H, W, 3) and tokens of what each linear with a bias reads, by its weight.
+
+    Raises:
+        InputError: what one reads is NaN or infinite.
+    """
     linears = [linear for linear in graphs.linears(model) if linear.bias is not None]
     read = list(dict.fromkeys(linear.activation for linear in linears))
     call, (frames,) = open_graph(graphs.only(model, read)), model.graph.input
@@ -174,6 +184,8 @@ def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: O
     for clip in clips:
         for name, values in zip(read, call({frames.name: np.stack([clip] * batch)}), strict=True):
             rows = np.asarray(values, np.float32).reshape(-1, values.shape[-1])
+            if not np.isfinite(rows).all():
+                raise InputError(f"the model gives NaN or infinite values in {name}; check its weights")
             found.setdefault(name, GramMatrix(rows.shape[1])).add(rows)
     moments = {name: gram.moments for name, gram in found.items()}
     return {linear.weight: moments[linear.activation] for linear in linears}

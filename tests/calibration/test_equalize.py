@@ -213,6 +213,8 @@ class TestChoice:
         positive = equalize._clipped(np.abs(x) + 1, 0.0)
         assert positive.low == 0.0
         many = rng.standard_normal((20_000, 12)).astype(np.float32)
+        many[1, 1], many[1, 2] = 9.0, -9.0  # where a sample does not look
+        assert (equalize._clipped(many, 0.0).low, equalize._clipped(many, 0.0).high) == (-9.0, 9.0)
         drawn = many.reshape(-1)[:: many.size // 100_003]
         assert equalize._clipped(many, 0.1).high == np.quantile(drawn, 0.95)
 

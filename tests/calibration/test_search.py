@@ -1,0 +1,219 @@
+"""Which linears fall back: the search against trying every number of them, verdicts against counting by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+
+from edgetube.calibration import search
+from edgetube.calibration.clips import Clips
+from edgetube.calibration.graphs import linears
+from edgetube.calibration.search import Found, Judge, Verdict
+from edgetube.calibration.walk import State
+from edgetube.errors import ParityError
+
+HOLDS = Verdict(100, True, 1.0, 1.0, 1.0, 40.0, 0.0, 1.0)
+FAILS = Verdict(100, True, 0.5, 1.0, 0.5, 3.0, 50.0, 1.0)
+
+
+def graph(sizes: dict[str, tuple[int, int, int]]) -> onnx.ModelProto:
+    """Linears by name, each of its own input: (rows, K, N)."""
+    nodes, inputs, types, tensors = [], [], [], []
+    for name, (rows, depth, width) in sizes.items():
+        nodes.append(helper.make_node("MatMul", [f"{name}.in", f"{name}.weight"], [f"{name}.out"], name=name))
+        types.append(helper.make_tensor_value_info(f"{name}.in", onnx.TensorProto.FLOAT, [1, rows, depth]))
+        inputs.append(types[-1])
+        tensors.append(numpy_helper.from_array(np.zeros((depth, width), np.float32), f"{name}.weight"))
+    out = [helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.FLOAT, None)]
+    return helper.make_model(helper.make_graph(nodes, "g", inputs, out, tensors, value_info=types))
+
+
+@dataclass
+class Stub:
+    """What the search asks of a walk."""
+
+    model: onnx.ModelProto
+
+    def __post_init__(self) -> None:
+        self.linears = linears(self.model)
+
+
+def clips(labels: list[int]) -> Clips:
+    names = tuple(f"{i}" for i in range(len(labels)))
+    return Clips("x", np.zeros((len(labels), 1, 1, 1, 3), np.uint8), np.array(labels), names, "")
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: dict[str, tuple[int, int, int]],
+    sensitive: dict[str, float],
+    ranking: dict[str, float] | None = None,
+) -> tuple[Found, list[frozenset[str]]]:
+    """A search where the budget holds when nothing in `sensitive` is quantised; what was tried, too."""
+    tried: list[frozenset[str]] = []
+
+    def attempt(walk: Any, state: Any, judge: Any, quantised: frozenset[str]) -> Verdict:
+        tried.append(quantised)
+        return FAILS if quantised & {*sensitive} else HOLDS
+
+    monkeypatch.setattr(search, "_try", attempt)
+    found = {name: sensitive.get(name, 0.001) for name in sizes} if ranking is None else ranking
+    monkeypatch.setattr(search, "rank", lambda walk, state, judge, names: {n: found[n] for n in names})
+    stub: Any = Stub(graph(sizes))
+    return search.search(stub, State(), Judge(clips([0]), np.zeros((1, 2), np.float32), None)), tried
+
+
+BLOCKS = {f"blocks.{i}.mlp.fc1": (10, 4, 8) for i in range(8)}
+
+
+class TestWhatIsQuantised:
+    def test_everything_when_the_budget_holds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found, tried = run(monkeypatch, BLOCKS, {})
+        assert (found.quantised, found.reasons, found.ranking) == (frozenset(BLOCKS), {}, {})
+        assert tried == [frozenset(BLOCKS)]
+        assert found.verdict is HOLDS
+
+    @pytest.mark.parametrize(
+        ("head", "admitted"),
+        [
+            ((1, 4, 8), True),  # 1.2 % of the work, 11 % of the weights
+            ((100, 1, 2), True),  # 7 % of the work, 0.8 % of the weights
+            ((1, 1, 2), True),  # 0.08 % of the work, 0.8 % of the weights
+        ],
+    )
+    def test_a_linear_outside_of_the_blocks_has_to_be_worth_it(
+        self, monkeypatch: pytest.MonkeyPatch, head: tuple[int, int, int], admitted: bool
+    ) -> None:
+        found, _ = run(monkeypatch, {**BLOCKS, "head": head}, {})
+        assert ("head" in found.quantised) == admitted
+
+    def test_one_that_is_not_says_what_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A block has 4000 weights and 40000 multiplications; half a percent is the bound."""
+        large = {"blocks.0.x": (10, 80, 50)}
+        found, _ = run(monkeypatch, {**large, "head": (1, 2, 2)}, {})
+        assert found.quantised == frozenset(large)
+        assert found.reasons == {"head": "0.0% of the work, 0.1% of the weights"}
+        found, _ = run(monkeypatch, {**large, "head": (1, 10, 2)}, {})
+        assert found.reasons == {"head": "0.0% of the work, 0.5% of the weights"}  # 20 / 4020 = 0.4975 %
+        found, _ = run(monkeypatch, {**large, "head": (1, 3, 7)}, {})
+        assert found.quantised == {*large, "head"}  # 21 / 4021 = 0.5223 %
+        found, _ = run(monkeypatch, {**large, "blocks.0.small": (1, 1, 2)}, {})
+        assert found.quantised == {*large, "blocks.0.small"}
+
+
+class TestFallback:
+    @pytest.mark.parametrize("count", [1, 2, 3, 4])
+    def test_as_few_as_possible_fall_back(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+        """The worst first; half of the work may."""
+        sensitive = {f"blocks.{i}.mlp.fc1": 0.9 - 0.1 * i for i in range(count)}
+        found, tried = run(monkeypatch, BLOCKS, sensitive)
+        assert found.quantised == frozenset(BLOCKS) - {*sensitive}
+        assert found.reasons == {n: f"fell back: alone it moves the logits by {r:.1%}" for n, r in sensitive.items()}
+        assert found.ranking.keys() == BLOCKS.keys()
+        assert found.verdict is HOLDS
+        assert tried[0] == frozenset(BLOCKS)
+        assert tried[-1] == found.quantised  # biases are those of the result
+
+    def test_no_more_than_half_of_the_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sensitive = {f"blocks.{i}.mlp.fc1": 0.9 - 0.1 * i for i in range(5)}
+        with pytest.raises(ParityError, match=r"INT8 loses 50\.00 points .* with the 4 most sensitive of 8 linears in"):
+            run(monkeypatch, BLOCKS, sensitive)
+
+    def test_the_ranking_decides_who_falls(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Three in front of the one that hurts fall with it."""
+        names = list(BLOCKS)
+        ranking = {name: 0.9 - 0.1 * i for i, name in enumerate(names)}
+        found, _ = run(monkeypatch, BLOCKS, {names[3]: 1.0}, ranking)
+        assert found.quantised == frozenset(names[4:])
+
+    @given(work=st.lists(st.integers(1, 20), min_size=1, max_size=12), budget=st.integers(0, 150))
+    def test_what_may_fall_back(self, work: list[int], budget: int) -> None:
+        names = [f"{i}" for i in range(len(work))]
+        by_hand = max(count for count in range(len(work) + 1) if sum(work[:count]) <= budget)
+        assert search._affordable(names, dict(zip(names, work, strict=True)), budget) == by_hand
+
+
+class TestVerdict:
+    def answers(self, picks: list[int]) -> npt.NDArray[np.float32]:
+        return np.eye(4, dtype=np.float32)[picks]
+
+    def test_by_hand(self) -> None:
+        """Ten clips of one label: nine right in floating point, seven of them in int8, and one that was wrong."""
+        judge = Judge(clips([1] * 10), self.answers([1] * 9 + [2]), None)
+        found = judge.verdict(self.answers([1] * 7 + [0, 0, 1]))
+        assert (found.clips, found.labelled) == (10, True)
+        assert (found.top1_float, found.top1) == (0.9, 0.8)
+        assert found.agreement == 0.7
+        assert found.loss == pytest.approx(10)
+        assert found.sqnr == pytest.approx(10 * np.log10(10 / 6))
+        assert found.budget == 10  # one clip of ten
+        assert found.holds
+        assert str(found) == "10.00 points of top-1 on 10 clips, 10.00 allowed"
+
+    def test_without_a_label_agreement_counts(self) -> None:
+        judge = Judge(clips([1] * 9 + [-1]), self.answers([1] * 10), None)
+        found = judge.verdict(self.answers([1] * 8 + [0, 0]))
+        assert (found.labelled, found.top1, found.top1_float) == (False, None, None)
+        assert found.loss == pytest.approx(20)
+        assert not found.holds
+        assert str(found) == "20.00 % of the answers on 10 clips, 10.00 allowed"
+        assert found.to_json()["loss"] == found.loss
+
+    @pytest.mark.parametrize(("labels", "budget"), [([1] * 400, 0.5), ([-1] * 400, 1.0), ([1] * 100, 1.0)])
+    def test_budgets(self, labels: list[int], budget: float) -> None:
+        """Half a point of accuracy, one of agreement, and never less than one clip."""
+        exact = self.answers([1] * len(labels))
+        assert Judge(clips(labels), exact, None).verdict(exact).budget == budget
+
+    def test_exactly_the_budget_holds(self) -> None:
+        judge = Judge(clips([1] * 1000), self.answers([1] * 1000), None)
+        for wrong, holds in ((5, True), (6, False)):
+            assert judge.verdict(self.answers([1] * (1000 - wrong) + [0] * wrong)).holds == holds
+
+
+def test_answers_are_those_to_every_clip_in_its_order(tmp_path: Path) -> None:
+    frames = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1, 1).repeat(3, axis=-1)
+    seen = Clips("x", frames, np.zeros(5, int), tuple("abcde"), "")
+    stages: list[Any] = []
+
+    def open_graph(model: onnx.ModelProto) -> Any:
+        return lambda feeds: [np.float32([[feeds["a.in"].sum(), 1]])]
+
+    found = search.answers(graph({"a": (1, 1, 2)}), seen, open_graph, "s", lambda *s: stages.append(s))
+    np.testing.assert_array_equal(found, [[0, 1], [3, 1], [6, 1], [9, 1], [12, 1]])
+    assert stages[0] == ("s", 0, 5)
+
+
+class RankStub(Stub):
+    """A walk whose graphs are the names of what they quantise."""
+
+    input = "frames"
+    progress = staticmethod(lambda *_: None)
+
+    def simulated(self, state: State, quantised: frozenset[str]) -> str:
+        assert not state.biases
+        (name,) = quantised
+        return name
+
+    def open(self, name: str) -> Any:
+        return lambda feeds: [np.float32([[1, int(feeds["frames"].flat[0])]]) * (1 + 0.1 * int(name))]
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
+def test_the_ranking_is_the_relative_error_of_each_alone(count: int) -> None:
+    frames = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1, 1)
+    exact = np.stack([np.ones(count), np.arange(count)], axis=1).astype(np.float32)
+    seen = Clips("x", frames, np.zeros(count, int), tuple(map(str, range(count))), "")
+    stub: Any = RankStub(graph({"a": (1, 1, 2)}))
+    state = State(biases={"x": np.float32([1])})
+    found = search.rank(stub, state, Judge(seen, exact, None), frozenset({"1", "3"}))
+    assert found == {"1": pytest.approx(0.1, rel=1e-5), "3": pytest.approx(0.3, rel=1e-5)}
