@@ -30,10 +30,18 @@ VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PANEL: "panel", HEAT: "heat
 }
 
 MARKERS = {"fp32": "o", "fp16": "s", "int8": "^", "w8": "D", "w4": "p"}
+SIGNS = {"fp32": "●", "fp16": "■", "int8": "▲", "w8": "◆", "w4": "⬟"}
+"""The markers as letters."""
 DASHES = {"fp32": "-", "fp16": (0, (5, 1.5)), "int8": (0, (2, 1)), "w8": (0, (1, 1)), "w4": (0, (4, 1, 1, 1))}
 
 WIDE, NARROW = 10.2, 3.7
 """Inches of a drawing; the page shows about 100 pixels an inch."""
+
+ABOVE = 0.42
+"""Inches above the axes of quality over latency, for the names of points that are near 100 %."""
+
+DIGITS = 2.4
+"""Widths of `99.9` in the size of its letters, with room at both sides."""
 
 Draw = Callable[["Figure", bool], None]
 
@@ -71,24 +79,35 @@ def pareto(rows: Sequence[Row], quality: str, title: str) -> str:
     points = [row for row in rows if row["p50_ms"] is not None and row[quality] is not None]
 
     def draw(figure: Figure, wide: bool) -> None:
-        axes = _axes(figure, (0.62, 0.52, 0.15, 0.1))
+        axes = _axes(figure, (0.62, 0.52, 0.15, ABOVE))
         times, values = [row["p50_ms"] for row in points], [100 * row[quality] for row in points]
         reach = max(max(values) - min(values), 1.0)
-        axes.set(xscale="log", ylim=(min(values) - 0.3 * reach, max(values) + 0.45 * reach))
+        # Shares end at 100 %: the names of the best points stand above the axes.
+        axes.set(xscale="log", ylim=(max(0.0, min(values) - 0.3 * reach), min(100.0, max(values) + 0.3 * reach)))
         axes.set_xlim(min(times) / 1.35, max(times) * 1.35)
-        front = sorted((row["p50_ms"], 100 * row[quality]) for row in points if _unbeaten(row, points, quality))
-        axes.step(*zip(*front, strict=True), where="post", color=SOFT, linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
+        if len(best := front(points, quality)) > 1:
+            axes.step(*zip(*best, strict=True), where="post", color=SOFT, lw=1.2, linestyle=(0, (2, 2)), zorder=1)
         for row in points:
             style = look[row["name"]]
             x, y = row["p50_ms"], 100 * row[quality]
-            axes.errorbar(x, y, xerr=[[x - row["p10_ms"]], [row["p90_ms"] - x]], color=style.colour, alpha=0.45, lw=1)
-            axes.plot(x, y, style.marker, color=style.colour, markersize=8, markeredgecolor=PANEL, zorder=3)
+            bars = axes.errorbar(x, y, xerr=[[x - row["p10_ms"]], [row["p90_ms"] - x]], color=style.colour, lw=1)
+            for part in bars.get_children():
+                part.set(alpha=0.45, clip_on=False)
+            axes.plot(
+                x, y, style.marker, color=style.colour, markersize=8, markeredgecolor=PANEL, zorder=3, clip_on=False
+            )
         _label(axes, [(row["p50_ms"], 100 * row[quality], row["short"]) for row in points])
         _log_ticks(axes, times)
         axes.set_xlabel("latency of one call, median, ms")
         axes.set_ylabel(title)
 
     return both(draw, 3.6, 3.6, f"{title} over latency")
+
+
+def front(rows: Sequence[Row], quality: str) -> list[tuple[float, float]]:
+    """(milliseconds, per cent) of what no other row beats in both, fastest first."""
+    known = [row for row in rows if row["p50_ms"] is not None and row[quality] is not None]
+    return sorted({(row["p50_ms"], 100 * row[quality]) for row in known if _unbeaten(row, known, quality)})
 
 
 def _unbeaten(row: Row, rows: Sequence[Row], quality: str) -> bool:
@@ -127,29 +146,32 @@ def heat(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
     """Share of equal answers for every pair; the more they differ, the stronger the colour."""
     count = len(names)
     reach = max(1 - min(map(min, matrix)), 0.02)
+    left = 0.078 * max(map(len, names)) + 0.1
+    cell = (NARROW - left - 0.05) / count
 
     def draw(figure: Figure, wide: bool) -> None:
         from matplotlib.patches import Rectangle
 
-        axes = _axes(figure, (1.35, 0.05, 0.05, 1.15))
+        axes = _axes(figure, (1.35, 0.05, 0.05, 1.15) if wide else (left, 0.05, 0.05, left))
+        size = 8.0 if wide else min(8.0, 72 * cell / DIGITS)
         for y, line in enumerate(matrix):
             for x, share in enumerate(line):
                 strength = 0.04 + 0.9 * (1 - share) / reach
                 axes.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, facecolor=HEAT, alpha=strength, lw=0))
-                if wide and x != y:
+                if x != y:
                     text = "100" if share == 1 else f"{100 * share:.1f}"
-                    axes.text(x + 0.5, y + 0.52, text, ha="center", va="center", color=INK, size=8)
+                    axes.text(x + 0.5, y + 0.52, text, ha="center", va="center", color=INK, size=size)
         axes.set(xlim=(0, count), ylim=(count, 0), xticks=[i + 0.5 for i in range(count)])
-        axes.set_xticklabels(names, rotation=55, ha="left", rotation_mode="anchor")
+        axes.set_xticklabels(names, rotation=55 if wide else 90, ha="left", rotation_mode="anchor")
         axes.set_yticks([i + 0.5 for i in range(count)], names)
         axes.xaxis.tick_top()
         axes.tick_params(colors=INK, length=0, pad=2)
         axes.grid(False)
         axes.spines[:].set_visible(False)
 
-    wide, cell = min(WIDE, 1.4 + 0.6 * count), (NARROW - 1.4) / count
     label = "agreement between targets in per cent"
-    return both(draw, 0.32 * count + 1.2, cell * count + 1.2, label, wide)
+    high = count * max(cell, 0.18) + left + 0.05
+    return both(draw, 0.32 * count + 1.2, high, label, min(WIDE, 1.4 + 0.6 * count))
 
 
 def layers(rows: Sequence[Row], curves: Sequence[Row]) -> str:
@@ -265,7 +287,10 @@ def _log_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names above points, moved up or down until none covers another or a point; a moved one is joined."""
+    """Names above points, moved up or down until none covers another or a point; a moved one is joined.
+
+    There is room for them `ABOVE` the axes.
+    """
     scale = 72 / axes.figure.dpi  # from pixels to points, which is what the letters are measured in
     corners = axes.transAxes.transform([(0, 0), (1, 1)]) * scale
     (left, bottom), (right, top) = corners.tolist()
@@ -277,7 +302,7 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
         moves = [sign * (high + step * high / 2) for step in range(30) for sign in (1, -1)]
         free = (
             y + move for move in moves
-            if bottom + 8 < y + move < top
+            if bottom + 8 < y + move < top + 72 * ABOVE - 5
             and all(abs(y + move - at) >= high - 1 or middle + half < start or end < middle - half
                     for start, end, at in taken)
         )  # fmt: skip

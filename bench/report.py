@@ -37,6 +37,9 @@ KEPT = "report"
 CLIPS, FRAMES = 6, 8
 """Of the worst clips, and frames of each."""
 
+VISIBLE = 0.01
+"""Difference of a probability from which on the page, which shows whole per cents, has something to show."""
+
 LAYER_CLIPS = 4
 
 COLUMNS = ("target", "verdict", "agreement", "top-1", "p50 ms", "clips/s", "cold start ms", "memory MB", "size MB")
@@ -168,9 +171,9 @@ def assemble(
     rows = [_row(row, times.get(row["name"], {}), parity["gates"], common) for row in parity["bundles"]]
     proven = {row["name"] for row in rows}
     rows += [_row(row, row, (), common) for row in bench["bundles"] if row["name"] not in proven]
-    eager = next((row["p50_ms"] for row in rows if row["target"] is None), None)
+    eager = next((row for row in rows if row["target"] is None and row["p50_ms"]), None)
     for row in rows:
-        row["speedup"] = eager / row["p50_ms"] if eager and row["p50_ms"] else None
+        row["speedup"] = _ratio(eager, row)
         if _is_reference(row, parity):
             row["top1"] = parity["bundles"][0]["top1_reference"]
     rows.sort(key=lambda row: (row["target"] is not None, row["p50_ms"] is None, row["p50_ms"] or 0.0, row["name"]))
@@ -197,12 +200,26 @@ def _row(proof: Document, timed: Document, gates: Sequence[Document], common: st
     return row
 
 
+def _ratio(eager: Document | None, row: Document) -> float | None:
+    """How many times as fast as the PyTorch model a row is; None where noise is larger than the ratio can bear."""
+    if eager is None or not row["p50_ms"] or max(eager["noise"], row["noise"]) > latency.NOISY:
+        return None
+    ratio = float(eager["p50_ms"] / row["p50_ms"])
+    return ratio if row is eager or abs(ratio - 1) > eager["noise"] + row["noise"] else None
+
+
 def _worst(parity: Document) -> list[Document]:
-    """The worst clips of all bundles: flipped ones first, then by KL."""
+    """The clips where a bundle differs: with another answer first, then by KL."""
     return sorted(
-        ({**clip, "of": row["name"]} for row in parity["bundles"] for clip in row["worst"]),
+        ({**clip, "of": row["name"]} for row in parity["bundles"] for clip in row["worst"] if _differs(clip)),
         key=lambda clip: (not clip["flipped"], -(clip["kl"] or 0.0)),
     )
+
+
+def _differs(clip: Document) -> bool:
+    """Whether a reader sees a difference: another class, or another percentage of the same one."""
+    apart = abs(clip["bundle"]["score"] - clip["reference"]["score"])
+    return bool(clip["flipped"]) or apart >= VISIBLE
 
 
 def headline(report: Report) -> str:
@@ -213,10 +230,20 @@ def headline(report: Report) -> str:
     timed = [row for row in right if row["p50_ms"]]
     if timed:
         best = min(timed, key=lambda row: float(row["p50_ms"]))
-        text += f"; {best['short']} is the fastest of the {len(timed)} that run here, {best['p50_ms']:.3g} ms a call"
+        rivals = [row for row in timed if _lowest(row) < best["p50_ms"] * (1 + best["noise"])]
+        fastest = " and ".join(row["short"] for row in rivals[:3]) if len(rivals) <= 3 else f"{len(rivals)} of them"
+        if len(rivals) > 1:
+            text += f"; of the {len(timed)} that run here {fastest} are the fastest, too close to tell apart"
+        else:
+            text += f"; {fastest} is the fastest of the {len(timed)} that run here, {best['p50_ms']:.3g} ms a call"
         if best["speedup"]:
             text += f", {best['speedup']:.1f} times as fast as PyTorch"
     return text + "."
+
+
+def _lowest(row: Document) -> float:
+    """Milliseconds of a call that the noise allows."""
+    return float(row["p50_ms"] * (1 - row["noise"]))
 
 
 def html(report: Report) -> str:
@@ -238,6 +265,7 @@ def html(report: Report) -> str:
     short = {row["name"]: row["short"] for row in rows}
     agreement = parity["agreement"]
     curves = [curve for curve in parity["layers"] if curve["curve"]]
+    precisions = dict.fromkeys(row["precision"] for row in both_known)
     drawings = {
         "pareto": safe(figures.pareto(plotted, quality, title)) if both_known else "",
         "sizes": safe(figures.sizes(rows)),
@@ -252,6 +280,8 @@ def html(report: Report) -> str:
         drawings=drawings,
         look=figures.styles(rows),
         colours={colour: f"var(--{name})" for colour, name in figures.VARIABLES.items()},
+        front=len(figures.front(plotted, quality)) > 1,
+        signs=[(figures.SIGNS[name], name) for name in figures.SIGNS if name in precisions],
         jumps=[curve for curve in curves if curve["first_jump"]],
         mute=[curve for curve in parity["layers"] if not curve["curve"]],
         short=short,
