@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from edgetube import calibration, datasets, export
 from edgetube.calibration.clips import collect
-from edgetube.calibration.table import Activations, CalibrationTable
+from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat
 from edgetube.errors import InputError, ParityError
 from edgetube.export import graph as graphs
 from edgetube.export import integer, onnxruntime, quantize, static
@@ -43,9 +43,15 @@ def clips(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> An
 def calibrated(graph: Graph, clips: Any, tmp_path_factory: pytest.TempPathFactory) -> Both:
     found: Both = {}
     for scheme in get_args(Activations):
-        workspace = tmp_path_factory.mktemp(scheme)
         made = calibration.calibrate(
-            graph.model, clips, clips, export.evaluator(), activations=scheme, workspace=workspace, max_drop=100.0
+            graph.model,
+            clips,
+            clips,
+            export.evaluator(),
+            activations=scheme,
+            form=IntegerFormat(safe_pairs=True),
+            workspace=tmp_path_factory.mktemp(scheme),
+            max_drop=100.0,
         )
         applied, table = quantize.apply(made, graph)
         found[scheme] = applied.model, table
