@@ -297,7 +297,7 @@ def _parse_checkpoint(value: Any) -> dict[str, str]:
 def _parse_build(value: Any) -> dict[str, Any]:
     """The free record of the exporter; what edgetube itself shows of it has its type."""
     build = strict.record(value, "build")
-    for key in ("lowering", "graph", "int8", "layers", "settings", "engine"):
+    for key in ("lowering", "graph", "int8", "integers", "layers", "settings", "engine"):
         if key in build:
             strict.record(build[key], f"build.{key}")
     if "lowering" in build:

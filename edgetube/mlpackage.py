@@ -7,7 +7,6 @@ backend.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetube import strict
 from edgetube.errors import BundleError
 from edgetube.protobuf import Fields, parse, varint
 from edgetube.protobuf import message as _bytes
@@ -114,10 +114,10 @@ def load(path: str | Path) -> Package:
     """
     path = Path(path)
     try:
-        manifest = json.loads((path / "Manifest.json").read_text("utf-8"))
+        manifest = strict.read_json(path / "Manifest.json")
         items = manifest["itemInfoEntries"]
-        root = items[manifest["rootModelIdentifier"]]["path"]
-        model_file = path / "Data" / PurePosixPath(root)
+        root = strict.path(items[manifest["rootModelIdentifier"]]["path"], "path of the model")
+        model_file = path / "Data" / root
         fields = parse(memoryview(model_file.read_bytes()))
         weights = Weights(model_file.parent)
         program = parse(_one(fields, 502))
@@ -126,9 +126,9 @@ def load(path: str | Path) -> Package:
         default = _text(description[21][0]) if 21 in description else "main"
         metadata = _metadata(parse(_one(description, 100))) if 100 in description else {}
         version = _number(fields[1][0])
-    except (OSError, ValueError, KeyError, IndexError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, IndexError, StopIteration, TypeError, RecursionError, struct.error) as error:
         raise BundleError(
-            f"{path} is not an ML program package that can be read ({error!r}); export it again"
+            f"{path} is not an ML program package that can be read ({strict.shown(repr(error), 300)}); export it again"
         ) from error
     if default not in functions:
         raise BundleError(f"{path} has no function {default!r}; it has {', '.join(functions)}: export it again")
@@ -227,7 +227,8 @@ class Weights:
         Raises:
             BundleError: the file is missing, cut off, or has another constant there.
         """
-        path = self.folder / PurePosixPath(name).relative_to("@model_path")
+        inside = strict.path(PurePosixPath(name).relative_to("@model_path").as_posix(), "path of the weights")
+        path = self.folder / inside
         data = self._map(path)
         if offset % ALIGNMENT or offset + ALIGNMENT > len(data):
             raise BundleError(f"{path} is damaged: no record at byte {offset} of {len(data)}; export it again")

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetube.errors import FormatError
+from edgetube.strict import shown
 
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 """Of NumPy's file format by version; the third is for names of fields that are not ASCII."""
@@ -237,7 +238,7 @@ def _readable(file: Path) -> Iterator[None]:
     except FormatError as error:
         raise FormatError(f"{file.name}: {error}") from error
     except DAMAGES as error:
-        raise FormatError(f"{file.name} is damaged: {error}") from error
+        raise FormatError(f"{file.name} is damaged: {shown(str(error), 200)}") from error
     except OSError as error:  # a place in the file that cannot be
         if error.errno != errno.EINVAL:
             raise

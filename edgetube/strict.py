@@ -202,7 +202,7 @@ def _show(value: Any) -> str:
     return shown(repr(value[: 2 * SHOWN] if isinstance(value, str) else value))
 
 
-def shown(text: str) -> str:
+def shown(text: str, most: int = SHOWN) -> str:
     """The beginning of a text in an error message, without control characters."""
     plain = printable(text)
-    return plain if len(plain) <= SHOWN else f"{plain[:SHOWN]}..."
+    return plain if len(plain) <= most else f"{plain[:most]}..."

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetube import strict
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
 from edgetube.runtimes.base import Backend, Interface, Output, Tap, may_saturate
@@ -60,7 +61,9 @@ class Session(Backend):
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
         super().__init__(bundle.contract, bundle.batch)
-        precisions = bundle.build.get("inference_precision", ["f32"])
+        named = strict.items(bundle.build.get("inference_precision", ["f32"]), "build.inference_precision")
+        precisions = [strict.choice(precision, "build.inference_precision", CAPABILITY) for precision in named]
+        bundle.file(str(Path(bundle.artifact).with_suffix(".bin")))  # opened by OpenVINO, beside the artifact
         self.path, self.how = bundle.artifact_path, (precisions, threads, device or "cpu")
         if self.how[2].lower() == "cpu" and may_saturate(bundle) and _saturates():
             raise BackendError(

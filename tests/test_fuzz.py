@@ -6,6 +6,7 @@ take at most 20 s and a gigabyte, and write nothing beside what it was given.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -46,7 +47,7 @@ TEXTS = (
     "x" * 5000, "1", "NaN", "int8", "onnxruntime", "openvino", "torch", "mil",
 )  # fmt: skip
 OTHERS = (None, [], {}, [[]], [1, 2, 3], [0, 0, 0], {"a": {"b": {}}}, [[[[[[1]]]]]], math.nan, math.inf)
-VALUES = st.sampled_from([*NUMBERS, *TEXTS, *OTHERS])
+VALUES = st.sampled_from([*NUMBERS, *TEXTS, *OTHERS]).map(copy.deepcopy)
 
 
 def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -187,7 +187,7 @@ def _read(path: Path) -> Checkpoint:
             _check_types(path, {name: part.get_dtype() for name, part in slices.items()})
             state = {name: file.get_tensor(name).float() for name in names}
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a safetensors file: {strict.shown(str(error), 300)}") from error
     for name, value in state.items():
         if not value.isfinite().all():
             raise CheckpointError(

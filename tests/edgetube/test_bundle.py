@@ -193,6 +193,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"build": {"settings": []}}, "build.settings is"),
     ({"build": {"engine": "x"}}, "build.engine is"),
     ({"build": {"layers": "x"}}, "build.layers is"),
+    ({"build": {"integers": "x"}}, "build.integers is"),
     ({"build": {"free": {"deep": "\x07"}}}, "control characters"),
     ({"parity": None}, "parity is None"),
     ({"parity": {"max_abs_error": -1}}, "parity.max_abs_error is -1"),

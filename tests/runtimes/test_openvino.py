@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from edgetube import bundle as bundles
 from edgetube import runtimes
 from edgetube.bundle import Bundle
-from edgetube.errors import BackendError, InputError
+from edgetube.errors import BackendError, BundleError, FormatError, InputError
 from edgetube.export import pipeline
 
 ov = pytest.importorskip("openvino")
@@ -114,3 +115,16 @@ def test_the_probe_is_a_product_of_integers_that_would_overflow() -> None:
     kinds = [op.get_rt_info()["runtimePrecision"].astype(str) for op in compiled.get_runtime_model().get_ops()]
     assert {"i8", "u8"} & set(kinds)
     assert isinstance(openvino._saturates(), bool)
+
+
+@pytest.mark.parametrize("value", [["f8"], "f32", [1], None])
+def test_precisions_that_are_none(exported: dict[str, Bundle], value: Any) -> None:
+    bundle = replace(exported["fp32"], build={**exported["fp32"].build, "inference_precision": value})
+    with pytest.raises(FormatError, match=r"build.inference_precision is"):
+        runtimes.open_bundle(bundle)
+
+
+def test_weights_that_the_manifest_does_not_list_are_not_opened(exported: dict[str, Bundle]) -> None:
+    files = {name: record for name, record in exported["fp32"].files.items() if name != "model.bin"}
+    with pytest.raises(BundleError, match=r"'model.bin' is not among the files of the manifest"):
+        runtimes.open_bundle(replace(exported["fp32"], files=files))
