@@ -186,7 +186,7 @@ def test_answers_are_those_to_every_clip_in_its_order(tmp_path: Path) -> None:
     stages: list[Any] = []
 
     def open_graph(model: onnx.ModelProto) -> Any:
-        return lambda feeds: [np.float32([[feeds["a.in"].sum(), 1]])]
+        return lambda feeds: [np.array([[feeds["a.in"].sum(), 1]], np.float32)]
 
     found = search.answers(graph({"a": (1, 1, 2)}), seen, open_graph, "s", lambda *s: stages.append(s))
     np.testing.assert_array_equal(found, [[0, 1], [3, 1], [6, 1], [9, 1], [12, 1]])
@@ -205,7 +205,7 @@ class RankStub(Stub):
         return name
 
     def open(self, name: str) -> Any:
-        return lambda feeds: [np.float32([[1, int(feeds["frames"].flat[0])]]) * (1 + 0.1 * int(name))]
+        return lambda feeds: [np.array([[1, int(feeds["frames"].flat[0])]], np.float32) * (1 + 0.1 * int(name))]
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
@@ -214,6 +214,6 @@ def test_the_ranking_is_the_relative_error_of_each_alone(count: int) -> None:
     exact = np.stack([np.ones(count), np.arange(count)], axis=1).astype(np.float32)
     seen = Clips("x", frames, np.zeros(count, int), tuple(map(str, range(count))), "")
     stub: Any = RankStub(graph({"a": (1, 1, 2)}))
-    state = State(biases={"x": np.float32([1])})
+    state = State(biases={"x": np.array([1], np.float32)})
     found = search.rank(stub, state, Judge(seen, exact, None), frozenset({"1", "3"}))
     assert found == {"1": pytest.approx(0.1, rel=1e-5), "3": pytest.approx(0.3, rel=1e-5)}

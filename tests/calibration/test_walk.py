@@ -119,7 +119,7 @@ class TestNotFinite:
             sample = Sample("blocks.0.mlp.act", 2)
             sample.add(0, np.zeros((1, 3, 4), np.float32))
             with pytest.raises(InputError, match=r"in blocks\.0\.mlp\.act on calibration clip 1; check weights and"):
-                sample.add(1, np.float32([[[0, 0, bad, 0]]]))
+                sample.add(1, np.array([[[0, 0, bad, 0]]], np.float32))
 
 
 class TestSample:
@@ -160,7 +160,7 @@ class TestSample:
     def test_fewer_rows_than_wanted_are_all(self) -> None:
         sample = Sample("x", 2)
         sample.add(0, np.arange(6, dtype=np.float32).reshape(1, 3, 2))
-        sample.add(1, np.float32([[[7, 8]]]))
+        sample.add(1, np.array([[[7, 8]]], np.float32))
         np.testing.assert_array_equal(sample.rows, [[0, 1], [2, 3], [4, 5], [7, 8]])
 
     @pytest.mark.parametrize(
