@@ -302,16 +302,27 @@ def _as_apng(path: Path) -> io.BytesIO:
         MissingPackageError: Pillow is not installed.
     """
     need("PIL", "plot")
+    import av
     from PIL import Image, ImageSequence
 
-    found = io.BytesIO()
+    found, shown = io.BytesIO(), 0
     try:
-        with Image.open(path) as image:
-            pairs = [(frame.convert("RGB"), frame.info["duration"]) for frame in ImageSequence.Iterator(image)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image, av.open(found, "w", format="apng") as container:
+                stream = container.add_stream("apng", rate=1000)
+                stream.width, stream.height = image.size
+                stream.pix_fmt = "rgb24"
+                for picture in ImageSequence.Iterator(image):
+                    frame = av.VideoFrame.from_ndarray(np.asarray(picture.convert("RGB")))
+                    frame.pts, frame.time_base = shown, Fraction(1, 1000)
+                    shown += picture.info["duration"]
+                    container.mux(stream.encode(frame))
+                container.mux(stream.encode())
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be used: {error}") from error
     except (OSError, EOFError, ValueError, SyntaxError) as error:
         raise InputError(f"{path} is cut off or damaged: copy or record it again") from error
-    (first, *rest), durations = zip(*pairs, strict=True)
-    first.save(found, "PNG", save_all=True, append_images=rest, duration=list(durations))
     found.seek(0)
     return found
 
@@ -565,6 +576,10 @@ class _Reader:
                 for packet in self.container.demux(self.stream):
                     yield packet
                     heard = time.monotonic()
+                return
+            except (
+                IndexError
+            ):  # PyAV at the end of a file in which streams began that were not there when it was opened
                 return
             except av.BlockingIOError as error:  # avfoundation's way to say that the next frame is not there yet
                 if not self.live or time.monotonic() - heard > TIMEOUT:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,9 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from PIL import Image, ImageOps
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps, ImageSequence
 
 from edgetube import preprocess, video
 from edgetube.errors import InputError, InputWarning, MissingPackageError
@@ -442,6 +445,38 @@ def test_a_title_that_is_not_utf8_does_not_stop_a_film(tmp_path: Path, form: str
     assert numbers(frame for _, frame in video.frames(path)) == [7]
 
 
+DAMAGED = ["cfr.mp4", "fragments.mp4", "cfr.mkv", "h264.ts", "mpeg4.avi", "cfr.flv", "cfr.mpg", "raw.h264"]
+
+
+@given(
+    name=st.sampled_from(DAMAGED),
+    places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=12),
+    header=st.booleans(),
+    keep=st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.02]),
+)
+def test_damaged_bytes_are_pictures_or_one_line(
+    clips: dict[str, Path], name: str, places: list[tuple[float, int]], header: bool, keep: float
+) -> None:
+    """Whatever is in a file: frames of one size in ascending time, or our error without a line end."""
+    data = bytearray(clips[name].read_bytes())
+    for place, value in places:
+        data[int(place * (600 if header else len(data)))] = value
+    path = clips[name].with_name(f"damaged-{name}")
+    path.write_bytes(data[: int(keep * len(data))])
+    for read in (lambda: list(islice(video.frames(path), 100)), lambda: [(0.0, video.load(path, contract(4)).frames)]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InputWarning)
+            try:
+                found = read()
+            except InputError as error:
+                found = []
+                message = str(error)
+                assert "\n" not in message
+                assert path.name in message
+        assert all(a[0] < b[0] for a, b in pairwise(found))
+        assert all(frame.dtype == np.uint8 and frame.shape[-1] == 3 for _, frame in found)
+
+
 def test_index_at_the_end_is_missing(clips: dict[str, Path], tmp_path: Path) -> None:
     path = cut(clips["cfr.mp4"], tmp_path / "cut.mp4", 0.8)
     with pytest.raises(
@@ -654,6 +689,9 @@ def animation(path: Path) -> Path:
 def test_animations_are_videos(tmp_path: Path, mode: str) -> None:
     path = animation(tmp_path / f"a.{mode}")
     times, pixels = zip(*video.frames(path), strict=True)
+    with Image.open(path) as image:
+        pillow = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+    np.testing.assert_array_equal(pixels, pillow)
     assert numbers(pixels) == list(range(12))
     assert times == pytest.approx([*np.arange(6) / 10, *(0.6 + np.arange(6) / 20)])
 
@@ -674,6 +712,16 @@ def test_an_animation_that_is_cut_off_is_refused(tmp_path: Path, mode: str) -> N
             for (_, frame), expected in zip(video.frames(path), whole, strict=False):
                 np.testing.assert_array_equal(frame, expected)
     assert refused > 0.7 * len(data) / 17
+
+
+@pytest.mark.skipif("webp_anim" in av.formats_available, reason="this FFmpeg reads animated WebP")
+def test_an_animated_webp_of_absurd_size_is_refused(tmp_path: Path) -> None:
+    path = animation(tmp_path / "a.webp")
+    data = bytearray(path.read_bytes())
+    data[27:30] = (2_000_000).to_bytes(3, "little")  # the canvas's height, less one
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"a.webp cannot be used: Image size \(128000064 pixels\) exceeds limit"):
+        list(video.frames(path))
 
 
 def test_animated_webp_without_pillow_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
