@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 import subprocess
@@ -201,6 +202,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"parity": {"max_abs_error": 2e30}}, "parity.max_abs_error is 2e"),
     ({"parity": {"image": {"max_abs_error": -1}}}, "parity.image.max_abs_error is -1"),
     ({"parity": {"clips": True}}, "parity.clips is True"),
+    ({"parity": {"kl": -1.1e30}}, "parity.kl is -1.1e"),
+    ({"parity": {"kl": 1.1e30}}, "parity.kl is 1.1e"),
+    ({"parity__golden": {"clips": 0, "min_sqnr": 80}}, "parity.golden.clips is 0; expected an integer, 1 to 64"),
+    ({"parity__golden": {"clips": 65, "min_sqnr": 80}}, "parity.golden.clips is 65"),
+    ({"parity__golden": {"clips": 2}}, "parity.golden lacks the field min_sqnr"),
+    ({"parity__golden": {"clips": 2, "min_sqnr": -301}}, "parity.golden.min_sqnr is -301; .*, -300 to 300"),
+    ({"parity__golden": {"clips": 2, "min_sqnr": 301}}, "parity.golden.min_sqnr is 301"),
+    ({"build": {"graph": {"operators": {"Add": -1}}}}, "build.graph.operators.Add is -1; .*, 0 to 2147483648"),
+    ({"build": {"graph": {"operators": {"Add": (1 << 31) + 1}}}}, "build.graph.operators.Add is 2147483649"),
+    ({"build": {"lowering": {"chosen": "a", "why": "b", "timings": {"a": {"p50_ms": -1}}}}}, "p50_ms is -1"),
     ({"parity": {"clips": [1]}}, "parity.clips is"),
     ({"parity": {"a b": 1}}, "a name in parity is 'a b'"),
     ({"versions": {"edgetube": 1}}, "versions.edgetube is 1; expected text"),
@@ -234,6 +245,12 @@ def test_impossible_values_are_refused(out: Path, change: dict[str, Any], messag
     "change",
     [
         {"batch": 4096},
+        {"parity__golden": {"clips": 1, "min_sqnr": -300}},
+        {"parity__golden": {"clips": 64, "min_sqnr": 300}},
+        {"parity": {"kl": -1e30, "max_abs_error": 1e30}},
+        {"build": {"graph": {"operators": {"Add": 0, "Mul": 1 << 31}}}},
+        {"build": {"lowering": {"chosen": "a", "why": "b", "timings": {"a": {"p50_ms": 0}}}}},
+        {"checkpoint__source": ""},
         {"name": "x" * 200},
         {"name": "モデル-1.onnx_fp32"},
         {"labels": ["", "x" * 1000]},
@@ -479,3 +496,72 @@ def test_bundle_is_frozen(out: Path) -> None:
     assert replace(read, batch=2).batch == 2
     with pytest.raises(AttributeError):
         read.batch = 2  # type: ignore[misc]
+
+
+def test_the_manifest_as_it_is_written(out: Path) -> None:
+    text = (out / MANIFEST).read_text()
+    data = json.loads(text)
+    assert text == json.dumps(data, indent=2) + "\n"
+    assert (data["schema"], data["name"], data["artifact"], data["batch"]) == (1, "x.onnx-fp32", "model.onnx", 1)
+    assert (data["status"], data["precision"], data["backend"]) == ("built", "fp32", "onnxruntime")
+    assert list(data["files"]) == ["golden.npz", "model.onnx"]
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert data["files"]["model.onnx"] == {"bytes": 7, "sha256": digest}
+
+
+def test_what_belongs_to_the_proof_is_not_the_artifact_s_size(out: Path) -> None:
+    for name, size in (("calibration.json", 10), ("calibration.npy", 100), ("model.onnx.data", 1000)):
+        (out / name).write_bytes(bytes(size))
+    assert bundles.seal(bundles.load(out, verify=False)).artifact_bytes == 7 + 1000
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 5 << 19])
+def test_hashes_of_files_larger_than_a_piece(tmp_path: Path, size: int) -> None:
+    data = bytes(range(256)) * (size // 256 + 1)
+    (tmp_path / "x").write_bytes(data[:size])
+    assert bundles.sha256(tmp_path / "x") == hashlib.sha256(data[:size]).hexdigest()
+
+
+def test_a_file_of_another_size_or_content(out: Path) -> None:
+    for data in (b"weight", b"weights ", b"Weights"):
+        (out / "model.onnx").write_bytes(data)
+        with pytest.raises(BundleError, match=r"model\.onnx is not the file that was proven"):
+            bundles.load(out).verify()
+    (out / "model.onnx").write_bytes(b"weights")
+    bundles.load(out).verify()
+
+
+def test_a_staged_bundle_is_hidden_and_locked(tmp_path: Path) -> None:
+    def stage() -> None:
+        with bundles.staging(tmp_path / "a" / "x") as folder:
+            assert folder.parent == tmp_path / "a"
+            assert sorted(p.suffix for p in folder.parent.iterdir()) == [".lock", ".staging"]
+            assert all(p.name.startswith(".edgetube-") for p in folder.parent.iterdir())
+            raise RuntimeError
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            stage()
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_files_of_others_are_not_swept(out: Path) -> None:
+    theirs = out.parent / "notes.staging"
+    theirs.mkdir()
+    write(out.parent / "y")
+    assert theirs.is_dir()
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match=r"cannot write to .*file: "), bundles.staging(tmp_path / "file" / "x"):
+        pass
+
+
+def test_a_manifest_that_cannot_be_read(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(bundles.strict, "read_json", refuse)
+    with pytest.raises(BundleError, match=r"edgetube\.json cannot be read: Permission denied"):
+        bundles.load(out)
