@@ -180,7 +180,7 @@ def test_a_clip_is_made_once_however_many_models_see_it(tiny_bundle: Path) -> No
 )
 def test_the_manifest_has_to_be_that_of_the_checkpoint(tiny_bundle: Path, change: dict[str, Any], message: str) -> None:
     bundle = bundles.load(tiny_bundle)
-    edited = {
+    edited: dict[str, Any] = {
         key: bundle.labels[::-1] if key == "labels" else replace(getattr(bundle, key), **value)
         for key, value in change.items()
     }

@@ -151,8 +151,8 @@ def test_order_is_seen_by_how_logits_move(demo: Checkpoint) -> None:
     ordered = proof.Ordered.of(reference, [clip.frames for clip in proof.clips(demo, 4)])
     assert len(ordered.shown) == 3 * 4
     assert ordered.agreement(reference) == 1.0
-    plain = [np.float32([4, 0]), np.float32([0, 4]), np.float32([2, 2])]
-    half = [np.float32([4, 0]), np.float32([2, 2]), np.float32([3, 1])]
+    plain = [np.array([4, 0], np.float32), np.array([0, 4], np.float32), np.array([2, 2], np.float32)]
+    half = [np.array([4, 0], np.float32), np.array([2, 2], np.float32), np.array([3, 1], np.float32)]
     assert probe.order_agreement(plain, half) == pytest.approx(1 - 0.25 / 2)
     assert probe.order_agreement([plain[0]] * 3, half) is None
     assert probe.reordered(np.zeros((1, 4, 4, 3), np.uint8)) == []
