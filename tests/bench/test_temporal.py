@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -35,6 +36,8 @@ def test_runs() -> None:
         ([0, 0, 1, 1, 1, 1, 1, 1], -0.5, 0),
         ([0, 0, 0, 0, 0, 0, 0, 0], None, 1),
         ([0, 1, 0, 0, 1, 1, 1, 1], 0.5, 0),  # an earlier slip is no onset of this change
+        ([0, 1, 1, 0, 0, 0, 0, 0], None, 1),  # nor is one that ends where the change begins
+        ([0, 0, 0, 0, 0, 0, 0, 1], 2.0, 0),  # the last window is not too late
     ],
 )
 def test_onset_delay(answers: list[int], delay: float | None, missed: int) -> None:
@@ -42,6 +45,23 @@ def test_onset_delay(answers: list[int], delay: float | None, missed: int) -> No
     got = temporal.steadiness("x", reference, np.array(answers), TIMES)
     assert (got.onset_delay_mean_s, got.onset_delay_max_s, got.missed) == (delay, delay, missed)
     assert got.agreement == np.mean(reference == answers)
+
+
+def test_several_onsets() -> None:
+    """Changes at windows 2, 4 and 6; noticed 1 window late, 1 early, and one only when the reference has left it."""
+    reference, answers = np.array([0, 0, 1, 1, 2, 2, 3, 0]), np.array([0, 0, 0, 2, 2, 2, 2, 3])
+    got = temporal.steadiness("x", reference, answers, TIMES)
+    assert got.onsets == 2
+    assert got.flip_rate == pytest.approx(2 / 7)
+    assert got.missed == 3  # 1, 3, and the return to 0
+    assert (got.onset_delay_mean_s, got.onset_delay_max_s) == (-0.5, -0.5)
+    later = temporal.steadiness("x", np.array([0, 0, 1, 1, 0, 0, 0, 0]), np.array([0, 0, 0, 1, 1, 1, 0, 0]), TIMES)
+    assert (later.onset_delay_mean_s, later.onset_delay_max_s, later.missed) == (0.75, 1.0, 0)
+
+
+def test_a_change_that_comes_when_the_reference_has_left_it_is_missed() -> None:
+    got = temporal.steadiness("x", np.array([0, 1, 1, 0, 0]), np.array([0, 0, 0, 1, 1]), TIMES[:5])
+    assert (got.missed, got.onset_delay_mean_s) == (2, None)
 
 
 def test_a_steady_stream_is_sound() -> None:
@@ -79,8 +99,60 @@ def test_repeated_frames_are_counted_while_the_picture_moves(rng: np.random.Gene
     assert temporal.health(times, np.zeros(100)).duplicated == 0, "a still scene repeats nothing"
 
 
+@pytest.mark.parametrize(("interval", "dropped"), [(1.5, 0), (1.6, 1), (2.4, 1), (2.6, 2)])
+def test_an_interval_of_more_than_one_and_a_half_lost_a_frame(interval: float, dropped: int) -> None:
+    times = np.cumsum([10.0, 1, 1, interval, 1, 1])
+    got = temporal.health(times, np.full(5, 4.0))
+    assert (got.dropped, sum(gap.frames for gap in got.gaps)) == (dropped, dropped)
+    assert got.seconds == pytest.approx(4 + interval)
+    assert got.fps == pytest.approx(1.0 if dropped else 5 / (4 + interval))
+    assert [gap.at for gap in got.gaps] == ([12.0] if dropped else [])
+
+
+def test_the_drift_of_a_few_frames_is_that_of_the_first_interval_to_the_last() -> None:
+    assert temporal.health(np.array([0.0, 1.0, 2.25]), np.full(2, 4.0)).fps_drift_percent == pytest.approx(-20)
+
+
+@pytest.mark.parametrize(
+    ("usual", "one", "repeated"), [(0.5, 0.05, 1), (0.49, 0.04, 0), (0.5, 0.06, 0), (8.0, 0.8, 1), (8.0, 0.81, 0)]
+)
+def test_a_repeated_frame_changes_by_a_tenth_of_half_a_level_at_least(usual: float, one: float, repeated: int) -> None:
+    changes = np.full(60, usual)
+    changes[30] = one
+    assert temporal.health(np.arange(61.0), changes).duplicated == repeated
+
+
+@pytest.mark.parametrize("count", [1, 2, 12, 13, 14, 40, 100])
+def test_what_is_usual_is_the_median_of_the_frames_around(count: int, rng: np.random.Generator) -> None:
+    """Counted in a loop; a stream goes on behind its ends as in a mirror, a very short one as it ends."""
+    for _ in range(20):
+        changes = rng.choice([0.001, 0.3, 0.6, 5.0], count, p=[0.4, 0.1, 0.2, 0.3])
+        expected = 0
+        for at in range(count):
+            places = np.arange(at - 12, at + 13)
+            mirrored = (count - 1) - np.abs((count - 1) - np.abs(places))
+            around = changes[mirrored if count > 12 else np.clip(places, 0, count - 1)]
+            expected += bool(np.median(around) >= 0.5 and changes[at] <= 0.1 * np.median(around))
+        assert temporal.health(np.arange(count + 1.0), changes).duplicated == expected
+
+
+def test_a_watch_lets_frames_through_and_looks_at_every_eighth_pixel() -> None:
+    black = np.zeros((20, 30, 3), np.uint8)
+    white, between = black + np.uint8(200), black.copy()
+    white[0, 0], between[1:8], between[:, 1:8] = 0, 255, 255
+    frames = [(0.5, black), (0.7, between), (0.9, white), (1.2, black)]
+    watch = temporal.Watch(frames)
+    assert [(at, frame is given) for (at, frame), (_, given) in zip(watch, frames, strict=True)] == [
+        (0.5, True), (0.7, True), (0.9, True), (1.2, True),
+    ]  # fmt: skip
+    assert watch.times == [0.5, 0.7, 0.9, 1.2]
+    assert watch.changes == pytest.approx([0, 200 * 11 / 12, 200 * 11 / 12])  # of 3 x 4 pixels one stays black
+    assert watch.health() == temporal.health(np.array(watch.times), np.array(watch.changes))
+
+
 def test_one_frame_is_no_stream() -> None:
-    assert temporal.health(np.array([0.0]), np.array([])).fps == 0.0
+    assert temporal.health(np.array([]), np.array([])) == temporal.Health(0, 0.0, 0.0, 0.0, 0, 0, ())
+    assert temporal.health(np.array([7.0]), np.array([])) == temporal.Health(1, 0.0, 0.0, 0.0, 0, 0, ())
 
 
 @pytest.fixture
@@ -116,6 +188,31 @@ def test_a_bundle_watches_a_video_with_the_reference(film: Path, tiny_bundle: Pa
     document = seen.comparison.to_json(video=seen.to_json())
     assert document["video"]["windows"] == document["data"]["clips"] == 12
     assert document["data"]["labelled"] == 0
+
+
+def test_windows_begin_and_end_where_the_film_does(
+    film: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 frames at 10 fps, a quarter of the clip apart: from 0.0, 0.2, ... to 0.8 s later."""
+    given: list[Any] = []
+    steadiness = temporal.steadiness
+    monkeypatch.setattr(temporal, "steadiness", lambda *a: given.append(a) or steadiness(*a))
+    told: list[tuple[str, int, int]] = []
+    seen = temporal.watch([bundles.load(tiny_bundle)], film, progress=lambda *step: told.append(step))
+    assert seen.hop == 2
+    starts = [float(item.name.removesuffix("s")) for item in seen.windows.items]
+    assert starts == pytest.approx(0.2 * np.arange(12), abs=0.05)
+    ((name, reference, answers, ends),) = given
+    assert name == seen.bundles[0].name == tiny_bundle.name
+    np.testing.assert_array_equal(reference, answers)
+    assert len(reference) == len(ends) == 12
+    assert ends == pytest.approx(0.8 + 0.2 * np.arange(12), abs=0.01)
+    assert seen.reference_onsets == len(temporal.runs(reference)) - 1
+    assert seen.reference_flip_rate == temporal.flip_rate(reference)
+    assert told[-1] == ("watch", 12, 12)
+    assert all(step[2] == 0 and 0 < step[1] <= 12 for step in told if step[0] == "watch" and step is not told[-1])
+    document = seen.to_json()
+    assert (document["hop"], document["windows"], document["source"]) == (2, 12, seen.windows.name)
 
 
 def test_windows_can_be_read_again(film: Path, tiny_bundle: Path) -> None:
