@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -162,4 +162,10 @@ def may_saturate(bundle: Bundle) -> bool:
 
     The manifest says in `build.integers.saturates` that it cannot; artifacts of older versions say nothing.
     """
-    return bundle.precision == "int8" and bundle.build.get("integers", {}).get("saturates", True) is not False
+    return bundle.precision == "int8" and integers(bundle).get("saturates") is not False
+
+
+def integers(bundle: Bundle) -> Mapping[str, Any]:
+    """What the manifest says of products of integers; nothing where it says it in no form that is known."""
+    stated = bundle.build.get("integers")
+    return stated if isinstance(stated, Mapping) else {}

@@ -16,7 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from edgetube import protobuf
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
-from edgetube.runtimes.base import Backend, Interface, Output, Tap, may_saturate
+from edgetube.runtimes.base import Backend, Interface, Output, Tap, integers, may_saturate
 from edgetube.video import Frames
 
 RUNS = ("onnx",)
@@ -173,7 +173,7 @@ def _entries(bundle: Bundle) -> dict[str, str]:
         return {AS_THEY_STAND: "1"}
     if not may_saturate(bundle) or not _saturates(""):
         return {}
-    signed = bundle.build.get("integers", {}).get("cpu") == "arm"  # int8 activations, which have no uint8 weights
+    signed = integers(bundle).get("cpu") == "arm"  # int8 activations, which have no uint8 weights
     if signed or _saturates(EXACT):
         raise BackendError(
             f"{bundle.path} was made for processors with VNNI: sums of its 8-bit products overflow here, and ONNX "

@@ -66,7 +66,9 @@ def test_an_old_int8_artifact_takes_the_exact_form_or_is_refused(
     old: dict[str, Any] = {"precision": "int8", "build": {"integers": {"asked": 1, "executed": 1, "cpu": "any"}}}
     assert entries(plain, {"": False}, monkeypatch, **old) == {}
     assert entries(plain, SATURATING, monkeypatch, **old) == {onnxruntime.EXACT: "1"}
-    assert entries(plain, SATURATING, monkeypatch, precision="int8", build={}) == {onnxruntime.EXACT: "1"}
+    builds: tuple[dict[str, Any], ...] = ({}, {"integers": 5}, {"integers": {}}, {"integers": {"saturates": True}})
+    for build in builds:
+        assert entries(plain, SATURATING, monkeypatch, precision="int8", build=build) == {onnxruntime.EXACT: "1"}
     with pytest.raises(BackendError, match=r"sums of its 8-bit products overflow here.*; export it again") as e:
         entries(plain, HELPLESS, monkeypatch, **old)
     assert "\n" not in str(e.value)
