@@ -826,7 +826,7 @@ def _encode(path: Path, frames: Iterator[Frames | tuple[float, Frames]], rate: F
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = (side + side % 2 for side in shape[:2])
         stream.pix_fmt, stream.codec_context.time_base = "yuv420p", tick
-        stamp = -1
+        stamp, begin = -1, min(0.0, first[0])
         for i, (seconds, pixels) in enumerate(chain([first], timed)):
             given = np.asarray(pixels)
             if given.shape != shape or given.ndim != 3 or given.shape[2] != 3 or given.dtype != np.uint8:
@@ -834,7 +834,10 @@ def _encode(path: Path, frames: Iterator[Frames | tuple[float, Frames]], rate: F
                 raise InputError(f"frame {i} is {given.dtype} {given.shape}; expected uint8 {expected}")
             even = np.pad(given, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
-            stamp = max(stamp + 1, round(seconds / tick))
+            shown = round((preprocess.seconds(seconds, f"the time of frame {i}") - begin) / tick)
+            if shown <= stamp:
+                raise InputError(f"frame {i} is at {seconds} s; expected a time after that of the frame before it")
+            stamp = shown
             frame.pts, frame.time_base = stamp, tick
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import av
 import numpy as np
 import pytest
 
@@ -159,6 +160,23 @@ def test_save_keeps_the_times_of_a_varying_rate(edgetube_cli: Any, tiny_bundle: 
     code, _, _ = edgetube_cli("run", tiny_bundle, dark, "--stream", "--save", tmp_path / "annotated.mp4")
     assert code == 0
     assert [t for t, _ in video.frames(tmp_path / "annotated.mp4")] == pytest.approx(times, abs=1e-4)
+
+
+def test_run_shows_a_warning_about_its_source_as_a_line(
+    edgetube_cli: Any, tiny_bundle: Path, clip: Path, tmp_path: Path
+) -> None:
+    with av.open(str(clip)) as source, av.open(str(tmp_path / "part"), "w", format="mpegts") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes((tmp_path / "part").read_bytes() * 2)
+    code, out, err = edgetube_cli("run", tiny_bundle, joined, "--stream", "--json")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["end"] == pytest.approx(3.0, abs=0.3)
+    assert re.fullmatch(r"warning: \S*joined.ts is damaged or was joined at about 1.\d s: it is read, .*\n", err)
 
 
 def test_save_never_replaces_the_video_that_is_read(edgetube_cli: Any, tiny_bundle: Path, clip: Path) -> None:

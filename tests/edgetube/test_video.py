@@ -1008,6 +1008,13 @@ GOOD = np.zeros((8, 8, 3), np.uint8)
         ([GOOD, GOOD[:6]], 10, "a.mp4", r"frame 1 is uint8 \(6, 8, 3\); expected uint8 \(8, 8, 3\) as the first"),
         ([GOOD.astype(np.float32)], 10, "a.mp4", r"frame 0 is float32 \(8, 8, 3\); expected uint8"),
         ([GOOD[..., 0]], 10, "a.mp4", r"frame 0 is uint8 \(8, 8\); expected uint8 \(height, width, 3\)"),
+        (
+            [(0.2, GOOD), (0.1, GOOD)],
+            10,
+            "a.mp4",
+            "frame 1 is at 0.1 s; expected a time after that of the frame before",
+        ),
+        ([(float("nan"), GOOD)], 10, "a.mp4", "the time of frame 0 is nan; expected seconds"),
         ([GOOD], 0, "a.mp4", r"fps is 0; expected a rate in \(0, 1000\)"),
         ([GOOD], 10, "a.avi", r"a.avi: expected a name that ends in .mp4"),
         ([GOOD], 10, "no/a.mp4", r"there is no folder .*no"),
