@@ -513,9 +513,9 @@ DEFAULTS = Gates(
 
 
 def _sqnr_limit(bundle: Bundle, limits: Mapping[Precision, float]) -> float:
-    """The SQNR that a bundle has to reach on any clips, dB."""
-    proven = bundle.parity.get("sqnr")
-    limit = limits[bundle.precision]
+    """The SQNR that a bundle has to reach on any clips and any machine, dB."""
+    proven, golden = bundle.parity.get("sqnr"), bundle.parity.get("golden", {})
+    limit = min(limits[bundle.precision], float(golden.get("min_sqnr", math.inf)))
     return limit if proven is None else min(limit, float(proven) - SQNR_MARGIN)
 
 

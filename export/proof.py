@@ -36,8 +36,9 @@ WORSE = 2.0
 that is rounded the other way sends the rounding of all later layers another way: an error of the same size, not the
 same error."""
 
-ROUGHER = 4.0
-"""Factor on the energy of the simulated arithmetic: measured on ARM, float16 gave twice what is simulated."""
+ROUGHER = 32.0
+"""Factor on the energy of the simulated arithmetic. On aarch64 (ONNX Runtime under QEMU) the built-in model in float16
+reached 32.5 dB where 44.4 are simulated, a sixteenth: sums of raw pixels cancel more than a random walk does."""
 
 HIGHEST = 80.0
 """SQNR of the golden clips, dB, that is enough in any precision: sums of float32 in other orders stay above it."""

@@ -258,10 +258,14 @@ def test_the_command_line_says_so_with_its_exit_code(
     assert "--min-cosine asks for at least 0.98" in " ".join(captured.err.split())
 
 
-def test_the_sound_ones_pass(comparison: Comparison, sound: Bundle) -> None:
+def test_the_sound_ones_pass(comparison: Comparison, curves: dict[str, Curve], sound: Bundle) -> None:
     found = {one.bundle.name: one for one in comparison.measured}
-    rounded = replace(found["rounded"], bundle=replace(found["rounded"].bundle, precision="int8"))
-    assert all(verdict.passed for one in (found[sound.name], rounded) for verdict in GATES.verdicts(one))
+    assert [str(verdict) for verdict in GATES.verdicts(found[sound.name]) if not verdict.passed] == []
+    one = found["rounded"]  # one linear in int8: as good as int8 has to be, not as float32
+    probe = replace(one.probe, jump=layers.largest_drop(curves["rounded"], "int8"))
+    rounded = replace(one, bundle=replace(one.bundle, precision="int8"), probe=probe)
+    assert [str(verdict) for verdict in GATES.verdicts(rounded) if not verdict.passed] == []
+    assert {verdict.gate for verdict in GATES.verdicts(one) if not verdict.passed} == {"max-layer-jump"}
     assert comparison.measured[0].parity.agreement == 1.0
 
 

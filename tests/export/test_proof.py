@@ -106,13 +106,12 @@ def test_nor_are_they_beside_the_noise_of_integers(
 
 
 def test_float16_may_do_what_it_did_on_arm(demo: Checkpoint) -> None:
-    """Computed in float16 on ARM, a golden clip of the built-in model was off by 0.026 in its largest logit of 5.
-
-    The simulated rounding comes to that size, and far below what a planted fault does (36 dB and less)."""
+    """Computed in float16 on aarch64, the golden clips of the built-in model reached 32.5 dB: that has to pass."""
     clips = proof.golden_clips(proof.clips(demo, 8))
     module = static.StaticTubeViT(demo.model, demo.contract)
     ratios = {kind: -10 * np.log10(arithmetic.spread(module, clips, kind)) for kind in arithmetic.UNIT}
-    assert 43 < ratios["float16"] < 50
+    assert 43 < ratios["float16"] < 47
+    assert ratios["float16"] - 10 * np.log10(proof.ROUGHER) < 32.5 - 0.5
     assert 50 < ratios["bfloat16"] < 58
     assert ratios["float32"] > 110
 
@@ -126,7 +125,7 @@ def test_a_golden_bound_adds_what_was_proven_and_what_arithmetic_does() -> None:
     noisy: Any = Noisy()
     stated = golden.judge(noisy, rough=1e-4)
     assert stated["sqnr"] == pytest.approx(40.0, abs=1e-3)
-    assert stated["min_sqnr"] == pytest.approx(-10 * np.log10(2 * 1e-4 + 4 * 1e-4), abs=1e-3)
+    assert stated["min_sqnr"] == pytest.approx(-10 * np.log10(2 * 1e-4 + 32 * 1e-4), abs=1e-3)
     assert golden.judge(noisy, rough=0.0)["min_sqnr"] == pytest.approx(37.0, abs=0.02)
 
 
