@@ -118,8 +118,8 @@ class Options:
             runtimes.check_threads(count)
         for name in ("seconds", "warm", "starts", "camera_fps", "camera_seconds", "hop"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{name.replace('_', '-')} is {value}; expected more than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name.replace('_', '-')} is {value}; expected more than 0, and finite")
 
 
 class Process:

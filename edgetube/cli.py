@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import traceback
@@ -33,6 +34,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+MANY = 1_000_000
+"""More clips, frames or predictions than this are a slip of the pen."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Device = Annotated[str | None, typer.Option(help="Device, as the backend names it: cpu, cuda, ...")]
 Weights = Annotated[
@@ -73,6 +77,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def _run(argv: list[str]) -> int:
     """Run one command; returns the exit code that it asks for."""
+    if "" in argv:
+        raise InputError("an argument is empty; is a variable of the shell not set?")
     command = typer.main.get_command(app)
     try:
         with terminal.input_warnings(), command.make_context("edgetube", argv or ["--help"]) as context:
@@ -165,6 +171,9 @@ def export_command(
     """
     if input_kind not in ("video", "image"):
         raise InputError(f"--input is {input_kind!r}; expected video or image")
+    _within(1, 1024, batch=batch)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise InputError(f"--out is {out_dir}, which is a file; expected a folder")
     names = _chosen(target)
     if "int8" not in {export.target(name).precision for name in names}:
         for option, value in (("calib", calib), ("max-drop", max_drop)):
@@ -209,7 +218,7 @@ def run(
 
     Example: edgetube run out/demo.onnx-fp32 clip.mp4 --save annotated.mp4
     """
-    _at_least(1, hop=hop, top_k=top_k, limit=limit)
+    _within(1, MANY, hop=hop, top_k=top_k, limit=limit)
     with Runtime(bundle, threads=threads, device=device) as rt:
         found, note = video.search(source, rt.contract)
         if save and (len(found) != 1 or not isinstance(found[0], Path)):
@@ -356,6 +365,14 @@ def parity(
 
     Example: edgetube parity out/demo.onnx-fp32 out/demo.onnx-int8 --layers
     """
+    _within(1, MANY, clips=clips, layer_clips=layer_clips, hop=hop)
+    _within(0, MANY, worst=worst)
+    _within(1, 1024, workers=workers)
+    _finite(
+        min_agreement=min_agreement, min_cosine=min_cosine, max_drop=max_drop, max_class_drop=max_class_drop,
+        max_kl=max_kl, max_error=max_error, max_sure_flips=max_sure_flips, min_sqnr=min_sqnr,
+        min_order_agreement=min_order_agreement,
+    )  # fmt: skip
     harness = need("edgetube.bench.parity", "export")
     found = _located([bundles.load(path) for path in bundle], checkpoint)
     held_against = bundles.load(reference) if reference else None
@@ -461,6 +478,10 @@ def report_command(
 
     Example: edgetube report out --out report.html
     """
+    _within(1, MANY, clips=clips)
+    _finite(min_agreement=min_agreement)
+    if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
+        raise InputError(f"cannot write {page}: expected a file in a folder that exists")
     reports, harness = need("edgetube.bench.report", "report"), need("edgetube.bench.parity", "export")
     found = _located(reports.find(folder), checkpoint)
     source = _clips(data, clips, found[0])
@@ -497,11 +518,18 @@ def _clips(data: Path | None, count: int, asked: Bundle) -> datasets.ClipSet:
     return found
 
 
-def _at_least(least: int, **options: int | None) -> None:
-    """Refuse an option whose number is smaller."""
+def _within(least: int, most: int, **options: int | None) -> None:
+    """Refuse an option whose number is smaller or larger."""
     for name, value in options.items():
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
+        if value is not None and not least <= value <= most:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}")
+
+
+def _finite(**options: float | None) -> None:
+    """Refuse an option that is no number or infinite."""
+    for name, value in options.items():
+        if value is not None and not math.isfinite(value):
+            raise InputError(f"--{name.replace('_', '-')} is {value}; expected a number")
 
 
 def _runner(workers: int, ray: str | None) -> Any:

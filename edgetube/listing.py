@@ -60,7 +60,7 @@ class Listing:
         if not self.foreign:
             return ""
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.foreign.most_common(6))
-        more = f" and {len(self.foreign) - 6} kinds more" if len(self.foreign) > 6 else ""
+        more = " and others" if len(self.foreign) > 6 else ""
         count = self.foreign.total()
         return f"{count} {'file' if count == 1 else 'files'} of {folder} left out, not clips: {kinds}{more}"
 

@@ -180,6 +180,8 @@ def search(source: Source, contract: InputContract | None = None) -> tuple[list[
         wanted = VIDEOS if contract and not contract.is_image else VIDEOS | IMAGES
         found = listing.walk(known, wanted)
         return list(found.required(known, wanted)), found.note(known)
+    if known.exists():
+        raise InputError(f"{known} is neither a file nor a folder: a pipe or a device cannot be read")
     # `Path.glob` has no patterns that are absolute.
     matches = sorted(glob.glob(str(known), recursive=True))  # noqa: PTH207
     files = [p for p in map(Path, matches) if p.is_file()]

@@ -42,7 +42,7 @@ def check_threads(threads: int | None) -> None:
     """
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise InputError(
-            f"threads is {threads}; expected 1 to {MAX_THREADS} on this machine, or None for the runtime's own choice"
+            f"threads is {threads}; expected 1 to {MAX_THREADS} on this machine; left out, the runtime chooses"
         )
 
 

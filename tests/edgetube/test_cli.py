@@ -282,12 +282,21 @@ def test_bench_prints_tables_and_notes(edgetube_cli: Callable[..., tuple[int, st
             r"no checkpoint at .*none\.safetensors",
         ),
         (["bench", ".", "--threads", "many"], "--threads is 'many'; expected numbers like 1,2,4"),
-        (["bench", ".", "--camera-fps", "0"], "camera-fps is 0.0; expected more than 0"),
+        (["bench", ".", "--camera-fps", "0"], "camera-fps is 0.0; expected more than 0, and finite"),
         (["report", "."], r"\. holds no bundles"),
-        (["run", "x", "x.mp4", "--limit", "-1"], "--limit is -1; expected 1 or more"),
-        (["run", "x", "x.mp4", "--top-k", "0"], "--top-k is 0; expected 1 or more"),
-        (["run", "x", "x.mp4", "--hop", "0"], "--hop is 0; expected 1 or more"),
+        (["run", "x", "x.mp4", "--limit", "-1"], "--limit is -1; expected 1 to 1000000"),
+        (["run", "x", "x.mp4", "--top-k", "0"], "--top-k is 0; expected 1 to 1000000"),
+        (["run", "x", "x.mp4", "--hop", "0"], "--hop is 0; expected 1 to 1000000"),
         (["run", "x", "x.mp4", "--threads", "20000"], r"threads is 20000; expected 1 to \d+ on this machine"),
+        (["run", "x", "x.mp4", "--limit", "9" * 30], "--limit is 9+; expected 1 to 1000000"),
+        (["run", "x", ""], "an argument is empty; is a variable of the shell not set"),
+        (["export", "--target", "onnx-fp32", "--batch", "100000000"], "--batch is 100000000; expected 1 to 1024"),
+        (["export", "--target", "onnx-fp32", "--out", __file__], "test_cli.py, which is a file; expected a folder"),
+        (["parity", "x", "--clips", "0"], "--clips is 0; expected 1 to"),
+        (["parity", "x", "--min-agreement", "nan"], "--min-agreement is nan; expected a number"),
+        (["parity", "x", "--layer-clips", "0"], "--layer-clips is 0; expected 1 to"),
+        (["bench", "x", "--seconds", "inf"], "seconds is inf; expected more than 0, and finite"),
+        (["report", "x", "--out", "no/such/page.html"], "cannot write no/such/page.html: expected a file in a folder"),
         (["run", "x"], "Missing argument 'source'; see: edgetube run --help"),
         (["bench", ".", "--threads", "1,20000"], "threads is 20000; expected 1 to"),
         (["export", "--target", "onnx-fp32", "--calib", "x"], "--calib is for int8 targets; onnx-fp32 is none"),
@@ -354,7 +363,7 @@ def test_a_signal_ends_a_command_with_its_code(edgetube_cli: Cli, monkeypatch: p
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetube.export.targets", lambda: {}["x"])
+    monkeypatch.setattr("edgetube.export.targets", lambda: dict[str, str]()["x"])
     with pytest.raises(KeyError):
         cli.main(["targets"])
 
