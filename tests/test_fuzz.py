@@ -36,7 +36,7 @@ from edgetube.targets import installed
 
 SECONDS, BYTES = 20, 1 << 30
 
-TIMES = max(1, settings.default.max_examples // 50)
+TIMES = max(1, settings().max_examples // 50)
 """How many times more damages another profile draws."""
 
 # --------------------------------------------------------------------------------------------------------------- damage
@@ -46,7 +46,18 @@ TEXTS = (
     "", "x", "é影", "../../etc/passwd", "/etc/passwd", "C:\\x", "a:b", "nul", "\x1b[2J", "a\nb", "\u202e", "\ud800",
     "x" * 5000, "1", "NaN", "int8", "onnxruntime", "openvino", "torch", "mil",
 )  # fmt: skip
-OTHERS = (None, [], {}, [[]], [1, 2, 3], [0, 0, 0], {"a": {"b": {}}}, [[[[[[1]]]]]], math.nan, math.inf)
+OTHERS: tuple[Any, ...] = (
+    None,
+    [],
+    {},
+    [[]],
+    [1, 2, 3],
+    [0, 0, 0],
+    {"a": {"b": {}}},
+    [[[[[[1]]]]]],
+    math.nan,
+    math.inf,
+)
 VALUES = st.sampled_from([*NUMBERS, *TEXTS, *OTHERS]).map(copy.deepcopy)
 
 

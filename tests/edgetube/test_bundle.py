@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from edgetube import bundle as bundles
+from edgetube import strict
 from edgetube.bundle import MANIFEST, Bundle
 from edgetube.errors import BundleError
 from edgetube.runtime import Runtime
@@ -562,6 +563,6 @@ def test_a_manifest_that_cannot_be_read(out: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(bundles.strict, "read_json", refuse)
+    monkeypatch.setattr(strict, "read_json", refuse)
     with pytest.raises(BundleError, match=r"edgetube\.json cannot be read: Permission denied"):
         bundles.load(out)

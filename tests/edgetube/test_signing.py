@@ -120,5 +120,5 @@ def test_minisign_itself_reads_it(bundle: Path, keys: tuple[Path, Path]) -> None
     if tool is None:
         pytest.skip("needs the program minisign")
     path = signing.sign(bundle, keys[0], no_password)
-    command = [tool, "-V", "-p", keys[1], "-m", bundle / "edgetube.json", "-x", path]
+    command = [tool, "-V", *("-p", str(keys[1])), *("-m", str(bundle / "edgetube.json")), *("-x", str(path))]
     assert subprocess.run(command, check=False, capture_output=True).returncode == 0
