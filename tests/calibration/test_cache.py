@@ -234,3 +234,27 @@ class TestLock:
         stages: list[str] = []
         with opened(tmp_path / "c", {}, lambda stage, *_: stages.append(stage)):
             assert not stages
+
+
+def test_waiting_is_a_stage_with_a_beginning_and_an_end(tmp_path: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    waiting = threading.Event()
+
+    def note(stage: str, done: int, total: int) -> None:
+        steps.append((stage, done, total))
+        waiting.set()
+
+    def second() -> None:
+        with opened(tmp_path / "c", KEY, note):
+            pass
+
+    with opened(tmp_path / "c", KEY):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waiting.wait(60)
+    thread.join(60)
+    assert steps == [("wait for another calibration", 0, 1), ("wait for another calibration", 1, 1)]
+
+
+def test_folders_above_are_made(tmp_path: Path) -> None:
+    assert Cache(tmp_path / "a" / "b" / "c", KEY).folder.is_dir()
