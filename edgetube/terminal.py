@@ -29,7 +29,7 @@ from edgetube.progress import Progress
 from edgetube.spec import Prediction
 from edgetube.targets import Target
 
-out = Console(width=None if sys.stdout.isatty() else 140, emoji=False, markup=False, highlight=False)
+out = Console(width=None if sys.stdout and sys.stdout.isatty() else 140, emoji=False, markup=False, highlight=False)
 err = Console(stderr=True, emoji=False, markup=False, highlight=False)
 
 PLAIN_S = 10.0
