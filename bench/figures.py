@@ -92,7 +92,7 @@ def pareto(rows: Sequence[Row], quality: str, title: str) -> str:
             x, y = row["p50_ms"], 100 * row[quality]
             bars = axes.errorbar(x, y, xerr=[[x - row["p10_ms"]], [row["p90_ms"] - x]], color=style.colour, lw=1)
             for part in bars.get_children():
-                part.set(alpha=0.45, clip_on=False)
+                part.set(alpha=0.45)  # cut at the axes, which very noisy times would leave
             axes.plot(
                 x, y, style.marker, color=style.colour, markersize=8, markeredgecolor=PANEL, zorder=3, clip_on=False
             )
