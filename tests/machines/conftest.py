@@ -6,10 +6,14 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from edgetube.export import pipeline
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -47,3 +51,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(build, check=True, capture_output=True)
     (made,) = dist.glob("*.whl")
     return made
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The bundle of a target, "onnx-int8" or "onnx-int8 cpu=x86", and of a checkpoint, the built-in one by default.
+
+    Each is exported once a session, and those of one scheme share a calibration.
+    """
+    out, kept = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("bundles")
+
+    @cache
+    def export(name: str, checkpoint: str | Path = "demo") -> Path:
+        target, _, setting = name.partition(" ")
+        options = pipeline.Options(settings=dict([setting.split("=")]) if setting else {})
+        bundle = pipeline.export_model(target, checkpoint, out, options).path
+        return bundle.rename(kept / f"{bundle.name}{setting.replace('=', '-')}")
+
+    return export

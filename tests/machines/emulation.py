@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CACHE = Path(__file__).parents[2] / "build" / "machines"
-MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
+MIRROR = [mirror] if (mirror := os.environ.get("DEBIAN_MIRROR")) else []
+"""Where Debian's packages come from; debootstrap's own choice if the variable is not set."""
 RELEASE, PYTHON = "bookworm", "3.11"
 """Debian's release that the root is made of, and the Python that it has."""
 
@@ -92,7 +93,7 @@ def _debian(root: Path, qemu: Path) -> None:
     wanted = f"--include=python3,libstdc++6,python{PYTHON}"
     become_root = [] if os.geteuid() == 0 else ["unshare", "--map-root-user"]
     options = ["--arch=arm64", "--variant=minbase", wanted, "--download-only"]
-    _call([*become_root, debootstrap, *options, RELEASE, str(fetched), MIRROR])
+    _call([*become_root, debootstrap, *options, RELEASE, str(fetched), *MIRROR])
     for package in sorted(fetched.glob("var/cache/apt/archives/*.deb")):
         _call(["dpkg-deb", "--extract", str(package), str(root)])
     shutil.rmtree(fetched)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 
 from edgetube import export
-from edgetube.export import pipeline
 
 INT8 = [t.name for t in export.targets().values() if t.precision == "int8"]
 
@@ -30,12 +30,11 @@ def test_answers_are_compared_row_by_row(films: SimpleNamespace) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INT8)
 def test_int8_answers_filmed_videos_like_pytorch(
-    name: str, films: SimpleNamespace, windows: Path, tmp_path: Path
+    name: str, films: SimpleNamespace, windows: Path, exported: Callable[..., Path]
 ) -> None:
     target = export.target(name)
     if absent := target.missing(target.build_needs):
         pytest.skip(f"{name} needs {', '.join(absent)}")
-    bundle = pipeline.export_model(name, "demo", tmp_path)
-    found = films.judge(bundle.path, windows)
+    found = films.judge(exported(name), windows)
     assert found["windows"] == films.COUNT
     assert min(found["agreement"], found["worst_cosine"]) >= films.BAR, found
