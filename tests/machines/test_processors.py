@@ -1,8 +1,8 @@
 """The product on processors that this machine has not: x86 without VNNI, x86 without AVX, and aarch64, under QEMU.
 
 Each target answers its golden clips, 20 evaluation clips and a decoded video. A process there is hundreds of times
-slower than here, so all questions to one processor are asked at the same time. Targets of floats, of which a clip of the
-built-in model takes half a minute on Haswell, answer for a model of a few thousand weights.
+slower than here, so all questions to one processor are asked at the same time. Targets of floats answer for a model of
+a few thousand weights: a clip of the built-in one takes them half a minute on Haswell.
 """
 
 from __future__ import annotations
