@@ -81,11 +81,21 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     """
     from edgetube.export import graph as graphs
 
-    path, precisions = folder / "model.xml", INFERENCE_PRECISION[target.precision]
+    path, precisions = folder / "model.xml", inference_precision(graph.model, target)
     if table is not None:
         return _build_int8(graph, path, table, precisions)
     convert(graph.model, path, compress=target.precision == "fp16")
     return Built(path.name, {"graph": graphs.statistics(graph.model), "inference_precision": precisions})
+
+
+def inference_precision(model: onnx.ModelProto, target: Target) -> list[str]:
+    """Types that float arithmetic may run in: no bfloat16 for a graph with convolutions.
+
+    OpenVINO 2026.4's kernel for AMX (`brgconv_avx512_amx_bf16`) computes some wrongly: an 8x8 kernel over 24 channels,
+    stride 8 of the built-in model's first tube, is off by more than its largest value.
+    """
+    types = INFERENCE_PRECISION[target.precision]
+    return [t for t in types if t != "bf16"] if any(node.op_type == "Conv" for node in model.graph.node) else types
 
 
 def _build_int8(graph: Graph, path: Path, table: CalibrationTable, precisions: list[str]) -> Built:
