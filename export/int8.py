@@ -114,9 +114,11 @@ def macs_share(built: Built, calibrated: Calibrated, batch: int) -> float:
     return share
 
 
-def measure(calibrated: Calibrated, int8: Contestant, plain: Contestant, progress: Progress) -> dict[str, Any]:
+def measure(
+    calibrated: Calibrated, simulated: float, int8: Contestant, plain: Contestant, progress: Progress
+) -> dict[str, Any]:
     """Accuracy, speed and size of an INT8 artifact against the float one of its runtime; see `judge`."""
-    accuracy = judge(calibrated, int8, plain.name, progress)
+    accuracy = judge(calibrated, simulated, int8, plain.name, progress)
     clip = np.repeat(calibrated.judge.clips.frames[0][None], int8.backend.batch, axis=0)
     times = interleave({c.name: partial(c.backend, clip) for c in (int8, plain)}, seconds=1.0)
     speedup, share = times[plain.name].p50_ms / times[int8.name].p50_ms, int8.size / plain.size
@@ -130,10 +132,13 @@ def measure(calibrated: Calibrated, int8: Contestant, plain: Contestant, progres
     }
 
 
-def judge(calibrated: Calibrated, int8: Contestant, instead: str, progress: Progress) -> dict[str, Any]:
+def judge(
+    calibrated: Calibrated, simulated: float, int8: Contestant, instead: str, progress: Progress
+) -> dict[str, Any]:
     """Accuracy of an INT8 artifact on the clips that judge.
 
     Args:
+        simulated: SQNR in dB that the Q/DQ of the artifact has there when it is computed as it stands.
         instead: what to propose when it fails.
 
     Raises:
@@ -149,7 +154,6 @@ def judge(calibrated: Calibrated, int8: Contestant, instead: str, progress: Prog
         raise ParityError(
             f"{int8.name} loses {verdict}; nothing was written: allow more with --max-drop, or use {instead}"
         )
-    simulated = float(calibrated.report["judged"]["sqnr"])
     if not verdict.sqnr >= simulated - SQNR_LOSS:
         why = cause(int8, clips.frames[0], calibrated.judge.logits[0])
         raise ParityError(
@@ -183,7 +187,7 @@ def cause(int8: Contestant, clip: Frames, expected: npt.NDArray[np.float32]) -> 
         gained = metrics.sqnr(expected, apart) - metrics.sqnr(expected, whole)
         if gained > SQNR_LOSS:
             return f"the runtime fuses operators wrongly: with every block's output shown it is {gained:.1f} dB better"
-    if may_saturate(int8.bundle):
+    if int8.backend.status == "executed" and may_saturate(int8.bundle):
         return "sums of its 8-bit products may overflow on this processor (x86 without VNNI)"
     return "the cause cannot be told; edgetube parity --layers names the layer of an artifact that was written"
 

@@ -25,7 +25,7 @@ from edgetube.bench import machine, parity, probe
 from edgetube.bench.latency import interleave
 from edgetube.bench.probe import Probe
 from edgetube.bundle import Bundle
-from edgetube.calibration import Calibrated
+from edgetube.calibration import Calibrated, search
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.numeric import Moments
 from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat, Range, ScaleType
@@ -207,13 +207,31 @@ class Road:
         if runtimes.proof_device(target.name, target.backend) == runtimes.EMULATED:
             with runtimes.open_bundle(bundle, device=runtimes.EMULATED) as backend:
                 contestant = int8.Contestant(bundle, backend)
-                report |= int8.judge(calibrated, contestant, int8.float_sibling(target).name, self.progress)
+                instead = int8.float_sibling(target).name
+                simulated = self._simulated(calibrated, table, wishes.tensors)
+                report |= int8.judge(calibrated, simulated, contestant, instead, self.progress)
         elif not target.missing(target.run_needs):
-            report |= self._measure_int8(calibrated, bundle, target, graph)
+            simulated = self._simulated(calibrated, table, wishes.tensors)
+            report |= self._measure_int8(calibrated, simulated, bundle, target, graph)
         table.save(folder / bundles.CALIBRATION)
         return replace(bundle, build={**bundle.build, "int8": {"summary": int8.summary(report), **report}}), built
 
-    def _measure_int8(self, calibrated: Calibrated, bundle: Bundle, target: Target, graph: Graph) -> dict[str, Any]:
+    def _simulated(self, calibrated: Calibrated, table: CalibrationTable, further: Sequence[str]) -> float:
+        """SQNR in dB of the Q/DQ that a target computes, on the clips that judge.
+
+        Calibration has simulated the linears; where a target quantises further tensors, it is simulated again.
+        """
+        if not further:
+            return float(calibrated.report["judged"]["sqnr"])
+        plain, own = quantize.apply(calibrated, self._graph("gather", batch=1))
+        model = quantize.qdq(plain.model, replace(own, ranges={**own.ranges, **{n: table.ranges[n] for n in further}}))
+        clips = calibrated.judge.clips
+        logits = search.answers(model, clips, export.evaluator(), "simulate", self.progress)
+        return float(calibrated.judge.verdict(logits).sqnr)
+
+    def _measure_int8(
+        self, calibrated: Calibrated, simulated: float, bundle: Bundle, target: Target, graph: Graph
+    ) -> dict[str, Any]:
         sibling = int8.float_sibling(target)
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             plain, _ = self._build(Path(folder), sibling, graph)
@@ -225,7 +243,7 @@ class Road:
                 )
                 for each in (bundle, plain)
             )
-            return int8.measure(calibrated, first, second, self.progress)
+            return int8.measure(calibrated, simulated, first, second, self.progress)
 
     def _calibrate(self, target: Target, out: Path) -> Calibrated:
         """The calibration under a target's scheme: made once, on the plainest graph, for every lowering and batch.

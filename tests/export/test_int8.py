@@ -128,6 +128,7 @@ def work_by_hand(spec: ModelSpec, classes: int) -> dict[str, int]:
     return {**found, "head": width * classes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lowering", "batch"), [("gather", 2), ("conv2d", 1)])
 def test_the_share_of_integer_work_is_counted_in_the_artifact(
     tiny_checkpoint: Path, tmp_path: Path, lowering: str, batch: int
