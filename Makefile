@@ -15,7 +15,7 @@ SAMPLE ?= 10
 SEED   ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-gpu mutants lint shadow bench wheel clean
+.PHONY: help demo test test-slow test-all test-machines test-gpu mutants lint shadow bench wheel clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,12 +28,15 @@ demo: $(VENV)/demo.stamp ## export the built-in model for every runtime that is 
 	$(BIN)/edgetube report $(OUT) --clips 504
 
 test: lint ## checks, then the tests that are quick
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not machines"
 
 test-slow: $(VENV)/dev.stamp ## the tests that take longer
 	$(PYTEST) -m "slow and not gpu"
 
 test-all: test test-slow ## both
+
+test-machines: $(VENV)/dev.stamp ## the product on other processors (QEMU) and in other Pythons' plain installs; an hour
+	$(BIN)/python -m pytest -m machines --durations=0
 
 test-gpu: $(VENV)/dev.stamp ## the tests that need an NVIDIA GPU; without one each says why it was skipped
 	$(BIN)/python -m pytest -m gpu

@@ -85,7 +85,7 @@ def installed(request: pytest.FixtureRequest, wheel: Path, tmp_path: Path) -> It
     shutil.rmtree(environment)
 
 
-@pytest.mark.slow
+@pytest.mark.machines
 def test_an_install_without_constraints_runs_what_was_exported(
     installed: Path,
     bundles: dict[str, Path],

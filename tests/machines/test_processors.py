@@ -20,7 +20,7 @@ import pytest
 
 from edgetube import export
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.machines
 
 HERE = Path(__file__).parent
 CPU = "cpu"
