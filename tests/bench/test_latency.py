@@ -75,9 +75,9 @@ def keys_documented(title: str) -> set[str]:
 @pytest.fixture(scope="module")
 def foreign_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose runtime is not on this machine."""
-    path = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("foreign") / "tiny.trt-fp16")
+    path = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("foreign") / "tiny.trt-fp32")
     manifest = json.loads((path / "edgetube.json").read_text())
-    manifest |= {"name": "tiny.trt-fp16", "target": "trt-fp16", "backend": "tensorrt", "status": "deferred"}
+    manifest |= {"name": "tiny.trt-fp32", "target": "trt-fp32", "backend": "tensorrt", "status": "deferred"}
     (path / "edgetube.json").write_text(json.dumps(manifest))
     return path
 
@@ -134,7 +134,7 @@ class TestDocument:
         assert row["status"] == "deferred"
         assert "pip install" in row["reason"]
         assert row["p50_ms"] is row["cold_start_ms"] is row["peak_mb"] is row["camera"] is None
-        assert any("tiny.trt-fp16 is not timed here (deferred)" in note for note in latency.notes(document))
+        assert any("tiny.trt-fp32 is not timed here (deferred)" in note for note in latency.notes(document))
 
     def test_the_reference_takes_part(self, document: dict[str, Any]) -> None:
         row = document["bundles"][0]
