@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from onnx import helper, numpy_helper
 
 from edgetube import bundle as bundles
-from edgetube import datasets
+from edgetube import datasets, metrics
 from edgetube.bench import machine
 from edgetube.bench.worker import Lap, Subject
 from edgetube.bundle import Bundle
@@ -225,18 +225,16 @@ def agreement(bundle: Bundle, device: str, clips: int) -> dict[str, Any]:
     """The witness against PyTorch's float32 reference on built-in evaluation clips, as parity counts it."""
     checkpoint = checkpoints.of_bundle(bundle)
     source = datasets.built_in(clips, bundle.labels)
-    frames = np.stack([item.read(bundle.contract).frames for item in source.items])
+    frames = np.stack([clip.frames for clip in source.clips(bundle.contract)])
     with Witness(bundle, device) as witness, Reference(checkpoint.model, checkpoint.contract) as reference:
         ours, theirs = witness(frames), reference(frames)
         about = witness.describe()
-    error = np.abs(ours - theirs)
-    cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
     return about | {
         "bundle": bundle.name,
         "clips": len(frames),
-        "agreement": float((ours.argmax(1) == theirs.argmax(1)).mean()),
-        "worst_cosine": float(cosine.min()),
-        "max_abs_error": float(error.max()),
+        "agreement": metrics.agreement(theirs, ours),
+        "worst_cosine": metrics.cosine(theirs, ours),
+        "max_abs_error": metrics.max_abs_error(theirs, ours),
         "largest_logit": float(np.abs(theirs).max()),
         "status": "executed on a GPU, not TensorRT" if device == "cuda" else "evaluated on the CPU",
     }
