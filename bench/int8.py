@@ -341,10 +341,10 @@ def profile_onnx(path: Path, frames: np.ndarray) -> dict[str, float]:
 
 def profile_xml(path: Path, frames: np.ndarray) -> dict[str, float]:
     """The same in OpenVINO; its "Subgraph" is attention, or elementwise operators that it fused."""
-    from edgetube.runtimes.openvino import ov
+    from edgetube.runtimes.openvino import core
 
     hints = {"PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
-    request = ov.Core().compile_model(path, "CPU", hints).create_infer_request()
+    request = core().compile_model(path, "CPU", hints).create_infer_request()
     taken: dict[tuple[str, str], list[float]] = defaultdict(list)
     for _ in range(RUNS):
         request.infer([frames])

@@ -66,9 +66,9 @@ def in_onnxruntime(path: Path, frames: np.ndarray, threads: int) -> Call:
 
 
 def in_openvino(path: Path, frames: np.ndarray, threads: int) -> Call:
-    openvino = import_module("openvino")
+    core = import_module("edgetube.runtimes.openvino").core()
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+    request = core.compile_model(path, "CPU", settings).create_infer_request()
     return lambda: np.asarray(request.infer([frames])[0])
 
 

@@ -130,9 +130,9 @@ def integer_products(path: Path, precisions: list[str]) -> list[tuple[str, int]]
 def convert(model: onnx.ModelProto, path: Path, compress: bool) -> None:
     """Write a graph as IR; `compress` rounds float32 weights to float16."""
     from edgetube.export import graph as graphs
-    from edgetube.runtimes.openvino import ov
+    from edgetube.runtimes.openvino import core, ov
 
     with tempfile.TemporaryDirectory() as folder:  # a file, not bytes: weights may exceed one protobuf message
         source = Path(folder) / "model.onnx"
         graphs.save(model, source)
-        ov.save_model(ov.Core().read_model(source), path, compress_to_fp16=compress)
+        ov.save_model(core().read_model(source), path, compress_to_fp16=compress)

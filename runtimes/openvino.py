@@ -35,12 +35,24 @@ def _absent(module: str) -> Iterator[None]:
 with _absent("openvino_telemetry"):  # else importing openvino reports the import to its vendor
     import openvino as ov
 
-__all__ = ["Session", "compile_model", "ov"]  # `ov` for whoever needs OpenVINO as quiet as it is here
+__all__ = ["Session", "compile_model", "core", "ov"]  # `ov` for whoever needs OpenVINO as quiet as it is here
 
 RUNS = ("openvino",)
 
 CAPABILITY = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
 """What OpenVINO calls a device's ability to compute in a type."""
+
+
+@functools.cache
+def core() -> ov.Core:
+    """The one `ov.Core` of this process; whoever needs OpenVINO takes this one.
+
+    Its CPU plugin gives the thread that first needs it a stack for signal handlers (`sigaltstack`, Linux), and unmaps
+    that stack when the core is deleted. Cores that are not deleted in the reverse order, or by another thread, leave
+    that thread with an unmapped one: the next signal, Ctrl-C among them, ends the process with a segmentation fault or
+    overwrites what was mapped there since. A core that lives as long as the process does neither.
+    """
+    return ov.Core()
 
 
 class Session(Backend):
@@ -101,13 +113,13 @@ class Session(Backend):
 
     def layers(self, names: Sequence[str]) -> tuple[str, ...]:
         with _mapped(f"cannot read {self.path}"):
-            operations = ov.Core().read_model(self.path).get_ops()
+            operations = core().read_model(self.path).get_ops()
             made = {name for operation in operations for output in operation.outputs() for name in output.get_names()}
         return tuple(name for name in names if name in made)
 
     def tap(self, names: Sequence[str]) -> Tap:
         with _mapped(f"cannot open {self.path} with more outputs"):
-            model = ov.Core().read_model(self.path)
+            model = core().read_model(self.path)
             given = {name for output in model.outputs for name in output.get_names()}
             model.add_outputs([name for name in names if name not in given])
             request = compile_model(model, *self.how).create_infer_request()
@@ -132,16 +144,15 @@ def compile_model(
         InputError: OpenVINO has no such device here.
         RuntimeError: OpenVINO refuses the file.
     """
-    core = ov.Core()
     name = device.upper()
-    if name not in (available := core.available_devices):
+    if name not in (available := core().available_devices):
         raise InputError(f"no device is called {device!r} here; OpenVINO finds {', '.join(available).lower()}")
-    able = core.get_property(name, "OPTIMIZATION_CAPABILITIES")
+    able = core().get_property(name, "OPTIMIZATION_CAPABILITIES")
     precision = next((p for p in precisions if CAPABILITY[p] in able), "f32")
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
-    return core.compile_model(path, name, config)
+    return core().compile_model(path, name, config)
 
 
 def product(precision: str, size: int, threads: int | None) -> Callable[[], object] | None:
@@ -150,7 +161,7 @@ def product(precision: str, size: int, threads: int | None) -> Callable[[], obje
     "fp16" is computed in bfloat16 where the CPU has that and no float16; None where it has neither.
     """
     wanted = {"fp32": ["f32"], "fp16": ["f16", "bf16"], "int8": ["f32"]}
-    able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    able = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if not any(CAPABILITY[kind] in able for kind in wanted.get(precision, [])):
         return None
     from openvino import opset13 as ops
@@ -162,7 +173,7 @@ def product(precision: str, size: int, threads: int | None) -> Callable[[], obje
     config["INFERENCE_PRECISION_HINT"] = next(kind for kind in wanted[precision] if CAPABILITY[kind] in able)
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
-    request = ov.Core().compile_model(model, "CPU", config).create_infer_request()
+    request = core().compile_model(model, "CPU", config).create_infer_request()
     feed = [np.ones((size, size), np.float32)]
     return lambda: request.infer(feed, share_inputs=True)
 

@@ -13,7 +13,7 @@ import pytest
 from edgetube import export, metrics
 from edgetube.calibration import calibrate, graphs, input_moments
 from edgetube.calibration.clips import Clips
-from edgetube.calibration.table import Activations
+from edgetube.calibration.table import Activations, IntegerFormat
 from edgetube.calibration.walk import Sample
 from edgetube.errors import InputError
 from edgetube.export import graph as canonical
@@ -67,6 +67,7 @@ def ratio(graph: Graph, activations: Activations, folder: Path) -> float:
         judged,
         export.evaluator(),
         activations=activations,
+        form=IntegerFormat(safe_pairs=True),  # exact in the integer kernels of every processor
         workspace=folder,
         max_drop=100.0,
     )

@@ -182,9 +182,9 @@ def onnx_weights(path: Path) -> dict[str, npt.NDArray[np.int8]]:
 
 
 def ir_weights(path: Path) -> dict[str, npt.NDArray[np.int8]]:
-    from edgetube.runtimes.openvino import ov
+    from edgetube.runtimes.openvino import core
 
-    constants = [op for op in ov.Core().read_model(path).get_ops() if op.get_type_name() == "Constant"]
+    constants = [op for op in core().read_model(path).get_ops() if op.get_type_name() == "Constant"]
     return {op.get_friendly_name(): op.data for op in constants if op.data.dtype == np.int8 and op.data.ndim == 2}
 
 
