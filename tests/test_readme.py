@@ -33,6 +33,7 @@ def test_it_is_short_enough_to_be_read() -> None:
     assert len(README.splitlines()) < 150
 
 
+@pytest.mark.slow
 def test_the_commands_then_the_python_run_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

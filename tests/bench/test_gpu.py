@@ -116,6 +116,7 @@ def test_without_a_gpu_the_openers_say_so(opener: Callable[..., Any]) -> None:
         opener(lambda stage: None)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     if not targets.missing((targets.GPU,)):
         pytest.skip("this machine has a GPU")

@@ -21,6 +21,7 @@ def bundle(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_facto
     return pipeline.export_model(request.param, tiny_checkpoint, tmp_path_factory.mktemp("witness"), options)
 
 
+@pytest.mark.slow
 def test_it_answers_like_onnx_runtime(bundle: Bundle, rng: np.random.Generator) -> None:
     clips = rng.integers(0, 256, (4, *bundle.contract.shape), np.uint8)
     with gpu_witness.Witness(bundle, "cpu") as witness, runtimes.open_bundle(bundle, device="emulated") as emulated:

@@ -155,6 +155,7 @@ class TestProcesses:
         assert [row["turns"] for row in rows] == [latency.TURNS] * 2
         assert all(row["runs"] >= latency.TURNS * latency.BLOCK and row["status"] == "executed" for row in rows)
 
+    @pytest.mark.slow
     def test_memory_is_the_contestants_own(self, tiny_bundle: Path) -> None:
         """The kernel hands the parent's peak on to a child through `getrusage`; a gigabyte here must not show there."""
         ballast = np.ones(125_000_000)

@@ -116,6 +116,7 @@ def test_a_folder_goes_on_past_what_cannot_be_read(edgetube_cli: Cli, tiny_bundl
     assert edgetube_cli("run", tiny_bundle, clip.parent / "zero.mp4")[0] == 2
 
 
+@pytest.mark.slow
 def test_int8_goes_on_past_calibration_clips_that_cannot_be_read(
     edgetube_cli: Cli, tiny_checkpoint: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:

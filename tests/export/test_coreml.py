@@ -381,6 +381,7 @@ def test_video_and_image_share_their_weights(
     assert spec.description.metadata.author == "edgetube"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "numbers"), [("w8", "data"), ("w4", "indices")])
 def test_rounded_weights_are_the_same_in_both_functions_and_biases_are_not(
     tmp_path: Path, tiny_checkpoint: Path, precision: str, numbers: str
@@ -629,6 +630,7 @@ def test_errors_of_weights_cancel_for_what_they_read(
         assert precision == "w8" or set(one.ravel()) <= set(other.ravel())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [None, 1])
 def test_each_function_knows_the_moments_of_its_own_inputs(
     tiny_checkpoint: Path, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int | None

@@ -57,6 +57,7 @@ def test_the_bundle_says_whether_it_was_worth_it(tiny_checkpoint: Path, tmp_path
     assert bundle.artifact_bytes == (bundle.path / "model.onnx").stat().st_size
 
 
+@pytest.mark.slow
 def test_a_second_export_uses_the_calibration_again(tiny_checkpoint: Path, tmp_path: Path) -> None:
     stages = []
     for _ in range(2):
@@ -66,6 +67,7 @@ def test_a_second_export_uses_the_calibration_again(tiny_checkpoint: Path, tmp_p
     assert stages.count("calibrate") > 0
 
 
+@pytest.mark.slow
 def test_a_budget_that_does_not_hold_leaves_the_good_artifact(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +81,7 @@ def test_a_budget_that_does_not_hold_leaves_the_good_artifact(
     bundles.load(good.path)
 
 
+@pytest.mark.slow
 def test_own_clips_are_used_and_named(tiny_checkpoint: Path, tmp_path: Path, arrays: Path) -> None:
     options = pipeline.Options(lowering="gather", calib=arrays, max_drop=100.0)
     bundle = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path / "out", options)
@@ -148,6 +151,7 @@ def test_the_share_of_integer_work_is_counted_in_the_artifact(
         assert (expected < 0.9) == (lowering == "conv2d")
 
 
+@pytest.mark.slow
 def test_batches_of_two(tiny_checkpoint: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     options = pipeline.Options(lowering="gather", batch=2)
     bundle = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, options)
@@ -188,6 +192,7 @@ def ir_weights(path: Path) -> dict[str, npt.NDArray[np.int8]]:
     return {op.get_friendly_name(): op.data for op in constants if op.data.dtype == np.int8 and op.data.ndim == 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "read"), [("onnx-int8", onnx_weights), ("openvino-int8", ir_weights)])
 def test_no_sum_of_products_overflows_16_bits(
     tiny_checkpoint: Path, tmp_path: Path, name: str, read: Callable[[Path], dict[str, npt.NDArray[np.int8]]]

@@ -53,6 +53,7 @@ def test_the_manifest_says_what_was_chosen_and_measured(tiny_bundle: Path, tiny_
     json.dumps(bundle.to_json())
 
 
+@pytest.mark.slow
 def test_the_lowering_is_chosen_by_time_and_the_times_are_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bundle = pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path)
     lowering = bundle.build["lowering"]

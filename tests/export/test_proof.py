@@ -158,6 +158,7 @@ def test_order_is_seen_by_how_logits_move(demo: Checkpoint) -> None:
     assert probe.reordered(np.zeros((1, 4, 4, 3), np.uint8)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["more", "less"])
 def test_an_artifact_that_is_worse_than_its_simulation_is_refused_with_a_cause(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str

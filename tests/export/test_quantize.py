@@ -77,6 +77,7 @@ def named(model: Any) -> Any:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", static.LOWERINGS)
 def test_one_calibration_serves_every_lowering_and_batch(
     checkpoint: Checkpoint, calibrated: Calibrated, lowering: str, rng: np.random.Generator
@@ -96,6 +97,7 @@ def test_one_calibration_serves_every_lowering_and_batch(
     assert kept == [lowering == "conv2d"] * len(tubes)  # what stays float is not rounded
 
 
+@pytest.mark.slow
 def test_a_table_of_another_model_is_refused(checkpoint: Checkpoint, calibrated: Calibrated) -> None:
     graph, table = quantize.apply(calibrated, traced(checkpoint))
     with pytest.raises(InputError, match="a table does not carry over"):
