@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -23,6 +25,19 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 def rng() -> np.random.Generator:
     """Seeded random numbers."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def heard_signals() -> Iterator[None]:
+    """Signals reach the test, also under `nohup`, which starts it with some of them ignored."""
+    from edgetube import interrupts
+
+    ignored = [number for number in interrupts.SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

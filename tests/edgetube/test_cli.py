@@ -350,6 +350,7 @@ def test_what_the_system_refuses_is_one_line(
     assert "Traceback" in edgetube_cli("targets", "--debug")[2]
 
 
+@pytest.mark.usefixtures("heard_signals")
 @pytest.mark.parametrize("number", interrupts.SIGNALS)
 def test_a_signal_ends_a_command_with_its_code(edgetube_cli: Cli, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def swallow() -> dict[str, Any]:

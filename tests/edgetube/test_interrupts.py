@@ -13,6 +13,7 @@ import pytest
 from edgetube import interrupts
 
 
+@pytest.mark.usefixtures("heard_signals")
 @pytest.mark.parametrize("number", interrupts.SIGNALS)
 def test_a_signal_raises_in_the_block_and_the_handlers_are_put_back(number: int) -> None:
     before = signal.getsignal(number)
