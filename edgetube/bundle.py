@@ -425,20 +425,22 @@ def staging(out: Path) -> Iterator[Path]:
     folder = out.parent / f"{PREFIX}{secrets.token_hex(6)}{STAGED}"
     lock = FileLock(folder.with_suffix(".lock"))
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out.parent)
-        lock.acquire(blocking=False)  # before the folder is there: one without a lock is nobody's
-        folder.mkdir()
-    except OSError as error:
-        raise BundleError(f"cannot write to {out.parent}: {error.strerror}") from error
-    try:
-        yield folder
-        _publish(folder, out)
-    except OSError as error:
-        raise BundleError(f"cannot write {out}: {error.strerror or error}; nothing was changed") from error
-    finally:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(out.parent)
+            lock.acquire(blocking=False)  # before the folder is there: one without a lock is nobody's
+            folder.mkdir()
+        except OSError as error:
+            raise BundleError(f"cannot write to {out.parent}: {error.strerror}") from error
+        try:
+            yield folder
+            _publish(folder, out)
+        except OSError as error:
+            raise BundleError(f"cannot write {out}: {error.strerror or error}; nothing was changed") from error
+    finally:  # of all of it: a signal may come between any two lines
         shutil.rmtree(folder, ignore_errors=True)
-        folder.with_suffix(".lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.with_suffix(".lock").unlink(missing_ok=True)
         lock.release()
 
 

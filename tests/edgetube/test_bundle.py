@@ -532,6 +532,17 @@ def test_a_file_of_another_size_or_content(out: Path) -> None:
     bundles.load(out).verify()
 
 
+def test_a_signal_before_the_folder_is_there_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Path, **_: Any) -> None:
+        if bundles.STAGED in self.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), bundles.staging(tmp_path / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_staged_bundle_is_hidden_and_locked(tmp_path: Path) -> None:
     def stage() -> None:
         with bundles.staging(tmp_path / "a" / "x") as folder:
