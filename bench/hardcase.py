@@ -31,13 +31,12 @@ from edgetube.bench import machine
 from edgetube.bench.int8 import keep
 from edgetube.bench.latency import interleave
 from edgetube.bench.peers import quantisers
-from edgetube.calibration import graphs as calibrated
+from edgetube.calibration import graphs
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.table import Activations, CalibrationTable
 from edgetube.datasets import ClipSet, Item
-from edgetube.export import graph as graphs
-from edgetube.export import int8, integer, openvino, static
-from edgetube.export.graph import Graph
+from edgetube.export import canonical, int8, integer, openvino, static
+from edgetube.export.canonical import Graph
 from edgetube.export.quantize import apply, qdq
 from edgetube.model.tubevit import TubeViT
 from edgetube.spec import InputContract, ModelSpec, TubeSpec
@@ -140,7 +139,7 @@ def digits(first: int, count: int) -> list[Item]:
 
 def float_graph(model: TubeViT, path: Path) -> Graph:
     """The canonical graph, with the pooled feature as a second output; also written to `path`."""
-    traced = graphs.trace(static.StaticTubeViT(model, CONTRACT, "gather"), model.spec, CONTRACT)
+    traced = canonical.trace(static.StaticTubeViT(model, CONTRACT, "gather"), model.spec, CONTRACT)
     pooled = next(value for value in traced.model.graph.value_info if value.name == "pool")
     traced.model.graph.output.append(pooled)
     onnx.save(traced.model, path)
@@ -286,8 +285,8 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 def outliers(traced: Graph, clips: Clips) -> dict[str, float]:
     """Largest |activation| that each kind of linear reads, on a few clips."""
     found: dict[str, float] = {}
-    linears = [linear for linear in calibrated.linears(traced.model) if linear.in_block]
-    call = export.evaluator()(calibrated.only(traced.model, [linear.activation for linear in linears]))
+    linears = [linear for linear in graphs.linears(traced.model) if linear.in_block]
+    call = export.evaluator()(graphs.only(traced.model, [linear.activation for linear in linears]))
     for index in range(len(clips) - 4, len(clips)):
         for linear, value in zip(linears, call({"frames": clips.frames[index][None]}), strict=True):
             kind = linear.name.rpartition(".")[2]

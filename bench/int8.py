@@ -45,11 +45,10 @@ from edgetube.bench.worker import Lap, Subject, peak_mb
 from edgetube.bundle import Bundle
 from edgetube.calibration import calibrate, graphs, numeric
 from edgetube.calibration.clips import Clips, collect
+from edgetube.calibration.layerwise import State, Walk
 from edgetube.calibration.table import IntegerFormat
-from edgetube.calibration.walk import State, Walk
-from edgetube.export import graph as canonical
+from edgetube.export import canonical, integer, pipeline, quantize, static
 from edgetube.export import int8 as exporting_int8
-from edgetube.export import integer, pipeline, quantize, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.rows import Spool

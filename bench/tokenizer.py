@@ -27,7 +27,7 @@ from torch import nn
 
 from edgetube import demo
 from edgetube.bench.machine import describe
-from edgetube.export import graph, static
+from edgetube.export import canonical, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 
@@ -47,7 +47,7 @@ def contestants(checkpoint: Checkpoint, frames: np.ndarray, threads: int, folder
     for name, module in modules.items():
         path = folder / f"{name}.onnx"
         if isinstance(module, static.StaticTokenizer):
-            graph.save(graph.trace(module, checkpoint.spec, checkpoint.contract).model, path)
+            canonical.save(canonical.trace(module, checkpoint.spec, checkpoint.contract).model, path)
         else:
             naive.export(module, frames, path)
         calls["ONNX Runtime", name] = in_onnxruntime(path, frames, threads)

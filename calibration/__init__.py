@@ -17,6 +17,7 @@ from edgetube.calibration import graphs, search
 from edgetube.calibration.cache import Cache, opened
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import Array, Open
+from edgetube.calibration.layerwise import StaleStateError, State, Walk
 from edgetube.calibration.numeric import GramMatrix, Moments
 from edgetube.calibration.observers import Histogram, least_squares
 from edgetube.calibration.search import Found, Judge
@@ -30,7 +31,6 @@ from edgetube.calibration.table import (
     ScaleType,
     digits,
 )
-from edgetube.calibration.walk import StaleStateError, State, Walk
 from edgetube.errors import InputError
 from edgetube.progress import Progress, silent, track
 from edgetube.video import Frames

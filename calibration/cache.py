@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from edgetube.calibration.graphs import Array
+from edgetube.calibration.layerwise import Choice, State
 from edgetube.calibration.table import CalibrationTable, Range
-from edgetube.calibration.walk import Choice, State
 from edgetube.errors import InputError
 from edgetube.files import atomic_write, replacing
 from edgetube.progress import Progress, silent

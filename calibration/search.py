@@ -15,7 +15,7 @@ from edgetube import metrics
 from edgetube.calibration import graphs
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import Open
-from edgetube.calibration.walk import State, Walk
+from edgetube.calibration.layerwise import State, Walk
 from edgetube.errors import ParityError
 from edgetube.progress import Progress, silent, track
 

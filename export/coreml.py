@@ -29,7 +29,7 @@ from edgetube.targets import Setting, Target
 if TYPE_CHECKING:
     from edgetube.calibration.numeric import Moments
     from edgetube.calibration.table import CalibrationTable, IntegerFormat, LinearPlan, Range
-    from edgetube.export.graph import Graph
+    from edgetube.export.canonical import Graph
 
 SETTINGS = (
     Setting(
@@ -92,7 +92,7 @@ def integer_format(target: Target) -> IntegerFormat:
     Integers are computed by Apple's own processors, whose sums are wide, so that weights keep all of their 8 bits.
     """
     from edgetube.calibration.table import IntegerFormat
-    from edgetube.export.graph import PIXEL_SCALE
+    from edgetube.export.canonical import PIXEL_SCALE
 
     return IntegerFormat("float16", PIXEL_SCALE)
 

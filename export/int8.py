@@ -21,7 +21,7 @@ from edgetube.calibration.table import FLOAT32_SCALES, Activations, IntegerForma
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
 from edgetube.export.base import Built, Wishes
-from edgetube.export.graph import Graph
+from edgetube.export.canonical import Graph
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.progress import Progress, track
 from edgetube.runtimes.base import Backend, may_saturate

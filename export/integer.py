@@ -22,7 +22,7 @@ from edgetube.calibration import graphs, numeric
 from edgetube.calibration.graphs import Linear
 from edgetube.calibration.table import CalibrationTable, LinearPlan
 from edgetube.errors import ParityError
-from edgetube.export import graph as canonical
+from edgetube.export import canonical
 
 DOMAIN = "com.microsoft"
 
@@ -294,7 +294,7 @@ def lint(runtime: str, asked: int, executed: int) -> None:
 
 
 def statistics(plain: onnx.ModelProto, model: onnx.ModelProto) -> dict[str, Any]:
-    """`graph.statistics` of the float graph, with the operators and bytes of the integer one."""
+    """`canonical.statistics` of the float graph, with the operators and bytes of the integer one."""
     operators = Counter(node.op_type for node in model.graph.node)
     return canonical.statistics(plain) | {
         "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),

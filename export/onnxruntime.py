@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
     from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat
-    from edgetube.export.graph import Graph
+    from edgetube.export.canonical import Graph
 
 NEEDS = ("torch", "onnx", "onnxscript", "safetensors")
 
@@ -81,22 +81,21 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     Raises:
         ParityError: ONNX Runtime would compute a linear in float that the table quantises.
     """
-    from edgetube.export import graph as graphs
+    from edgetube.export import canonical
 
     path = folder / "model.onnx"
     if table is not None:
         return _build_int8(graph, path, table, target.setting(CPU.name))
-    model = graph.model if target.precision == "fp32" else graphs.half(graph.model)
-    graphs.save(model, path)
-    return Built(path.name, {"graph": graphs.statistics(model)})
+    model = graph.model if target.precision == "fp32" else canonical.half(graph.model)
+    canonical.save(model, path)
+    return Built(path.name, {"graph": canonical.statistics(model)})
 
 
 def _build_int8(graph: Graph, path: Path, table: CalibrationTable, cpu: str) -> Built:
-    from edgetube.export import graph as graphs
-    from edgetube.export import integer
+    from edgetube.export import canonical, integer
 
     model = integer.native(graph.model, table, unsigned_weights=cpu == "x86")
-    graphs.save(model, path)
+    canonical.save(model, path)
     products = integer_products(path)
     kernels = Counter(kernel for kernel, _ in products)
     integer.lint("ONNX Runtime", len(table.quantised), sum(kernels.values()))
@@ -113,13 +112,13 @@ def integer_products(path: Path) -> list[tuple[str, int]]:
     """
     import onnx
 
-    from edgetube.export import graph as graphs
+    from edgetube.export import canonical
     from edgetube.runtimes.onnxruntime import optimise
 
     with tempfile.TemporaryDirectory() as folder:
         optimised = onnx.load(optimise(path, Path(folder) / "optimised.onnx"), load_external_data=False)
     depths = {tensor.name: tensor.dims[0] for tensor in optimised.graph.initializer if len(tensor.dims) == 2}
-    shapes = graphs.shapes(optimised)
+    shapes = canonical.shapes(optimised)
     return [
         (node.op_type, depths[matrix] * math.prod(shapes[node.output[0]]))
         for node in optimised.graph.node

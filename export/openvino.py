@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import onnx
 
     from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat
-    from edgetube.export.graph import Graph
+    from edgetube.export.canonical import Graph
 
 BUILD_NEEDS = ("torch", "onnx", "onnxscript", "safetensors", "openvino")
 EXTRA = "export,openvino"
@@ -79,13 +79,13 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     Raises:
         ParityError: OpenVINO would compute a linear in float that the table quantises.
     """
-    from edgetube.export import graph as graphs
+    from edgetube.export import canonical
 
     path, precisions = folder / "model.xml", inference_precision(graph.model, target)
     if table is not None:
         return _build_int8(graph, path, table, precisions)
     convert(graph.model, path, compress=target.precision == "fp16")
-    return Built(path.name, {"graph": graphs.statistics(graph.model), "inference_precision": precisions})
+    return Built(path.name, {"graph": canonical.statistics(graph.model), "inference_precision": precisions})
 
 
 def inference_precision(model: onnx.ModelProto, target: Target) -> list[str]:
@@ -129,10 +129,10 @@ def integer_products(path: Path, precisions: list[str]) -> list[tuple[str, int]]
 
 def convert(model: onnx.ModelProto, path: Path, compress: bool) -> None:
     """Write a graph as IR; `compress` rounds float32 weights to float16."""
-    from edgetube.export import graph as graphs
+    from edgetube.export import canonical
     from edgetube.runtimes.openvino import core, ov
 
     with tempfile.TemporaryDirectory() as folder:  # a file, not bytes: weights may exceed one protobuf message
         source = Path(folder) / "model.onnx"
-        graphs.save(model, source)
+        canonical.save(model, source)
         ov.save_model(core().read_model(source), path, compress_to_fp16=compress)

@@ -30,10 +30,9 @@ from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.numeric import Moments
 from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat, Range, ScaleType
 from edgetube.errors import InputError, MissingPackageError, ParityError
-from edgetube.export import arithmetic, int8, proof, quantize, static
-from edgetube.export import graph as graphs
+from edgetube.export import arithmetic, canonical, int8, proof, quantize, static
 from edgetube.export.base import Built
-from edgetube.export.graph import Graph
+from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.progress import Progress, silent
@@ -356,7 +355,7 @@ class Road:
             checkpoint = self.checkpoint
             if tokenizer_only:
                 tokenizer = static.StaticTokenizer(checkpoint.model, checkpoint.contract, lowering, batch=batch)
-                graph = graphs.trace(tokenizer, checkpoint.spec, checkpoint.contract, batch)
+                graph = canonical.trace(tokenizer, checkpoint.spec, checkpoint.contract, batch)
             else:
                 graph = replace(self._trace(checkpoint, lowering, batch), image=self._image_graph(lowering))
             self._graphs[key] = graph
@@ -366,7 +365,7 @@ class Road:
     def _trace(self, checkpoint: Checkpoint, lowering: str, batch: int) -> Graph:
         """The graph of the whole model, for clips or for images as the checkpoint has it."""
         module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering, batch=batch)
-        graph = graphs.trace(module, checkpoint.spec, checkpoint.contract, batch)
+        graph = canonical.trace(module, checkpoint.spec, checkpoint.contract, batch)
         return replace(graph, labels=checkpoint.labels, moments=partial(self._input_moments, graph))
 
     def _image_graph(self, lowering: str) -> Callable[[], Graph] | None:

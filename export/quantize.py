@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgetube.calibration import Calibrated, graphs, numeric
 from edgetube.calibration.table import Activations, CalibrationTable, LinearPlan
-from edgetube.export.graph import Graph
+from edgetube.export.canonical import Graph
 
 
 def qdq(model: onnx.ModelProto, table: CalibrationTable, *, activations: Activations | None = None) -> onnx.ModelProto:

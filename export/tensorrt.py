@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
     from edgetube.calibration.table import CalibrationTable, IntegerFormat
-    from edgetube.export.graph import Graph
+    from edgetube.export.canonical import Graph
     from edgetube.spec import ModelSpec
 
 NEEDS = ("torch", "onnx", "onnxscript", "safetensors")
@@ -109,7 +109,7 @@ def integer_format(target: Target) -> IntegerFormat:
     Integers are summed in 32 bits on every GPU, so that weights keep all of their 8 bits.
     """
     from edgetube.calibration.table import IntegerFormat
-    from edgetube.export.graph import PIXEL_SCALE
+    from edgetube.export.canonical import PIXEL_SCALE
 
     return IntegerFormat("float16", PIXEL_SCALE)
 
@@ -124,9 +124,8 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
         InputError: a setting that this target does not have, or that cannot be.
         BackendError: the SDK's parser or builder refuses the graph, with its words.
     """
-    from edgetube.calibration import graphs as calibrated
-    from edgetube.export import graph as graphs
-    from edgetube.export import integer, rewrite
+    from edgetube.calibration import graphs
+    from edgetube.export import canonical, integer, rewrite
     from edgetube.export.quantize import qdq
 
     family = target.name.partition("-")[0]
@@ -139,15 +138,15 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
         if target.setting("attention") != "int8" and (note := attention_note(graph.spec)):
             notes.append(note)
     macs = integer.integer_macs(typed)
-    typed = rewrite.cast_first(typed if target.precision == "fp32" else graphs.half(typed))
-    graphs.save(typed, folder / "model.onnx")
+    typed = rewrite.cast_first(typed if target.precision == "fp32" else canonical.half(typed))
+    canonical.save(typed, folder / "model.onnx")
     if chosen.legacy:
         chosen = replace(chosen, layers=layer_precisions(plain, chosen.legacy, table))
-        graphs.save(rewrite.opset_17(rewrite.cast_first(plain)), folder / runtime.LEGACY)
+        canonical.save(rewrite.opset_17(rewrite.cast_first(plain)), folder / runtime.LEGACY)
         if table is not None:
             notes.append(LEGACY_NOTE)
     details: dict[str, Any] = {
-        "graph": graphs.statistics(typed),
+        "graph": canonical.statistics(typed),
         "settings": chosen.to_json(),
         "command": command(family, chosen),
     }
@@ -155,7 +154,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
         details |= engine
         if table is not None:
             details["layers"]["fell_back"] = fallen = fell_back(details["layers"], table)
-            work = calibrated.macs(plain)
+            work = graphs.macs(plain)
             macs -= sum(work[name] for name in fallen)
     else:
         details |= _validate(folder / chosen.source)

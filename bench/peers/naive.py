@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgetube.export.graph import quiet
+from edgetube.export.canonical import quiet
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.torch import normalise
 

@@ -19,8 +19,7 @@ from edgetube.bench.layers import Curve
 from edgetube.bench.parity import Comparison
 from edgetube.bundle import Bundle
 from edgetube.errors import ParityError
-from edgetube.export import graph as graphs
-from edgetube.export import proof, static
+from edgetube.export import canonical, proof, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtime import Runtime
@@ -49,8 +48,8 @@ def demo() -> Checkpoint:
 def sound(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The built-in model, which has learned something; a bundle without the pipeline's own proof."""
     folder = tmp_path_factory.mktemp("sound")
-    graph = graphs.trace(static.StaticTubeViT(demo.model, demo.contract), demo.spec, demo.contract)
-    graphs.save(graph.model, folder / "model.onnx")
+    graph = canonical.trace(static.StaticTubeViT(demo.model, demo.contract), demo.spec, demo.contract)
+    canonical.save(graph.model, folder / "model.onnx")
     checkpoint = {"name": demo.name, "source": demo.source, "sha256": demo.digest}
     bundle = Bundle(
         folder, "sound", "onnx-fp32", "fp32", "onnxruntime", demo.spec, demo.contract, demo.labels, 1, "model.onnx",

@@ -13,7 +13,7 @@ import pytest
 
 from edgetube import datasets
 from edgetube.calibration.clips import Clips
-from edgetube.export.graph import Graph
+from edgetube.export.canonical import Graph
 from edgetube.model.checkpoints import Checkpoint
 
 
@@ -43,10 +43,10 @@ def hard_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def hard_graph(hard_checkpoint: Checkpoint) -> Graph:
     """Its canonical graph at batch 1."""
-    from edgetube.export import graph, static
+    from edgetube.export import canonical, static
 
     c = hard_checkpoint
-    return graph.trace(static.StaticTubeViT(c.model, c.contract, "gather"), c.spec, c.contract)
+    return canonical.trace(static.StaticTubeViT(c.model, c.contract, "gather"), c.spec, c.contract)
 
 
 @pytest.fixture(scope="session")

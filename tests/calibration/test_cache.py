@@ -15,8 +15,8 @@ import pytest
 
 from edgetube.calibration import cache
 from edgetube.calibration.cache import Cache, opened
+from edgetube.calibration.layerwise import Choice, State
 from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
-from edgetube.calibration.walk import Choice, State
 
 KEY = {"the model": "a", "the tools": {"numpy": "2"}, "judged clips": "b", "max_drop": None}
 

@@ -19,11 +19,11 @@ from edgetube.calibration import Calibrated, calibrate, graphs, input_moments, n
 from edgetube.calibration.cache import Cache
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.equalize import Equalisation
+from edgetube.calibration.layerwise import State, Walk
 from edgetube.calibration.table import Activations, IntegerFormat
-from edgetube.calibration.walk import State, Walk
 from edgetube.datasets import ClipSet, built_in_calibration
 from edgetube.errors import ParityError
-from edgetube.export.graph import PIXEL_SCALE, Graph, half
+from edgetube.export.canonical import PIXEL_SCALE, Graph, half
 from edgetube.export.quantize import apply, qdq
 from edgetube.model.checkpoints import Checkpoint
 
@@ -107,8 +107,8 @@ def test_weights_are_rounded_for_every_token(
     walk: Walk, clips: tuple[Clips, Clips], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However few rows are sampled: the Gram matrix is of all of them."""
-    monkeypatch.setattr("edgetube.calibration.walk.ROWS", (16, 16))
-    monkeypatch.setattr("edgetube.calibration.walk.ROW_VALUES", 1)
+    monkeypatch.setattr("edgetube.calibration.layerwise.ROWS", (16, 16))
+    monkeypatch.setattr("edgetube.calibration.layerwise.ROW_VALUES", 1)
     state = State()
     walk.choose(state)
     folded = graphs.replaced(walk.model, state.values)

@@ -17,8 +17,8 @@ from onnx import helper, numpy_helper
 from edgetube.calibration import search
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import linears
+from edgetube.calibration.layerwise import State
 from edgetube.calibration.search import Found, Judge, Verdict
-from edgetube.calibration.walk import State
 from edgetube.errors import ParityError
 
 HOLDS = Verdict(100, True, 1.0, 1.0, 1.0, 40.0, 0.0, 1.0)

@@ -21,9 +21,8 @@ from edgetube.calibration import Calibrated, numeric
 from edgetube.calibration.clips import collect
 from edgetube.calibration.table import CalibrationTable, Range
 from edgetube.errors import BundleError, InputError, MissingPackageError, SpecError
-from edgetube.export import coreml, int8, mlprogram, mlweights, pipeline, proof, quantize, static
-from edgetube.export import graph as graphs
-from edgetube.export.graph import Graph
+from edgetube.export import canonical, coreml, int8, mlprogram, mlweights, pipeline, proof, quantize, static
+from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes import mil
@@ -48,7 +47,7 @@ def traced(checkpoint: Checkpoint) -> Callable[..., Graph]:
         if (lowering, batch, image) not in known:
             part = checkpoint.at(1, None) if image else checkpoint
             module = static.StaticTubeViT(part.model, part.contract, lowering, batch=batch)
-            graph = graphs.trace(module, part.spec, part.contract, batch)
+            graph = canonical.trace(module, part.spec, part.contract, batch)
             companion = None if image else lambda: trace(lowering, batch, image=True)
             known[lowering, batch, image] = dataclasses.replace(graph, labels=part.labels, image=companion)
         return known[lowering, batch, image]

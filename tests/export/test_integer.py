@@ -15,9 +15,8 @@ from edgetube import calibration, datasets, export
 from edgetube.calibration.clips import collect
 from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat
 from edgetube.errors import InputError, ParityError
-from edgetube.export import graph as graphs
-from edgetube.export import integer, onnxruntime, quantize, static
-from edgetube.export.graph import Graph
+from edgetube.export import canonical, integer, onnxruntime, quantize, static
+from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.runtimes.onnxruntime import evaluate
 
@@ -30,7 +29,7 @@ FORMS = {"any": ("uint8", False), "x86": ("uint8", True), "arm": ("int8", False)
 @pytest.fixture(scope="module")
 def graph(tiny_checkpoint: Path) -> Graph:
     c = checkpoints.load(tiny_checkpoint).select("motion")
-    return graphs.trace(static.StaticTubeViT(c.model, c.contract, "gather"), c.spec, c.contract)
+    return canonical.trace(static.StaticTubeViT(c.model, c.contract, "gather"), c.spec, c.contract)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def test_a_table_of_another_model_is_refused(calibrated: Both, graph: Graph) -> 
 
 def test_onnxruntime_runs_every_kernel(calibrated: Both, tmp_path: Path) -> None:
     model, table = calibrated["uint8"]
-    graphs.save(integer.native(model, table), tmp_path / "model.onnx")
+    canonical.save(integer.native(model, table), tmp_path / "model.onnx")
     assert [kernel for kernel, _ in onnxruntime.integer_products(tmp_path / "model.onnx")] == [
         "MatMulIntegerToFloat"
     ] * len(table.quantised)

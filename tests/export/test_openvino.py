@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from edgetube import export
-from edgetube.export import graph as graphs
-from edgetube.export import static
+from edgetube.export import canonical, static
 from edgetube.model import checkpoints
 from edgetube.runtimes.torch import Reference
 
@@ -22,7 +21,7 @@ def test_convolutions_are_not_computed_in_bfloat16(lowering: str, tmp_path: Path
     """On a processor with AMX, OpenVINO's convolutions in bfloat16 miss the built-in model's logits by their size."""
     checkpoint = checkpoints.load("demo")
     module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering, batch=1)
-    graph = graphs.trace(module, checkpoint.spec, checkpoint.contract, 1)
+    graph = canonical.trace(module, checkpoint.spec, checkpoint.contract, 1)
     for name in ("openvino-fp16", "openvino-int8"):
         types = exporter.inference_precision(graph.model, export.target(name))
         assert ("bf16" in types) == (lowering == "gather")

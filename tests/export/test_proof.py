@@ -13,8 +13,7 @@ import torch
 from edgetube import metrics
 from edgetube.bench import probe
 from edgetube.errors import ParityError
-from edgetube.export import arithmetic, int8, pipeline, proof, static
-from edgetube.export import graph as graphs
+from edgetube.export import arithmetic, canonical, int8, pipeline, proof, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.torch import Reference
@@ -62,15 +61,15 @@ FAULTS: dict[str, Fault] = {
 
 def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     """Every graph of a whole model is traced with the fault; the reference is not."""
-    right = graphs.trace
+    right = canonical.trace
 
-    def trace(module: Any, *given: Any) -> graphs.Graph:
+    def trace(module: Any, *given: Any) -> canonical.Graph:
         if isinstance(module, static.StaticTubeViT):
             with torch.no_grad():
                 fault(module)
         return right(module, *given)
 
-    monkeypatch.setattr(graphs, "trace", trace)
+    monkeypatch.setattr(canonical, "trace", trace)
 
 
 @pytest.fixture(scope="module")

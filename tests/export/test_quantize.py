@@ -16,8 +16,7 @@ from edgetube.calibration import Calibrated
 from edgetube.calibration.clips import collect
 from edgetube.calibration.table import Activations
 from edgetube.errors import InputError
-from edgetube.export import graph as graphs
-from edgetube.export import quantize, static
+from edgetube.export import canonical, quantize, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 
@@ -29,7 +28,7 @@ def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
 
 def traced(checkpoint: Checkpoint, lowering: str = "gather", batch: int = 1) -> Any:
     module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering, batch=batch)
-    return graphs.trace(module, checkpoint.spec, checkpoint.contract, batch)
+    return canonical.trace(module, checkpoint.spec, checkpoint.contract, batch)
 
 
 @pytest.fixture(scope="module")

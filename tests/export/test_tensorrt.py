@@ -22,13 +22,12 @@ from onnx import TensorProto
 from edgetube import bundle as bundles
 from edgetube import demo, export
 from edgetube.bundle import Bundle
-from edgetube.calibration import graphs as seen
+from edgetube.calibration import graphs
 from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
 from edgetube.errors import BackendError, InputError
-from edgetube.export import graph as graphs
-from edgetube.export import pipeline, proof, quantize, rewrite, static
+from edgetube.export import canonical, pipeline, proof, quantize, rewrite, static
 from edgetube.export import tensorrt as exporter
-from edgetube.export.graph import Graph
+from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.model.tubevit import TubeViT
@@ -48,7 +47,7 @@ def with_settings(name: str, **settings: str) -> Target:
 def graph(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> Graph:
     checkpoint = checkpoints.load(tiny_checkpoint)
     module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, request.param, batch=2)
-    return graphs.trace(module, checkpoint.spec, checkpoint.contract, 2)
+    return canonical.trace(module, checkpoint.spec, checkpoint.contract, 2)
 
 
 class TestCastFirst:
@@ -58,7 +57,7 @@ class TestCastFirst:
     def test_the_answers_are_the_same_to_the_last_bit(
         self, graph: Graph, precision: str, rng: np.random.Generator
     ) -> None:
-        model = graph.model if precision == "fp32" else graphs.half(graph.model)
+        model = graph.model if precision == "fp32" else canonical.half(graph.model)
         clips = rng.integers(0, 256, (2, *graph.contract.shape), np.uint8)
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -71,7 +70,7 @@ class TestCastFirst:
         np.testing.assert_array_equal(before, after)
 
     def test_uint8_reaches_one_cast_and_nothing_else(self, graph: Graph) -> None:
-        moved = rewrite.cast_first(graphs.half(graph.model)).graph
+        moved = rewrite.cast_first(canonical.half(graph.model)).graph
         assert [n.op_type for n in moved.node if "frames" in n.input] == ["Cast"]
         kinds = {v.name: v.type.tensor_type.elem_type for v in [*moved.input, *moved.value_info, *moved.output]}
         assert [name for name, kind in kinds.items() if kind == TensorProto.UINT8] == ["frames"]
@@ -278,7 +277,7 @@ def small_checkpoint() -> Checkpoint:
 
 def traced(checkpoint: Any) -> Any:
     module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, "gather")
-    return graphs.trace(module, checkpoint.spec, checkpoint.contract)
+    return canonical.trace(module, checkpoint.spec, checkpoint.contract)
 
 
 @needs_rtx
@@ -287,8 +286,8 @@ class TestForReal:
 
     def test_the_parser_takes_every_lowering_in_both_precisions(self, graph: Graph, tmp_path: Path) -> None:
         kit = runtime.sdk("rtx")
-        for model in (graph.model, graphs.half(graph.model)):
-            graphs.save(rewrite.cast_first(model), tmp_path / "model.onnx")
+        for model in (graph.model, canonical.half(graph.model)):
+            canonical.save(rewrite.cast_first(model), tmp_path / "model.onnx")
             _, network, parser = runtime.parse(kit, tmp_path / "model.onnx")
             assert network.num_layers > 100
             assert [network.get_input(i).dtype for i in range(network.num_inputs)] == [cast(Any, kit.trt).uint8]
@@ -297,7 +296,7 @@ class TestForReal:
 
     def test_the_cast_has_to_come_first(self, graph: Graph, tmp_path: Path) -> None:
         """Why `cast_first` is there; when this fails, a newer parser can do without it."""
-        graphs.save(graph.model, tmp_path / "model.onnx")
+        canonical.save(graph.model, tmp_path / "model.onnx")
         with pytest.raises(BackendError, match=r"the parser refuses model\.onnx at tubes\.\S+ \(Reshape\): .*UInt8"):
             runtime.build(runtime.sdk("rtx"), tmp_path / "model.onnx", runtime.Settings(capabilities=("86",)))
 
@@ -375,7 +374,7 @@ def real_graphs(tmp_path_factory: pytest.TempPathFactory, rng_of_module: np.rand
             table = extremes(model, clip, attention)
             model = rewrite.separate_projections(quantize.qdq(model, table))
         path = tmp_path_factory.mktemp("real") / "model.onnx"
-        graphs.save(rewrite.cast_first(graphs.half(model)), path)
+        canonical.save(rewrite.cast_first(canonical.half(model)), path)
         made[key] = SimpleNamespace(path=path, depth=checkpoint.spec.depth, tokens=checkpoint.spec.tokens, table=table)
         return made[key]
 
@@ -389,11 +388,11 @@ def rng_of_module() -> np.random.Generator:
 
 def extremes(model: Any, clip: Any, attention: Any) -> Any:
     """A table of every linear: builders only look at where the scales are, not at what they are."""
-    linears, weights = seen.linears(model), seen.weights(model)
+    linears, weights = graphs.linears(model), graphs.weights(model)
     names = dict.fromkeys(linear.activation for linear in linears)
     if attention:
-        names |= dict.fromkeys(name for pair in seen.products(model).values() for name in pair)
-    values = export.evaluator()(seen.only(model, list(names)))({"frames": clip})
+        names |= dict.fromkeys(name for pair in graphs.products(model).values() for name in pair)
+    values = export.evaluator()(graphs.only(model, list(names)))({"frames": clip})
     ranges = {
         name: Range(min(0.0, float(v.min())), max(0.0, float(v.max())), "extremes")
         for name, v in zip(names, values, strict=True)
@@ -404,11 +403,11 @@ def extremes(model: Any, clip: Any, attention: Any) -> Any:
         )
         for linear in linears
     )
-    return CalibrationTable(seen.digest(model), {}, "int8", ranges, plans)
+    return CalibrationTable(graphs.digest(model), {}, "int8", ranges, plans)
 
 
 def test_the_graph_keeps_layer_norm_and_softmax_in_fp32(graph: Graph) -> None:
-    model = rewrite.cast_first(graphs.half(graph.model))
+    model = rewrite.cast_first(canonical.half(graph.model))
     kinds = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
     wide = [n for n in model.graph.node if n.op_type in ("LayerNormalization", "Softmax")]
     assert wide

@@ -19,8 +19,8 @@ from onnx import TensorProto, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 
 from edgetube.errors import SpecError
-from edgetube.export import graph as graphs
-from edgetube.export.graph import Graph
+from edgetube.export import canonical
+from edgetube.export.canonical import Graph
 from edgetube.export.static import LOWERINGS, StaticTokenizer, StaticTubeViT
 from edgetube.model.tubevit import TubeViT
 from edgetube.runtimes.torch import normalise
@@ -51,7 +51,7 @@ def model_of(name: str) -> tuple[TubeViT, InputContract]:
 @cache
 def trace(name: str, lowering: str = "gather", batch: int = 1, head: str | None = None) -> Graph:
     model, contract = model_of(name)
-    return graphs.trace(StaticTubeViT(model, contract, lowering, head, batch), model.spec, contract, batch)
+    return canonical.trace(StaticTubeViT(model, contract, lowering, head, batch), model.spec, contract, batch)
 
 
 def noise(name: str, batch: int = 1) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_batch_is_static_and_every_clip_gets_its_own_answer() -> None:
     model = trace("paper", batch=2).model
     np.testing.assert_allclose(run(model, frames), reference("paper", frames), atol=1e-4)
     assert abs(np.diff(run(model, frames), axis=0)).max() > 1e-3
-    assert graphs.shapes(model)["frames"] == (2, 32, 64, 64, 3)
+    assert canonical.shapes(model)["frames"] == (2, 32, 64, 64, 3)
 
 
 def test_any_head() -> None:
@@ -107,7 +107,7 @@ def test_any_head() -> None:
 
 def test_tokenizer_alone() -> None:
     model, contract = model_of("paper")
-    tokens = graphs.trace(StaticTokenizer(model, contract), model.spec, contract)
+    tokens = canonical.trace(StaticTokenizer(model, contract), model.spec, contract)
     assert [value.name for value in tokens.model.graph.output] == ["tokens"]
     with torch.no_grad():
         frames = noise("paper")
@@ -121,7 +121,7 @@ def test_static_and_of_rank_five_at_most(name: str, lowering: str) -> None:
     model = trace(name, lowering).model
     onnx.checker.check_model(model, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    known = graphs.shapes(inferred)
+    known = canonical.shapes(inferred)
     made = {name for node in model.graph.node for name in node.output}
     assert made <= known.keys()
     assert all(len(known[name]) <= 5 and min(known[name]) > 0 for name in made)
@@ -136,10 +136,10 @@ def test_static_and_of_rank_five_at_most(name: str, lowering: str) -> None:
 
 def test_attention_is_of_rank_four_and_operators_are_whole() -> None:
     model = trace("paper").model
-    known = graphs.shapes(model)
+    known = canonical.shapes(model)
     encoder = [name for node in model.graph.node if node.name.startswith("blocks") for name in node.output]
     assert max(len(known[name]) for name in encoder) == 4
-    counts = graphs.statistics(model)["operators"]
+    counts = canonical.statistics(model)["operators"]
     assert counts["LayerNormalization"] == 2 * 2 + 1
     assert counts["Gelu"] == 2
     assert counts["Softmax"] == 2 + 1
@@ -151,14 +151,14 @@ def test_attention_is_of_rank_four_and_operators_are_whole() -> None:
 def test_only_voxels_that_tubes_touch_become_float(name: str, lowering: str) -> None:
     model = trace(name, lowering).model
     types = {v.name: v.type.tensor_type.elem_type for v in [*model.graph.input, *model.graph.value_info]}
-    known = graphs.shapes(model)
+    known = canonical.shapes(model)
     cast = sum(math.prod(known[n.input[0]]) for n in nodes(model, "Cast") if types[n.input[0]] == TensorProto.UINT8)
     spec = SPECS[name]
     touched = sum(
         3 * math.prod(spec.tubes[i].kernel) * spec.tubes[i].merge * math.prod(grid)
         for i, grid in zip(spec.active, spec.grids, strict=True)
     )
-    assert cast == touched == graphs.statistics(model)["voxels"]
+    assert cast == touched == canonical.statistics(model)["voxels"]
 
 
 def test_names_are_those_of_the_modules() -> None:
@@ -204,7 +204,7 @@ def test_equal_constants_keep_their_own_names() -> None:
     spec = SPECS["paper"]
     model = TubeViT(spec).eval()  # fresh: all biases are zero
     contract = InputContract(spec.frames, *spec.size)
-    values = constants(graphs.trace(StaticTubeViT(model, contract), spec, contract).model)
+    values = constants(canonical.trace(StaticTubeViT(model, contract), spec, contract).model)
     assert {f"blocks.{i}.{n}.bias" for i in (0, 1) for n in ("norm1", "attn.proj", "mlp.fc2")} <= values.keys()
 
 
@@ -218,22 +218,22 @@ def test_versions_and_description_but_nothing_of_this_machine() -> None:
     assert metadata.keys() == {"spec", "input", "lowering"}
     assert metadata["lowering"] == traced.lowering == "gather"
     data = model.SerializeToString()
-    for trail in (str(Path.cwd()), str(Path(graphs.__file__).parent), "File ", "static.py", "torch", "onnxscript"):
+    for trail in (str(Path.cwd()), str(Path(canonical.__file__).parent), "File ", "static.py", "torch", "onnxscript"):
         assert trail.encode() not in data
 
 
 def test_bytes_are_the_same_every_time() -> None:
     model, contract = model_of("paper")
-    again = graphs.trace(StaticTubeViT(model, contract), model.spec, contract)
+    again = canonical.trace(StaticTubeViT(model, contract), model.spec, contract)
     assert again.model.SerializeToString() == trace("paper").model.SerializeToString()
 
 
 @pytest.mark.slow
 def test_bytes_are_the_same_in_another_process() -> None:
     code = (
-        "import hashlib; from edgetube.export import graph, static; from edgetube.model import checkpoints as c;"
+        "import hashlib; from edgetube.export import canonical, static; from edgetube.model import checkpoints as c;"
         "x = c.random('tubevit-ti'); m = static.StaticTubeViT(x.model, x.contract);"
-        "print(hashlib.sha256(graph.trace(m, x.spec, x.contract).model.SerializeToString()).hexdigest())"
+        "print(hashlib.sha256(canonical.trace(m, x.spec, x.contract).model.SerializeToString()).hexdigest())"
     )
     digests = set()
     for seed in ("1", "2"):
@@ -247,7 +247,7 @@ def test_bytes_are_the_same_in_another_process() -> None:
 
 def test_statistics_count_what_the_formulas_count() -> None:
     traced = trace("paper")
-    statistics = graphs.statistics(traced.model)
+    statistics = canonical.statistics(traced.model)
     assert statistics["macs"] == SPECS["paper"].macs()
     assert statistics["max_rank"] == 5
     assert statistics["nodes"] == len(traced.model.graph.node) == sum(statistics["operators"].values())
@@ -262,7 +262,7 @@ def test_statistics_count_what_the_formulas_count() -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_half_precision_answers_like_pytorch(name: str, lowering: str) -> None:
     frames = noise(name)
-    model = graphs.half(trace(name, lowering).model)
+    model = canonical.half(trace(name, lowering).model)
     onnx.checker.check_model(model, full_check=True)
     answer = run(model, frames)
     assert answer.dtype == np.float32
@@ -270,13 +270,13 @@ def test_half_precision_answers_like_pytorch(name: str, lowering: str) -> None:
     assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert all(types[n.input[1]] == TensorProto.FLOAT16 for n in nodes(model, "MatMul") if n.input[1] in types)
-    assert graphs.size(model) < 0.65 * graphs.size(trace(name, lowering).model)
+    assert canonical.size(model) < 0.65 * canonical.size(trace(name, lowering).model)
 
 
 def test_half_precision_in_an_evaluator_that_computes_in_half_precision() -> None:
     """ONNX Runtime computes half precision in float on most CPUs; numpy does not."""
     frames = noise("mean")
-    (answer,) = ReferenceEvaluator(graphs.half(trace("mean").model)).run(None, {"frames": frames})
+    (answer,) = ReferenceEvaluator(canonical.half(trace("mean").model)).run(None, {"frames": frames})
     assert cosine(np.asarray(answer), reference("mean", frames)) > 0.9995
 
 
@@ -287,7 +287,7 @@ def test_half_precision_keeps_the_range_of_layernorm_and_softmax() -> None:
     with torch.no_grad():
         model.get_parameter("blocks.0.mlp.fc2.bias")[3] = 1500.0
         model.get_parameter("blocks.0.attn.qkv.weight").mul_(6)
-    narrow = graphs.half(graphs.trace(StaticTubeViT(model, contract), spec, contract).model)
+    narrow = canonical.half(canonical.trace(StaticTubeViT(model, contract), spec, contract).model)
     frames = noise("paper")
     with torch.no_grad():
         expected = model(normalise(torch.from_numpy(frames), contract)).numpy()
@@ -304,13 +304,13 @@ def test_half_precision_keeps_the_range_of_layernorm_and_softmax() -> None:
 
 
 def test_half_precision_keeps_tube_weights_out_of_the_subnormals() -> None:
-    model = graphs.half(trace("paper").model)
+    model = canonical.half(trace("paper").model)
     values = constants(model)
     for i in range(4):
         weight = values[f"tubes.{i}.weight"].astype(np.float64)
         exact = constants(trace("paper").model)[f"tubes.{i}.weight"].astype(np.float64)
         assert np.median(abs(exact)) < 2**-11  # unscaled, they would lose digits
-        np.testing.assert_allclose(weight / graphs.PIXEL_SCALE, exact, rtol=2**-10, atol=1e-9)
+        np.testing.assert_allclose(weight / canonical.PIXEL_SCALE, exact, rtol=2**-10, atol=1e-9)
 
 
 def test_half_precision_refuses_what_it_cannot_hold() -> None:
@@ -320,7 +320,7 @@ def test_half_precision_refuses_what_it_cannot_hold() -> None:
         if tensor.name == "blocks.1.mlp.fc2.bias":
             tensor.CopyFrom(numpy_helper.from_array(np.full(24, 7e4, np.float32), tensor.name))
     with pytest.raises(SpecError, match=r"blocks\.1\.mlp\.fc2\.bias reaches 7e\+04; float16 ends at 65504"):
-        graphs.half(model)
+        canonical.half(model)
 
 
 @pytest.mark.parametrize(
@@ -335,16 +335,16 @@ def test_check_refuses(shape: str, body: str, message: str) -> None:
     output = "2" if "Shape" in body else shape
     text = f'<ir_version: 9, opset_import: ["": 20]> g (float[{shape}] x) => (float[{output}] y) {{ {body} }}'
     with pytest.raises(SpecError, match=message):
-        graphs.check(parser.parse_model(text))
+        canonical.check(parser.parse_model(text))
 
 
 def test_weights_beyond_the_limit_of_protobuf_go_beside_the_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = trace("paper").model
-    monkeypatch.setattr(graphs, "PROTOBUF_LIMIT", 1000)
-    graphs.check(model)
-    graphs.save(model, tmp_path / "model.onnx")
+    monkeypatch.setattr(canonical, "PROTOBUF_LIMIT", 1000)
+    canonical.check(model)
+    canonical.save(model, tmp_path / "model.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     frames = noise("paper")

@@ -13,12 +13,11 @@ import pytest
 from edgetube import export, metrics
 from edgetube.calibration import calibrate, graphs, input_moments
 from edgetube.calibration.clips import Clips
+from edgetube.calibration.layerwise import Sample
 from edgetube.calibration.table import Activations, IntegerFormat
-from edgetube.calibration.walk import Sample
 from edgetube.errors import InputError
-from edgetube.export import graph as canonical
-from edgetube.export import integer, static
-from edgetube.export.graph import Graph
+from edgetube.export import canonical, integer, static
+from edgetube.export.canonical import Graph
 from edgetube.export.quantize import apply, qdq
 from edgetube.spec import InputContract, ModelSpec, TubeSpec
 
