@@ -45,7 +45,7 @@ from edgetube.bench.worker import Lap, Subject, peak_mb
 from edgetube.bundle import Bundle
 from edgetube.calibration import calibrate, graphs, numeric
 from edgetube.calibration.clips import Clips, collect
-from edgetube.calibration.layerwise import State, Walk
+from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator
 from edgetube.calibration.table import IntegerFormat
 from edgetube.export import canonical, integer, pipeline, quantize, static
 from edgetube.export import int8 as exporting_int8
@@ -362,7 +362,7 @@ def by_operator(taken: Mapping[tuple[str, str], list[float]]) -> dict[str, float
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of the walk over tubes and first blocks; the other blocks are alike, and nothing of a block is kept.
+    """Peak memory of calibrating tubes and first blocks; the other blocks are alike, and nothing of a block is kept.
 
     Linux and macOS only.
     """
@@ -373,14 +373,16 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     before = peak_mb()
     with tempfile.TemporaryDirectory(dir=args.workspace) as name:
         prepared = graphs.prepared(model, "uint8")
-        walk = Walk(prepared, noise(checkpoint, args.clips, Path(name)), exporting.evaluator(), "uint8", Path(name))
-        walk.stages = walk.stages[: args.stages]
-        walk.choose(State())
+        calibrator = LayerwiseCalibrator(
+            prepared, noise(checkpoint, args.clips, Path(name)), exporting.evaluator(), "uint8", Path(name)
+        )
+        calibrator.stages = calibrator.stages[: args.stages]
+        calibrator.calibrate(CalibrationState())
     return {
         "machine": machine.describe(),
         "checkpoint": checkpoint.name,
         "clips": args.clips,
-        "stages": [stage.name for stage in walk.stages],
+        "stages": [stage.name for stage in calibrator.stages],
         "before_mb": before,
         "peak_mb": peak_mb(),
     }
@@ -474,7 +476,7 @@ def memory_text(found: Mapping[str, Any]) -> str:
     """Markdown."""
     return (
         f"{found['checkpoint']}, {found['clips']} clips, {', '.join(found['stages'])}: at most {found['peak_mb']:.0f} "
-        f"MB, {found['before_mb']:.0f} MB of them before the walk; {found['machine']}"
+        f"MB, {found['before_mb']:.0f} MB of them before calibration; {found['machine']}"
     )
 
 
@@ -512,7 +514,7 @@ def main() -> None:
             command.add_argument("--checkpoint", default="random:tubevit-b")
     speeds, memories = commands.choices["speed"], commands.choices["memory"]
     speeds.add_argument("--seconds", type=float, default=8.0, help="of timing, per contestant")
-    memories.add_argument("--stages", type=int, default=3, help="tubes and blocks to walk")
+    memories.add_argument("--stages", type=int, default=3, help="tubes and blocks to calibrate")
     memories.add_argument("--workspace", type=Path, help="folder for what is spooled; the system's own if left out")
     args = parser.parse_args()
     if "folder" in args:

@@ -17,7 +17,7 @@ from edgetube.calibration import graphs, search
 from edgetube.calibration.cache import Cache, opened
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import Array, Open
-from edgetube.calibration.layerwise import StaleStateError, State, Walk
+from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator, StaleStateError
 from edgetube.calibration.numeric import GramMatrix, Moments
 from edgetube.calibration.observers import Histogram, least_squares
 from edgetube.calibration.search import Found, Judge
@@ -110,38 +110,40 @@ def calibrate(
             values, table, report = finished
             return Calibrated(values, table, judge, {**report, "notes": _notes(statistics, judge), "cached": True})
         held_out = _held_out(statistics, judged)
-        walk = Walk(model, statistics, open_graph, activations, workspace, progress, held_out, form)
-        state = _choose(walk, kept)
-        found = search.search(walk, state, judge)
-        values = walk.decided(state, found.quantised)
+        calibrator = LayerwiseCalibrator(
+            model, statistics, open_graph, activations, workspace, progress, held_out, form
+        )
+        state = _choose(calibrator, kept)
+        found = search.search(calibrator, state, judge)
+        values = calibrator.changed_initializers(state, found.quantised)
         notes = [*_notes(statistics, judge), *([kept.note] if kept.note else [])]
-        report = _report(walk, state, found) | {"notes": notes}
+        report = _report(calibrator, state, found) | {"notes": notes}
         table = CalibrationTable(
             model=graphs.digest(graphs.replaced(model, values)),
             clips={"name": statistics.name, "count": len(statistics), "sha256": statistics.sha256},
             activations=activations,
             ranges={
                 linear.activation: state.choices[linear.name].range
-                for linear in walk.linears
+                for linear in calibrator.linears
                 if linear.name in found.quantised
             },
-            linears=tuple(_plan(linear, state, found) for linear in walk.linears),
+            linears=tuple(_plan(linear, state, found) for linear in calibrator.linears),
             versions=dict(versions or {}),
         )
         kept.save_result(values, table, report)
     return Calibrated(values, table, judge, report)
 
 
-def _choose(walk: Walk, kept: Cache) -> State:
+def _choose(calibrator: LayerwiseCalibrator, kept: Cache) -> CalibrationState:
     """Every linear's choice; stages that were kept are not chosen again, unless they do not fit the model."""
     state = kept.state()
-    if not walk.fits(state):
-        state = State()
+    if not calibrator.matches_model(state):
+        state = CalibrationState()
     try:
-        walk.choose(state, lambda: kept.save_state(state))
+        calibrator.calibrate(state, lambda: kept.save_state(state))
     except StaleStateError:
-        state = State()
-        walk.choose(state, lambda: kept.save_state(state))
+        state = CalibrationState()
+        calibrator.calibrate(state, lambda: kept.save_state(state))
     return state
 
 
@@ -230,7 +232,7 @@ def _key(
     }
 
 
-def _plan(linear: graphs.Linear, state: State, found: Found) -> LinearPlan:
+def _plan(linear: graphs.Linear, state: CalibrationState, found: Found) -> LinearPlan:
     choice = state.choices[linear.name]
     if linear.name not in found.quantised:
         return LinearPlan(
@@ -241,19 +243,19 @@ def _plan(linear: graphs.Linear, state: State, found: Found) -> LinearPlan:
     return LinearPlan(linear.name, linear.activation, linear.weight, scales, "int8", reason)
 
 
-def _report(walk: Walk, state: State, found: Found) -> dict[str, Any]:
+def _report(calibrator: LayerwiseCalibrator, state: CalibrationState, found: Found) -> dict[str, Any]:
     return {
-        "activations": walk.activations,
-        "clips": {"name": walk.clips.name, "count": len(walk.clips), "sha256": walk.clips.sha256},
+        "activations": calibrator.activations,
+        "clips": {"name": calibrator.clips.name, "count": len(calibrator.clips), "sha256": calibrator.clips.sha256},
         "judged": found.verdict.to_json(),
-        "linear_macs": sum(graphs.macs(walk.model).values()),
+        "linear_macs": sum(graphs.macs(calibrator.model).values()),
         "linears": {
             name: {
                 "precision": "int8" if name in found.quantised else "float",
                 "equalisation": choice.equalisation,
                 "observer": choice.range.method,
                 "error": choice.error,
-                "held_out_error": walk.held_out_errors.get(name),
+                "held_out_error": calibrator.held_out_errors.get(name),
                 "plain_error": choice.plain_error,
             }
             for name, choice in state.choices.items()

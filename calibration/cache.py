@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from edgetube.calibration.graphs import Array
-from edgetube.calibration.layerwise import Choice, State
+from edgetube.calibration.layerwise import CalibrationState, Choice
 from edgetube.calibration.table import CalibrationTable, Range
 from edgetube.errors import InputError
 from edgetube.files import atomic_write, replacing
@@ -70,7 +70,7 @@ class Cache:
             return None
         return f"calibrated again: {', '.join(self.differences)} changed since the last calibration"
 
-    def state(self) -> State:
+    def state(self) -> CalibrationState:
         """The stages that are done; none if what is there is damaged."""
         try:
             arrays, texts = _read(self.folder / STATE)
@@ -79,11 +79,11 @@ class Cache:
                 for name, fields in json.loads(texts["choices"]).items()
             }
         except BROKEN:
-            return State()
+            return CalibrationState()
         kept = {kind: _part(arrays, f"{kind}:") for kind in ("values", "integers", "means")}
-        return State(choices=choices, **kept)
+        return CalibrationState(choices=choices, **kept)
 
-    def save_state(self, state: State) -> None:
+    def save_state(self, state: CalibrationState) -> None:
         """Keep the stages that are done, whole or not at all."""
         arrays: dict[str, Any] = {f"values:{name}": value for name, value in state.values.items()}
         arrays |= {f"integers:{name}": value for name, value in state.integers.items()}

@@ -1,8 +1,8 @@
-"""From a float graph and clips to an equalised, bias-corrected float graph and its table.
+"""Layer-wise calibration: chooses equalisations, activation ranges and int8 weights, then corrects biases.
 
-The graph is walked stage by stage (tokenizer, blocks, classifier), once in floating point to choose equalisations,
-ranges and weight scales, once with quantisation in place to correct biases. Between stages only the tensors that
-cross are kept, in files, so memory does not grow with the number of clips.
+The graph runs stage by stage (tokenizer, blocks, classifier): once in float32 to choose equalisations, ranges and
+weight scales, once with fake quantisation to correct biases. Between stages only the tensors that later stages read are
+kept, in files, so memory does not grow with the number of clips.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ ROWS, ROW_VALUES = (512, 2048), 1_500_000
 """Fewest and most rows that are sampled of an activation to measure output errors on, and values in between."""
 
 GROUPS = 8
-"""Groups of neighbouring clips, which are often of one scene, that a set is cut into to judge one half by the other."""
+"""Groups of neighbouring clips, often of one scene; alternate groups form the halves for cross-validation."""
 
 PIXELS = Range(0.0, 255.0, "min-max")
 
 CORRECTION_CLIPS = 32
-"""Clips that biases are corrected on: their means settle long before ranges do."""
+"""Clips for bias correction: means converge with fewer clips than ranges."""
 
 FOLD_TOLERANCE = 1e-3
 """Largest change of a stage's output by folding, relative to its largest value; float32 rounding stays below 1e-5."""
@@ -47,7 +47,7 @@ FOLD_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for one linear, with how much its output suffers.
+    """The quantisation parameters of one linear, and its output error.
 
     Attributes:
         range: of its activation.
@@ -67,8 +67,8 @@ class Choice:
 
 
 @dataclass
-class State:
-    """What is known so far; everything that a stage decides.
+class CalibrationState:
+    """The results of the stages that are done.
 
     Attributes:
         values: initializers that differ from the graph's own, before any bias correction.
@@ -86,13 +86,13 @@ class State:
 
 
 class StaleStateError(Exception):
-    """Kept stages that do not compute what the model computes; they have to be chosen again."""
+    """Cached stages whose output differs from the model's; they have to be calibrated again."""
 
 
-class Sample:
-    """What is kept of one activation while clips pass: extremes and means of its channels, and sampled rows.
+class ActivationStats:
+    """Streaming statistics of one activation: minima, maxima and means of its channels, and sampled rows.
 
-    The rows are drawn by the tensor's name and the clip's number, so that every walk draws the same ones.
+    The seed of the rows is the tensor's name and the clip's number, so every pass samples the same ones.
 
     Args:
         whole: also keep a histogram of all values, and the Gram matrix of all rows.
@@ -111,7 +111,7 @@ class Sample:
         self._rows: list[Array] = []
 
     def add(self, index: int, values: Array) -> None:
-        """Take in the activation (1, ..., K) of clip number `index`.
+        """Add the activation (1, ..., K) of clip number `index`.
 
         Raises:
             InputError: a value is NaN or infinite.
@@ -149,7 +149,7 @@ class Sample:
 
     @property
     def halves(self) -> Halves:
-        """What two halves of the clips know, each of neighbours in groups; of a single clip both know the same."""
+        """Statistics of two halves of the clips, alternate groups of neighbours; a single clip is both halves."""
         group = max(1, -(-len(self._rows) // GROUPS))
         first = [i for i in range(len(self._rows)) if i // group % 2 == 0]
         second = [i for i in range(len(self._rows)) if i // group % 2] or first
@@ -160,18 +160,18 @@ class Sample:
         return one, other
 
 
-class Walk:
-    """One graph, one set of clips, one scheme.
+class LayerwiseCalibrator:
+    """Calibrates one graph on one set of clips under one activation scheme.
 
     Args:
         model: canonical graph with batch 1.
         open_graph: opens any graph for running.
-        activations: the scheme to choose ranges under.
+        activations: the activation scheme.
         form: how the target stores integers; scales are rounded to its type before weights are.
-        held_out: clips (N, T, H, W, 3) that nothing is chosen from, to measure errors on.
+        held_out: clips (N, T, H, W, 3) that are used only to measure errors.
 
     Attributes:
-        held_out_errors: by linear, the relative output error as chosen on those clips; empty when there are none.
+        held_out_errors: relative output error on those clips, by linear; empty when there are none.
     """
 
     def __init__(
@@ -192,91 +192,91 @@ class Walk:
         self.stages = graphs.stages(model)
         self.linears = graphs.linears(model)
         self.places = graphs.places(model)
-        self.initial = {k: np.asarray(v) for k, v in graphs.weights(model).items()}
+        self.initializers = {k: np.asarray(v) for k, v in graphs.weights(model).items()}
         self.input = model.graph.input[0].name
         step = max(1, len(clips) // CORRECTION_CLIPS)
         self.correction = range(0, len(clips), step)[:CORRECTION_CLIPS]
 
     # ------------------------------------------------------------------------------------------------ choosing
 
-    def choose(self, state: State, done: Callable[[], None] = lambda: None) -> None:
-        """Equalisations, ranges and weight scales of every linear, stage by stage; stages in `state` are only run.
+    def calibrate(self, state: CalibrationState, done: Callable[[], None] = lambda: None) -> None:
+        """Choose equalisation, range and weight scales of every linear, stage by stage; stages in `state` are only run.
 
         Raises:
             InputError: a value of an activation is NaN or infinite.
-            StaleStateError: a stage in `state` does not compute what the model's does.
+            StaleStateError: the output of a stage in `state` differs from the model's.
         """
         streams: dict[str, Rows] = {self.input: self.clips.frames}
         others: dict[str, Rows] = {self.input: np.stack(self.held_out)} if len(self.held_out) else {}
         for stage in track(self.stages, "calibrate", len(self.stages), self.progress):
             linears = self._linears(stage)
             if any(linear.name not in state.choices for linear in linears):
-                streams = self._choose_stage(stage, linears, streams, state)
+                streams = self._calibrate_stage(stage, linears, streams, state)
                 done()
             else:
                 plain = self._run(stage, {}, streams, range(1), {})
                 streams = self._run(stage, state.values, streams, range(len(self.clips)), {})
-                if not self._change(stage, plain, streams) <= FOLD_TOLERANCE:
+                if not self._relative_change(stage, plain, streams) <= FOLD_TOLERANCE:
                     raise StaleStateError(stage.name)
-            others = self._hold_out(stage, linears, others, state)
+            others = self._measure_held_out(stage, linears, others, state)
 
-    def _choose_stage(
-        self, stage: Stage, linears: Sequence[Linear], streams: dict[str, Rows], state: State
+    def _calibrate_stage(
+        self, stage: Stage, linears: Sequence[Linear], streams: dict[str, Rows], state: CalibrationState
     ) -> dict[str, Rows]:
         everything = range(len(self.clips))
-        survey = {linear.activation: Sample(linear.activation, len(everything)) for linear in linears}
+        survey = {linear.activation: ActivationStats(linear.activation, len(everything)) for linear in linears}
         outputs = self._run(stage, state.values, streams, everything, survey)
         plain = {linear.name: self._plain_error(linear, survey[linear.activation]) for linear in linears}
         unfolded = dict(state.values)
         folded = {linear.name: self._equalise(linear, survey[linear.activation], state) for linear in linears}
-        samples = {name: Sample(name, len(everything), whole=True) for name in survey}
-        again = self._run(stage, state.values, streams, everything, samples)
-        if not (change := self._change(stage, outputs, again)) <= FOLD_TOLERANCE:
+        stats = {name: ActivationStats(name, len(everything), whole=True) for name in survey}
+        again = self._run(stage, state.values, streams, everything, stats)
+        if not (change := self._relative_change(stage, outputs, again)) <= FOLD_TOLERANCE:
             state.values = unfolded
             reason = f"none: folding it changed {stage.name} by {change:.0e}"
             folded = {linear.name: self._no_equalisation(linear, reason) for linear in linears}
-            samples = {name: Sample(name, len(everything), whole=True) for name in survey}
-            again = self._run(stage, state.values, streams, everything, samples)
+            stats = {name: ActivationStats(name, len(everything), whole=True) for name in survey}
+            again = self._run(stage, state.values, streams, everything, stats)
         for linear in linears:
             state.choices[linear.name] = self._quantise(
-                linear, samples[linear.activation], folded[linear.name], plain[linear.name], state
+                linear, stats[linear.activation], folded[linear.name], plain[linear.name], state
             )
-            state.means[linear.name] = samples[linear.activation].means[list(self.correction)].mean(axis=0)
+            state.means[linear.name] = stats[linear.activation].means[list(self.correction)].mean(axis=0)
         return again
 
-    def _hold_out(
-        self, stage: Stage, linears: Sequence[Linear], streams: dict[str, Rows], state: State
+    def _measure_held_out(
+        self, stage: Stage, linears: Sequence[Linear], streams: dict[str, Rows], state: CalibrationState
     ) -> dict[str, Rows]:
-        """Run a stage on the held-out clips and note the errors there; what later stages read."""
+        """Run a stage on the held-out clips and record the errors there; returns what later stages read."""
         if not streams:
             return {}
-        samples = {linear.activation: Sample(linear.activation, len(self.held_out)) for linear in linears}
-        outputs = self._run(stage, state.values, streams, range(len(self.held_out)), samples)
+        stats = {linear.activation: ActivationStats(linear.activation, len(self.held_out)) for linear in linears}
+        outputs = self._run(stage, state.values, streams, range(len(self.held_out)), stats)
         for linear in linears:
-            choice, rows = state.choices[linear.name], samples[linear.activation].rows
-            weight, quantised = self._value(linear.weight, state), self.rounded(linear, state)
+            choice, rows = state.choices[linear.name], stats[linear.activation].rows
+            weight, quantised = self._value(linear.weight, state), self.dequantized_weight(linear, state)
             self.held_out_errors[linear.name] = self._error(rows, choice.range, weight, quantised)
         return outputs
 
     def _error(self, rows: Array, found: Range, weight: Array, quantised: Array) -> float:
-        """Relative output error of a linear whose input has the range `found`, on rows (R, K) of it."""
+        """Relative output error of a linear on rows (R, K) of its input, quantised with the range `found`."""
         return numeric.output_error(rows @ weight, numeric.fake_activations(rows, found, self.activations), quantised)
 
-    def _plain_error(self, linear: Linear, sample: Sample) -> float:
-        """The error of a linear as it was given, under min-max, with weights rounded to the nearest."""
-        weight, seen = np.asarray(self.initial[linear.weight], np.float32), sample.channels
+    def _plain_error(self, linear: Linear, stats: ActivationStats) -> float:
+        """The error of the original linear with a min-max range and weights rounded to nearest."""
+        weight, seen = np.asarray(self.initializers[linear.weight], np.float32), stats.channels
         low, high = min(0.0, float(seen.low.min())), max(0.0, float(seen.high.max()))
         found = PIXELS if self._pixels(linear) else Range(low, high, "min-max")
-        return self._error(sample.rows, found, weight, numeric.fake_weights(weight, numeric.full_scales(weight)))
+        return self._error(stats.rows, found, weight, numeric.fake_weights(weight, numeric.full_scales(weight)))
 
-    def _equalise(self, linear: Linear, sample: Sample, state: State) -> Equalisation:
+    def _equalise(self, linear: Linear, stats: ActivationStats, state: CalibrationState) -> Equalisation:
         """Choose an equalisation and fold it into producer, weight and bias."""
         weight = self._value(linear.weight, state)
         producer = self._producer(linear)
         if producer is None or linear.bias is None:
             return self._no_equalisation(linear)
         choose = equalize.behind_gelu if linear.activation in self.places else equalize.choose
-        chosen = choose(sample.halves, weight, self.activations, self.form.dtype)
+        chosen = choose(stats.halves, weight, self.activations, self.form.dtype)
         if not chosen.identity:
             bias = self._value(linear.bias, state)
             state.values[linear.bias] = chosen.bias(weight, bias)
@@ -285,35 +285,35 @@ class Walk:
         return chosen
 
     def _no_equalisation(self, linear: Linear, name: str = "none") -> Equalisation:
-        size = len(self.initial[linear.weight])
+        size = len(self.initializers[linear.weight])
         return Equalisation(name, np.ones(size, np.float32), np.zeros(size, np.float32))
 
-    def _producer(self, linear: Linear) -> Callable[[Equalisation, State], None] | None:
-        """How to fold an equalisation into what makes the linear's activation, if that is possible."""
+    def _producer(self, linear: Linear) -> Callable[[Equalisation, CalibrationState], None] | None:
+        """A function that folds an equalisation into the producer of the linear's activation; None where it cannot."""
         makers = {output: node for node in self.model.graph.node for output in node.output}
         readers = [node.name for node in self.model.graph.node if linear.activation in node.input]
         maker = makers.get(linear.activation)
         if maker is not None and maker.op_type == "LayerNormalization" and readers == [linear.node]:
             gamma, beta = maker.input[1], maker.input[2]
 
-            def into_norm(chosen: Equalisation, state: State) -> None:
+            def into_norm(chosen: Equalisation, state: CalibrationState) -> None:
                 state.values[beta] = (self._value(beta, state) - chosen.shift) / chosen.scale
                 state.values[gamma] = self._value(gamma, state) / chosen.scale
 
             return into_norm
         if place := self.places.get(linear.activation):
 
-            def into_place(chosen: Equalisation, state: State) -> None:
+            def into_place(chosen: Equalisation, state: CalibrationState) -> None:
                 state.values[place.gain] = np.float32(1) / chosen.scale
                 if place.centre:
                     state.values[place.centre] = -(chosen.shift / chosen.scale)[:1]
 
             return into_place
         qkv = linear.name.removesuffix("proj") + "qkv.weight"
-        if linear.name.endswith(".attn.proj") and qkv in self.initial:
+        if linear.name.endswith(".attn.proj") and qkv in self.initializers:
             bias = qkv.removesuffix("weight") + "bias"
 
-            def into_values(chosen: Equalisation, state: State) -> None:
+            def into_values(chosen: Equalisation, state: CalibrationState) -> None:
                 # Rows of softmax sum to 1: a shift of V is a shift of the attention's output.
                 weight, offset = self._value(qkv, state).copy(), self._value(bias, state).copy()
                 own = slice(2 * weight.shape[1] // 3, None)
@@ -325,20 +325,20 @@ class Walk:
         return None
 
     def _quantise(
-        self, linear: Linear, sample: Sample, folded: Equalisation, plain_error: float, state: State
+        self, linear: Linear, stats: ActivationStats, folded: Equalisation, plain_error: float, state: CalibrationState
     ) -> Choice:
-        """Weights rounded for all tokens that were seen, and the range with the smallest output error on the rows."""
-        assert sample.gram is not None
-        weight, rows = self._value(linear.weight, state), sample.rows
+        """Round the weights by the Gram matrix of all tokens; choose the range by the output error on the rows."""
+        assert stats.gram is not None
+        weight, rows = self._value(linear.weight, state), stats.rows
         unit = self.form.pixels if self._pixels(linear) else 1.0
-        scales = numeric.mse_scales(weight, sample.gram.power, self.form.safe_pairs)
+        scales = numeric.mse_scales(weight, stats.gram.power, self.form.safe_pairs)
         scales = stored_scales(scales * np.float32(unit), self.form.dtype, linear.weight) / np.float32(unit)
-        integers = numeric.rounded_weights(weight, scales, sample.gram.total, self.form.safe_pairs)
+        integers = numeric.rounded_weights(weight, scales, stats.gram.total, self.form.safe_pairs)
         state.integers[linear.weight] = integers
         quantised, exact = integers * scales, rows @ weight
         errors: dict[str, float] = {}
         best: Range | None = None
-        candidates = [*self._ranges(linear, sample), *([folded.range] if folded.range else [])]
+        candidates = [*self._ranges(linear, stats), *([folded.range] if folded.range else [])]
         for found in (each.stored(self.activations, self.form.dtype, unit) for each in candidates):
             errors[found.method] = numeric.output_error(
                 exact, numeric.fake_activations(rows, found, self.activations), quantised
@@ -349,19 +349,19 @@ class Walk:
         best = Range(digits(best.low), digits(best.high), best.method)
         return Choice(best, scales, folded.name, errors[best.method], plain_error, errors)
 
-    def _ranges(self, linear: Linear, sample: Sample) -> list[Range]:
+    def _ranges(self, linear: Linear, stats: ActivationStats) -> list[Range]:
         if self._pixels(linear):
             return [PIXELS]
-        assert sample.histogram is not None
-        return list(observers.candidates(sample.histogram, self.activations))
+        assert stats.histogram is not None
+        return list(observers.candidates(stats.histogram, self.activations))
 
     def _pixels(self, linear: Linear) -> bool:
-        """Whether a linear reads pixels: their range is known."""
+        """Whether a linear reads pixels, whose range is known."""
         maker = next((node for node in self.model.graph.node if linear.activation in node.output), None)
         return maker is not None and maker.op_type == "Cast" and not linear.in_block
 
-    def _change(self, stage: Stage, before: dict[str, Rows], after: dict[str, Rows]) -> float:
-        """How much a stage's outputs have changed on the clips in `before`, relative to the largest value of each."""
+    def _relative_change(self, stage: Stage, before: dict[str, Rows], after: dict[str, Rows]) -> float:
+        """Largest change of a stage's outputs on the clips in `before`, relative to the largest value of each."""
         changes = [0.0]
         for name in stage.outputs:
             first = before[name]
@@ -369,15 +369,17 @@ class Walk:
             changes.append(max(float(np.abs(x - after[name][i]).max()) for i, x in enumerate(first)) / scale)
         return max(changes) if np.isfinite(changes).all() else np.inf
 
-    def fits(self, state: State) -> bool:
-        """Whether what was kept is of this model: names, shapes, types, finite numbers."""
+    def matches_model(self, state: CalibrationState) -> bool:
+        """Whether a cached state belongs to this model: names, shapes, types, finite numbers."""
         linears = {linear.name: linear for linear in self.linears}
-        shapes = {linear.name: self.initial[linear.weight].shape for linear in self.linears}
+        shapes = {linear.name: self.initializers[linear.weight].shape for linear in self.linears}
         if not {*state.choices, *state.means} <= {*linears} or state.choices.keys() != state.means.keys():
             return False
         if {linears[name].weight for name in state.choices} != {*state.integers}:
             return False
-        wanted = [(value, self.initial[name].shape) for name, value in state.values.items() if name in self.initial]
+        wanted = [
+            (value, self.initializers[name].shape) for name, value in state.values.items() if name in self.initializers
+        ]
         wanted += [(choice.scales, shapes[name][1:]) for name, choice in state.choices.items()]
         wanted += [(value, shapes[name][:1]) for name, value in state.means.items()]
         return (
@@ -389,10 +391,10 @@ class Walk:
 
     # -------------------------------------------------------------------------------------------- bias correction
 
-    def correct(self, state: State, quantised: frozenset[str]) -> None:
-        """Biases of the linears in `quantised` so that their mean outputs are those of the float graph.
+    def correct_biases(self, state: CalibrationState, quantised: frozenset[str]) -> None:
+        """Correct the biases of the linears in `quantised` so that their mean outputs equal those of the float graph.
 
-        Linear after linear, each seeing what the corrected quantised graph before it gives.
+        Linears are corrected in order; each reads the output of the corrected quantised graph before it.
         """
         state.biases.clear()
         streams: dict[str, Rows] = {self.input: np.stack([self.clips.frames[i] for i in self.correction])}
@@ -402,32 +404,36 @@ class Walk:
                 if linear.name not in quantised or linear.bias is None:
                     continue
                 tensor = graphs.dequantised(linear.activation)
-                sample = Sample(tensor, len(every))
-                self._run(stage, state.values, streams, every, {tensor: sample}, quantised, state, keep=False)
+                stats = ActivationStats(tensor, len(every))
+                self._run(stage, state.values, streams, every, {tensor: stats}, quantised, state, keep=False)
                 weight = self._value(linear.weight, state)
-                fake = self.rounded(linear, state)
-                drift = sample.means.mean(axis=0) @ fake.astype(np.float64) - state.means[linear.name] @ weight
+                fake = self.dequantized_weight(linear, state)
+                drift = stats.means.mean(axis=0) @ fake.astype(np.float64) - state.means[linear.name] @ weight
                 state.biases[linear.bias] = (self._value(linear.bias, state) - drift).astype(np.float32)
             streams = self._run(stage, state.values, streams, every, {}, quantised, state)
 
-    def simulated(self, state: State, quantised: frozenset[str]) -> onnx.ModelProto:
-        """The whole graph with the linears in `quantised` behaving as integers, in floating point."""
-        return self._fake(graphs.replaced(self.model, state.values), self.linears, state, quantised)
+    def fake_quantized(self, state: CalibrationState, quantised: frozenset[str]) -> onnx.ModelProto:
+        """The whole graph with fake quantisation of the linears in `quantised`."""
+        return self._fake_quantize(graphs.replaced(self.model, state.values), self.linears, state, quantised)
 
-    def rounded(self, linear: Linear, state: State) -> Array:
-        """What the integers of a linear's weight stand for (K, N); rounding to the nearest gives them back."""
+    def dequantized_weight(self, linear: Linear, state: CalibrationState) -> Array:
+        """The dequantised int8 weight of a linear (K, N); rounding it to nearest gives the same integers."""
         return np.asarray(state.integers[linear.weight] * state.choices[linear.name].scales, np.float32)
 
-    def decided(self, state: State, quantised: frozenset[str]) -> dict[str, Array]:
-        """All initializers that differ from the graph's own when the linears in `quantised` are."""
+    def changed_initializers(self, state: CalibrationState, quantised: frozenset[str]) -> dict[str, Array]:
+        """All initializers that differ from the graph's own when the linears in `quantised` are quantised."""
         chosen = (linear for linear in self.linears if linear.name in quantised)
-        return {**state.values, **state.biases, **{linear.weight: self.rounded(linear, state) for linear in chosen}}
+        return {
+            **state.values,
+            **state.biases,
+            **{linear.weight: self.dequantized_weight(linear, state) for linear in chosen},
+        }
 
-    def _fake(
-        self, model: onnx.ModelProto, linears: Sequence[Linear], state: State, quantised: frozenset[str]
+    def _fake_quantize(
+        self, model: onnx.ModelProto, linears: Sequence[Linear], state: CalibrationState, quantised: frozenset[str]
     ) -> onnx.ModelProto:
         chosen = [linear for linear in linears if linear.name in quantised]
-        values = {linear.weight: self.rounded(linear, state) for linear in chosen}
+        values = {linear.weight: self.dequantized_weight(linear, state) for linear in chosen}
         values |= {linear.bias: state.biases[linear.bias] for linear in chosen if linear.bias in state.biases}
         ranges = {linear.activation: state.choices[linear.name].range for linear in chosen}
         nodes = [linear.node for linear in chosen]
@@ -441,17 +447,17 @@ class Walk:
         values: Mapping[str, Array],
         streams: dict[str, Rows],
         clips: range,
-        watched: Mapping[str, Sample],
+        watched: Mapping[str, ActivationStats],
         quantised: frozenset[str] = frozenset(),
-        state: State | None = None,
+        state: CalibrationState | None = None,
         keep: bool = True,
     ) -> dict[str, Rows]:
-        """Run one stage on every clip, show the watched tensors to their samples; what later stages read."""
+        """Run one stage on every clip and update the statistics of `watched`; returns what later stages read."""
         kept = stage.outputs if keep else ()
         fetched = list(dict.fromkeys([*kept, *(name for name in watched if name not in stage.inputs)]))
         part = graphs.replaced(graphs.part(self.model, stage), values)
         if state is not None:
-            part = self._fake(part, self._linears(stage), state, quantised)
+            part = self._fake_quantize(part, self._linears(stage), state, quantised)
         part = graphs.only(part, fetched)
         call = self.open(part)
         needed = {value.name for value in part.graph.input}
@@ -460,8 +466,8 @@ class Walk:
         for index in clips:
             feeds = {name: streams[name][index][None] for name in needed}
             results = dict(zip(fetched, call(feeds), strict=True))
-            for name, sample in watched.items():
-                sample.add(index, np.asarray(results[name] if name in results else feeds[name]))
+            for name, stats in watched.items():
+                stats.add(index, np.asarray(results[name] if name in results else feeds[name]))
             for name in kept:
                 if name not in made:
                     made[name] = Spool(self.workspace, (len(clips), *results[name].shape[1:]), np.float32)
@@ -476,5 +482,5 @@ class Walk:
         inside = {node.name for node in stage.nodes}
         return [linear for linear in self.linears if linear.node in inside]
 
-    def _value(self, name: str, state: State) -> Array:
-        return np.asarray(state.values.get(name, self.initial[name]), np.float32)
+    def _value(self, name: str, state: CalibrationState) -> Array:
+        return np.asarray(state.values.get(name, self.initializers[name]), np.float32)

@@ -15,7 +15,7 @@ from edgetube import metrics
 from edgetube.calibration import graphs
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import Open
-from edgetube.calibration.layerwise import State, Walk
+from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator
 from edgetube.errors import ParityError
 from edgetube.progress import Progress, silent, track
 
@@ -123,30 +123,30 @@ def answers(model: onnx.ModelProto, clips: Clips, open_graph: Open, stage: str, 
     return np.concatenate([call({name: frames[None]})[0] for frames in rows])
 
 
-def search(walk: Walk, state: State, judge: Judge) -> Found:
+def search(calibrator: LayerwiseCalibrator, state: CalibrationState, judge: Judge) -> Found:
     """Quantise as much as the budget allows; leaves the corrected biases of the result in `state`.
 
     Raises:
         ParityError: the budget does not hold even with half of the work in floating point.
     """
-    work, sizes = graphs.macs(walk.model), graphs.sizes(walk.model)
+    work, sizes = graphs.macs(calibrator.model), graphs.sizes(calibrator.model)
     of_work, of_weights = sum(work.values()), sum(sizes.values())
     reasons = {
         name: f"{work[name] / of_work:.1%} of the work, {sizes[name] / of_weights:.1%} of the weights"
-        for name in (linear.name for linear in walk.linears if not linear.in_block)
+        for name in (linear.name for linear in calibrator.linears if not linear.in_block)
         if max(work[name] / of_work, sizes[name] / of_weights) < WORTH
     }
     admitted = frozenset(work) - frozenset(reasons)
-    verdict = _try(walk, state, judge, admitted)
+    verdict = _try(calibrator, state, judge, admitted)
     if verdict.holds:
         return Found(admitted, reasons, {}, verdict)
-    ranking = rank(walk, state, judge, admitted)
+    ranking = rank(calibrator, state, judge, admitted)
     worst = sorted(ranking, key=lambda name: -ranking[name])
     most = _affordable(worst, work, (1 - LEAST) * sum(work[name] for name in admitted))
     low, high, best = 1, most, (0, verdict)
     while low <= high:
         middle = (low + high) // 2
-        verdict = _try(walk, state, judge, admitted - frozenset(worst[:middle]))
+        verdict = _try(calibrator, state, judge, admitted - frozenset(worst[:middle]))
         if verdict.holds:
             best, high = (middle, verdict), middle - 1
         else:
@@ -158,7 +158,7 @@ def search(walk: Walk, state: State, judge: Judge) -> Found:
             "nothing was written: allow more with --max-drop, give more --calib clips, or use a float target"
         )
     fallen = frozenset(worst[:count])
-    _try(walk, state, judge, admitted - fallen)
+    _try(calibrator, state, judge, admitted - fallen)
     reasons |= {name: f"fell back: alone it moves the logits by {ranking[name]:.1%}" for name in fallen}
     return Found(admitted - fallen, reasons, ranking, verdict)
 
@@ -169,19 +169,21 @@ def _affordable(worst: list[str], work: Mapping[str, int], budget: float) -> int
     return int(np.searchsorted(spent, budget, side="right"))
 
 
-def _try(walk: Walk, state: State, judge: Judge, quantised: frozenset[str]) -> Verdict:
-    walk.correct(state, quantised)
-    model = walk.simulated(state, quantised)
-    return judge.verdict(answers(model, judge.clips, walk.open, "judge accuracy", walk.progress))
+def _try(calibrator: LayerwiseCalibrator, state: CalibrationState, judge: Judge, quantised: frozenset[str]) -> Verdict:
+    calibrator.correct_biases(state, quantised)
+    model = calibrator.fake_quantized(state, quantised)
+    return judge.verdict(answers(model, judge.clips, calibrator.open, "judge accuracy", calibrator.progress))
 
 
-def rank(walk: Walk, state: State, judge: Judge, names: frozenset[str]) -> dict[str, float]:
+def rank(
+    calibrator: LayerwiseCalibrator, state: CalibrationState, judge: Judge, names: frozenset[str]
+) -> dict[str, float]:
     """How far each linear, quantised alone, moves the logits: relative root mean square error."""
     some = range(0, len(judge.clips), max(1, len(judge.clips) // RANKING_CLIPS))[:RANKING_CLIPS]
     state.biases.clear()
     moved = {}
-    for name in track(sorted(names), "rank linears", len(names), walk.progress):
-        call = walk.open(walk.simulated(state, frozenset([name])))
-        logits = np.concatenate([call({walk.input: judge.clips.frames[i][None]})[0] for i in some])
+    for name in track(sorted(names), "rank linears", len(names), calibrator.progress):
+        call = calibrator.open(calibrator.fake_quantized(state, frozenset([name])))
+        logits = np.concatenate([call({calibrator.input: judge.clips.frames[i][None]})[0] for i in some])
         moved[name] = 10 ** (-metrics.sqnr(judge.logits[list(some)], logits) / 20)
     return moved

@@ -15,14 +15,14 @@ import pytest
 
 from edgetube.calibration import cache
 from edgetube.calibration.cache import Cache, opened
-from edgetube.calibration.layerwise import Choice, State
+from edgetube.calibration.layerwise import CalibrationState, Choice
 from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
 
 KEY = {"the model": "a", "the tools": {"numpy": "2"}, "judged clips": "b", "max_drop": None}
 
 
 @pytest.fixture
-def state(rng: np.random.Generator) -> State:
+def state(rng: np.random.Generator) -> CalibrationState:
     choice = Choice(
         Range(-1.5, 2.0, "mse"),
         np.array([0.1, 1 / 3], np.float32),
@@ -32,7 +32,7 @@ def state(rng: np.random.Generator) -> State:
         {"mse": 1e-3, "min-max": 2e-3},
     )
     other = Choice(Range(0.0, 255.0, "min-max"), np.array([7.0], np.float32), "none", 0.0, 0.0, {"min-max": 0.0})
-    return State(
+    return CalibrationState(
         values={"norm.weight": rng.standard_normal(4).astype(np.float32), "act.centre": np.array([0.5], np.float32)},
         choices={"fc1": choice, "tubes.0": other},
         integers={
@@ -49,7 +49,7 @@ def table() -> CalibrationTable:
     return CalibrationTable("m" * 64, {"sha256": "c", "count": 2}, "uint8", {"norm": Range(-1.0, 2.0, "mse")}, (plan,))
 
 
-def assert_same(found: State, expected: State) -> None:
+def assert_same(found: CalibrationState, expected: CalibrationState) -> None:
     for kind in ("values", "integers", "means"):
         arrays, others = getattr(found, kind), getattr(expected, kind)
         assert arrays.keys() == others.keys()
@@ -68,7 +68,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_stages_come_back_as_they_were(state: State, tmp_path: Path) -> None:
+def test_stages_come_back_as_they_were(state: CalibrationState, tmp_path: Path) -> None:
     Cache(tmp_path / "c", KEY).save_state(state)
     assert_same(Cache(tmp_path / "c", KEY).state(), state)
     assert files(tmp_path / "c") == ["key.json", "state.safetensors"]
@@ -88,7 +88,7 @@ def test_a_result_comes_back_as_it_was(table: CalibrationTable, tmp_path: Path, 
 
 def test_a_new_folder_has_nothing(tmp_path: Path) -> None:
     kept = Cache(tmp_path / "c", KEY)
-    assert kept.state() == State()
+    assert kept.state() == CalibrationState()
     assert kept.result() is None
     assert (kept.differences, kept.note) == ((), None)
 
@@ -97,7 +97,7 @@ class TestKey:
     """Nothing is used again that was made from other things."""
 
     @pytest.fixture
-    def folder(self, state: State, table: CalibrationTable, tmp_path: Path) -> Path:
+    def folder(self, state: CalibrationState, table: CalibrationTable, tmp_path: Path) -> Path:
         kept = Cache(tmp_path / "c", KEY)
         kept.save_state(state)
         kept.save_result({"x": np.array([1], np.float32)}, table, {})
@@ -130,7 +130,7 @@ class TestKey:
         kept = Cache(folder, key)
         assert kept.note == f"calibrated again: {named} changed since the last calibration"
         assert kept.result() is None
-        assert kept.state() == State()
+        assert kept.state() == CalibrationState()
         assert files(folder) == ["key.json"]
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "3", '"the model"', "[" * 100_000, "\xff"])
@@ -139,7 +139,7 @@ class TestKey:
         kept = Cache(folder, KEY)
         assert kept.note is None
         assert kept.result() is None
-        assert kept.state() == State()
+        assert kept.state() == CalibrationState()
         assert json.loads((folder / "key.json").read_text()) == KEY
 
 
@@ -147,14 +147,14 @@ class TestDamage:
     """A file that is cut or overwritten is as good as none."""
 
     @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
-    def test_a_cut_file(self, state: State, table: CalibrationTable, tmp_path: Path, share: float) -> None:
+    def test_a_cut_file(self, state: CalibrationState, table: CalibrationTable, tmp_path: Path, share: float) -> None:
         kept = Cache(tmp_path / "c", KEY)
         kept.save_state(state)
         kept.save_result({"x": np.arange(100, dtype=np.float32)}, table, {})
         for path in (kept.folder / cache.STATE, kept.folder / cache.RESULT):
             content = path.read_bytes()
             path.write_bytes(content[: int(share * len(content))])
-        assert kept.state() == State()
+        assert kept.state() == CalibrationState()
         assert kept.result() is None
 
     @pytest.mark.parametrize(
@@ -164,21 +164,23 @@ class TestDamage:
         kept = Cache(tmp_path / "c", KEY)
         for name in (cache.STATE, cache.RESULT):
             (kept.folder / name).write_bytes(content)
-        assert kept.state() == State()
+        assert kept.state() == CalibrationState()
         assert kept.result() is None
 
-    def test_texts_that_do_not_go_with_the_arrays(self, state: State, table: CalibrationTable, tmp_path: Path) -> None:
+    def test_texts_that_do_not_go_with_the_arrays(
+        self, state: CalibrationState, table: CalibrationTable, tmp_path: Path
+    ) -> None:
         kept = Cache(tmp_path / "c", KEY)
         for texts in ({}, {"choices": "{"}, {"choices": "[1]"}, {"choices": '{"fc1": 1}'}, {"choices": '{"fc1": {}}'}):
             kept._write(cache.STATE, {"scales:fc1": np.array([1], np.float32)}, texts)
-            assert kept.state() == State()
+            assert kept.state() == CalibrationState()
         whole = json.dumps(table.to_json())
         for texts in ({}, {"table": whole}, {"table": "{}", "report": "{}"}, {"table": "[", "report": "{}"}):
             kept._write(cache.RESULT, {"x": np.array([1], np.float32)}, texts)
             assert kept.result() is None
 
     def test_a_write_that_is_interrupted_leaves_what_was_there(
-        self, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, state: CalibrationState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Ctrl-C while a stage is written: the stage before it is still whole, and nothing lies about."""
         kept = Cache(tmp_path / "c", KEY)
@@ -189,7 +191,7 @@ class TestDamage:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(cache, "save_file", interrupted)
-        more = State(values={**state.values, "late": np.array([1], np.float32)}, choices=state.choices)
+        more = CalibrationState(values={**state.values, "late": np.array([1], np.float32)}, choices=state.choices)
         with pytest.raises(KeyboardInterrupt):
             kept.save_state(more)
         assert_same(kept.state(), state)

@@ -19,7 +19,7 @@ from edgetube.calibration import Calibrated, calibrate, graphs, input_moments, n
 from edgetube.calibration.cache import Cache
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.equalize import Equalisation
-from edgetube.calibration.layerwise import State, Walk
+from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator
 from edgetube.calibration.table import Activations, IntegerFormat
 from edgetube.datasets import ClipSet, built_in_calibration
 from edgetube.errors import ParityError
@@ -49,35 +49,44 @@ def calibrated(
 
 
 @pytest.fixture
-def walk(hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path) -> Walk:
-    return Walk(hard_graph.model, clips[0], export.evaluator(), "int8", tmp_path)
+def calibrator(hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path) -> LayerwiseCalibrator:
+    return LayerwiseCalibrator(hard_graph.model, clips[0], export.evaluator(), "int8", tmp_path)
 
 
 def test_folding_does_not_change_the_float_graph(
-    walk: Walk, clips: tuple[Clips, Clips], answer: Callable[..., npt.NDArray[np.float32]]
+    calibrator: LayerwiseCalibrator, clips: tuple[Clips, Clips], answer: Callable[..., npt.NDArray[np.float32]]
 ) -> None:
-    state = State()
-    walk.choose(state)
+    state = CalibrationState()
+    calibrator.calibrate(state)
     assert {c.equalisation for c in state.choices.values()} != {"none"}
     assert any("norm" in name for name in state.values)
-    folded = graphs.replaced(walk.model, state.values)
-    np.testing.assert_allclose(answer(folded, clips[1]), answer(walk.model, clips[1]), atol=2e-4)
+    folded = graphs.replaced(calibrator.model, state.values)
+    np.testing.assert_allclose(answer(folded, clips[1]), answer(calibrator.model, clips[1]), atol=2e-4)
 
 
-def test_errors_of_tubes_cancel_on_other_clips(walk: Walk, clips: tuple[Clips, Clips]) -> None:
+def test_errors_of_tubes_cancel_on_other_clips(calibrator: LayerwiseCalibrator, clips: tuple[Clips, Clips]) -> None:
     """Neighbouring pixels are alike: what one weight is rounded up by, the next one is rounded down by."""
-    walk.stages = walk.stages[:1]
-    state = State()
-    walk.choose(state)
-    tubes = [linear for linear in walk.linears if linear.name.startswith("tubes") and linear.name in state.choices]
-    call = export.evaluator()(graphs.only(graphs.part(walk.model, walk.stages[0]), [t.activation for t in tubes]))
-    seen = [call({walk.input: frames[None]}) for frames in clips[1].frames]
+    calibrator.stages = calibrator.stages[:1]
+    state = CalibrationState()
+    calibrator.calibrate(state)
+    tubes = [
+        linear for linear in calibrator.linears if linear.name.startswith("tubes") and linear.name in state.choices
+    ]
+    call = export.evaluator()(
+        graphs.only(graphs.part(calibrator.model, calibrator.stages[0]), [t.activation for t in tubes])
+    )
+    seen = [call({calibrator.input: frames[None]}) for frames in clips[1].frames]
     assert tubes
     for tube, pixels in zip(tubes, zip(*seen, strict=True), strict=True):
-        weight, rows = walk.initial[tube.weight], np.concatenate(pixels).reshape(-1, len(walk.initial[tube.weight]))
+        weight, rows = (
+            calibrator.initializers[tube.weight],
+            np.concatenate(pixels).reshape(-1, len(calibrator.initializers[tube.weight])),
+        )
         scales = state.choices[tube.name].scales
         nearest = numeric.fake_weights(weight, scales)
-        first, second = (np.square(rows @ (w - weight)).mean() for w in (walk.rounded(tube, state), nearest))
+        first, second = (
+            np.square(rows @ (w - weight)).mean() for w in (calibrator.dequantized_weight(tube, state), nearest)
+        )
         assert first < second / 4
 
 
@@ -104,15 +113,15 @@ def relative_error(
 
 
 def test_weights_are_rounded_for_every_token(
-    walk: Walk, clips: tuple[Clips, Clips], monkeypatch: pytest.MonkeyPatch
+    calibrator: LayerwiseCalibrator, clips: tuple[Clips, Clips], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However few rows are sampled: the Gram matrix is of all of them."""
     monkeypatch.setattr("edgetube.calibration.layerwise.ROWS", (16, 16))
     monkeypatch.setattr("edgetube.calibration.layerwise.ROW_VALUES", 1)
-    state = State()
-    walk.choose(state)
-    folded = graphs.replaced(walk.model, state.values)
-    for linear in walk.linears:
+    state = CalibrationState()
+    calibrator.calibrate(state)
+    folded = graphs.replaced(calibrator.model, state.values)
+    for linear in calibrator.linears:
         if not linear.name.endswith(("fc2", "qkv")):
             continue
         rows = rows_of(folded, linear.activation, clips[0].frames).astype(np.float64)
@@ -153,19 +162,19 @@ def test_errors_are_reported_on_clips_that_nothing_was_chosen_from(
     hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path
 ) -> None:
     seen, others = clips[0].frames, [clips[1].frames[index] for index in range(3)]
-    walk = Walk(hard_graph.model, clips[0], export.evaluator(), "int8", tmp_path, held_out=others)
-    state = State()
-    walk.choose(state)
-    folded = graphs.replaced(walk.model, state.values)
-    for linear in walk.linears:
+    calibrator = LayerwiseCalibrator(hard_graph.model, clips[0], export.evaluator(), "int8", tmp_path, held_out=others)
+    state = CalibrationState()
+    calibrator.calibrate(state)
+    folded = graphs.replaced(calibrator.model, state.values)
+    for linear in calibrator.linears:
         if not linear.in_block:
             continue
         choice, integers = state.choices[linear.name], state.integers[linear.weight]
-        for frames, found in ((seen, choice.error), (others, walk.held_out_errors[linear.name])):
+        for frames, found in ((seen, choice.error), (others, calibrator.held_out_errors[linear.name])):
             rows, weight = rows_of(folded, linear.activation, frames), graphs.weights(folded)[linear.weight]
             by_hand = relative_error(rows, weight, choice.scales, integers, choice.range.low, choice.range.high)
             assert found == pytest.approx(by_hand, rel=0.02)
-        rows, weight = rows_of(walk.model, linear.activation, seen), walk.initial[linear.weight]
+        rows, weight = rows_of(calibrator.model, linear.activation, seen), calibrator.initializers[linear.weight]
         scales = np.abs(weight).max(axis=0) / 127
         by_hand = relative_error(rows, weight, scales, np.rint(weight / scales), min(0, rows.min()), rows.max())
         assert choice.plain_error == pytest.approx(by_hand, rel=0.02)
@@ -235,9 +244,9 @@ class TestPlaces:
         answer: Callable[..., npt.NDArray[np.float32]],
         tmp_path: Path,
     ) -> None:
-        walk = Walk(prepared, clips[0], export.evaluator(), "int8", tmp_path)
-        state = State()
-        walk.choose(state)
+        calibrator = LayerwiseCalibrator(prepared, clips[0], export.evaluator(), "int8", tmp_path)
+        state = CalibrationState()
+        calibrator.calibrate(state)
         assert {c.equalisation for name, c in state.choices.items() if name.endswith("fc2")} == {"centre"}
         folded = graphs.replaced(prepared, state.values)
         np.testing.assert_allclose(answer(folded, clips[1]), answer(hard_graph.model, clips[1]), atol=2e-4)
@@ -264,34 +273,37 @@ class TestPlaces:
 
 
 def test_a_folding_that_changes_the_graph_is_left_out(
-    walk: Walk, clips: tuple[Clips, Clips], answer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    calibrator: LayerwiseCalibrator,
+    clips: tuple[Clips, Clips],
+    answer: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Such a stage is calibrated as it was given, and says so; the other stages are equalised."""
     bias = Equalisation.bias
     off = {"blocks.1.attn.qkv", "blocks.1.mlp.fc1"}
-    wrong = [walk.initial[f"{name}.weight"].shape for name in off]
+    wrong = [calibrator.initializers[f"{name}.weight"].shape for name in off]
 
     def shifted(self: Equalisation, weight: Any, old: Any) -> Any:
         return bias(self, weight, old) + (0.1 if stage[-1] == "blocks.1" and weight.shape in wrong else 0)
 
     stage: list[str] = []
-    choose_stage = Walk._choose_stage
+    choose_stage = LayerwiseCalibrator._calibrate_stage
 
-    def noted(self: Walk, which: graphs.Stage, *rest: Any) -> Any:
+    def noted(self: LayerwiseCalibrator, which: graphs.Stage, *rest: Any) -> Any:
         stage.append(which.name)
         return choose_stage(self, which, *rest)
 
-    monkeypatch.setattr(Walk, "_choose_stage", noted)
+    monkeypatch.setattr(LayerwiseCalibrator, "_calibrate_stage", noted)
     monkeypatch.setattr(Equalisation, "bias", shifted)
-    state = State()
-    walk.choose(state)
+    state = CalibrationState()
+    calibrator.calibrate(state)
     chosen = {name: choice.equalisation for name, choice in state.choices.items()}
     for name, equalisation in chosen.items():
         assert equalisation.startswith("none: folding it changed blocks.1 by ") == name.startswith("blocks.1.")
     assert any(name.startswith("blocks.0.") for name in state.values)
     assert not any(name.startswith("blocks.1.") for name in state.values)
-    folded = graphs.replaced(walk.model, state.values)
-    np.testing.assert_allclose(answer(folded, clips[1]), answer(walk.model, clips[1]), atol=2e-4)
+    folded = graphs.replaced(calibrator.model, state.values)
+    np.testing.assert_allclose(answer(folded, clips[1]), answer(calibrator.model, clips[1]), atol=2e-4)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -355,16 +367,16 @@ def test_the_artifact_computes_what_was_simulated(
 
 
 def test_biases_are_corrected(
-    walk: Walk, clips: tuple[Clips, Clips], answer: Callable[..., npt.NDArray[np.float32]]
+    calibrator: LayerwiseCalibrator, clips: tuple[Clips, Clips], answer: Callable[..., npt.NDArray[np.float32]]
 ) -> None:
     """The mean output of every corrected linear is that of the float graph, on the clips that were seen."""
-    state = State()
-    walk.choose(state)
-    every = frozenset(linear.name for linear in walk.linears if linear.in_block)
+    state = CalibrationState()
+    calibrator.calibrate(state)
+    every = frozenset(linear.name for linear in calibrator.linears if linear.in_block)
     fc2 = "blocks.1.mlp.fc2"
 
     def drift() -> Any:
-        models = walk.simulated(state, every), graphs.replaced(walk.model, state.values)
+        models = calibrator.fake_quantized(state, every), graphs.replaced(calibrator.model, state.values)
         q, f = (
             np.stack([call({"frames": np.asarray(x)[None]})[0] for x in clips[0].frames])
             for call in (export.evaluator()(graphs.only(m, [fc2])) for m in models)
@@ -372,9 +384,9 @@ def test_biases_are_corrected(
         return np.abs((q - f).mean(axis=(0, 1, 2))).max()
 
     before = drift()
-    walk.correct(state, every)
+    calibrator.correct_biases(state, every)
     assert drift() < 0.05 * before
-    assert set(state.biases) == {linear.bias for linear in walk.linears if linear.in_block}
+    assert set(state.biases) == {linear.bias for linear in calibrator.linears if linear.in_block}
 
 
 def test_the_order_of_the_clips_does_not_matter(hard_graph: Graph, hard_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -385,9 +397,9 @@ def test_the_order_of_the_clips_does_not_matter(hard_graph: Graph, hard_checkpoi
         folder = tmp_path / str(index)
         folder.mkdir()
         seen = collect(ClipSet("x", items), c.contract, c.labels, folder)
-        walked = Walk(hard_graph.model, seen, export.evaluator(), "uint8", folder)
-        state = State()
-        walked.choose(state)
+        separate = LayerwiseCalibrator(hard_graph.model, seen, export.evaluator(), "uint8", folder)
+        state = CalibrationState()
+        separate.calibrate(state)
         tables.append(state)
     assert {n: ch.range for n, ch in tables[0].choices.items()} == {n: ch.range for n, ch in tables[1].choices.items()}
     for name, value in tables[0].values.items():
@@ -412,37 +424,37 @@ def test_a_budget_that_cannot_hold_fails_with_numbers(
 
 
 def test_the_worst_linears_fall_back_until_the_budget_holds(
-    walk: Walk,
+    calibrator: LayerwiseCalibrator,
     clips: tuple[Clips, Clips],
     answer: Callable[..., npt.NDArray[np.float32]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    state = State()
-    walk.choose(state)
-    judge = search.Judge(clips[1], answer(walk.model, clips[1]), None)
+    state = CalibrationState()
+    calibrator.calibrate(state)
+    judge = search.Judge(clips[1], answer(calibrator.model, clips[1]), None)
     sensitive = {"blocks.0.attn.qkv", "blocks.1.mlp.fc2"}
     holds = search.Verdict(18, True, 1.0, 1.0, 1.0, 40.0, 0.0, 5.56)
     fails = search.Verdict(18, True, 0.5, 1.0, 0.5, 3.0, 50.0, 5.56)
     monkeypatch.setattr(search, "_try", lambda w, s, j, q: fails if q & sensitive else holds)
-    ranking = {linear.name: 0.1 for linear in walk.linears} | dict.fromkeys(sensitive, 0.9)
+    ranking = {linear.name: 0.1 for linear in calibrator.linears} | dict.fromkeys(sensitive, 0.9)
     monkeypatch.setattr(search, "rank", lambda *_: ranking)
-    found = search.search(walk, state, judge)
+    found = search.search(calibrator, state, judge)
     assert not found.quantised & sensitive
     assert {name for name, reason in found.reasons.items() if reason.startswith("fell back")} == sensitive
 
 
 def test_the_ranking_finds_the_linear_that_hurts(
-    walk: Walk, clips: tuple[Clips, Clips], answer: Callable[..., npt.NDArray[np.float32]]
+    calibrator: LayerwiseCalibrator, clips: tuple[Clips, Clips], answer: Callable[..., npt.NDArray[np.float32]]
 ) -> None:
-    state = State()
-    walk.choose(state)
+    state = CalibrationState()
+    calibrator.calibrate(state)
     hurt = "blocks.1.mlp.fc1"
     choice = state.choices[hurt]
     state.choices[hurt] = type(choice)(
         type(choice.range)(choice.range.low / 50, choice.range.high / 50, "bad"), choice.scales, "none", 1, 1, {}
     )
-    judge = search.Judge(clips[1], answer(walk.model, clips[1]), None)
-    ranking = search.rank(walk, state, judge, frozenset(linear.name for linear in walk.linears))
+    judge = search.Judge(clips[1], answer(calibrator.model, clips[1]), None)
+    ranking = search.rank(calibrator, state, judge, frozenset(linear.name for linear in calibrator.linears))
     assert max(ranking, key=lambda name: ranking[name]) == hurt
 
 
@@ -548,7 +560,7 @@ class TestCache:
     def test_it_goes_on_where_it_was_interrupted(
         self, hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        done, stop = [], Walk._choose_stage
+        done, stop = [], LayerwiseCalibrator._calibrate_stage
 
         def interrupted(self: Any, stage: Any, *rest: Any) -> Any:
             if stage.name == "blocks.1" and "blocks.1" not in done:
@@ -557,7 +569,7 @@ class TestCache:
             done.append(stage.name)
             return stop(self, stage, *rest)
 
-        monkeypatch.setattr(Walk, "_choose_stage", interrupted)
+        monkeypatch.setattr(LayerwiseCalibrator, "_calibrate_stage", interrupted)
         with pytest.raises(KeyboardInterrupt):
             self.run(hard_graph, clips, tmp_path / "c", tmp_path)
         resumed, _ = self.run(hard_graph, clips, tmp_path / "c", tmp_path)
@@ -589,17 +601,19 @@ class TestCache:
         (tmp_path / "c" / "result.safetensors").unlink()
         kept = Cache(tmp_path / "c", key)
         state = kept.state()
-        walk = Walk(graphs.prepared(hard_graph.model, "uint8"), clips[0], export.evaluator(), "uint8", tmp_path)
-        assert walk.fits(state)
+        calibrator = LayerwiseCalibrator(
+            graphs.prepared(hard_graph.model, "uint8"), clips[0], export.evaluator(), "uint8", tmp_path
+        )
+        assert calibrator.matches_model(state)
         for damaged in damages(state):
-            assert not walk.fits(damaged)
+            assert not calibrator.matches_model(damaged)
         state.integers["blocks.0.mlp.fc1.weight"] = np.zeros((3, 3), np.int8)
         kept.save_state(state)
         again, _ = self.run(hard_graph, clips, tmp_path / "c", tmp_path)
         assert again.table == straight.table
 
 
-def damages(state: State) -> Iterator[State]:
+def damages(state: CalibrationState) -> Iterator[CalibrationState]:
     """What may be wrong with kept stages, one thing at a time."""
     one, bias = "blocks.0.mlp.fc1", "blocks.0.mlp.fc1.bias"
     for field, name, value in (

@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from edgetube.calibration import search
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import linears
-from edgetube.calibration.layerwise import State
+from edgetube.calibration.layerwise import CalibrationState
 from edgetube.calibration.search import Found, Judge, Verdict
 from edgetube.errors import ParityError
 
@@ -39,7 +39,7 @@ def graph(sizes: dict[str, tuple[int, int, int]]) -> onnx.ModelProto:
 
 @dataclass
 class Stub:
-    """What the search asks of a walk."""
+    """What the search asks of a calibrator."""
 
     model: onnx.ModelProto
 
@@ -61,15 +61,15 @@ def run(
     """A search where the budget holds when nothing in `sensitive` is quantised; what was tried, too."""
     tried: list[frozenset[str]] = []
 
-    def attempt(walk: Any, state: Any, judge: Any, quantised: frozenset[str]) -> Verdict:
+    def attempt(calibrator: Any, state: Any, judge: Any, quantised: frozenset[str]) -> Verdict:
         tried.append(quantised)
         return FAILS if quantised & {*sensitive} else HOLDS
 
     monkeypatch.setattr(search, "_try", attempt)
     found = {name: sensitive.get(name, 0.001) for name in sizes} if ranking is None else ranking
-    monkeypatch.setattr(search, "rank", lambda walk, state, judge, names: {n: found[n] for n in names})
+    monkeypatch.setattr(search, "rank", lambda calibrator, state, judge, names: {n: found[n] for n in names})
     stub: Any = Stub(graph(sizes))
-    return search.search(stub, State(), Judge(clips([0]), np.zeros((1, 2), np.float32), None)), tried
+    return search.search(stub, CalibrationState(), Judge(clips([0]), np.zeros((1, 2), np.float32), None)), tried
 
 
 BLOCKS = {f"blocks.{i}.mlp.fc1": (10, 4, 8) for i in range(8)}
@@ -194,12 +194,12 @@ def test_answers_are_those_to_every_clip_in_its_order(tmp_path: Path) -> None:
 
 
 class RankStub(Stub):
-    """A walk whose graphs are the names of what they quantise."""
+    """A calibrator whose graphs are the names of what they quantise."""
 
     input = "frames"
     progress = staticmethod(lambda *_: None)
 
-    def simulated(self, state: State, quantised: frozenset[str]) -> str:
+    def fake_quantized(self, state: CalibrationState, quantised: frozenset[str]) -> str:
         assert not state.biases
         (name,) = quantised
         return name
@@ -214,6 +214,6 @@ def test_the_ranking_is_the_relative_error_of_each_alone(count: int) -> None:
     exact = np.stack([np.ones(count), np.arange(count)], axis=1).astype(np.float32)
     seen = Clips("x", frames, np.zeros(count, int), tuple(map(str, range(count))), "")
     stub: Any = RankStub(graph({"a": (1, 1, 2)}))
-    state = State(biases={"x": np.array([1], np.float32)})
+    state = CalibrationState(biases={"x": np.array([1], np.float32)})
     found = search.rank(stub, state, Judge(seen, exact, None), frozenset({"1", "3"}))
     assert found == {"1": pytest.approx(0.1, rel=1e-5), "3": pytest.approx(0.3, rel=1e-5)}
