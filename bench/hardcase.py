@@ -286,7 +286,7 @@ def outliers(traced: Graph, clips: Clips) -> dict[str, float]:
     """Largest |activation| that each kind of linear reads, on a few clips."""
     found: dict[str, float] = {}
     linears = [linear for linear in graphs.linears(traced.model) if linear.in_block]
-    call = export.evaluator()(graphs.only(traced.model, [linear.activation for linear in linears]))
+    call = export.evaluator()(graphs.extract_subgraph(traced.model, [linear.activation for linear in linears]))
     for index in range(len(clips) - 4, len(clips)):
         for linear, value in zip(linears, call({"frames": clips.frames[index][None]}), strict=True):
             kind = linear.name.rpartition(".")[2]

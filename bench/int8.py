@@ -282,7 +282,9 @@ def weights(args: argparse.Namespace) -> dict[str, Any]:
             applied, table = quantize.apply(found, graph)
             model = integer.native(applied.model, table)
             stored = (
-                np.asarray(m, np.int8) for m in graphs.weights(model).values() if m.dtype == np.int8 and m.ndim == 2
+                np.asarray(m, np.int8)
+                for m in graphs.initializers(model).values()
+                if m.dtype == np.int8 and m.ndim == 2
             )
             row: dict[str, Any] = {"name": form, "overflowing_pairs": sum(map(numeric.overflowing_pairs, stored))}
             for kind, logits in answers(model, clips).items():
@@ -372,7 +374,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     del module
     before = peak_mb()
     with tempfile.TemporaryDirectory(dir=args.workspace) as name:
-        prepared = graphs.prepared(model, "uint8")
+        prepared = graphs.insert_equalization_sites(model, "uint8")
         calibrator = LayerwiseCalibrator(
             prepared, noise(checkpoint, args.clips, Path(name)), exporting.evaluator(), "uint8", Path(name)
         )

@@ -16,7 +16,7 @@ import onnx
 from edgetube.calibration import graphs, search
 from edgetube.calibration.cache import Cache, opened
 from edgetube.calibration.clips import Clips
-from edgetube.calibration.graphs import Array, Open
+from edgetube.calibration.graphs import Array, OpenGraph
 from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator, StaleStateError
 from edgetube.calibration.numeric import GramMatrix, Moments
 from edgetube.calibration.observers import Histogram, least_squares
@@ -69,7 +69,7 @@ def calibrate(
     model: onnx.ModelProto,
     statistics: Clips,
     judged: Clips,
-    open_graph: Open,
+    open_graph: OpenGraph,
     *,
     activations: Activations,
     workspace: Path,
@@ -104,7 +104,7 @@ def calibrate(
         )
     judge = Judge(judged, reference, max_drop)
     key = _key(model, statistics, judge, activations, form, versions or {})
-    model = graphs.prepared(model, activations)
+    model = graphs.insert_equalization_sites(model, activations)
     with opened(cache or workspace / "cache", key, progress) as kept:
         if (finished := kept.result()) is not None:
             values, table, report = finished
@@ -119,7 +119,7 @@ def calibrate(
         notes = [*_notes(statistics, judge), *([kept.note] if kept.note else [])]
         report = _report(calibrator, state, found) | {"notes": notes}
         table = CalibrationTable(
-            model=graphs.digest(graphs.replaced(model, values)),
+            model=graphs.digest(graphs.replace_initializers(model, values)),
             clips={"name": statistics.name, "count": len(statistics), "sha256": statistics.sha256},
             activations=activations,
             ranges={
@@ -151,7 +151,7 @@ def observe(
     model: onnx.ModelProto,
     tensors: Sequence[str],
     clips: Clips,
-    open_graph: Open,
+    open_graph: OpenGraph,
     activations: Activations,
     progress: Progress = silent,
     scales: ScaleType = "float32",
@@ -162,7 +162,7 @@ def observe(
     """
     known = {out for node in model.graph.node if node.op_type == "Softmax" for out in node.output}
     seen = {name: Histogram() for name in tensors if name not in known}
-    call = open_graph(graphs.only(model, list(seen)))
+    call = open_graph(graphs.extract_subgraph(model, list(seen)))
     (frames,) = (value.name for value in model.graph.input)
     for index in track(range(min(len(clips), OBSERVED_CLIPS)), "observe", OBSERVED_CLIPS, progress):
         for histogram, values in zip(seen.values(), call({frames: clips.frames[index][None]}), strict=True):
@@ -172,7 +172,7 @@ def observe(
     return {name: Range(digits(r.low), digits(r.high), r.method) for name, r in found.items()}
 
 
-def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: Open) -> dict[str, Moments]:
+def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: OpenGraph) -> dict[str, Moments]:
     """The moments over clips (T, H, W, 3) and tokens of what each linear with a bias reads, by its weight.
 
     Raises:
@@ -180,7 +180,7 @@ def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: O
     """
     linears = [linear for linear in graphs.linears(model) if linear.bias is not None]
     read = list(dict.fromkeys(linear.activation for linear in linears))
-    call, (frames,) = open_graph(graphs.only(model, read)), model.graph.input
+    call, (frames,) = open_graph(graphs.extract_subgraph(model, read)), model.graph.input
     batch = frames.type.tensor_type.shape.dim[0].dim_value
     found: dict[str, GramMatrix] = {}
     for clip in clips:

@@ -1,7 +1,7 @@
-"""What calibration sees of a canonical graph: its linears, its stages, and how fake quantisation is put into it.
+"""Queries and edits of a canonical graph for calibration: linears, stages, equalisation sites, fake quantisation.
 
 A graph is an ONNX `ModelProto` whose tensors carry the names of the modules (`blocks.3.attn.qkv`); initializers of
-MatMul are (K, N). Nothing here knows the model: a stage is a block by its name, a linear is a MatMul by a constant.
+MatMul are (K, N). Nothing here depends on the model: blocks are found by name, a linear is a MatMul by a constant.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Array = npt.NDArray[np.float32]
 Evaluate = Callable[[Mapping[str, npt.NDArray[np.generic]]], list[Array]]
 """Feeds by input name -> the outputs that it was opened for."""
 
-Open = Callable[[onnx.ModelProto], Evaluate]
-"""Opens a graph for running: how calibration reaches a runtime without knowing which."""
+OpenGraph = Callable[[onnx.ModelProto], Evaluate]
+"""Opens a graph for running in some runtime."""
 
 SCALED, CENTRED = ".scaled", ".centred"
 CONSTANTS = {SCALED: ".gain", CENTRED: ".centre"}
-"""How the names of tensors end that `prepared` puts behind a GELU, and those of the constants that make them."""
+"""Suffixes of the tensors that `insert_equalization_sites` adds behind a GELU, and of their constants."""
 
-BLOCK = re.compile(r"blocks\.(\d+)(?:\.|$)")
+BLOCK_NAME = re.compile(r"blocks\.(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class Linear:
 
     @property
     def in_block(self) -> bool:
-        """Whether it belongs to the encoder, where nearly all the work is."""
-        return BLOCK.match(self.name) is not None
+        """Whether it belongs to an encoder block."""
+        return BLOCK_NAME.match(self.name) is not None
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of consecutive nodes: the tokenizer, one block, or what follows the blocks.
+    """Consecutive nodes: the tokenizer, one block, or everything after the blocks.
 
     Attributes:
         name: `tokenizer`, `blocks.3`, `classifier`.
         nodes: in order.
         inputs: tensors of the graph's input or of earlier stages that it reads.
-        outputs: its tensors that later stages read, or that the graph gives out.
+        outputs: its tensors that later stages read, or that are graph outputs.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Stage:
 
 
 def digest(model: onnx.ModelProto) -> str:
-    """sha256 of a graph: operators, attributes, names and weights; not of who made it."""
+    """sha256 of a graph: operators, attributes, names and weights, without metadata."""
     found = hashlib.sha256()
     for node in model.graph.node:
         found.update(node.SerializeToString(deterministic=True))
@@ -86,13 +86,13 @@ def digest(model: onnx.ModelProto) -> str:
     return found.hexdigest()
 
 
-def weights(model: onnx.ModelProto) -> dict[str, npt.NDArray[np.generic]]:
-    """Initializers by name; read only."""
+def initializers(model: onnx.ModelProto) -> dict[str, npt.NDArray[np.generic]]:
+    """Initializers by name (read-only arrays)."""
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
-def replaced(model: onnx.ModelProto, values: Mapping[str, Array]) -> onnx.ModelProto:
-    """The graph with other values in some initializers of the same shapes."""
+def replace_initializers(model: onnx.ModelProto, values: Mapping[str, Array]) -> onnx.ModelProto:
+    """A copy of the graph with new values, of the same shapes, in some initializers."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     for tensor in result.graph.initializer:
@@ -117,20 +117,20 @@ def linears(model: onnx.ModelProto) -> tuple[Linear, ...]:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an equalisation is folded in behind a GELU, which can neither be scaled nor shifted itself.
+class EqualizationSite:
+    """Two constants behind a GELU that hold an equalisation: a GELU has no parameters to fold it into.
 
     Attributes:
         gain: initializer (K,) that multiplies the GELU's output.
-        centre: initializer (1,) that is added then; None where zero points do that.
+        centre: initializer (1,) that is added afterwards; None in a scheme with zero points.
     """
 
     gain: str
     centre: str | None
 
 
-def prepared(model: onnx.ModelProto, activations: Activations) -> onnx.ModelProto:
-    """The graph with a `Place` behind every GELU that a linear reads; its values do not change anything yet."""
+def insert_equalization_sites(model: onnx.ModelProto, activations: Activations) -> onnx.ModelProto:
+    """The graph with an `EqualizationSite` behind every GELU that a linear reads: gain 1, centre 0."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
@@ -139,7 +139,7 @@ def prepared(model: onnx.ModelProto, activations: Activations) -> onnx.ModelProt
     nodes: list[onnx.NodeProto] = []
     moved: dict[str, str] = {}
     for source in model.graph.node:
-        node = _copied(source)
+        node = _copy(source)
         if node.input and node.input[0] in moved and node.name == readers[node.input[0]]:
             node.input[0] = moved[node.input[0]]
         nodes.append(node)
@@ -149,10 +149,10 @@ def prepared(model: onnx.ModelProto, activations: Activations) -> onnx.ModelProt
         steps = [("Mul", tensor, SCALED, np.ones(width, np.float32))]
         if activations == "int8":
             steps.append(("Add", f"{tensor}{SCALED}", CENTRED, np.zeros(1, np.float32)))
-        for kind, before, suffix, idle in steps:
+        for kind, before, suffix, neutral in steps:
             after, constant = f"{tensor}{suffix}", f"{tensor}{CONSTANTS[suffix]}"
             nodes.append(helper.make_node(kind, [before, constant], [after], name=after))
-            graph.initializer.append(numpy_helper.from_array(idle, constant))
+            graph.initializer.append(numpy_helper.from_array(neutral, constant))
             value = graph.value_info.add()
             value.CopyFrom(known[tensor])
             value.name = moved[tensor] = after
@@ -161,49 +161,49 @@ def prepared(model: onnx.ModelProto, activations: Activations) -> onnx.ModelProt
     return result
 
 
-def places(model: onnx.ModelProto) -> dict[str, Place]:
-    """By the tensor that a linear reads from it."""
+def equalization_sites(model: onnx.ModelProto) -> dict[str, EqualizationSite]:
+    """The equalisation sites of a graph, by the tensor that the linear reads."""
     constants = {tensor.name for tensor in model.graph.initializer}
     found = {}
     for linear in linears(model):
         tensor = linear.activation.removesuffix(CENTRED).removesuffix(SCALED)
         gain, centre = (f"{tensor}{CONSTANTS[suffix]}" for suffix in (SCALED, CENTRED))
         if gain in constants:
-            found[linear.activation] = Place(gain, centre if centre in constants else None)
+            found[linear.activation] = EqualizationSite(gain, centre if centre in constants else None)
     return found
 
 
-def without_idle_places(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph without those operators of `prepared` that multiply by one or add zero."""
-    known = weights(model)
-    idle: dict[str, str] = {}
+def remove_identity_sites(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph without those operators of equalisation sites that multiply by one or add zero."""
+    known = initializers(model)
+    identity: dict[str, str] = {}
     for node in model.graph.node:
-        for suffix, nothing in ((SCALED, 1), (CENTRED, 0)):
+        for suffix, neutral in ((SCALED, 1), (CENTRED, 0)):
             constant = node.output[0].removesuffix(suffix) + CONSTANTS[suffix]
-            if node.output[0].endswith(suffix) and constant in node.input and np.all(known[constant] == nothing):
-                idle[node.output[0]] = idle.get(node.input[0], node.input[0])
+            if node.output[0].endswith(suffix) and constant in node.input and np.all(known[constant] == neutral):
+                identity[node.output[0]] = identity.get(node.input[0], node.input[0])
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
-    nodes = [_copied(node) for node in model.graph.node if node.output[0] not in idle]
+    nodes = [_copy(node) for node in model.graph.node if node.output[0] not in identity]
     for node in nodes:
-        node.input[:] = [idle.get(name, name) for name in node.input]
+        node.input[:] = [identity.get(name, name) for name in node.input]
     used = {name for node in nodes for name in node.input}
     tensors = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    types = [value for value in model.graph.value_info if value.name not in idle]
+    types = [value for value in model.graph.value_info if value.name not in identity]
     for field, items in ((graph.node, nodes), (graph.initializer, tensors), (graph.value_info, types)):
         del field[:]
         field.extend(items)
     return result
 
 
-def products(model: onnx.ModelProto) -> dict[str, tuple[str, str]]:
-    """The products of two activations in the encoder, queries by keys and attention by values: node -> operands."""
+def attention_products(model: onnx.ModelProto) -> dict[str, tuple[str, str]]:
+    """The matrix products of attention, queries by keys and weights by values: node -> its two operands."""
     constant = {tensor.name for tensor in model.graph.initializer}
     return {
         node.name: (node.input[0], node.input[1])
         for node in model.graph.node
-        if node.op_type == "MatMul" and BLOCK.match(node.name) and not constant & set(node.input)
+        if node.op_type == "MatMul" and BLOCK_NAME.match(node.name) and not constant & set(node.input)
     }
 
 
@@ -211,21 +211,21 @@ def macs(model: onnx.ModelProto) -> dict[str, int]:
     """Multiply-accumulates of every linear, by its name."""
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
     rows = {found.name: int(np.prod(shapes[found.activation][:-1])) for found in linears(model)}
-    return {name: rows[name] * size for name, size in sizes(model).items()}
+    return {name: rows[name] * size for name, size in weight_counts(model).items()}
 
 
-def sizes(model: onnx.ModelProto) -> dict[str, int]:
-    """Weights of every linear, by its name."""
+def weight_counts(model: onnx.ModelProto) -> dict[str, int]:
+    """Number of weights of every linear, by its name."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     return {found.name: int(np.prod(shapes[found.weight])) for found in linears(model)}
 
 
 def stages(model: onnx.ModelProto) -> tuple[Stage, ...]:
-    """The graph cut at the outputs of its blocks."""
+    """The graph split into stages at the outputs of its blocks."""
     groups: dict[str, list[onnx.NodeProto]] = {}
     name = "tokenizer"
     for node in model.graph.node:
-        if match := BLOCK.match(node.name):
+        if match := BLOCK_NAME.match(node.name):
             name = match[0].rstrip(".")
         elif name != "tokenizer":
             name = "classifier"
@@ -241,7 +241,7 @@ def stages(model: onnx.ModelProto) -> tuple[Stage, ...]:
     return tuple(reversed(found))
 
 
-def part(model: onnx.ModelProto, stage: Stage) -> onnx.ModelProto:
+def extract_stage(model: onnx.ModelProto, stage: Stage) -> onnx.ModelProto:
     """One stage as a graph of its own."""
     types = {value.name: value for value in [*model.graph.input, *model.graph.value_info, *model.graph.output]}
     used = {name for node in stage.nodes for name in node.input}
@@ -256,8 +256,8 @@ def part(model: onnx.ModelProto, stage: Stage) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
 
 
-def only(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
-    """What a graph computes for `outputs`, which may be any of its tensors, and nothing else."""
+def extract_subgraph(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
+    """The subgraph that computes `outputs`, any tensors of the graph."""
     source = model.graph
     types = {value.name: value for value in [*source.output, *source.value_info]}
     nodes, wanted = [], set(outputs)
@@ -275,7 +275,7 @@ def only(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
 
 
-def quantise_activations(
+def quantize_activations(
     model: onnx.ModelProto, tensors: Mapping[str, Range], nodes: Iterable[str], activations: Activations
 ) -> onnx.ModelProto:
     """A copy in which the MatMuls called `nodes` read the activations in `tensors` through QuantizeLinear,
@@ -298,37 +298,37 @@ def quantise_activations(
                 continue
             if name not in made:
                 made.add(name)
-                ordered.extend(_pair(name))
-                graph.initializer.extend(_parameters(name, tensors[name], activations))
-            node.input[index] = dequantised(name)
+                ordered.extend(_qdq_pair(name))
+                graph.initializer.extend(_qdq_parameters(name, tensors[name], activations))
+            node.input[index] = dequantized_name(name)
         ordered.append(node)
-    ordered = [_copied(node) for node in ordered]
+    ordered = [_copy(node) for node in ordered]
     del graph.node[:]
     graph.node.extend(ordered)
     return result
 
 
-def dequantised(name: str) -> str:
+def dequantized_name(name: str) -> str:
     """The name of an activation behind its Q/DQ pair."""
     return f"{name}.dequantized"
 
 
-def _copied(node: onnx.NodeProto) -> onnx.NodeProto:
+def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
     new = onnx.NodeProto()
     new.CopyFrom(node)
     return new
 
 
-def _pair(name: str) -> list[onnx.NodeProto]:
+def _qdq_pair(name: str) -> list[onnx.NodeProto]:
     parameters = [f"{name}.scale", f"{name}.zero_point"]
-    quantized, back = f"{name}.quantized", dequantised(name)
+    quantized, back = f"{name}.quantized", dequantized_name(name)
     return [
         helper.make_node("QuantizeLinear", [name, *parameters], [quantized], name=quantized),
         helper.make_node("DequantizeLinear", [quantized, *parameters], [back], name=back),
     ]
 
 
-def _parameters(name: str, found: Range, activations: Activations) -> list[TensorProto]:
+def _qdq_parameters(name: str, found: Range, activations: Activations) -> list[TensorProto]:
     scale, zero = (found.symmetric, 0) if activations == "int8" else found.asymmetric
     kind = np.int8 if activations == "int8" else np.uint8
     return [

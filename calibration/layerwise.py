@@ -19,7 +19,7 @@ import onnx
 from edgetube.calibration import equalize, graphs, numeric, observers
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.equalize import Channels, Equalisation, Half, Halves
-from edgetube.calibration.graphs import Linear, Open, Stage
+from edgetube.calibration.graphs import Linear, OpenGraph, Stage
 from edgetube.calibration.numeric import GramMatrix
 from edgetube.calibration.observers import Histogram
 from edgetube.calibration.table import FLOAT32_SCALES, Activations, IntegerFormat, Range, digits, stored_scales
@@ -178,7 +178,7 @@ class LayerwiseCalibrator:
         self,
         model: onnx.ModelProto,
         clips: Clips,
-        open_graph: Open,
+        open_graph: OpenGraph,
         activations: Activations,
         workspace: Path,
         progress: Progress = silent,
@@ -191,8 +191,8 @@ class LayerwiseCalibrator:
         self.workspace, self.progress = workspace, progress
         self.stages = graphs.stages(model)
         self.linears = graphs.linears(model)
-        self.places = graphs.places(model)
-        self.initializers = {k: np.asarray(v) for k, v in graphs.weights(model).items()}
+        self.sites = graphs.equalization_sites(model)
+        self.initializers = {k: np.asarray(v) for k, v in graphs.initializers(model).items()}
         self.input = model.graph.input[0].name
         step = max(1, len(clips) // CORRECTION_CLIPS)
         self.correction = range(0, len(clips), step)[:CORRECTION_CLIPS]
@@ -275,7 +275,7 @@ class LayerwiseCalibrator:
         producer = self._producer(linear)
         if producer is None or linear.bias is None:
             return self._no_equalisation(linear)
-        choose = equalize.behind_gelu if linear.activation in self.places else equalize.choose
+        choose = equalize.behind_gelu if linear.activation in self.sites else equalize.choose
         chosen = choose(stats.halves, weight, self.activations, self.form.dtype)
         if not chosen.identity:
             bias = self._value(linear.bias, state)
@@ -301,14 +301,14 @@ class LayerwiseCalibrator:
                 state.values[gamma] = self._value(gamma, state) / chosen.scale
 
             return into_norm
-        if place := self.places.get(linear.activation):
+        if site := self.sites.get(linear.activation):
 
-            def into_place(chosen: Equalisation, state: CalibrationState) -> None:
-                state.values[place.gain] = np.float32(1) / chosen.scale
-                if place.centre:
-                    state.values[place.centre] = -(chosen.shift / chosen.scale)[:1]
+            def into_site(chosen: Equalisation, state: CalibrationState) -> None:
+                state.values[site.gain] = np.float32(1) / chosen.scale
+                if site.centre:
+                    state.values[site.centre] = -(chosen.shift / chosen.scale)[:1]
 
-            return into_place
+            return into_site
         qkv = linear.name.removesuffix("proj") + "qkv.weight"
         if linear.name.endswith(".attn.proj") and qkv in self.initializers:
             bias = qkv.removesuffix("weight") + "bias"
@@ -403,7 +403,7 @@ class LayerwiseCalibrator:
             for linear in self._linears(stage):
                 if linear.name not in quantised or linear.bias is None:
                     continue
-                tensor = graphs.dequantised(linear.activation)
+                tensor = graphs.dequantized_name(linear.activation)
                 stats = ActivationStats(tensor, len(every))
                 self._run(stage, state.values, streams, every, {tensor: stats}, quantised, state, keep=False)
                 weight = self._value(linear.weight, state)
@@ -414,7 +414,9 @@ class LayerwiseCalibrator:
 
     def fake_quantized(self, state: CalibrationState, quantised: frozenset[str]) -> onnx.ModelProto:
         """The whole graph with fake quantisation of the linears in `quantised`."""
-        return self._fake_quantize(graphs.replaced(self.model, state.values), self.linears, state, quantised)
+        return self._fake_quantize(
+            graphs.replace_initializers(self.model, state.values), self.linears, state, quantised
+        )
 
     def dequantized_weight(self, linear: Linear, state: CalibrationState) -> Array:
         """The dequantised int8 weight of a linear (K, N); rounding it to nearest gives the same integers."""
@@ -437,7 +439,7 @@ class LayerwiseCalibrator:
         values |= {linear.bias: state.biases[linear.bias] for linear in chosen if linear.bias in state.biases}
         ranges = {linear.activation: state.choices[linear.name].range for linear in chosen}
         nodes = [linear.node for linear in chosen]
-        return graphs.quantise_activations(graphs.replaced(model, values), ranges, nodes, self.activations)
+        return graphs.quantize_activations(graphs.replace_initializers(model, values), ranges, nodes, self.activations)
 
     # ---------------------------------------------------------------------------------------------------- running
 
@@ -455,10 +457,10 @@ class LayerwiseCalibrator:
         """Run one stage on every clip and update the statistics of `watched`; returns what later stages read."""
         kept = stage.outputs if keep else ()
         fetched = list(dict.fromkeys([*kept, *(name for name in watched if name not in stage.inputs)]))
-        part = graphs.replaced(graphs.part(self.model, stage), values)
+        part = graphs.replace_initializers(graphs.extract_stage(self.model, stage), values)
         if state is not None:
             part = self._fake_quantize(part, self._linears(stage), state, quantised)
-        part = graphs.only(part, fetched)
+        part = graphs.extract_subgraph(part, fetched)
         call = self.open(part)
         needed = {value.name for value in part.graph.input}
         carried = {name: array for name, array in streams.items() if name in self._later(stage)}

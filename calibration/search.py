@@ -14,7 +14,7 @@ import onnx
 from edgetube import metrics
 from edgetube.calibration import graphs
 from edgetube.calibration.clips import Clips
-from edgetube.calibration.graphs import Open
+from edgetube.calibration.graphs import OpenGraph
 from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator
 from edgetube.errors import ParityError
 from edgetube.progress import Progress, silent, track
@@ -116,7 +116,9 @@ class Found:
     verdict: Verdict
 
 
-def answers(model: onnx.ModelProto, clips: Clips, open_graph: Open, stage: str, progress: Progress = silent) -> Array:
+def answers(
+    model: onnx.ModelProto, clips: Clips, open_graph: OpenGraph, stage: str, progress: Progress = silent
+) -> Array:
     """Logits (N, classes) of a graph with batch 1."""
     call, name = open_graph(model), model.graph.input[0].name
     rows = track(clips.frames, stage, len(clips), progress)
@@ -129,7 +131,7 @@ def search(calibrator: LayerwiseCalibrator, state: CalibrationState, judge: Judg
     Raises:
         ParityError: the budget does not hold even with half of the work in floating point.
     """
-    work, sizes = graphs.macs(calibrator.model), graphs.sizes(calibrator.model)
+    work, sizes = graphs.macs(calibrator.model), graphs.weight_counts(calibrator.model)
     of_work, of_weights = sum(work.values()), sum(sizes.values())
     reasons = {
         name: f"{work[name] / of_work:.1%} of the work, {sizes[name] / of_weights:.1%} of the weights"

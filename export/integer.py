@@ -47,7 +47,7 @@ def native(model: onnx.ModelProto, table: CalibrationTable, *, unsigned_weights:
     """
     table.check(graphs.digest(model))
     nodes, tensors = _Linears(model, table, unsigned_weights).rewrite()
-    nodes = _fuse_attention(nodes, graphs.weights(model))
+    nodes = _fuse_attention(nodes, graphs.initializers(model))
     return _model(model, nodes, tensors)
 
 
@@ -58,7 +58,7 @@ class _Linears:
         self.model, self.ranges, self.scheme = model, table.ranges, table.activations
         self.unsigned_weights = unsigned_weights
         self.plans = {plan.name: plan for plan in table.quantised}
-        self.weights = graphs.weights(model)
+        self.weights = graphs.initializers(model)
         self.producers = _producers(model.graph.node)
         self.tensors: dict[str, onnx.TensorProto] = {}
         self.quantised: dict[str, list[str]] = {}
@@ -220,7 +220,7 @@ def split_products(model: onnx.ModelProto) -> onnx.ModelProto:
     The same numbers; but a runtime that fuses scale and bias into a product cannot do so across a Split, and then
     rounds bare sums of integers to its inference precision.
     """
-    producers, weights = _producers(model.graph.node), graphs.weights(model)
+    producers, weights = _producers(model.graph.node), graphs.initializers(model)
     parts: dict[str, list[NodeProto]] = {}
     tensors: list[onnx.TensorProto] = []
     gone: set[str] = set()

@@ -32,9 +32,11 @@ def qdq(model: onnx.ModelProto, table: CalibrationTable, *, activations: Activat
     table.check(graphs.digest(model))
     plans = {plan.weight: plan for plan in table.quantised}
     readers = [node.name for node in model.graph.node if any(name in plans for name in node.input)]
-    readers += [name for name, operands in graphs.products(model).items() if set(operands) <= set(table.ranges)]
-    result = graphs.quantise_activations(model, table.ranges, readers, activations or table.activations)
-    graph, known = result.graph, graphs.weights(model)
+    readers += [
+        name for name, operands in graphs.attention_products(model).items() if set(operands) <= set(table.ranges)
+    ]
+    result = graphs.quantize_activations(model, table.ranges, readers, activations or table.activations)
+    graph, known = result.graph, graphs.initializers(model)
     kept = [tensor for tensor in graph.initializer if tensor.name not in plans]
     pairs = [_weight(plan, np.asarray(known[name], np.float32)) for name, plan in plans.items()]
     del graph.initializer[:]
@@ -76,7 +78,7 @@ def _types(model: onnx.ModelProto, table: CalibrationTable, activations: Activat
         found.append(helper.make_tensor_value_info(plan.weight, TensorProto.FLOAT, shapes[plan.weight]))
     for name in table.ranges:
         found.append(helper.make_tensor_value_info(f"{name}.quantized", integer, known[name]))
-        found.append(helper.make_tensor_value_info(graphs.dequantised(name), TensorProto.FLOAT, known[name]))
+        found.append(helper.make_tensor_value_info(graphs.dequantized_name(name), TensorProto.FLOAT, known[name]))
     return found
 
 
@@ -85,11 +87,11 @@ def apply(calibrated: Calibrated, graph: Graph) -> tuple[Graph, CalibrationTable
 
     Tubes whose product is no GEMM in this lowering stay float, their weights as they were.
     """
-    plain = graphs.prepared(graph.model, calibrated.table.activations)
+    plain = graphs.insert_equalization_sites(graph.model, calibrated.table.activations)
     products = {linear.weight for linear in graphs.linears(plain)}
     absent = {plan.weight for plan in calibrated.table.linears} - products
     values = {name: value for name, value in calibrated.values.items() if name not in absent}
-    model = graphs.without_idle_places(graphs.replaced(plain, _fitting(values, plain)))
+    model = graphs.remove_identity_sites(graphs.replace_initializers(plain, _fitting(values, plain)))
     here = {linear.name: linear for linear in graphs.linears(model)}
     plans = tuple(_moved(plan, here.get(plan.name)) for plan in calibrated.table.linears)
     used = {old.activation: new.activation for old, new in zip(calibrated.table.linears, plans, strict=True)}

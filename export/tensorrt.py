@@ -180,7 +180,7 @@ def wishes(graph: Graph, target: Target) -> Wishes:
     if target.setting("attention") == "int8":
         if refusal := attention_refusal(graph.spec):
             raise InputError(refusal)
-        operands = [name for pair in graphs.products(graph.model).values() for name in pair]
+        operands = [name for pair in graphs.attention_products(graph.model).values() for name in pair]
         tensors = tuple(dict.fromkeys(operands))
     return Wishes(tensors, LEGACY_CLIPS if chosen.legacy else 0)
 

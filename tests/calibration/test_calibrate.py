@@ -60,7 +60,7 @@ def test_folding_does_not_change_the_float_graph(
     calibrator.calibrate(state)
     assert {c.equalisation for c in state.choices.values()} != {"none"}
     assert any("norm" in name for name in state.values)
-    folded = graphs.replaced(calibrator.model, state.values)
+    folded = graphs.replace_initializers(calibrator.model, state.values)
     np.testing.assert_allclose(answer(folded, clips[1]), answer(calibrator.model, clips[1]), atol=2e-4)
 
 
@@ -73,7 +73,9 @@ def test_errors_of_tubes_cancel_on_other_clips(calibrator: LayerwiseCalibrator, 
         linear for linear in calibrator.linears if linear.name.startswith("tubes") and linear.name in state.choices
     ]
     call = export.evaluator()(
-        graphs.only(graphs.part(calibrator.model, calibrator.stages[0]), [t.activation for t in tubes])
+        graphs.extract_subgraph(
+            graphs.extract_stage(calibrator.model, calibrator.stages[0]), [t.activation for t in tubes]
+        )
     )
     seen = [call({calibrator.input: frames[None]}) for frames in clips[1].frames]
     assert tubes
@@ -92,7 +94,7 @@ def test_errors_of_tubes_cancel_on_other_clips(calibrator: LayerwiseCalibrator, 
 
 def rows_of(model: onnx.ModelProto, tensor: str, frames: Iterable[Any]) -> npt.NDArray[np.float32]:
     """All rows of an activation on clips."""
-    call = export.evaluator()(graphs.only(model, [tensor]))
+    call = export.evaluator()(graphs.extract_subgraph(model, [tensor]))
     seen = [np.asarray(call({"frames": np.asarray(clip)[None]})[0]) for clip in frames]
     return np.concatenate([x.reshape(-1, x.shape[-1]) for x in seen])
 
@@ -120,12 +122,12 @@ def test_weights_are_rounded_for_every_token(
     monkeypatch.setattr("edgetube.calibration.layerwise.ROW_VALUES", 1)
     state = CalibrationState()
     calibrator.calibrate(state)
-    folded = graphs.replaced(calibrator.model, state.values)
+    folded = graphs.replace_initializers(calibrator.model, state.values)
     for linear in calibrator.linears:
         if not linear.name.endswith(("fc2", "qkv")):
             continue
         rows = rows_of(folded, linear.activation, clips[0].frames).astype(np.float64)
-        weight = np.asarray(graphs.weights(folded)[linear.weight], np.float32)
+        weight = np.asarray(graphs.initializers(folded)[linear.weight], np.float32)
         scales = state.choices[linear.name].scales
         np.testing.assert_array_equal(scales, numeric.mse_scales(weight, np.float32(np.square(rows).mean(axis=0))))
         found, expected = state.integers[linear.weight], numeric.rounded_weights(weight, scales, rows.T @ rows)
@@ -137,11 +139,11 @@ def test_a_nearly_dead_channel_has_a_scale_that_float16_holds(
     hard_graph: Graph, clips: tuple[Clips, Clips], answer: Callable[..., Any], tmp_path: Path
 ) -> None:
     """From the calibration to the graph in half precision: no scale is changed, let alone to zero."""
-    known: dict[str, Any] = graphs.weights(hard_graph.model)
+    known: dict[str, Any] = graphs.initializers(hard_graph.model)
     weight = np.array(known["blocks.1.mlp.fc1.weight"])
     weight[:, 5] *= 1e-7 / np.abs(weight[:, 5]).max()
     weight[:, 6] *= 1e-5 / np.abs(weight[:, 6]).max()
-    model = graphs.replaced(hard_graph.model, {"blocks.1.mlp.fc1.weight": weight})
+    model = graphs.replace_initializers(hard_graph.model, {"blocks.1.mlp.fc1.weight": weight})
     options: dict[str, Any] = {"activations": "int8", "workspace": tmp_path, "max_drop": 100.0}
     found = calibrate(model, *clips, export.evaluator(), form=IntegerFormat("float16", PIXEL_SCALE), **options)
     equalised, table = apply(found, replace(hard_graph, model=model))
@@ -165,13 +167,13 @@ def test_errors_are_reported_on_clips_that_nothing_was_chosen_from(
     calibrator = LayerwiseCalibrator(hard_graph.model, clips[0], export.evaluator(), "int8", tmp_path, held_out=others)
     state = CalibrationState()
     calibrator.calibrate(state)
-    folded = graphs.replaced(calibrator.model, state.values)
+    folded = graphs.replace_initializers(calibrator.model, state.values)
     for linear in calibrator.linears:
         if not linear.in_block:
             continue
         choice, integers = state.choices[linear.name], state.integers[linear.weight]
         for frames, found in ((seen, choice.error), (others, calibrator.held_out_errors[linear.name])):
-            rows, weight = rows_of(folded, linear.activation, frames), graphs.weights(folded)[linear.weight]
+            rows, weight = rows_of(folded, linear.activation, frames), graphs.initializers(folded)[linear.weight]
             by_hand = relative_error(rows, weight, choice.scales, integers, choice.range.low, choice.range.high)
             assert found == pytest.approx(by_hand, rel=0.02)
         rows, weight = rows_of(calibrator.model, linear.activation, seen), calibrator.initializers[linear.weight]
@@ -197,26 +199,28 @@ def test_moments_are_those_of_what_linears_read(hard_graph: Graph, clips: tuple[
     with_bias = [linear for linear in graphs.linears(hard_graph.model) if linear.bias]
     assert set(found) == {linear.weight for linear in with_bias}
     last = next(linear for linear in with_bias if linear.name.endswith("fc2"))
-    call = export.evaluator()(graphs.only(hard_graph.model, [last.activation]))
+    call = export.evaluator()(graphs.extract_subgraph(hard_graph.model, [last.activation]))
     mean, second = found[last.weight].mean, found[last.weight].second
     every = np.concatenate([call({"frames": clip[None]})[0].reshape(-1, len(mean)) for clip in frames])
     np.testing.assert_allclose(mean, every.mean(axis=0), atol=1e-5)
     np.testing.assert_allclose(second, np.einsum("ri,rj->ij", every, every) / len(every), rtol=1e-4, atol=1e-5)
 
 
-class TestPlaces:
+class TestEqualizationSites:
     """Behind a GELU: a gain for each channel, and for int8 the zero point that it lacks."""
 
     @pytest.fixture
     def prepared(self, hard_graph: Graph) -> onnx.ModelProto:
-        return graphs.prepared(hard_graph.model, "int8")
+        return graphs.insert_equalization_sites(hard_graph.model, "int8")
 
     @pytest.mark.parametrize("scheme", SCHEMES)
-    def test_a_place_that_is_not_used_leaves_nothing(self, hard_graph: Graph, scheme: Activations) -> None:
-        prepared = graphs.prepared(hard_graph.model, scheme)
+    def test_a_site_that_is_not_used_leaves_nothing(self, hard_graph: Graph, scheme: Activations) -> None:
+        prepared = graphs.insert_equalization_sites(hard_graph.model, scheme)
         onnx.checker.check_model(prepared)
-        assert [place.centre is not None for place in graphs.places(prepared).values()] == [scheme == "int8"] * 2
-        assert graphs.digest(graphs.without_idle_places(prepared)) == graphs.digest(hard_graph.model)
+        assert [site.centre is not None for site in graphs.equalization_sites(prepared).values()] == [
+            scheme == "int8"
+        ] * 2
+        assert graphs.digest(graphs.remove_identity_sites(prepared)) == graphs.digest(hard_graph.model)
 
     @pytest.mark.parametrize(("gain", "centre"), [(2.0, 0.0), (1.0, -3.0), (2.0, -3.0)])
     def test_what_is_used_stays(
@@ -228,10 +232,10 @@ class TestPlaces:
         centre: float,
     ) -> None:
         values: dict[Any, Any] = {}
-        for place in graphs.places(prepared).values():
-            values |= {place.gain: np.full(96, gain), place.centre: np.full(1, centre)}
-        full = graphs.replaced(prepared, values)
-        less = graphs.without_idle_places(full)
+        for site in graphs.equalization_sites(prepared).values():
+            values |= {site.gain: np.full(96, gain), site.centre: np.full(1, centre)}
+        full = graphs.replace_initializers(prepared, values)
+        less = graphs.remove_identity_sites(full)
         assert len(full.graph.node) - len(less.graph.node) == 2 * ((gain == 1.0) + (centre == 0.0))
         onnx.checker.check_model(less)
         np.testing.assert_array_equal(answer(less, clips[1]), answer(full, clips[1]))
@@ -248,7 +252,7 @@ class TestPlaces:
         state = CalibrationState()
         calibrator.calibrate(state)
         assert {c.equalisation for name, c in state.choices.items() if name.endswith("fc2")} == {"centre"}
-        folded = graphs.replaced(prepared, state.values)
+        folded = graphs.replace_initializers(prepared, state.values)
         np.testing.assert_allclose(answer(folded, clips[1]), answer(hard_graph.model, clips[1]), atol=2e-4)
 
     def test_int8_is_then_as_exact_as_uint8(
@@ -302,7 +306,7 @@ def test_a_folding_that_changes_the_graph_is_left_out(
         assert equalisation.startswith("none: folding it changed blocks.1 by ") == name.startswith("blocks.1.")
     assert any(name.startswith("blocks.0.") for name in state.values)
     assert not any(name.startswith("blocks.1.") for name in state.values)
-    folded = graphs.replaced(calibrator.model, state.values)
+    folded = graphs.replace_initializers(calibrator.model, state.values)
     np.testing.assert_allclose(answer(folded, clips[1]), answer(calibrator.model, clips[1]), atol=2e-4)
 
 
@@ -334,9 +338,9 @@ def plain_sqnr(
     from edgetube.calibration import numeric
     from edgetube.calibration.table import Range
 
-    known: dict[str, Any] = graphs.weights(model)
+    known: dict[str, Any] = graphs.initializers(model)
     linears = [linear for linear in graphs.linears(model) if linear.name in {p.name for p in table.quantised}]
-    call = export.evaluator()(graphs.only(model, [linear.activation for linear in linears]))
+    call = export.evaluator()(graphs.extract_subgraph(model, [linear.activation for linear in linears]))
     seen = [call({"frames": np.asarray(frames)[None]}) for frames in clips[0].frames]
     ranges = {
         linear.activation: Range(
@@ -345,8 +349,8 @@ def plain_sqnr(
         for i, linear in enumerate(linears)
     }
     weights = {n.weight: numeric.fake_weights(known[n.weight], numeric.full_scales(known[n.weight])) for n in linears}
-    fake = graphs.replaced(model, weights)
-    fake = graphs.quantise_activations(fake, ranges, [linear.node for linear in linears], scheme)
+    fake = graphs.replace_initializers(model, weights)
+    fake = graphs.quantize_activations(fake, ranges, [linear.node for linear in linears], scheme)
     return metrics.sqnr(exact, answer(fake, clips[1]))
 
 
@@ -376,10 +380,10 @@ def test_biases_are_corrected(
     fc2 = "blocks.1.mlp.fc2"
 
     def drift() -> Any:
-        models = calibrator.fake_quantized(state, every), graphs.replaced(calibrator.model, state.values)
+        models = calibrator.fake_quantized(state, every), graphs.replace_initializers(calibrator.model, state.values)
         q, f = (
             np.stack([call({"frames": np.asarray(x)[None]})[0] for x in clips[0].frames])
-            for call in (export.evaluator()(graphs.only(m, [fc2])) for m in models)
+            for call in (export.evaluator()(graphs.extract_subgraph(m, [fc2])) for m in models)
         )
         return np.abs((q - f).mean(axis=(0, 1, 2))).max()
 
@@ -602,7 +606,7 @@ class TestCache:
         kept = Cache(tmp_path / "c", key)
         state = kept.state()
         calibrator = LayerwiseCalibrator(
-            graphs.prepared(hard_graph.model, "uint8"), clips[0], export.evaluator(), "uint8", tmp_path
+            graphs.insert_equalization_sites(hard_graph.model, "uint8"), clips[0], export.evaluator(), "uint8", tmp_path
         )
         assert calibrator.matches_model(state)
         for damaged in damages(state):

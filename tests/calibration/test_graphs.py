@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from edgetube.calibration import graphs
-from edgetube.calibration.graphs import Linear, Place
+from edgetube.calibration.graphs import EqualizationSite, Linear
 from edgetube.calibration.table import Activations, Range
 
 SHAPES = {
@@ -93,12 +93,12 @@ def test_linears_are_products_by_a_constant_matrix(model: onnx.ModelProto) -> No
 
 def test_work_and_sizes_by_hand(model: onnx.ModelProto) -> None:
     sizes = {"tubes.0": 24, "blocks.0.mlp.fc1": 48, "blocks.0.mlp.fc2": 48, "head": 12}
-    assert graphs.sizes(model) == sizes
+    assert graphs.weight_counts(model) == sizes
     assert graphs.macs(model) == {name: 3 * size for name, size in sizes.items()}
 
 
 def test_products_of_two_activations(model: onnx.ModelProto) -> None:
-    assert graphs.products(model) == {
+    assert graphs.attention_products(model) == {
         "blocks.0.scores": ("blocks.0.mlp.fc2", "blocks.0.turned"),
         "blocks.1.x": ("blocks.0.scores", "tubes.0.sum"),
     }
@@ -120,7 +120,7 @@ class TestStages:
     def test_parts_compute_what_the_whole_does(self, model: onnx.ModelProto) -> None:
         known: dict[str, Any] = {"frames": FRAMES}
         for stage in graphs.stages(model):
-            part = graphs.part(model, stage)
+            part = graphs.extract_stage(model, stage)
             onnx.checker.check_model(part)
             used = {tensor.name for tensor in part.graph.initializer}
             assert used == {name for n in stage.nodes for name in n.input} & {t.name for t in model.graph.initializer}
@@ -129,7 +129,7 @@ class TestStages:
 
 
 def test_only_what_is_asked_for(model: onnx.ModelProto) -> None:
-    part = graphs.only(model, ["blocks.0.mlp.act", "cast"])
+    part = graphs.extract_subgraph(model, ["blocks.0.mlp.act", "cast"])
     assert [value.name for value in part.graph.output] == ["blocks.0.mlp.act", "cast"]
     assert len(part.graph.node) == 7
     names = {"tubes.0.weight", "position", "gamma", "beta", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1.bias"}
@@ -137,18 +137,23 @@ def test_only_what_is_asked_for(model: onnx.ModelProto) -> None:
     act, cast = run(part)
     assert act.shape == (3, 8)
     np.testing.assert_array_equal(cast, FRAMES)
-    assert [value.name for value in graphs.only(graphs.part(model, graphs.stages(model)[1]), []).graph.input] == []
+    assert [
+        value.name
+        for value in graphs.extract_subgraph(graphs.extract_stage(model, graphs.stages(model)[1]), []).graph.input
+    ] == []
 
 
 def test_replaced_values_have_the_old_shapes(
     model: onnx.ModelProto, weights: dict[str, npt.NDArray[np.float32]]
 ) -> None:
-    new = graphs.replaced(model, {"head.bias": np.array([[1], [2]], np.float64), "nobody": np.zeros(1, np.float32)})
-    found = graphs.weights(new)
+    new = graphs.replace_initializers(
+        model, {"head.bias": np.array([[1], [2]], np.float64), "nobody": np.zeros(1, np.float32)}
+    )
+    found = graphs.initializers(new)
     assert found.keys() == weights.keys()
     assert found["head.bias"].dtype == np.float32
     np.testing.assert_array_equal(found["head.bias"], [1, 2])
-    np.testing.assert_array_equal(graphs.weights(model)["head.bias"], weights["head.bias"])
+    np.testing.assert_array_equal(graphs.initializers(model)["head.bias"], weights["head.bias"])
     np.testing.assert_array_equal(run(new)[0], run(model)[0] - weights["head.bias"] + np.array([1, 2], np.float32))
 
 
@@ -162,7 +167,7 @@ class TestDigest:
         found = {name: copy() for name in ("node", "order", "weight", "name", "input", "output", "dims")}
         found["node"].graph.node[0].name = "other"
         found["order"].graph.node.insert(0, found["order"].graph.node.pop())
-        found["weight"] = graphs.replaced(model, {"head.bias": np.zeros(2, np.float32)})
+        found["weight"] = graphs.replace_initializers(model, {"head.bias": np.zeros(2, np.float32)})
         found["name"].graph.initializer[0].name = "other"
         found["input"].graph.input[0].name = "other"
         found["output"].graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
@@ -179,16 +184,18 @@ class TestDigest:
         assert graphs.digest(onnx.load_from_string(model.SerializeToString())) == before
 
 
-class TestPlaces:
+class TestEqualizationSites:
     @pytest.mark.parametrize("activations", ["int8", "uint8"])
     def test_behind_a_gelu(self, model: onnx.ModelProto, activations: Activations) -> None:
-        found = graphs.prepared(model, activations)
+        found = graphs.insert_equalization_sites(model, activations)
         onnx.checker.check_model(found)
         act, centred = "blocks.0.mlp.act", activations == "int8"
         tensor = f"{act}.centred" if centred else f"{act}.scaled"
-        assert graphs.places(found) == {tensor: Place(f"{act}.gain", f"{act}.centre" if centred else None)}
-        assert graphs.places(model) == {}
-        constants = graphs.weights(found)
+        assert graphs.equalization_sites(found) == {
+            tensor: EqualizationSite(f"{act}.gain", f"{act}.centre" if centred else None)
+        }
+        assert graphs.equalization_sites(model) == {}
+        constants = graphs.initializers(found)
         np.testing.assert_array_equal(constants[f"{act}.gain"], np.ones(8, np.float32))
         assert (f"{act}.centre" in constants) == centred
         read = {linear.name: linear.activation for linear in graphs.linears(found)}
@@ -203,19 +210,22 @@ class TestPlaces:
         gain = rng.uniform(0.5, 2, 8).astype(np.float32)
         act = "blocks.0.mlp.act"
         values = {f"{act}.gain": gain, f"{act}.centre": np.array([-0.5], np.float32)}
-        found = graphs.replaced(graphs.prepared(model, "int8"), values)
-        (before,), (after,) = run(graphs.only(found, [act])), run(graphs.only(found, [f"{act}.centred"]))
+        found = graphs.replace_initializers(graphs.insert_equalization_sites(model, "int8"), values)
+        (before,), (after,) = (
+            run(graphs.extract_subgraph(found, [act])),
+            run(graphs.extract_subgraph(found, [f"{act}.centred"])),
+        )
         np.testing.assert_allclose(after, before * gain - 0.5, rtol=1e-6)
 
     @pytest.mark.parametrize(
         ("gain", "centre", "left"),
         [(1.0, 0.0, set()), (2.0, 0.0, {"Mul"}), (1.0, 3.0, {"AddC"}), (2.0, 3.0, {"Mul", "AddC"})],
     )
-    def test_idle_ones_go(self, model: onnx.ModelProto, gain: float, centre: float, left: set[str]) -> None:
+    def test_identities_are_removed(self, model: onnx.ModelProto, gain: float, centre: float, left: set[str]) -> None:
         act = "blocks.0.mlp.act"
         values = {f"{act}.gain": np.full(8, gain, np.float32), f"{act}.centre": np.full(1, centre, np.float32)}
-        full = graphs.replaced(graphs.prepared(model, "int8"), values)
-        found = graphs.without_idle_places(full)
+        full = graphs.replace_initializers(graphs.insert_equalization_sites(model, "int8"), values)
+        found = graphs.remove_identity_sites(full)
         onnx.checker.check_model(found)
         names = {n.name for n in found.graph.node} - {n.name for n in model.graph.node}
         assert names == {{"Mul": f"{act}.scaled", "AddC": f"{act}.centred"}[kind] for kind in left}
@@ -231,12 +241,15 @@ class TestQuantised:
     @pytest.mark.parametrize("activations", ["int8", "uint8"])
     def test_named_readers_see_the_rounded_tensor(self, model: onnx.ModelProto, activations: Activations) -> None:
         norm, fc1 = "blocks.0.norm1", "blocks.0.mlp.fc1.mm"
-        found = graphs.quantise_activations(model, {norm: Range(-1.0, 1.5, "x")}, [fc1, "head.mm"], activations)
+        found = graphs.quantize_activations(model, {norm: Range(-1.0, 1.5, "x")}, [fc1, "head.mm"], activations)
         onnx.checker.check_model(found)
         inputs = {n.name: list(n.input) for n in found.graph.node}
-        assert inputs[fc1][0] == f"{norm}.dequantized" == graphs.dequantised(norm)
+        assert inputs[fc1][0] == f"{norm}.dequantized" == graphs.dequantized_name(norm)
         assert inputs["head.mm"][0] == "blocks.1.x"
-        (exact,), (fake,) = run(graphs.only(model, [norm])), run(graphs.only(found, [graphs.dequantised(norm)]))
+        (exact,), (fake,) = (
+            run(graphs.extract_subgraph(model, [norm])),
+            run(graphs.extract_subgraph(found, [graphs.dequantized_name(norm)])),
+        )
         if activations == "int8":
             scale, zero, low, high = 1.5 / 127, 0, -128, 127
         else:
@@ -250,12 +263,12 @@ class TestQuantised:
     def test_one_pair_for_all_readers(self, model: onnx.ModelProto) -> None:
         ranges = {"tubes.0.sum": Range(-1.0, 1.0, "x"), "blocks.0.scores": Range(-1.0, 1.0, "x")}
         readers = ["blocks.1.x"]
-        found = graphs.quantise_activations(model, ranges, readers, "int8")
+        found = graphs.quantize_activations(model, ranges, readers, "int8")
         inputs = {n.name: list(n.input) for n in found.graph.node}
         assert inputs["blocks.1.x"] == ["blocks.0.scores.dequantized", "tubes.0.sum.dequantized"]
         assert inputs["blocks.0.norm1"][0] == "tubes.0.sum"
-        more = graphs.quantise_activations(model, ranges, [*readers, "blocks.0.turned"], "int8")
+        more = graphs.quantize_activations(model, ranges, [*readers, "blocks.0.turned"], "int8")
         assert sum(n.op_type == "QuantizeLinear" for n in more.graph.node) == 2
-        constants = graphs.weights(more)
+        constants = graphs.initializers(more)
         assert constants["tubes.0.sum.zero_point"].dtype == np.int8
         assert constants["tubes.0.sum.scale"] == np.float32(1 / 127)

@@ -388,11 +388,11 @@ def rng_of_module() -> np.random.Generator:
 
 def extremes(model: Any, clip: Any, attention: Any) -> Any:
     """A table of every linear: builders only look at where the scales are, not at what they are."""
-    linears, weights = graphs.linears(model), graphs.weights(model)
+    linears, weights = graphs.linears(model), graphs.initializers(model)
     names = dict.fromkeys(linear.activation for linear in linears)
     if attention:
-        names |= dict.fromkeys(name for pair in graphs.products(model).values() for name in pair)
-    values = export.evaluator()(graphs.only(model, list(names)))({"frames": clip})
+        names |= dict.fromkeys(name for pair in graphs.attention_products(model).values() for name in pair)
+    values = export.evaluator()(graphs.extract_subgraph(model, list(names)))({"frames": clip})
     ranges = {
         name: Range(min(0.0, float(v.min())), max(0.0, float(v.max())), "extremes")
         for name, v in zip(names, values, strict=True)
