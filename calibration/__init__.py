@@ -1,6 +1,6 @@
-"""Calibration: from a float graph and clips to a graph that integers can compute, and a table that says how.
+"""INT8 calibration: from a float graph and clips to an equalised graph and its calibration table.
 
-`calibrate` is the one entrance. It reaches a runtime through the function that it is given and imports none.
+`calibrate` is the entry point. It imports no runtime: graphs run through the function that it is given.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgetube.calibration.graphs import Array, OpenGraph
 from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator, StaleStateError
 from edgetube.calibration.numeric import GramMatrix, Moments
 from edgetube.calibration.observers import Histogram, least_squares
-from edgetube.calibration.search import Found, Judge
+from edgetube.calibration.search import AccuracyBudget, SearchResult
 from edgetube.calibration.table import (
     FLOAT32_SCALES,
     Activations,
@@ -37,15 +37,14 @@ from edgetube.video import Frames
 
 __all__ = ["Calibrated", "calibrate", "input_moments", "observe"]
 
-RECIPE = 7
-"""Counts the changes of what calibration does: results of another one are not used again."""
+ALGORITHM_VERSION = 7
+"""Version of the algorithm; bump it to invalidate cached results."""
 
 OBSERVED_CLIPS = 32
-"""Clips that ranges of single tensors come from: they settle long before output errors do."""
-
+"""Most clips for the ranges of single tensors, which converge with few clips."""
 
 HELD_OUT_CLIPS = 16
-"""Clips, of those that judge, on which the errors of single linears are reported."""
+"""Validation clips on which the errors of single linears are reported."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,20 @@ class Calibrated:
     Attributes:
         values: the initializers that calibration changed by name: folded, rounded to int8, bias-corrected.
         table: for the graph with those values, prepared for the table's scheme.
-        judge: the clips that accuracy was judged on, and the float graph's answers to them.
-        report: what was found, plain JSON, for the manifest.
+        budget: the validation clips and the float graph's logits for them.
+        report: for the manifest, plain JSON.
     """
 
     values: Mapping[str, Array]
     table: CalibrationTable
-    judge: Judge
+    budget: AccuracyBudget
     report: Mapping[str, Any]
 
 
 def calibrate(
     model: onnx.ModelProto,
-    statistics: Clips,
-    judged: Clips,
+    calibration_clips: Clips,
+    validation_clips: Clips,
     open_graph: OpenGraph,
     *,
     activations: Activations,
@@ -83,44 +82,46 @@ def calibrate(
 
     Args:
         model: float32 graph with batch 1, frames uint8 (1, T, H, W, 3) -> logits.
-        statistics: clips that ranges, equalisations and biases come from.
-        judged: clips that the accuracy budget is held against.
+        calibration_clips: for ranges, equalisations, weights and biases.
+        validation_clips: for the accuracy budget.
         open_graph: opens any graph for running.
-        activations, form: the scheme of the runtime that the table is for, and how it stores integers.
-        workspace: folder for what does not stay in memory.
+        activations, form: the activation scheme of the target runtime, and how it stores integers.
+        workspace: folder for arrays that are kept on disk.
         max_drop: points of top-1 (or of agreement, without labels) that may be lost; None for the default.
-        cache: folder of an earlier calibration, finished or not; used only if made from exactly the same things.
+        cache: folder of an earlier calibration, finished or not; used only where its key is the same.
         versions: of the tools, for the table and the cache.
 
     Raises:
         ParityError: the budget cannot be met.
-        InputError: the clips make the model give NaN or infinite numbers.
+        InputError: a logit is NaN or infinite on these clips.
     """
-    reference = search.answers(model, judged, open_graph, "float answers", progress)
-    if bad := [name for name, row in zip(judged.names, reference, strict=True) if not np.isfinite(row).all()]:
+    reference = search.compute_logits(model, validation_clips, open_graph, "float answers", progress)
+    if bad := [name for name, row in zip(validation_clips.names, reference, strict=True) if not np.isfinite(row).all()]:
         raise InputError(
-            f"the model gives NaN or infinite logits on {len(bad)} of {len(judged)} clips, {bad[0]} among them; check "
-            "weights and clips"
+            f"the model gives NaN or infinite logits on {len(bad)} of {len(validation_clips)} clips, {bad[0]} among "
+            "them; check weights and clips"
         )
-    judge = Judge(judged, reference, max_drop)
-    key = _key(model, statistics, judge, activations, form, versions or {})
+    budget = AccuracyBudget(validation_clips, reference, max_drop)
+    key = _key(model, calibration_clips, budget, activations, form, versions or {})
     model = graphs.insert_equalization_sites(model, activations)
     with opened(cache or workspace / "cache", key, progress) as kept:
         if (finished := kept.result()) is not None:
             values, table, report = finished
-            return Calibrated(values, table, judge, {**report, "notes": _notes(statistics, judge), "cached": True})
-        held_out = _held_out(statistics, judged)
+            return Calibrated(
+                values, table, budget, {**report, "notes": _notes(calibration_clips, budget), "cached": True}
+            )
+        held_out = _held_out(calibration_clips, validation_clips)
         calibrator = LayerwiseCalibrator(
-            model, statistics, open_graph, activations, workspace, progress, held_out, form
+            model, calibration_clips, open_graph, activations, workspace, progress, held_out, form
         )
         state = _choose(calibrator, kept)
-        found = search.search(calibrator, state, judge)
+        found = search.search(calibrator, state, budget)
         values = calibrator.changed_initializers(state, found.quantised)
-        notes = [*_notes(statistics, judge), *([kept.note] if kept.note else [])]
+        notes = [*_notes(calibration_clips, budget), *([kept.note] if kept.note else [])]
         report = _report(calibrator, state, found) | {"notes": notes}
         table = CalibrationTable(
             model=graphs.digest(graphs.replace_initializers(model, values)),
-            clips={"name": statistics.name, "count": len(statistics), "sha256": statistics.sha256},
+            clips={"name": calibration_clips.name, "count": len(calibration_clips), "sha256": calibration_clips.sha256},
             activations=activations,
             ranges={
                 linear.activation: state.choices[linear.name].range
@@ -131,11 +132,11 @@ def calibrate(
             versions=dict(versions or {}),
         )
         kept.save_result(values, table, report)
-    return Calibrated(values, table, judge, report)
+    return Calibrated(values, table, budget, report)
 
 
 def _choose(calibrator: LayerwiseCalibrator, kept: Cache) -> CalibrationState:
-    """Every linear's choice; stages that were kept are not chosen again, unless they do not fit the model."""
+    """Calibrate every linear; cached stages are not calibrated again, unless they do not match the model."""
     state = kept.state()
     if not calibrator.matches_model(state):
         state = CalibrationState()
@@ -156,9 +157,9 @@ def observe(
     progress: Progress = silent,
     scales: ScaleType = "float32",
 ) -> dict[str, Range]:
-    """Ranges of any tensors of a graph with batch 1: those with the least squared error on the clips.
+    """Ranges of any tensors of a graph with batch 1, by least squared error on the clips.
 
-    A softmax is between 0 and 1, whatever the clips.
+    The range of a softmax is always 0 to 1.
     """
     known = {out for node in model.graph.node if node.op_type == "Softmax" for out in node.output}
     seen = {name: Histogram() for name in tensors if name not in known}
@@ -173,10 +174,10 @@ def observe(
 
 
 def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: OpenGraph) -> dict[str, Moments]:
-    """The moments over clips (T, H, W, 3) and tokens of what each linear with a bias reads, by its weight.
+    """Moments of the input of each linear with a bias, over clips (T, H, W, 3) and tokens, by its weight.
 
     Raises:
-        InputError: what one reads is NaN or infinite.
+        InputError: an input is NaN or infinite.
     """
     linears = [linear for linear in graphs.linears(model) if linear.bias is not None]
     read = list(dict.fromkeys(linear.activation for linear in linears))
@@ -193,46 +194,46 @@ def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: O
     return {linear.weight: moments[linear.activation] for linear in linears}
 
 
-def _held_out(statistics: Clips, judged: Clips) -> list[Frames]:
-    """Some of the judging clips that are not among the statistics clips, spread evenly."""
-    known = set(statistics.names)
-    others = [index for index, name in enumerate(judged.names) if name not in known]
+def _held_out(calibration_clips: Clips, validation_clips: Clips) -> list[Frames]:
+    """Validation clips that are not among the calibration clips, spread evenly."""
+    known = set(calibration_clips.names)
+    others = [index for index, name in enumerate(validation_clips.names) if name not in known]
     step = max(1, len(others) // HELD_OUT_CLIPS)
-    return [judged.frames[index] for index in others[::step][:HELD_OUT_CLIPS]]
+    return [validation_clips.frames[index] for index in others[::step][:HELD_OUT_CLIPS]]
 
 
-def _notes(statistics: Clips, judge: Judge) -> list[str]:
-    """What a person should know of the clips."""
-    notes, judged = list(statistics.notes), judge.clips
-    if shared := len(set(statistics.names) & set(judged.names)):
+def _notes(calibration_clips: Clips, budget: AccuracyBudget) -> list[str]:
+    """Notes for the user about the clips."""
+    notes, validation_clips = list(calibration_clips.notes), budget.clips
+    if shared := len(set(calibration_clips.names) & set(validation_clips.names)):
         notes.append(
-            f"{shared} of {len(judged)} clips judged the accuracy that they were calibrated on: other clips may lose "
-            "more; give --calib more clips"
+            f"{shared} of {len(validation_clips)} clips judged the accuracy that they were calibrated on: other clips "
+            "may lose more; give --calib more clips"
         )
-    return [*notes, judge.note] if judge.note else notes
+    return [*notes, budget.note] if budget.note else notes
 
 
 def _key(
     model: onnx.ModelProto,
     clips: Clips,
-    judge: Judge,
+    budget: AccuracyBudget,
     activations: Activations,
     form: IntegerFormat,
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What a calibration depends on; the names are those that a person is told when one differs."""
+    """The cache key; its names are shown to the user when a part differs."""
     return {
         "the model": graphs.digest(model),
         "the clips or their preprocessing": clips.sha256,
         "the scheme": [activations, form.dtype, form.pixels, form.safe_pairs],
-        "the recipe": RECIPE,
+        "the recipe": ALGORITHM_VERSION,
         "the tools": dict(sorted(versions.items())),
-        "judged clips": judge.clips.sha256,
-        "max_drop": judge.max_drop,
+        "judged clips": budget.clips.sha256,
+        "max_drop": budget.max_drop,
     }
 
 
-def _plan(linear: graphs.Linear, state: CalibrationState, found: Found) -> LinearPlan:
+def _plan(linear: graphs.Linear, state: CalibrationState, found: SearchResult) -> LinearPlan:
     choice = state.choices[linear.name]
     if linear.name not in found.quantised:
         return LinearPlan(
@@ -243,7 +244,7 @@ def _plan(linear: graphs.Linear, state: CalibrationState, found: Found) -> Linea
     return LinearPlan(linear.name, linear.activation, linear.weight, scales, "int8", reason)
 
 
-def _report(calibrator: LayerwiseCalibrator, state: CalibrationState, found: Found) -> dict[str, Any]:
+def _report(calibrator: LayerwiseCalibrator, state: CalibrationState, found: SearchResult) -> dict[str, Any]:
     return {
         "activations": calibrator.activations,
         "clips": {"name": calibrator.clips.name, "count": len(calibrator.clips), "sha256": calibrator.clips.sha256},

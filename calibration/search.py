@@ -1,4 +1,4 @@
-"""Which linears may compute in int8: all of them while the accuracy budget holds, else all but the worst."""
+"""Chooses the linears that run in int8: all of them within the accuracy budget, else all but the most sensitive."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from edgetube.progress import Progress, silent, track
 Array = npt.NDArray[np.float32]
 
 MAX_DROP, MAX_DISAGREEMENT = 0.5, 1.0
-"""Budgets in points: of top-1 accuracy where the clips have labels, else of clips with another answer."""
+"""Default budgets in percentage points: loss of top-1 accuracy with labels, else disagreement with the float graph."""
 
-WORTH = 0.005
-"""Share of the work or of the weights from which a linear outside of the blocks is quantised."""
+MIN_LAYER_SHARE = 0.005
+"""Linears outside the blocks are quantised from this share of all multiply-accumulates or of all weights."""
 
-LEAST = 0.5
-"""Share of the linears' work that must be left in int8 for the artifact to be called that."""
+MIN_INT8_SHARE = 0.5
+"""Least share of the linears' multiply-accumulates in int8; with more fallbacks the export fails."""
 
 RANKING_CLIPS = 16
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the quantised answers compare with the float ones, and whether that is good enough.
+    """Accuracy of the quantised graph against the float graph, and the budget.
 
     Attributes:
-        clips: how many; `labelled` says whether the loss is one of accuracy or of agreement.
+        clips: how many; with `labelled`, the loss is one of top-1 accuracy, else of agreement.
         top1, top1_float: accuracy, None without labels.
         agreement: share of clips with the same answer.
         sqnr: of the logits, dB.
-        loss, budget: in points; a budget that nobody gave is never less than one clip.
+        loss, budget: in points; the default budget is at least one clip.
     """
 
     clips: int
@@ -55,7 +55,7 @@ class Verdict:
     budget: float
 
     @property
-    def holds(self) -> bool:
+    def within_budget(self) -> bool:
         return self.loss <= self.budget + 1e-9
 
     def __str__(self) -> str:
@@ -67,13 +67,12 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Clips with the float graph's answers.
+class AccuracyBudget:
+    """The validation clips, the float graph's logits for them, and the accuracy that may be lost.
 
     Attributes:
         logits: (N, classes) of the float graph.
-        max_drop: points that may be lost, held as they are given; None for the default, which is one clip where one
-            clip is more than that.
+        max_drop: points that may be lost, exactly; None for the default, which is at least one clip.
     """
 
     clips: Clips
@@ -82,7 +81,7 @@ class Judge:
 
     @property
     def note(self) -> str:
-        """What a person should know when a budget is finer than what so many clips can tell; else empty."""
+        """A note for the user when the budget is finer than one clip; else empty."""
         if self.max_drop is None or self.max_drop * len(self.clips) >= 100:
             return ""
         need = f"at least {math.ceil(100 / self.max_drop)} clips" if self.max_drop else "no number of clips"
@@ -92,7 +91,7 @@ class Judge:
         )
 
     def verdict(self, logits: Array) -> Verdict:
-        """Judge other answers (N, classes) to the same clips."""
+        """The verdict on other logits (N, classes) for the same clips."""
         truth, count = self.clips.labels, len(self.clips)
         labelled = bool((truth >= 0).all())
         agreement = metrics.agreement(self.logits, logits)
@@ -107,8 +106,8 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The linears to quantise, why the others are not, and the verdict on the result."""
+class SearchResult:
+    """The linears to quantise, why the others stay float, the sensitivity ranking, and the verdict on the result."""
 
     quantised: frozenset[str]
     reasons: Mapping[str, str]
@@ -116,7 +115,7 @@ class Found:
     verdict: Verdict
 
 
-def answers(
+def compute_logits(
     model: onnx.ModelProto, clips: Clips, open_graph: OpenGraph, stage: str, progress: Progress = silent
 ) -> Array:
     """Logits (N, classes) of a graph with batch 1."""
@@ -125,8 +124,8 @@ def answers(
     return np.concatenate([call({name: frames[None]})[0] for frames in rows])
 
 
-def search(calibrator: LayerwiseCalibrator, state: CalibrationState, judge: Judge) -> Found:
-    """Quantise as much as the budget allows; leaves the corrected biases of the result in `state`.
+def search(calibrator: LayerwiseCalibrator, state: CalibrationState, budget: AccuracyBudget) -> SearchResult:
+    """Quantise as many linears as the budget allows; the corrected biases of the result are left in `state`.
 
     Raises:
         ParityError: the budget does not hold even with half of the work in floating point.
@@ -136,20 +135,20 @@ def search(calibrator: LayerwiseCalibrator, state: CalibrationState, judge: Judg
     reasons = {
         name: f"{work[name] / of_work:.1%} of the work, {sizes[name] / of_weights:.1%} of the weights"
         for name in (linear.name for linear in calibrator.linears if not linear.in_block)
-        if max(work[name] / of_work, sizes[name] / of_weights) < WORTH
+        if max(work[name] / of_work, sizes[name] / of_weights) < MIN_LAYER_SHARE
     }
     admitted = frozenset(work) - frozenset(reasons)
-    verdict = _try(calibrator, state, judge, admitted)
-    if verdict.holds:
-        return Found(admitted, reasons, {}, verdict)
-    ranking = rank(calibrator, state, judge, admitted)
+    verdict = _evaluate(calibrator, state, budget, admitted)
+    if verdict.within_budget:
+        return SearchResult(admitted, reasons, {}, verdict)
+    ranking = rank(calibrator, state, budget, admitted)
     worst = sorted(ranking, key=lambda name: -ranking[name])
-    most = _affordable(worst, work, (1 - LEAST) * sum(work[name] for name in admitted))
+    most = _max_fallbacks(worst, work, (1 - MIN_INT8_SHARE) * sum(work[name] for name in admitted))
     low, high, best = 1, most, (0, verdict)
     while low <= high:
         middle = (low + high) // 2
-        verdict = _try(calibrator, state, judge, admitted - frozenset(worst[:middle]))
-        if verdict.holds:
+        verdict = _evaluate(calibrator, state, budget, admitted - frozenset(worst[:middle]))
+        if verdict.within_budget:
             best, high = (middle, verdict), middle - 1
         else:
             low = middle + 1
@@ -160,32 +159,34 @@ def search(calibrator: LayerwiseCalibrator, state: CalibrationState, judge: Judg
             "nothing was written: allow more with --max-drop, give more --calib clips, or use a float target"
         )
     fallen = frozenset(worst[:count])
-    _try(calibrator, state, judge, admitted - fallen)
+    _evaluate(calibrator, state, budget, admitted - fallen)
     reasons |= {name: f"fell back: alone it moves the logits by {ranking[name]:.1%}" for name in fallen}
-    return Found(admitted - fallen, reasons, ranking, verdict)
+    return SearchResult(admitted - fallen, reasons, ranking, verdict)
 
 
-def _affordable(worst: list[str], work: Mapping[str, int], budget: float) -> int:
-    """How many of the worst may fall back within a budget of work."""
+def _max_fallbacks(worst: list[str], work: Mapping[str, int], allowance: float) -> int:
+    """How many of `worst`, in order, may fall back within an allowance of multiply-accumulates."""
     spent = np.cumsum([work[name] for name in worst])
-    return int(np.searchsorted(spent, budget, side="right"))
+    return int(np.searchsorted(spent, allowance, side="right"))
 
 
-def _try(calibrator: LayerwiseCalibrator, state: CalibrationState, judge: Judge, quantised: frozenset[str]) -> Verdict:
+def _evaluate(
+    calibrator: LayerwiseCalibrator, state: CalibrationState, budget: AccuracyBudget, quantised: frozenset[str]
+) -> Verdict:
     calibrator.correct_biases(state, quantised)
     model = calibrator.fake_quantized(state, quantised)
-    return judge.verdict(answers(model, judge.clips, calibrator.open, "judge accuracy", calibrator.progress))
+    return budget.verdict(compute_logits(model, budget.clips, calibrator.open, "judge accuracy", calibrator.progress))
 
 
 def rank(
-    calibrator: LayerwiseCalibrator, state: CalibrationState, judge: Judge, names: frozenset[str]
+    calibrator: LayerwiseCalibrator, state: CalibrationState, budget: AccuracyBudget, names: frozenset[str]
 ) -> dict[str, float]:
-    """How far each linear, quantised alone, moves the logits: relative root mean square error."""
-    some = range(0, len(judge.clips), max(1, len(judge.clips) // RANKING_CLIPS))[:RANKING_CLIPS]
+    """Sensitivity of each linear: relative root mean square error of the logits with that one quantised."""
+    some = range(0, len(budget.clips), max(1, len(budget.clips) // RANKING_CLIPS))[:RANKING_CLIPS]
     state.biases.clear()
     moved = {}
     for name in track(sorted(names), "rank linears", len(names), calibrator.progress):
         call = calibrator.open(calibrator.fake_quantized(state, frozenset([name])))
-        logits = np.concatenate([call({calibrator.input: judge.clips.frames[i][None]})[0] for i in some])
-        moved[name] = 10 ** (-metrics.sqnr(judge.logits[list(some)], logits) / 20)
+        logits = np.concatenate([call({calibrator.input: budget.clips.frames[i][None]})[0] for i in some])
+        moved[name] = 10 ** (-metrics.sqnr(budget.logits[list(some)], logits) / 20)
     return moved

@@ -32,7 +32,7 @@ STATISTICS, JUDGED = 128, 252
 """Clips that ranges come from, and clips that accuracy is judged on; the latter are others when there are enough."""
 
 ENOUGH = 32
-"""Fewer unseen clips than this are not worth judging on alone: then all clips judge."""
+"""Fewer unseen clips than this are not worth judging on alone: then all clips are validation clips."""
 
 
 MIN_COSINE = 0.98
@@ -119,7 +119,7 @@ def measure(
 ) -> dict[str, Any]:
     """Accuracy, speed and size of an INT8 artifact against the float one of its runtime; see `judge`."""
     accuracy = judge(calibrated, simulated, int8, plain.name, progress)
-    clip = np.repeat(calibrated.judge.clips.frames[0][None], int8.backend.batch, axis=0)
+    clip = np.repeat(calibrated.budget.clips.frames[0][None], int8.backend.batch, axis=0)
     times = interleave({c.name: partial(c.backend, clip) for c in (int8, plain)}, seconds=1.0)
     speedup, share = times[plain.name].p50_ms / times[int8.name].p50_ms, int8.size / plain.size
     return {
@@ -135,32 +135,32 @@ def measure(
 def judge(
     calibrated: Calibrated, simulated: float, int8: Contestant, instead: str, progress: Progress
 ) -> dict[str, Any]:
-    """Accuracy of an INT8 artifact on the clips that judge.
+    """Accuracy of an INT8 artifact on the validation clips.
 
     Args:
         simulated: SQNR in dB that the Q/DQ of the artifact has there when it is computed as it stands.
         instead: what to propose when it fails.
 
     Raises:
-        ParityError: the artifact loses more than the budget on the clips that judge, or its error is larger than
+        ParityError: the artifact loses more than the budget on the validation clips, or its error is larger than
             that of the simulation by more than `SQNR_LOSS` (names the cause where it can be told), or the cosine of a
             clip is below `MIN_COSINE`.
     """
-    clips = calibrated.judge.clips
+    clips = calibrated.budget.clips
     shown = track(clips.frames, f"{int8.name}: accuracy", len(clips), progress)
     logits = np.concatenate([int8.backend(frames[None]) for frames in shown])
-    verdict = calibrated.judge.verdict(logits)
-    if not verdict.holds:
+    verdict = calibrated.budget.verdict(logits)
+    if not verdict.within_budget:
         raise ParityError(
             f"{int8.name} loses {verdict}; nothing was written: allow more with --max-drop, or use {instead}"
         )
     if not verdict.sqnr >= simulated - SQNR_LOSS:
-        why = cause(int8, clips.frames[0], calibrated.judge.logits[0])
+        why = cause(int8, clips.frames[0], calibrated.budget.logits[0])
         raise ParityError(
             f"{int8.name} computes something else than what was calibrated: its SQNR on {len(clips)} clips is "
             f"{verdict.sqnr:.1f} dB, simulated were {simulated:.1f}; {why}; nothing was written: use {instead}"
         )
-    cosine = metrics.cosine(calibrated.judge.logits, logits)
+    cosine = metrics.cosine(calibrated.budget.logits, logits)
     if not cosine >= MIN_COSINE:
         raise ParityError(
             f"{int8.name}: the cosine of the logits on the worst of {len(clips)} clips is {cosine:.4f}, at least "

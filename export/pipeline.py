@@ -193,7 +193,7 @@ class Road:
         calibrated = self._calibrate(target, folder.parent)
         some, _ = self._probe_clips(judged=True)
         answers = np.concatenate([self.model(frames[None]) for frames in some])
-        proof.check_float_graph(target.name, answers, calibrated.judge.logits[: len(some)])
+        proof.check_float_graph(target.name, answers, calibrated.budget.logits[: len(some)])
         equalised, table = quantize.apply(calibrated, graph)
         scales = int8.integer_format(target).dtype
         table = replace(table, ranges={**table.ranges, **self._observe(wishes.tensors, calibrated, scales)})
@@ -216,7 +216,7 @@ class Road:
         return replace(bundle, build={**bundle.build, "int8": {"summary": int8.summary(report), **report}}), built
 
     def _simulated(self, calibrated: Calibrated, table: CalibrationTable, further: Sequence[str]) -> float:
-        """SQNR in dB of the Q/DQ that a target computes, on the clips that judge.
+        """SQNR in dB of the Q/DQ that a target computes, on the validation clips.
 
         Calibration has simulated the linears; where a target quantises further tensors, it is simulated again.
         """
@@ -224,9 +224,9 @@ class Road:
             return float(calibrated.report["judged"]["sqnr"])
         plain, own = quantize.apply(calibrated, self._graph("gather", batch=1))
         model = quantize.qdq(plain.model, replace(own, ranges={**own.ranges, **{n: table.ranges[n] for n in further}}))
-        clips = calibrated.judge.clips
-        logits = search.answers(model, clips, export.evaluator(), "simulate", self.progress)
-        return float(calibrated.judge.verdict(logits).sqnr)
+        clips = calibrated.budget.clips
+        logits = search.compute_logits(model, clips, export.evaluator(), "simulate", self.progress)
+        return float(calibrated.budget.verdict(logits).sqnr)
 
     def _measure_int8(
         self, calibrated: Calibrated, simulated: float, bundle: Bundle, target: Target, graph: Graph

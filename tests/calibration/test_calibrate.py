@@ -422,7 +422,7 @@ def test_a_budget_that_cannot_hold_fails_with_numbers(
     hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verdict = search.Verdict(18, True, 0.5, 1.0, 0.5, 3.0, 50.0, 5.56)
-    monkeypatch.setattr(search, "_try", lambda *_: verdict)
+    monkeypatch.setattr(search, "_evaluate", lambda *_: verdict)
     with pytest.raises(ParityError, match=r"INT8 loses 50\.00 points of top-1 on 18 clips, 5\.56 allowed with the"):
         calibrate(hard_graph.model, *clips, export.evaluator(), activations="int8", workspace=tmp_path)
 
@@ -435,14 +435,14 @@ def test_the_worst_linears_fall_back_until_the_budget_holds(
 ) -> None:
     state = CalibrationState()
     calibrator.calibrate(state)
-    judge = search.Judge(clips[1], answer(calibrator.model, clips[1]), None)
+    budget = search.AccuracyBudget(clips[1], answer(calibrator.model, clips[1]), None)
     sensitive = {"blocks.0.attn.qkv", "blocks.1.mlp.fc2"}
     holds = search.Verdict(18, True, 1.0, 1.0, 1.0, 40.0, 0.0, 5.56)
     fails = search.Verdict(18, True, 0.5, 1.0, 0.5, 3.0, 50.0, 5.56)
-    monkeypatch.setattr(search, "_try", lambda w, s, j, q: fails if q & sensitive else holds)
+    monkeypatch.setattr(search, "_evaluate", lambda w, s, j, q: fails if q & sensitive else holds)
     ranking = {linear.name: 0.1 for linear in calibrator.linears} | dict.fromkeys(sensitive, 0.9)
     monkeypatch.setattr(search, "rank", lambda *_: ranking)
-    found = search.search(calibrator, state, judge)
+    found = search.search(calibrator, state, budget)
     assert not found.quantised & sensitive
     assert {name for name, reason in found.reasons.items() if reason.startswith("fell back")} == sensitive
 
@@ -457,38 +457,38 @@ def test_the_ranking_finds_the_linear_that_hurts(
     state.choices[hurt] = type(choice)(
         type(choice.range)(choice.range.low / 50, choice.range.high / 50, "bad"), choice.scales, "none", 1, 1, {}
     )
-    judge = search.Judge(clips[1], answer(calibrator.model, clips[1]), None)
-    ranking = search.rank(calibrator, state, judge, frozenset(linear.name for linear in calibrator.linears))
+    budget = search.AccuracyBudget(clips[1], answer(calibrator.model, clips[1]), None)
+    ranking = search.rank(calibrator, state, budget, frozenset(linear.name for linear in calibrator.linears))
     assert max(ranking, key=lambda name: ranking[name]) == hurt
 
 
 class TestJudge:
-    def judge(self, clips: Clips, max_drop: Any = None, labelled: bool = True) -> Any:
+    def budget(self, clips: Clips, max_drop: Any = None, labelled: bool = True) -> Any:
         logits = np.eye(9, dtype=np.float32)[np.maximum(clips.labels, 0)]
         if not labelled:
             clips = type(clips)(clips.name, clips.frames, np.full(18, -1), clips.names, clips.sha256)
-        return search.Judge(clips, logits, max_drop), logits
+        return search.AccuracyBudget(clips, logits, max_drop), logits
 
     def test_one_clip_may_change_its_mind(self, clips: tuple[Clips, Clips]) -> None:
-        judge, logits = self.judge(clips[1])
+        budget, logits = self.budget(clips[1])
         other = logits.copy()
-        assert judge.verdict(other).holds
+        assert budget.verdict(other).within_budget
         other[0] = np.roll(other[0], 1)
-        verdict = judge.verdict(other)
+        verdict = budget.verdict(other)
         assert verdict.loss == pytest.approx(100 / 18)
-        assert verdict.holds
+        assert verdict.within_budget
         other[1] = np.roll(other[1], 1)
-        assert not judge.verdict(other).holds
-        assert judge.verdict(other).top1 == pytest.approx(16 / 18)
+        assert not budget.verdict(other).within_budget
+        assert budget.verdict(other).top1 == pytest.approx(16 / 18)
 
     def test_a_budget_that_was_given_is_never_loosened(self, clips: tuple[Clips, Clips]) -> None:
         """18 clips: one of them is 5.6 points, and 1 point was allowed."""
-        judge, logits = self.judge(clips[1], 1.0)
+        budget, logits = self.budget(clips[1], 1.0)
         other = logits.copy()
-        assert judge.verdict(other).holds
+        assert budget.verdict(other).within_budget
         other[0] = np.roll(other[0], 1)
-        verdict = judge.verdict(other)
-        assert (verdict.holds, verdict.budget) == (False, 1.0)
+        verdict = budget.verdict(other)
+        assert (verdict.within_budget, verdict.budget) == (False, 1.0)
 
     @pytest.mark.parametrize(
         ("max_drop", "says"),
@@ -503,17 +503,17 @@ class TestJudge:
     def test_how_many_clips_a_budget_takes_is_said(
         self, clips: tuple[Clips, Clips], max_drop: float | None, says: str
     ) -> None:
-        judge, _ = self.judge(clips[1], max_drop)
-        assert says in judge.note
-        assert bool(judge.note) == bool(says)
+        budget, _ = self.budget(clips[1], max_drop)
+        assert says in budget.note
+        assert bool(budget.note) == bool(says)
 
     def test_without_labels_agreement_counts(self, clips: tuple[Clips, Clips]) -> None:
-        judge, logits = self.judge(clips[1], 12.0, labelled=False)
+        budget, logits = self.budget(clips[1], 12.0, labelled=False)
         other = logits.copy()
         other[:2] = np.roll(other[:2], 1, axis=1)
-        verdict = judge.verdict(other)
+        verdict = budget.verdict(other)
         assert verdict.top1 is None
-        assert (verdict.holds, verdict.agreement) == (True, pytest.approx(16 / 18))
+        assert (verdict.within_budget, verdict.agreement) == (True, pytest.approx(16 / 18))
 
 
 class TestCache:

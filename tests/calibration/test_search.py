@@ -18,7 +18,7 @@ from edgetube.calibration import search
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import linears
 from edgetube.calibration.layerwise import CalibrationState
-from edgetube.calibration.search import Found, Judge, Verdict
+from edgetube.calibration.search import AccuracyBudget, SearchResult, Verdict
 from edgetube.errors import ParityError
 
 HOLDS = Verdict(100, True, 1.0, 1.0, 1.0, 40.0, 0.0, 1.0)
@@ -57,19 +57,21 @@ def run(
     sizes: dict[str, tuple[int, int, int]],
     sensitive: dict[str, float],
     ranking: dict[str, float] | None = None,
-) -> tuple[Found, list[frozenset[str]]]:
+) -> tuple[SearchResult, list[frozenset[str]]]:
     """A search where the budget holds when nothing in `sensitive` is quantised; what was tried, too."""
     tried: list[frozenset[str]] = []
 
-    def attempt(calibrator: Any, state: Any, judge: Any, quantised: frozenset[str]) -> Verdict:
+    def attempt(calibrator: Any, state: Any, budget: Any, quantised: frozenset[str]) -> Verdict:
         tried.append(quantised)
         return FAILS if quantised & {*sensitive} else HOLDS
 
-    monkeypatch.setattr(search, "_try", attempt)
+    monkeypatch.setattr(search, "_evaluate", attempt)
     found = {name: sensitive.get(name, 0.001) for name in sizes} if ranking is None else ranking
-    monkeypatch.setattr(search, "rank", lambda calibrator, state, judge, names: {n: found[n] for n in names})
+    monkeypatch.setattr(search, "rank", lambda calibrator, state, budget, names: {n: found[n] for n in names})
     stub: Any = Stub(graph(sizes))
-    return search.search(stub, CalibrationState(), Judge(clips([0]), np.zeros((1, 2), np.float32), None)), tried
+    return search.search(
+        stub, CalibrationState(), AccuracyBudget(clips([0]), np.zeros((1, 2), np.float32), None)
+    ), tried
 
 
 BLOCKS = {f"blocks.{i}.mlp.fc1": (10, 4, 8) for i in range(8)}
@@ -139,7 +141,7 @@ class TestFallback:
     def test_what_may_fall_back(self, work: list[int], budget: int) -> None:
         names = [f"{i}" for i in range(len(work))]
         by_hand = max(count for count in range(len(work) + 1) if sum(work[:count]) <= budget)
-        assert search._affordable(names, dict(zip(names, work, strict=True)), budget) == by_hand
+        assert search._max_fallbacks(names, dict(zip(names, work, strict=True)), budget) == by_hand
 
 
 class TestVerdict:
@@ -148,23 +150,23 @@ class TestVerdict:
 
     def test_by_hand(self) -> None:
         """Ten clips of one label: nine right in floating point, seven of them in int8, and one that was wrong."""
-        judge = Judge(clips([1] * 10), self.answers([1] * 9 + [2]), None)
-        found = judge.verdict(self.answers([1] * 7 + [0, 0, 1]))
+        budget = AccuracyBudget(clips([1] * 10), self.answers([1] * 9 + [2]), None)
+        found = budget.verdict(self.answers([1] * 7 + [0, 0, 1]))
         assert (found.clips, found.labelled) == (10, True)
         assert (found.top1_float, found.top1) == (0.9, 0.8)
         assert found.agreement == 0.7
         assert found.loss == pytest.approx(10)
         assert found.sqnr == pytest.approx(10 * np.log10(10 / 6))
         assert found.budget == 10  # one clip of ten
-        assert found.holds
+        assert found.within_budget
         assert str(found) == "10.00 points of top-1 on 10 clips, 10.00 allowed"
 
     def test_without_a_label_agreement_counts(self) -> None:
-        judge = Judge(clips([1] * 9 + [-1]), self.answers([1] * 10), None)
-        found = judge.verdict(self.answers([1] * 8 + [0, 0]))
+        budget = AccuracyBudget(clips([1] * 9 + [-1]), self.answers([1] * 10), None)
+        found = budget.verdict(self.answers([1] * 8 + [0, 0]))
         assert (found.labelled, found.top1, found.top1_float) == (False, None, None)
         assert found.loss == pytest.approx(20)
-        assert not found.holds
+        assert not found.within_budget
         assert str(found) == "20.00 % of the answers on 10 clips, 10.00 allowed"
         assert found.to_json()["loss"] == found.loss
 
@@ -172,12 +174,12 @@ class TestVerdict:
     def test_budgets(self, labels: list[int], budget: float) -> None:
         """Half a point of accuracy, one of agreement, and never less than one clip."""
         exact = self.answers([1] * len(labels))
-        assert Judge(clips(labels), exact, None).verdict(exact).budget == budget
+        assert AccuracyBudget(clips(labels), exact, None).verdict(exact).budget == budget
 
     def test_exactly_the_budget_holds(self) -> None:
-        judge = Judge(clips([1] * 1000), self.answers([1] * 1000), None)
+        budget = AccuracyBudget(clips([1] * 1000), self.answers([1] * 1000), None)
         for wrong, holds in ((5, True), (6, False)):
-            assert judge.verdict(self.answers([1] * (1000 - wrong) + [0] * wrong)).holds == holds
+            assert budget.verdict(self.answers([1] * (1000 - wrong) + [0] * wrong)).within_budget == holds
 
 
 def test_answers_are_those_to_every_clip_in_its_order(tmp_path: Path) -> None:
@@ -188,7 +190,7 @@ def test_answers_are_those_to_every_clip_in_its_order(tmp_path: Path) -> None:
     def open_graph(model: onnx.ModelProto) -> Any:
         return lambda feeds: [np.array([[feeds["a.in"].sum(), 1]], np.float32)]
 
-    found = search.answers(graph({"a": (1, 1, 2)}), seen, open_graph, "s", lambda *s: stages.append(s))
+    found = search.compute_logits(graph({"a": (1, 1, 2)}), seen, open_graph, "s", lambda *s: stages.append(s))
     np.testing.assert_array_equal(found, [[0, 1], [3, 1], [6, 1], [9, 1], [12, 1]])
     assert stages[0] == ("s", 0, 5)
 
@@ -215,5 +217,5 @@ def test_the_ranking_is_the_relative_error_of_each_alone(count: int) -> None:
     seen = Clips("x", frames, np.zeros(count, int), tuple(map(str, range(count))), "")
     stub: Any = RankStub(graph({"a": (1, 1, 2)}))
     state = CalibrationState(biases={"x": np.array([1], np.float32)})
-    found = search.rank(stub, state, Judge(seen, exact, None), frozenset({"1", "3"}))
+    found = search.rank(stub, state, AccuracyBudget(seen, exact, None), frozenset({"1", "3"}))
     assert found == {"1": pytest.approx(0.1, rel=1e-5), "3": pytest.approx(0.3, rel=1e-5)}

@@ -74,7 +74,7 @@ def test_a_budget_that_does_not_hold_leaves_the_good_artifact(
     good = pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, GATHER)
     before = (good.path / "model.onnx").read_bytes()
     verdict = Verdict(36, True, 0.1, 0.9, 0.2, 1.0, 80.0, 2.8)
-    monkeypatch.setattr("edgetube.calibration.search.Judge.verdict", lambda *_: verdict)
+    monkeypatch.setattr("edgetube.calibration.search.AccuracyBudget.verdict", lambda *_: verdict)
     with pytest.raises(ParityError, match=r"loses 80\.00 points of top-1 on 36 clips, 2\.80 allowed; nothing was writ"):
         pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, GATHER)
     assert (good.path / "model.onnx").read_bytes() == before
