@@ -33,7 +33,7 @@ from edgetube.bench.latency import interleave
 from edgetube.bench.peers import quantisers
 from edgetube.calibration import graphs
 from edgetube.calibration.clips import Clips, collect
-from edgetube.calibration.table import Activations, CalibrationTable
+from edgetube.calibration.table import ActivationScheme, CalibrationTable
 from edgetube.datasets import ClipSet, Item
 from edgetube.export import canonical, int8, integer, openvino, static
 from edgetube.export.canonical import Graph
@@ -166,7 +166,7 @@ def fit_probe(model: TubeViT, features: np.ndarray, labels: np.ndarray) -> None:
 
 def ours(traced: Graph, seen: Clips, judged: Clips, folder: Path) -> dict[str, Path]:
     """What edgetube's INT8 targets write: ONNX Runtime's and OpenVINO's forms of one table, TensorRT's of another."""
-    made: dict[Activations, tuple[onnx.ModelProto, CalibrationTable]] = {}
+    made: dict[ActivationScheme, tuple[onnx.ModelProto, CalibrationTable]] = {}
     for name in ("onnx-int8", "trt-int8"):
         target = export.target(name)
         scheme = int8.activations(target)

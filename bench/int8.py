@@ -247,7 +247,7 @@ def accuracy(args: argparse.Namespace) -> dict[str, Any]:
 
 
 FORMS = {"8 bits": (127, False), "8 bits, safe pairs": (127, True), "7 bits": (63, False)}
-"""Forms of weights: the largest magnitude, and whether pairs are limited (`edgetube.calibration.numeric.PAIR`)."""
+"""Forms of weights: the largest magnitude, and whether pairs are limited (`calibration.numeric.MAX_PAIR_SUM`)."""
 
 
 def weights(args: argparse.Namespace) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def weights(args: argparse.Namespace) -> dict[str, Any]:
         clips = {"judged": judged.frames, "filmed": windows["frames"]}
         exact = answers(graph.model, clips)
         for form, (levels, safe) in FORMS.items():
-            with patch.object(numeric, "LEVELS", levels):
+            with patch.object(numeric, "INT8_MAX", levels):
                 found = calibrate(
                     graph.model,
                     seen,

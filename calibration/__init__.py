@@ -14,22 +14,22 @@ import numpy as np
 import onnx
 
 from edgetube.calibration import graphs, search
-from edgetube.calibration.cache import Cache, opened
+from edgetube.calibration.cache import Cache, open_cache
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import Array, OpenGraph
 from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator, StaleStateError
-from edgetube.calibration.numeric import GramMatrix, Moments
+from edgetube.calibration.numeric import GramAccumulator, Moments
 from edgetube.calibration.observers import Histogram, least_squares
 from edgetube.calibration.search import AccuracyBudget, SearchResult
 from edgetube.calibration.table import (
     FLOAT32_SCALES,
-    Activations,
+    ActivationScheme,
     CalibrationTable,
     IntegerFormat,
     LinearPlan,
     Range,
     ScaleType,
-    digits,
+    shortest_float32,
 )
 from edgetube.errors import InputError
 from edgetube.progress import Progress, silent, track
@@ -70,7 +70,7 @@ def calibrate(
     validation_clips: Clips,
     open_graph: OpenGraph,
     *,
-    activations: Activations,
+    activations: ActivationScheme,
     workspace: Path,
     form: IntegerFormat = FLOAT32_SCALES,
     max_drop: float | None = None,
@@ -104,7 +104,7 @@ def calibrate(
     budget = AccuracyBudget(validation_clips, reference, max_drop)
     key = _key(model, calibration_clips, budget, activations, form, versions or {})
     model = graphs.insert_equalization_sites(model, activations)
-    with opened(cache or workspace / "cache", key, progress) as kept:
+    with open_cache(cache or workspace / "cache", key, progress) as kept:
         if (finished := kept.result()) is not None:
             values, table, report = finished
             return Calibrated(
@@ -153,7 +153,7 @@ def observe(
     tensors: Sequence[str],
     clips: Clips,
     open_graph: OpenGraph,
-    activations: Activations,
+    activations: ActivationScheme,
     progress: Progress = silent,
     scales: ScaleType = "float32",
 ) -> dict[str, Range]:
@@ -170,7 +170,7 @@ def observe(
             histogram.add(values)
     found = {name: least_squares(histogram, activations) for name, histogram in seen.items()}
     found = {name: found.get(name, Range(0.0, 1.0, "softmax")).stored(activations, scales) for name in tensors}
-    return {name: Range(digits(r.low), digits(r.high), r.method) for name, r in found.items()}
+    return {name: Range(shortest_float32(r.low), shortest_float32(r.high), r.method) for name, r in found.items()}
 
 
 def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: OpenGraph) -> dict[str, Moments]:
@@ -183,13 +183,13 @@ def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: O
     read = list(dict.fromkeys(linear.activation for linear in linears))
     call, (frames,) = open_graph(graphs.extract_subgraph(model, read)), model.graph.input
     batch = frames.type.tensor_type.shape.dim[0].dim_value
-    found: dict[str, GramMatrix] = {}
+    found: dict[str, GramAccumulator] = {}
     for clip in clips:
         for name, values in zip(read, call({frames.name: np.stack([clip] * batch)}), strict=True):
             rows = np.asarray(values, np.float32).reshape(-1, values.shape[-1])
             if not np.isfinite(rows).all():
                 raise InputError(f"the model gives NaN or infinite values in {name}; check its weights")
-            found.setdefault(name, GramMatrix(rows.shape[1])).add(rows)
+            found.setdefault(name, GramAccumulator(rows.shape[1])).add(rows)
     moments = {name: gram.moments for name, gram in found.items()}
     return {linear.weight: moments[linear.activation] for linear in linears}
 
@@ -217,7 +217,7 @@ def _key(
     model: onnx.ModelProto,
     clips: Clips,
     budget: AccuracyBudget,
-    activations: Activations,
+    activations: ActivationScheme,
     form: IntegerFormat,
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def _plan(linear: graphs.Linear, state: CalibrationState, found: SearchResult) -
             linear.name, linear.activation, linear.weight, (), "float", found.reasons.get(linear.name, "")
         )
     reason = f"{choice.equalisation}; {choice.range.method}; output error {choice.error:.1e}"
-    scales = tuple(digits(scale) for scale in choice.scales)
+    scales = tuple(shortest_float32(scale) for scale in choice.scales)
     return LinearPlan(linear.name, linear.activation, linear.weight, scales, "int8", reason)
 
 

@@ -1,12 +1,12 @@
-"""A calibration on disk: taken up where it was interrupted, used again when nothing changed, never when anything did.
+"""A calibration cache on disk: an interrupted calibration resumes, a finished one is reused while its key is the same.
 
 ::
 
-    key.json                what it was made from: hashes of graph and clips, scheme, budget, tool versions
+    key.json                the cache key: hashes of graph and clips, scheme, budget, tool versions
     state.safetensors       the stages that are done
     result.safetensors      the finished calibration
 
-Each file is whole or not there. Beside the folder lies `NAME.lock`, which one process at a time holds.
+Files are written atomically. `NAME.lock` beside the folder allows one process at a time.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from edgetube.errors import InputError
 from edgetube.files import atomic_write, replacing
 from edgetube.progress import Progress, silent
 
-BUDGET = frozenset({"judged clips", "max_drop"})
-"""Parts of the key that the finished calibration depends on, but not its stages."""
+BUDGET_KEYS = frozenset({"judged clips", "max_drop"})
+"""Parts of the key that the result depends on, but the stages do not."""
 
 STATE, RESULT = "state.safetensors", "result.safetensors"
 
-BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, InputError)
-"""What reading a damaged cache can raise; a damaged cache is an empty one."""
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, InputError)
+"""Errors from reading a damaged cache, which is then treated as empty."""
 
 Result = tuple[dict[str, Array], CalibrationTable, dict[str, Any]]
 
 
 class Cache:
-    """One calibration's folder; made by `opened`.
+    """The folder of one calibration; made by `open_cache`.
 
     Attributes:
-        differences: the parts of the key that are not those of the calibration that was found; empty when it was
-            made from the same things, or when there was none.
+        differences: the parts of the key that differ from those of the cached calibration; empty when none differs or
+            there was no cache.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ class Cache:
         self.differences = tuple(
             sorted(name for name in {*found, *self.key} if found and found.get(name) != self.key.get(name))
         )
-        if not found or set(self.differences) - BUDGET:
+        if not found or set(self.differences) - BUDGET_KEYS:
             shutil.rmtree(folder, ignore_errors=True)
         elif self.differences:
             (folder / RESULT).unlink(missing_ok=True)
@@ -65,26 +65,26 @@ class Cache:
 
     @property
     def note(self) -> str | None:
-        """In words, why an earlier calibration is not used."""
+        """Why an earlier calibration is not reused, for the user; None where it is."""
         if not self.differences:
             return None
         return f"calibrated again: {', '.join(self.differences)} changed since the last calibration"
 
     def state(self) -> CalibrationState:
-        """The stages that are done; none if what is there is damaged."""
+        """The stages that are done; an empty state if the file is missing or damaged."""
         try:
             arrays, texts = _read(self.folder / STATE)
             choices = {
                 name: Choice(Range(**fields.pop("range")), arrays[f"scales:{name}"], **fields)
                 for name, fields in json.loads(texts["choices"]).items()
             }
-        except BROKEN:
+        except READ_ERRORS:
             return CalibrationState()
         kept = {kind: _part(arrays, f"{kind}:") for kind in ("values", "integers", "means")}
         return CalibrationState(choices=choices, **kept)
 
     def save_state(self, state: CalibrationState) -> None:
-        """Keep the stages that are done, whole or not at all."""
+        """Write the stages that are done, atomically."""
         arrays: dict[str, Any] = {f"values:{name}": value for name, value in state.values.items()}
         arrays |= {f"integers:{name}": value for name, value in state.integers.items()}
         arrays |= {f"means:{name}": value for name, value in state.means.items()}
@@ -94,21 +94,21 @@ class Cache:
         self._write(STATE, arrays, {"choices": json.dumps(choices)})
 
     def result(self) -> Result | None:
-        """The finished calibration: changed initializers, table, report; None if it is not there, or damaged."""
+        """The finished calibration: changed initializers, table, report; None if missing or damaged."""
         try:
             values, texts = _read(self.folder / RESULT)
             return values, CalibrationTable.from_json(json.loads(texts["table"])), json.loads(texts["report"])
-        except BROKEN:
+        except READ_ERRORS:
             return None
 
     def save_result(self, values: Mapping[str, Array], table: CalibrationTable, report: Mapping[str, Any]) -> None:
-        """Keep a finished calibration, whole or not at all."""
+        """Write a finished calibration, atomically."""
         self._write(RESULT, values, {"table": json.dumps(table.to_json()), "report": json.dumps(report)})
 
     def _read_key(self) -> dict[str, Any]:
         try:
             found = json.loads((self.folder / "key.json").read_text("utf-8"))
-        except BROKEN:
+        except READ_ERRORS:
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -118,10 +118,10 @@ class Cache:
 
 
 @contextmanager
-def opened(folder: Path, key: Mapping[str, Any], progress: Progress = silent) -> Iterator[Cache]:
-    """The cache in `folder`, which no other process has at the same time; waits until it is free.
+def open_cache(folder: Path, key: Mapping[str, Any], progress: Progress = silent) -> Iterator[Cache]:
+    """The cache in `folder` under a lock; waits while another process has it.
 
-    A process that ends, however it ends, lets go of it.
+    The lock is released when the process ends, however it ends.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
@@ -138,7 +138,7 @@ def opened(folder: Path, key: Mapping[str, Any], progress: Progress = silent) ->
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The arrays and texts of a file."""
+    """The arrays and texts of a safetensors file."""
     with safe_open(path, framework="numpy") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 

@@ -1,4 +1,4 @@
-"""The clips of a calibration: read once through the one preprocessing, kept on disk, hashed."""
+"""The clips of a calibration: preprocessed once, kept on disk, hashed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from edgetube.rows import Rows, Spool
 from edgetube.spec import InputContract
 from edgetube.video import Frames
 
-UNREAD = 0.1
-"""Share of the clips that may be unreadable; the ranges of what remains are still those of the set."""
+MAX_UNREADABLE_SHARE = 0.1
+"""Share of the clips that may be unreadable."""
 
-FEW = 16
-"""Fewer clips than this may all show the same scene."""
+FEW_CLIPS = 16
+"""Fewer clips than this may all show one scene: a note warns."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Clips:
 
     Attributes:
         name: of the set that they were drawn from.
-        frames: (N, T, H, W, 3) uint8, in a file, so that N does not matter.
-        labels: (N,) index of the true class, -1 where it is unknown.
+        frames: (N, T, H, W, 3) uint8, on disk.
+        labels: (N,) index of the true class, -1 where unknown.
         names: of the clips.
         sha256: of pixels, labels and the input contract.
-        notes: what a person should know about them, in words.
-        unread: clips of the set that could not be read and are missing here: why, by name.
+        notes: for the user, one sentence each.
+        unread: clips of the set that could not be read and were left out: the reason, by name.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Clips:
         return len(self.names)
 
     def first(self, count: int) -> Frames:
-        """At most so many clips (n, T, H, W, 3), in memory."""
+        """The first `count` clips (n, T, H, W, 3), or all, in memory."""
         return np.stack([self.frames[i] for i in range(min(count, len(self)))])
 
 
@@ -64,15 +64,15 @@ def collect(
     stage: str = "read clips",
     progress: Progress = silent,
 ) -> Clips:
-    """Read every clip of a set; those that cannot be read are left out, if they are few.
+    """Read every clip of a set; a few unreadable ones are left out.
 
     Args:
         labels: class names of the model.
         workspace: folder for the frames, which take T * H * W * 3 bytes a clip.
 
     Raises:
-        InputError: no clips, a label that the model does not know, clips without any content, or more than `UNREAD` of
-            them cannot be read.
+        InputError: no clips, a label that the model does not know, clips without any content, or more than
+            `MAX_UNREADABLE_SHARE` of them cannot be read.
     """
     items = sorted(source.known(labels).items, key=lambda item: item.name)
     if not items:
@@ -98,10 +98,10 @@ def collect(
         seen.update(np.ascontiguousarray(clip.frames).tobytes())
         if int(clip.frames.min()) == int(clip.frames.max()):
             flat.append(item.name)
-    if len(unread) > UNREAD * len(items):
+    if len(unread) > MAX_UNREADABLE_SHARE * len(items):
         raise InputError(
-            f"{len(unread)} of {len(items)} clips of {source.name} cannot be read, more than {UNREAD:.0%}; the first: "
-            f"{next(iter(unread.values()))}"
+            f"{len(unread)} of {len(items)} clips of {source.name} cannot be read, more than "
+            f"{MAX_UNREADABLE_SHARE:.0%}; the first: {next(iter(unread.values()))}"
         )
     frames.shorten(len(names))
     notes = (*source.notes, *_notes(source.name, tuple(names), flat))
@@ -114,7 +114,7 @@ def _notes(source: str, names: tuple[str, ...], flat: list[str]) -> tuple[str, .
     notes = []
     if flat:
         notes.append(f"{len(flat)} of {len(names)} clips are one flat colour, {flat[0]} among them")
-    if len(names) < FEW:
+    if len(names) < FEW_CLIPS:
         some = f"one clip, {names[0]}" if len(names) == 1 else f"{len(names)} clips"
         notes.append(f"calibrated on {some}: ranges of other scenes are a guess; give 128 or more, of many scenes")
     return tuple(notes)

@@ -1,10 +1,11 @@
-"""Moving the difficulty from activations into weights, where per-channel scales can take it.
+"""Equalisation: moves quantisation difficulty from activations into weights, which have a scale per channel.
 
-A linear reads x; its producer can be changed to give (x - shift) / scale per channel, and the linear to
-W' = scale * W, b' = b + shift W: the same function in floating point, but a tensor that one range fits better.
+A linear reads x. Its producer is changed to give (x - shift) / scale per channel, and the linear to W' = scale * W,
+b' = b + shift W: the same function in floating point, with an activation that one range fits better.
 SmoothQuant (Xiao et al., 2022) is scale = max|x|^alpha / max|W|^(1 - alpha) without shift; RepQ-ViT (Li et al., 2022)
-scales every channel to the same range and shifts it to its middle. Which one is used is measured, linear by linear.
-Behind a GELU either is an operator of its own and has to be worth it (`behind_gelu`).
+scales every channel to the same range and shifts it to its middle. The one with the smallest output error is used,
+linear by linear. Behind a GELU, where scale and shift are operators of their own, the gain has to be larger
+(`choose_behind_gelu`).
 """
 
 from __future__ import annotations
@@ -16,33 +17,33 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetube.calibration import observers
-from edgetube.calibration.numeric import fake_activations, fake_weights, full_scales, output_error
+from edgetube.calibration.numeric import absmax_scales, fake_quantize_activations, fake_quantize_weights, output_error
 from edgetube.calibration.observers import Histogram
-from edgetube.calibration.table import LEVELS, Activations, Range, ScaleType
+from edgetube.calibration.table import INT8_MAX, ActivationScheme, Range, ScaleType
 
 Array = npt.NDArray[np.float32]
 
 ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
 QUANTILES = (0.0, 1e-4, 1e-3)
-"""Shares of the values that the ranges tried with every equalisation clip."""
+"""Shares of the values that the ranges tried with each equalisation clip."""
 
 QUANTILE_VALUES = 100_003
-"""Values that those quantiles are read off, a prime so that no channel is left out."""
+"""Values that quantiles are estimated from; a prime, so that the stride covers every channel."""
 
-GAIN, HALF = 0.97, 0.5
-"""An equalisation must bring the error below this share of the plain one's; one that costs an operator, below half."""
+MAX_ERROR_RATIO, MAX_OPERATOR_ERROR_RATIO = 0.97, 0.5
+"""Largest error relative to no equalisation at which one is used: where it is folded, and where it is an operator."""
 
 
 @dataclass(frozen=True)
-class Channels:
-    """Statistics of a tensor's channels over all clips and tokens, (K,) each."""
+class ChannelRanges:
+    """Minimum and maximum of each channel over all clips and tokens, (K,) each."""
 
     low: Array
     high: Array
 
     @classmethod
-    def of(cls, parts: Iterable[Channels]) -> Channels:
-        """The channels of a tensor whose parts are known."""
+    def of(cls, parts: Iterable[ChannelRanges]) -> ChannelRanges:
+        """The union of the ranges of a tensor's parts."""
         lows, highs = zip(*((part.low, part.high) for part in parts), strict=True)
         return cls(np.minimum.reduce(lows), np.maximum.reduce(highs))
 
@@ -53,14 +54,14 @@ class Channels:
 
 
 @dataclass(frozen=True)
-class Equalisation:
+class Equalization:
     """x' = (x - shift) / scale, per channel.
 
     Attributes:
         name: "none", "smooth 0.5", "shift + smooth 0.5", "repq".
         scale, shift: (K,) float32.
         error: relative output error with everything quantised, on the sampled rows.
-        range: the range that the shift was made for; None leaves it to the observers.
+        range: the activation range that the shift belongs to; None leaves it to the observers.
     """
 
     name: str
@@ -74,24 +75,24 @@ class Equalisation:
         return self.name == "none"
 
     def apply(self, x: Array) -> Array:
-        """The tensor that the linear reads afterwards."""
+        """The equalised activation."""
         return x if self.identity else ((x - self.shift) / self.scale).astype(np.float32)
 
     def weight(self, weight: Array) -> Array:
-        """W' of weight (K, N)."""
+        """The equalised weight W' of weight (K, N)."""
         return weight if self.identity else (weight * self.scale[:, None]).astype(np.float32)
 
     def bias(self, weight: Array, bias: Array) -> Array:
-        """b' of the original weight (K, N) and bias (N,)."""
+        """The equalised bias b' of the original weight (K, N) and bias (N,)."""
         if self.identity:
             return bias
         return (bias + self.shift.astype(np.float64) @ weight.astype(np.float64)).astype(np.float32)
 
 
-def candidates(seen: Channels, weight: Array, shifts: bool = True) -> Iterator[Equalisation]:
-    """No equalisation, SmoothQuant at several alphas; with `shifts` also the same behind a shift, and RepQ."""
+def candidates(seen: ChannelRanges, weight: Array, shifts: bool = True) -> Iterator[Equalization]:
+    """No equalisation, SmoothQuant at several alphas; with `shifts` also a shift, SmoothQuant after it, and RepQ."""
     zero, one = np.zeros_like(seen.low), np.ones_like(seen.low)
-    yield Equalisation("none", one, zero)
+    yield Equalization("none", one, zero)
     columns = np.maximum(np.abs(weight).max(axis=1), np.float32(1e-8))
     middle = ((seen.low + seen.high) / 2).astype(np.float32)
     half: Array = (seen.high - seen.low) / np.float32(2)
@@ -99,112 +100,116 @@ def candidates(seen: Channels, weight: Array, shifts: bool = True) -> Iterator[E
     for prefix, shift, largest in ways if shifts else ways[:1]:
         largest = np.maximum(largest, np.float32(1e-6))
         if shift is middle:
-            yield Equalisation("shift", one, shift)
+            yield Equalization("shift", one, shift)
         for alpha in ALPHAS:
-            yield Equalisation(f"{prefix}smooth {alpha}", _normal(largest**alpha / columns ** (1 - alpha)), shift)
-        yield Equalisation("repq" if prefix else "smooth 1.0", _normal(largest), shift)
+            yield Equalization(
+                f"{prefix}smooth {alpha}", _normalized_scale(largest**alpha / columns ** (1 - alpha)), shift
+            )
+        yield Equalization("repq" if prefix else "smooth 1.0", _normalized_scale(largest), shift)
 
 
-def _normal(scale: Array) -> Array:
-    """A scale around 1, within what float32 and half precision bear."""
+def _normalized_scale(scale: Array) -> Array:
+    """The scale divided by its geometric mean, clipped to the range of float16."""
     scale = scale / np.exp(np.log(scale).mean())
     return np.clip(scale, 1e-3, 1e3).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Half:
-    """What is known of a tensor from half of the clips: statistics of its channels, sampled rows (R, K)."""
+    """Statistics of an activation on half of the clips: channel ranges, sampled rows (R, K)."""
 
-    channels: Channels
+    channels: ChannelRanges
     rows: Array
 
 
 Halves = tuple[Half, Half]
 
 
-def choose(halves: Halves, weight: Array, activations: Activations, scales: ScaleType = "float32") -> Equalisation:
+def choose(halves: Halves, weight: Array, activations: ActivationScheme, scales: ScaleType = "float32") -> Equalization:
     """The equalisation with the smallest output error of the linear `weight` (K, N).
 
-    Each is made from one half of the clips and judged on the other: a shift that fits the clips that were seen, and no
-    others, would look best on those.
+    Cross-validated: each candidate is made from one half of the clips and scored on the other, since a shift that
+    overfits the clips would look best on them.
     """
-    plain, *others = _judged(halves, weight, activations, shifts=True)
+    plain, *others = _cross_validated(halves, weight, activations, shifts=True)
     best = min(others, key=lambda option: option.error)
-    return best if best.error < GAIN * plain.error else plain
+    return best if best.error < MAX_ERROR_RATIO * plain.error else plain
 
 
-def behind_gelu(halves: Halves, weight: Array, activations: Activations, scales: ScaleType = "float32") -> Equalisation:
-    """For a tensor whose producer can take neither scale nor shift, so that each is one more operator.
+def choose_behind_gelu(
+    halves: Halves, weight: Array, activations: ActivationScheme, scales: ScaleType = "float32"
+) -> Equalization:
+    """The same behind a GELU, which can absorb neither scale nor shift: each is one more operator.
 
-    A scale for each channel has to halve the error. For int8, which has no zero point, half of the integers would be
-    for negative values that GELU does not give: the best range with a zero point gives scale and centre =
-    (zero point - 128) * scale. The integers are then those of uint8 less 128, and what was zero is still exact, where
-    a constant error would be one of every token.
+    A scale per channel is used only if it halves the error. Under int8, which has no zero point, half of the integers
+    would stand for negative values that GELU hardly gives, so the best uint8 range gives scale and centre =
+    (zero point - 128) * scale. The integers are then those of uint8 minus 128, and zero stays exact: an error there
+    would be in every token.
 
     Args:
         weight: (K, N) of the linear that reads the tensor.
         scales: the type that the target stores scales in.
     """
-    plain, *scaled = _judged(halves, weight, "uint8", shifts=False)
+    plain, *scaled = _cross_validated(halves, weight, "uint8", shifts=False)
     chosen = min(scaled, key=lambda option: option.error)
-    if chosen.error < HALF * plain.error:
+    if chosen.error < MAX_OPERATOR_ERROR_RATIO * plain.error:
         gain = (1 / chosen.scale).astype(np.float16).astype(np.float32)  # half precision multiplies by just this
         chosen = replace(chosen, scale=np.float32(1) / gain)
     else:
         chosen = plain
     rows = np.concatenate([half.rows for half in halves])
-    return _centred(chosen, rows, weight, scales) if activations == "int8" else chosen
+    return _add_centre(chosen, rows, weight, scales) if activations == "int8" else chosen
 
 
-def _judged(halves: Halves, weight: Array, activations: Activations, shifts: bool) -> list[Equalisation]:
-    """All candidates for the whole tensor, with the errors that they have on the half that they were not made from."""
+def _cross_validated(halves: Halves, weight: Array, activations: ActivationScheme, shifts: bool) -> list[Equalization]:
+    """All candidates of the whole tensor, with their cross-validated errors over the two halves."""
     errors = []
     for own, other in (halves, halves[::-1]):
         exact = other.rows @ weight
         options = candidates(own.channels, weight, shifts)
         errors.append([_error(option, own.rows, other.rows, weight, exact, activations) for option in options])
-    whole = Channels.of(half.channels for half in halves)
+    whole = ChannelRanges.of(half.channels for half in halves)
     found = zip(candidates(whole, weight, shifts), np.mean(errors, axis=0), strict=True)
     return [replace(option, error=float(error)) for option, error in found]
 
 
-def _centred(chosen: Equalisation, rows: Array, weight: Array, scales: ScaleType) -> Equalisation:
-    """The same with a shift that is the zero point that int8 lacks, where that lowers the error."""
+def _add_centre(chosen: Equalization, rows: Array, weight: Array, scales: ScaleType) -> Equalization:
+    """`chosen` with a shift in place of int8's missing zero point, where that lowers the error."""
     x, w = chosen.apply(rows), chosen.weight(weight)
-    exact, quantised = x @ w, fake_weights(w, full_scales(w))
+    exact, quantised = x @ w, fake_quantize_weights(w, absmax_scales(w))
     seen = Histogram()
     seen.add(x)
 
-    def best(activations: Activations) -> tuple[float, Range]:
+    def best(activations: ActivationScheme) -> tuple[float, Range]:
         found = [each.stored(activations, scales) for each in observers.candidates(seen, activations)]
-        errors = [output_error(exact, fake_activations(x, r, activations), quantised) for r in found]
+        errors = [output_error(exact, fake_quantize_activations(x, r, activations), quantised) for r in found]
         return min(zip(errors, found, strict=True), key=lambda pair: pair[0])
 
     (plain, _), (error, found) = best("int8"), best("uint8")
-    if error >= GAIN * plain:
+    if error >= MAX_ERROR_RATIO * plain:
         return chosen
     scale, zero = found.asymmetric
     middle = np.float32(np.float16((128 - zero) * scale))  # half precision subtracts just this
     name = "centre" if chosen.identity else f"{chosen.name} + centre"
-    around = Range(-LEVELS * scale, LEVELS * scale, "zero point")
+    around = Range(-INT8_MAX * scale, INT8_MAX * scale, "zero point")
     return replace(chosen, name=name, shift=middle * chosen.scale, error=error, range=around)
 
 
 def _error(
-    option: Equalisation, known: Array, rows: Array, weight: Array, exact: Array, activations: Activations
+    option: Equalization, known: Array, rows: Array, weight: Array, exact: Array, activations: ActivationScheme
 ) -> float:
-    """Relative output error on `rows`, with the best of the ranges that the rows `known` have."""
+    """Relative output error on `rows`, with the best of the clipped ranges of the rows `known`."""
     x, w = option.apply(rows), option.weight(weight)
-    quantised = fake_weights(w, full_scales(w))
+    quantised = fake_quantize_weights(w, absmax_scales(w))
     without_shift = exact if option.identity else exact - option.shift @ weight
     energy = float(np.vdot(without_shift, without_shift)) / max(float(np.vdot(exact, exact)), 1e-30)
-    ranges = (_clipped(option.apply(known), share) for share in QUANTILES)
-    fakes = (fake_activations(x, r, activations) for r in ranges)
+    ranges = (_clipped_range(option.apply(known), share) for share in QUANTILES)
+    fakes = (fake_quantize_activations(x, r, activations) for r in ranges)
     return energy * min(output_error(without_shift, fake, quantised) for fake in fakes)
 
 
-def _clipped(x: Array, share: float) -> Range:
-    """The range of rows without a share of the values, half of it on either side."""
+def _clipped_range(x: Array, share: float) -> Range:
+    """The range of rows with a share of the values clipped, half of it on either side."""
     if share == 0:
         low, high = float(x.min()), float(x.max())
     else:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgetube.calibration.table import Activations, Range
+from edgetube.calibration.table import ActivationScheme, Range
 
 Array = npt.NDArray[np.float32]
 Evaluate = Callable[[Mapping[str, npt.NDArray[np.generic]]], list[Array]]
@@ -129,7 +129,7 @@ class EqualizationSite:
     centre: str | None
 
 
-def insert_equalization_sites(model: onnx.ModelProto, activations: Activations) -> onnx.ModelProto:
+def insert_equalization_sites(model: onnx.ModelProto, activations: ActivationScheme) -> onnx.ModelProto:
     """The graph with an `EqualizationSite` behind every GELU that a linear reads: gain 1, centre 0."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -276,7 +276,7 @@ def extract_subgraph(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.Mod
 
 
 def quantize_activations(
-    model: onnx.ModelProto, tensors: Mapping[str, Range], nodes: Iterable[str], activations: Activations
+    model: onnx.ModelProto, tensors: Mapping[str, Range], nodes: Iterable[str], activations: ActivationScheme
 ) -> onnx.ModelProto:
     """A copy in which the MatMuls called `nodes` read the activations in `tensors` through QuantizeLinear,
     DequantizeLinear.
@@ -328,7 +328,7 @@ def _qdq_pair(name: str) -> list[onnx.NodeProto]:
     ]
 
 
-def _qdq_parameters(name: str, found: Range, activations: Activations) -> list[TensorProto]:
+def _qdq_parameters(name: str, found: Range, activations: ActivationScheme) -> list[TensorProto]:
     scale, zero = (found.symmetric, 0) if activations == "int8" else found.asymmetric
     kind = np.int8 if activations == "int8" else np.uint8
     return [

@@ -18,11 +18,18 @@ import onnx
 
 from edgetube.calibration import equalize, graphs, numeric, observers
 from edgetube.calibration.clips import Clips
-from edgetube.calibration.equalize import Channels, Equalisation, Half, Halves
+from edgetube.calibration.equalize import ChannelRanges, Equalization, Half, Halves
 from edgetube.calibration.graphs import Linear, OpenGraph, Stage
-from edgetube.calibration.numeric import GramMatrix
+from edgetube.calibration.numeric import GramAccumulator
 from edgetube.calibration.observers import Histogram
-from edgetube.calibration.table import FLOAT32_SCALES, Activations, IntegerFormat, Range, digits, stored_scales
+from edgetube.calibration.table import (
+    FLOAT32_SCALES,
+    ActivationScheme,
+    IntegerFormat,
+    Range,
+    shortest_float32,
+    stored_scales,
+)
 from edgetube.errors import InputError
 from edgetube.progress import Progress, silent, track
 from edgetube.rows import Rows, Spool
@@ -105,9 +112,9 @@ class ActivationStats:
         self.name, self.seed, self.clips = name, zlib.crc32(name.encode()), clips
         self.whole = whole
         self.histogram = Histogram() if whole else None
-        self.gram: GramMatrix | None = None
+        self.gram: GramAccumulator | None = None
         self.means: npt.NDArray[np.float64] = np.empty((clips, 0))
-        self._channels: list[Channels] = []
+        self._channels: list[ChannelRanges] = []
         self._rows: list[Array] = []
 
     def add(self, index: int, values: Array) -> None:
@@ -117,7 +124,7 @@ class ActivationStats:
             InputError: a value is NaN or infinite.
         """
         rows = values.reshape(-1, values.shape[-1])
-        channels = Channels(rows.min(axis=0), rows.max(axis=0))
+        channels = ChannelRanges(rows.min(axis=0), rows.max(axis=0))
         if not (np.isfinite(channels.low).all() and np.isfinite(channels.high).all()):
             raise InputError(
                 f"the model gives NaN or infinite values in {self.name} on calibration clip {index}; check weights "
@@ -125,7 +132,7 @@ class ActivationStats:
             )
         if not self._channels:
             self.means = np.empty((self.clips, rows.shape[1]))
-            self.gram = GramMatrix(rows.shape[1]) if self.whole else None
+            self.gram = GramAccumulator(rows.shape[1]) if self.whole else None
         self._channels.append(channels)
         self.means[index] = rows.mean(axis=0, dtype=np.float64)
         wanted = min(max(ROW_VALUES // rows.shape[1], ROWS[0]), ROWS[1])
@@ -143,9 +150,9 @@ class ActivationStats:
         return np.concatenate(self._rows)
 
     @property
-    def channels(self) -> Channels:
+    def channels(self) -> ChannelRanges:
         """Over all clips."""
-        return Channels.of(self._channels)
+        return ChannelRanges.of(self._channels)
 
     @property
     def halves(self) -> Halves:
@@ -154,7 +161,7 @@ class ActivationStats:
         first = [i for i in range(len(self._rows)) if i // group % 2 == 0]
         second = [i for i in range(len(self._rows)) if i // group % 2] or first
         one, other = (
-            Half(Channels.of(self._channels[i] for i in some), np.concatenate([self._rows[i] for i in some]))
+            Half(ChannelRanges.of(self._channels[i] for i in some), np.concatenate([self._rows[i] for i in some]))
             for some in (first, second)
         )
         return one, other
@@ -179,7 +186,7 @@ class LayerwiseCalibrator:
         model: onnx.ModelProto,
         clips: Clips,
         open_graph: OpenGraph,
-        activations: Activations,
+        activations: ActivationScheme,
         workspace: Path,
         progress: Progress = silent,
         held_out: Sequence[Frames] = (),
@@ -228,17 +235,17 @@ class LayerwiseCalibrator:
         outputs = self._run(stage, state.values, streams, everything, survey)
         plain = {linear.name: self._plain_error(linear, survey[linear.activation]) for linear in linears}
         unfolded = dict(state.values)
-        folded = {linear.name: self._equalise(linear, survey[linear.activation], state) for linear in linears}
+        folded = {linear.name: self._equalize(linear, survey[linear.activation], state) for linear in linears}
         stats = {name: ActivationStats(name, len(everything), whole=True) for name in survey}
         again = self._run(stage, state.values, streams, everything, stats)
         if not (change := self._relative_change(stage, outputs, again)) <= FOLD_TOLERANCE:
             state.values = unfolded
             reason = f"none: folding it changed {stage.name} by {change:.0e}"
-            folded = {linear.name: self._no_equalisation(linear, reason) for linear in linears}
+            folded = {linear.name: self._no_equalization(linear, reason) for linear in linears}
             stats = {name: ActivationStats(name, len(everything), whole=True) for name in survey}
             again = self._run(stage, state.values, streams, everything, stats)
         for linear in linears:
-            state.choices[linear.name] = self._quantise(
+            state.choices[linear.name] = self._quantize(
                 linear, stats[linear.activation], folded[linear.name], plain[linear.name], state
             )
             state.means[linear.name] = stats[linear.activation].means[list(self.correction)].mean(axis=0)
@@ -260,22 +267,26 @@ class LayerwiseCalibrator:
 
     def _error(self, rows: Array, found: Range, weight: Array, quantised: Array) -> float:
         """Relative output error of a linear on rows (R, K) of its input, quantised with the range `found`."""
-        return numeric.output_error(rows @ weight, numeric.fake_activations(rows, found, self.activations), quantised)
+        return numeric.output_error(
+            rows @ weight, numeric.fake_quantize_activations(rows, found, self.activations), quantised
+        )
 
     def _plain_error(self, linear: Linear, stats: ActivationStats) -> float:
         """The error of the original linear with a min-max range and weights rounded to nearest."""
         weight, seen = np.asarray(self.initializers[linear.weight], np.float32), stats.channels
         low, high = min(0.0, float(seen.low.min())), max(0.0, float(seen.high.max()))
         found = PIXELS if self._pixels(linear) else Range(low, high, "min-max")
-        return self._error(stats.rows, found, weight, numeric.fake_weights(weight, numeric.full_scales(weight)))
+        return self._error(
+            stats.rows, found, weight, numeric.fake_quantize_weights(weight, numeric.absmax_scales(weight))
+        )
 
-    def _equalise(self, linear: Linear, stats: ActivationStats, state: CalibrationState) -> Equalisation:
+    def _equalize(self, linear: Linear, stats: ActivationStats, state: CalibrationState) -> Equalization:
         """Choose an equalisation and fold it into producer, weight and bias."""
         weight = self._value(linear.weight, state)
         producer = self._producer(linear)
         if producer is None or linear.bias is None:
-            return self._no_equalisation(linear)
-        choose = equalize.behind_gelu if linear.activation in self.sites else equalize.choose
+            return self._no_equalization(linear)
+        choose = equalize.choose_behind_gelu if linear.activation in self.sites else equalize.choose
         chosen = choose(stats.halves, weight, self.activations, self.form.dtype)
         if not chosen.identity:
             bias = self._value(linear.bias, state)
@@ -284,11 +295,11 @@ class LayerwiseCalibrator:
             producer(chosen, state)
         return chosen
 
-    def _no_equalisation(self, linear: Linear, name: str = "none") -> Equalisation:
+    def _no_equalization(self, linear: Linear, name: str = "none") -> Equalization:
         size = len(self.initializers[linear.weight])
-        return Equalisation(name, np.ones(size, np.float32), np.zeros(size, np.float32))
+        return Equalization(name, np.ones(size, np.float32), np.zeros(size, np.float32))
 
-    def _producer(self, linear: Linear) -> Callable[[Equalisation, CalibrationState], None] | None:
+    def _producer(self, linear: Linear) -> Callable[[Equalization, CalibrationState], None] | None:
         """A function that folds an equalisation into the producer of the linear's activation; None where it cannot."""
         makers = {output: node for node in self.model.graph.node for output in node.output}
         readers = [node.name for node in self.model.graph.node if linear.activation in node.input]
@@ -296,14 +307,14 @@ class LayerwiseCalibrator:
         if maker is not None and maker.op_type == "LayerNormalization" and readers == [linear.node]:
             gamma, beta = maker.input[1], maker.input[2]
 
-            def into_norm(chosen: Equalisation, state: CalibrationState) -> None:
+            def into_norm(chosen: Equalization, state: CalibrationState) -> None:
                 state.values[beta] = (self._value(beta, state) - chosen.shift) / chosen.scale
                 state.values[gamma] = self._value(gamma, state) / chosen.scale
 
             return into_norm
         if site := self.sites.get(linear.activation):
 
-            def into_site(chosen: Equalisation, state: CalibrationState) -> None:
+            def into_site(chosen: Equalization, state: CalibrationState) -> None:
                 state.values[site.gain] = np.float32(1) / chosen.scale
                 if site.centre:
                     state.values[site.centre] = -(chosen.shift / chosen.scale)[:1]
@@ -313,7 +324,7 @@ class LayerwiseCalibrator:
         if linear.name.endswith(".attn.proj") and qkv in self.initializers:
             bias = qkv.removesuffix("weight") + "bias"
 
-            def into_values(chosen: Equalisation, state: CalibrationState) -> None:
+            def into_values(chosen: Equalization, state: CalibrationState) -> None:
                 # Rows of softmax sum to 1: a shift of V is a shift of the attention's output.
                 weight, offset = self._value(qkv, state).copy(), self._value(bias, state).copy()
                 own = slice(2 * weight.shape[1] // 3, None)
@@ -324,8 +335,8 @@ class LayerwiseCalibrator:
             return into_values
         return None
 
-    def _quantise(
-        self, linear: Linear, stats: ActivationStats, folded: Equalisation, plain_error: float, state: CalibrationState
+    def _quantize(
+        self, linear: Linear, stats: ActivationStats, folded: Equalization, plain_error: float, state: CalibrationState
     ) -> Choice:
         """Round the weights by the Gram matrix of all tokens; choose the range by the output error on the rows."""
         assert stats.gram is not None
@@ -333,7 +344,7 @@ class LayerwiseCalibrator:
         unit = self.form.pixels if self._pixels(linear) else 1.0
         scales = numeric.mse_scales(weight, stats.gram.power, self.form.safe_pairs)
         scales = stored_scales(scales * np.float32(unit), self.form.dtype, linear.weight) / np.float32(unit)
-        integers = numeric.rounded_weights(weight, scales, stats.gram.total, self.form.safe_pairs)
+        integers = numeric.gptq_quantize(weight, scales, stats.gram.total, self.form.safe_pairs)
         state.integers[linear.weight] = integers
         quantised, exact = integers * scales, rows @ weight
         errors: dict[str, float] = {}
@@ -341,12 +352,12 @@ class LayerwiseCalibrator:
         candidates = [*self._ranges(linear, stats), *([folded.range] if folded.range else [])]
         for found in (each.stored(self.activations, self.form.dtype, unit) for each in candidates):
             errors[found.method] = numeric.output_error(
-                exact, numeric.fake_activations(rows, found, self.activations), quantised
+                exact, numeric.fake_quantize_activations(rows, found, self.activations), quantised
             )
             if errors[found.method] <= min(errors.values()):
                 best = found
         assert best is not None
-        best = Range(digits(best.low), digits(best.high), best.method)
+        best = Range(shortest_float32(best.low), shortest_float32(best.high), best.method)
         return Choice(best, scales, folded.name, errors[best.method], plain_error, errors)
 
     def _ranges(self, linear: Linear, stats: ActivationStats) -> list[Range]:

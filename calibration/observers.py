@@ -1,7 +1,7 @@
-"""Which part of a tensor's range its integers should cover: streaming histograms, and what can be read off them.
+"""Range observers: streaming histograms, and min-max, percentile, MSE and entropy ranges of them.
 
-A histogram has a fixed number of bins, whatever it is shown: when a value falls outside, neighbouring bins are merged
-in pairs. The bin width is a power of two, so the counts do not depend on the order in which the data came.
+A histogram has a fixed number of bins: when a value falls outside, neighbouring bins are merged in pairs. The bin width
+is a power of two, so the counts do not depend on the order of the data.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from edgetube.calibration.table import LEVELS, Activations, Range
+from edgetube.calibration.table import INT8_MAX, ActivationScheme, Range
 from edgetube.errors import InputError
 
 Array = npt.NDArray[np.float32]
@@ -21,12 +21,12 @@ BINS = 8192
 """Bins of a histogram; half of them for negative values."""
 
 PERCENTILES = (99.9, 99.99, 99.999)
-SHARES = np.geomspace(1.0, 0.02, 96)
+RANGE_RATIOS = np.geomspace(1.0, 0.02, 96)
 """Shares of the largest magnitude at which the MSE and entropy searches clip."""
 
 
 class Histogram:
-    """Counts of all the values of a tensor seen so far, with their exact smallest and largest.
+    """Histogram of the values of a tensor so far, with their exact minimum and maximum.
 
     Attributes:
         low, high: extremes seen, 0 included.
@@ -70,14 +70,14 @@ class Histogram:
         return np.asarray((np.arange(BINS) - BINS // 2 + 0.5) * self.width, np.float64)
 
     def quantile(self, share: float) -> float:
-        """Upper edge of the bin in which the share of the values is reached."""
+        """Upper edge of the bin that holds the quantile `share`."""
         total = np.cumsum(self.counts)
         index = int(np.searchsorted(total, share * total[-1]))
         return float((min(index, BINS - 1) + 1 - BINS // 2) * self.width)
 
 
-def candidates(seen: Histogram, activations: Activations) -> Iterator[Range]:
-    """The ranges that the observers propose, min-max first."""
+def candidates(seen: Histogram, activations: ActivationScheme) -> Iterator[Range]:
+    """The range of every observer, min-max first."""
     yield Range(seen.low, seen.high, "min-max")
     for percent in PERCENTILES:
         tail = (1 - percent / 100) / 2
@@ -87,19 +87,19 @@ def candidates(seen: Histogram, activations: Activations) -> Iterator[Range]:
     yield _search(seen, activations, "entropy")
 
 
-def least_squares(seen: Histogram, activations: Activations) -> Range:
+def least_squares(seen: Histogram, activations: ActivationScheme) -> Range:
     """The clipped range with the least expected squared error."""
     return _search(seen, activations, "mse")
 
 
-def _search(seen: Histogram, activations: Activations, method: str) -> Range:
+def _search(seen: Histogram, activations: ActivationScheme, method: str) -> Range:
     """The clipped range with the least expected squared error, or the least divergence of the histogram."""
     centres, counts = seen.centres, seen.counts
     used = np.flatnonzero(counts)
     values, weight = centres[used], counts[used].astype(np.float64)
     best, least = Range(seen.low, seen.high, method), np.inf
-    cost_of = _divergence if method == "entropy" else _squared
-    for share in SHARES:
+    cost_of = _kl_divergence if method == "entropy" else _squared_error
+    for share in RANGE_RATIOS:
         limit = float(share) * max(-seen.low, seen.high)
         found = Range(max(seen.low, -limit), min(seen.high, limit), method)
         cost = cost_of(values, weight, found, activations)
@@ -108,29 +108,29 @@ def _search(seen: Histogram, activations: Activations, method: str) -> Range:
     return best
 
 
-def _levels(values: npt.NDArray[np.float64], found: Range, activations: Activations) -> npt.NDArray[np.float64]:
-    """Integer of every value, saturated, as float64."""
+def _levels(values: npt.NDArray[np.float64], found: Range, activations: ActivationScheme) -> npt.NDArray[np.float64]:
+    """The saturated integer of every value, as float64."""
     if activations == "int8":
-        return np.clip(np.rint(values / found.symmetric), -LEVELS - 1, LEVELS)
+        return np.clip(np.rint(values / found.symmetric), -INT8_MAX - 1, INT8_MAX)
     scale, zero = found.asymmetric
     return np.clip(np.rint(values / scale), -zero, 255 - zero)
 
 
-def _squared(
-    values: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], found: Range, activations: Activations
+def _squared_error(
+    values: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], found: Range, activations: ActivationScheme
 ) -> float:
     scale = found.symmetric if activations == "int8" else found.asymmetric[0]
     error = _levels(values, found, activations) * scale - values
     return float(weight @ (error * error))
 
 
-def _divergence(
-    values: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], found: Range, activations: Activations
+def _kl_divergence(
+    values: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], found: Range, activations: ActivationScheme
 ) -> float:
-    """KL(P || Q) as TensorRT's entropy calibration has it.
+    """KL(P || Q) of TensorRT's entropy calibration.
 
-    P is the histogram within the range, with the clipped values counted at its ends; Q the same without them, each
-    integer's mass spread evenly over its bins. Bins without values are in neither.
+    P is the histogram within the range, with the clipped values counted at its ends. Q is the histogram without them,
+    with each integer's mass spread evenly over its bins. Empty bins are in neither.
     """
     inside = (values >= found.low) & (values <= found.high)
     if not inside.any():

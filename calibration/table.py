@@ -1,7 +1,7 @@
-"""The calibration table: what range each quantised tensor has, which linears are quantised, and why.
+"""The calibration table: ranges of the quantised tensors, the linears that are quantised, their scales, and reasons.
 
-The table belongs to one float graph, the *equalised* one: its weights already hold the folded scales and the corrected
-biases, and `model` is that graph's hash. `docs/int8.md` documents the JSON.
+A table belongs to one float graph, the *equalised* one, with folded scales and corrected biases; `model` is the hash of
+that graph. `docs/int8.md` documents the JSON.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from edgetube.files import atomic_write
 
 SCHEMA = 1
 
-LEVELS = 127
-"""Largest magnitude of a symmetric int8 number; -128 is not used, so that the grid is symmetric."""
+INT8_MAX = 127
+"""Largest magnitude of symmetric int8; -128 is not used, so that the grid is symmetric."""
 
-Activations = Literal["int8", "uint8"]
-"""How activations are quantised: symmetric int8, or uint8 with a zero point."""
+ActivationScheme = Literal["int8", "uint8"]
+"""Activation scheme: symmetric int8, or uint8 with a zero point."""
 
 ScaleType = Literal["float16", "float32"]
-"""What a runtime stores scales in."""
+"""The type that a runtime stores scales in."""
 
 CACHE_HEADER = re.compile(r"TRT-\S+-\S*Calibration\S*")
 
@@ -42,10 +42,10 @@ class IntegerFormat:
 
     Attributes:
         dtype: of a scale.
-        pixels: the target divides pixels by this number, so that the scale of pixels is smaller by as much, and those
-            of weights that multiply pixels are larger.
-        safe_pairs: some processors that compute the target's files add two products of 8-bit integers in 16 bits, so
-            that neighbouring weights are limited: see `edgetube.calibration.numeric.PAIR`.
+        pixels: the target divides pixels by this number: their scale is divided by it, and the scales of weights that
+            multiply pixels are multiplied.
+        safe_pairs: limit neighbouring weights, because some of the target's processors add two 8-bit products in 16
+            bits: see `edgetube.calibration.numeric.MAX_PAIR_SUM`.
     """
 
     dtype: ScaleType = "float32"
@@ -57,13 +57,13 @@ FLOAT32_SCALES = IntegerFormat()
 
 
 def stored_scales(scales: npt.ArrayLike, dtype: ScaleType, name: str = "a tensor") -> npt.NDArray[np.float32]:
-    """Quantisation scales as a runtime holds them, for every target: the nearest normal numbers of `dtype`, in float32.
+    """Quantisation scales rounded to the nearest normal numbers of `dtype`, as float32.
 
-    What is below the smallest normal number becomes that: a scale of zero divides by zero, and accelerators flush
-    subnormal numbers to zero. Where a scale is zero, there is nothing to scale, and it becomes 1.
+    Smaller scales become the smallest normal number: accelerators flush subnormal numbers to zero, and a scale of zero
+    divides by zero. A scale of zero, where all values are zero, becomes 1.
 
     Args:
-        name: of what is scaled, for the error.
+        name: of the tensor, for the error message.
 
     Raises:
         SpecError: a scale is above the largest number of `dtype`, or NaN.
@@ -98,7 +98,7 @@ class Range:
     @property
     def symmetric(self) -> float:
         """Scale of int8 with zero point 0."""
-        return _scale(max(-self.low, self.high) / LEVELS)
+        return _scale(max(-self.low, self.high) / INT8_MAX)
 
     @property
     def asymmetric(self) -> tuple[float, int]:
@@ -106,14 +106,14 @@ class Range:
         scale = _scale((self.high - self.low) / 255)
         return scale, min(255, max(0, round(-self.low / scale)))
 
-    def stored(self, activations: Activations, dtype: ScaleType, unit: float = 1.0) -> Range:
-        """The nearest range whose scale, divided by `unit`, a runtime can hold in `dtype`: see `stored_scales`."""
+    def stored(self, activations: ActivationScheme, dtype: ScaleType, unit: float = 1.0) -> Range:
+        """The nearest range whose scale, divided by `unit`, is a number of `dtype`: see `stored_scales`."""
         scale = self.symmetric if activations == "int8" else self.asymmetric[0]
         wanted = float(stored_scales(scale / unit, dtype, "an activation")) * unit
         if wanted == scale or self.low == self.high:
             return self
         low, high = self.low * wanted / scale, self.high * wanted / scale
-        return Range(digits(low), digits(high), self.method)
+        return Range(shortest_float32(low), shortest_float32(high), self.method)
 
 
 def _scale(value: float) -> float:
@@ -122,15 +122,15 @@ def _scale(value: float) -> float:
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """What happens to one linear layer.
+    """How one linear layer is quantised.
 
     Attributes:
         name: its scope in the graph, `blocks.3.attn.qkv`.
         activation: the tensor that it reads.
         weight: its initializer (K, N).
-        weight_scales: one float32 per output channel (N,), symmetric int8; empty when it stays float.
+        weight_scales: one float32 per output channel (N,), symmetric int8; empty when the layer stays float.
         precision: "int8", or "float" where it fell back.
-        reason: why, for people.
+        reason: why, for the user.
     """
 
     name: str
@@ -146,17 +146,17 @@ class CalibrationTable:
     """The result of a calibration.
 
     Attributes:
-        model: sha256 of the float graph that the table is for, see `graph_hash`.
-        clips: {"sha256", "count", "name"} of the clips that were seen.
-        activations: the scheme that ranges and fallbacks were chosen under.
+        model: sha256 of the float graph that the table is for, see `edgetube.calibration.graphs.digest`.
+        clips: {"sha256", "count", "name"} of the calibration clips.
+        activations: the activation scheme of ranges and fallbacks.
         ranges: tensor -> range.
-        linears: every linear of the graph in its order, those that stay float too.
-        versions: of the tools that made it.
+        linears: every linear of the graph in order, also those that stay float.
+        versions: of the tools.
     """
 
     model: str
     clips: Mapping[str, Any]
-    activations: Activations
+    activations: ActivationScheme
     ranges: Mapping[str, Range]
     linears: tuple[LinearPlan, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -167,7 +167,7 @@ class CalibrationTable:
         return tuple(plan for plan in self.linears if plan.precision == "int8")
 
     def check(self, model: str) -> None:
-        """That the table is for the graph with the hash `model`.
+        """Check that the table is for the graph with the hash `model`.
 
         Raises:
             InputError: it is for another one.
@@ -179,7 +179,7 @@ class CalibrationTable:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; every float is a float32 with the fewest decimals that stand for it."""
+        """Plain JSON; every float is a float32 in its shortest decimal form."""
         return {
             "schema": SCHEMA,
             "model": self.model,
@@ -187,10 +187,12 @@ class CalibrationTable:
             "activations": self.activations,
             "versions": dict(self.versions),
             "ranges": {
-                name: {"low": digits(r.low), "high": digits(r.high), "method": r.method}
+                name: {"low": shortest_float32(r.low), "high": shortest_float32(r.high), "method": r.method}
                 for name, r in self.ranges.items()
             },
-            "linears": [asdict(p) | {"weight_scales": [digits(s) for s in p.weight_scales]} for p in self.linears],
+            "linears": [
+                asdict(p) | {"weight_scales": [shortest_float32(s) for s in p.weight_scales]} for p in self.linears
+            ],
         }
 
     @classmethod
@@ -205,7 +207,9 @@ class CalibrationTable:
             return cls(
                 model=strict.text(data["model"], "model"),
                 clips=strict.record(data["clips"], "clips"),
-                activations=cast(Activations, strict.choice(data["activations"], "activations", get_args(Activations))),
+                activations=cast(
+                    ActivationScheme, strict.choice(data["activations"], "activations", get_args(ActivationScheme))
+                ),
                 ranges={
                     name: _range(r, f"ranges.{name}") for name, r in strict.record(data["ranges"], "ranges").items()
                 },
@@ -218,7 +222,7 @@ class CalibrationTable:
             raise InputError(f"not a calibration table ({error}); calibrate again") from error
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON with one line a tensor and a few a linear, beside the target first and then renamed."""
+        """Write JSON atomically, one line per tensor and a few per linear."""
         return atomic_write(path, _lines(self.to_json()))
 
     @classmethod
@@ -256,7 +260,7 @@ class CalibrationTable:
                 raise InputError(f"line {number} of the calibration cache is {line[:60]!r}; expected tensor: 3c010a14")
             (scale,) = struct.unpack(">f", bytes.fromhex(digits.strip()))
             try:
-                ranges[strict.text(name, "the tensor")] = Range(-scale * LEVELS, scale * LEVELS, "cache")
+                ranges[strict.text(name, "the tensor")] = Range(-scale * INT8_MAX, scale * INT8_MAX, "cache")
             except EdgetubeError as error:
                 raise InputError(f"line {number} of the calibration cache: {error}") from error
         return ranges
@@ -286,8 +290,8 @@ def _plan(data: Any, where: str) -> LinearPlan:
 LARGEST = float(np.finfo(np.float32).max)
 
 
-def digits(value: float) -> float:
-    """The number whose decimals are the fewest that stand for a float32: what a table holds."""
+def shortest_float32(value: float) -> float:
+    """The float whose repr is the shortest decimal that rounds to the same float32; tables store these."""
     return float(str(np.float32(value)))
 
 

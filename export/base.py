@@ -6,7 +6,7 @@
     def build(graph: Graph, target: Target, folder: Path) -> Built: ...
 
 A file with INT8 targets takes their calibration table as a fourth argument, and may say which scheme it wants:
-`def activations(target: Target) -> Activations`; int8 without a zero point otherwise. How it stores and multiplies
+`def activations(target: Target) -> ActivationScheme`; int8 without a zero point otherwise. How it stores and multiplies
 integers it says in `def integer_format(target: Target) -> IntegerFormat`; scales in float32 and exact sums otherwise.
 What else it wants of the calibration it says in `def wishes(graph: Graph, target: Target) -> Wishes`.
 

@@ -17,7 +17,7 @@ from edgetube.bench import layers
 from edgetube.bench.latency import interleave
 from edgetube.bundle import Bundle
 from edgetube.calibration import Calibrated
-from edgetube.calibration.table import FLOAT32_SCALES, Activations, IntegerFormat
+from edgetube.calibration.table import FLOAT32_SCALES, ActivationScheme, IntegerFormat
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
 from edgetube.export.base import Built, Wishes
@@ -82,9 +82,11 @@ def sources(checkpoint: Checkpoint, given: Path | None) -> tuple[ClipSet, ClipSe
     return replace(source, items=seen), replace(source, items=judged)
 
 
-def activations(target: Target) -> Activations:
+def activations(target: Target) -> ActivationScheme:
     """The scheme that a target's exporter asks for in `activations`; int8 without a zero point if it is silent."""
-    ask: Callable[[Target], Activations] = getattr(export.exporter(target.backend), "activations", lambda _: "int8")
+    ask: Callable[[Target], ActivationScheme] = getattr(
+        export.exporter(target.backend), "activations", lambda _: "int8"
+    )
     return ask(target)
 
 

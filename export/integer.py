@@ -114,7 +114,7 @@ class _Linears:
 
     def _weight(self, plan: LinearPlan, name: str, scale: str, zero: str) -> list[str]:
         scales = np.array(plan.weight_scales, np.float32)
-        integers = numeric.quantise_weights(np.asarray(self.weights[name], np.float32), scales)
+        integers = numeric.quantize_weights(np.asarray(self.weights[name], np.float32), scales)
         if self.unsigned_weights:
             unsigned = (integers.astype(np.int16) + 128).astype(np.uint8)
             kept, weight_zero = self._constant(f"{name}.uint8", unsigned), self._constant("zero_point", np.uint8(128))

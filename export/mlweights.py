@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetube.calibration.numeric import Moments, compensated, pixel_moments, rounded_weights
+from edgetube.calibration.numeric import Moments, gptq_quantize, gptq_targets, pixel_moments
 from edgetube.calibration.table import LinearPlan, Range, stored_scales
 from edgetube.export.mlprogram import Weight, label, narrow
 from edgetube.targets import Precision
@@ -73,9 +73,9 @@ class Storage:
             return self.plain(name, array, unit)
         scales, matrix = channel_scales(array), array.reshape(len(array), -1)
         if array.ndim == 4 and array.shape[2:] != (1, 1):
-            data = rounded_weights(matrix.T, scales, pixel_moments(array.shape[1] // COLOURS, *array.shape[2:])).T
+            data = gptq_quantize(matrix.T, scales, pixel_moments(array.shape[1] // COLOURS, *array.shape[2:])).T
         elif name in self.moments:
-            data = rounded_weights(matrix.T, scales, self.moments[name].second).T
+            data = gptq_quantize(matrix.T, scales, self.moments[name].second).T
             self.note(name, matrix, data * scales[:, None])
         else:
             data = quantise(matrix, scales)
@@ -129,7 +129,7 @@ class Storage:
         found = Palettes(luts, len(array))
         if name in self.moments:
             second = self.moments[name].second
-            indices = found.nearest(compensated(matrix.T, second, lambda _, row: found.look_up(found.nearest(row))))
+            indices = found.nearest(gptq_targets(matrix.T, second, lambda _, row: found.look_up(found.nearest(row))))
             self.note(name, matrix, found.look_up(indices).T)
         else:
             indices = found.nearest(matrix.T)

@@ -15,7 +15,7 @@ from edgetube.targets import Setting, Target
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat
+    from edgetube.calibration.table import ActivationScheme, CalibrationTable, IntegerFormat
     from edgetube.export.canonical import Graph
 
 NEEDS = ("torch", "onnx", "onnxscript", "safetensors")
@@ -63,7 +63,7 @@ INTEGER_KERNELS = ("MatMulIntegerToFloat", "QGemm", "QLinearMatMul", "DynamicQua
 """Operators of ONNX Runtime's CPU provider that multiply 8-bit integers."""
 
 
-def activations(target: Target) -> Activations:
+def activations(target: Target) -> ActivationScheme:
     """uint8 with a zero point keeps more of a one-sided range; ARM's dot products want both sides signed."""
     return "int8" if target.setting(CPU.name) == "arm" else "uint8"
 

@@ -14,7 +14,7 @@ from edgetube.targets import Target
 if TYPE_CHECKING:
     import onnx
 
-    from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat
+    from edgetube.calibration.table import ActivationScheme, CalibrationTable, IntegerFormat
     from edgetube.export.canonical import Graph
 
 BUILD_NEEDS = ("torch", "onnx", "onnxscript", "safetensors", "openvino")
@@ -61,7 +61,7 @@ PRODUCTS = ("FullyConnected", "MatMul", "Convolution")
 """How the names of layers begin that multiply matrices in OpenVINO's executed graph."""
 
 
-def activations(target: Target) -> Activations:
+def activations(target: Target) -> ActivationScheme:
     """As fast as int8 here, nearer to what the ranges are, exact for pixels, and the calibration is shared."""
     return "uint8"
 

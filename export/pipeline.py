@@ -28,7 +28,7 @@ from edgetube.bundle import Bundle
 from edgetube.calibration import Calibrated, search
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.numeric import Moments
-from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat, Range, ScaleType
+from edgetube.calibration.table import ActivationScheme, CalibrationTable, IntegerFormat, Range, ScaleType
 from edgetube.errors import InputError, MissingPackageError, ParityError
 from edgetube.export import arithmetic, canonical, int8, proof, quantize, static
 from edgetube.export.base import Built
@@ -153,7 +153,7 @@ class Road:
         self._graphs: dict[tuple[str, bool, int], Graph] = {}
         self._lowerings: dict[str, dict[str, Any]] = {}
         self._moments: dict[int, dict[str, Moments]] = {}
-        self._calibrations: dict[tuple[Activations, IntegerFormat], Calibrated] = {}
+        self._calibrations: dict[tuple[ActivationScheme, IntegerFormat], Calibrated] = {}
         self._workspace = int8.workspace()
 
     def __enter__(self) -> Self:

@@ -11,11 +11,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgetube.calibration import Calibrated, graphs, numeric
-from edgetube.calibration.table import Activations, CalibrationTable, LinearPlan
+from edgetube.calibration.table import ActivationScheme, CalibrationTable, LinearPlan
 from edgetube.export.canonical import Graph
 
 
-def qdq(model: onnx.ModelProto, table: CalibrationTable, *, activations: Activations | None = None) -> onnx.ModelProto:
+def qdq(
+    model: onnx.ModelProto, table: CalibrationTable, *, activations: ActivationScheme | None = None
+) -> onnx.ModelProto:
     """Q/DQ around the linears that the table quantises, and around those products of two activations for whose
     operands it has ranges; everything else stays as it is.
 
@@ -60,7 +62,7 @@ def _weight(plan: LinearPlan, weight: npt.NDArray[np.float32]) -> tuple[onnx.Nod
     """The DequantizeLinear that gives the name of the weight back its values, and its integers and scales."""
     name, scales = plan.weight, np.array(plan.weight_scales, np.float32)
     tensors = [
-        numpy_helper.from_array(numeric.quantise_weights(weight, scales), f"{name}.int8"),
+        numpy_helper.from_array(numeric.quantize_weights(weight, scales), f"{name}.int8"),
         numpy_helper.from_array(scales, f"{name}.scale"),
         numpy_helper.from_array(np.zeros(len(scales), np.int8), f"{name}.zero_point"),
     ]
@@ -68,7 +70,7 @@ def _weight(plan: LinearPlan, weight: npt.NDArray[np.float32]) -> tuple[onnx.Nod
     return helper.make_node("DequantizeLinear", inputs, [name], name=f"{name}.dequantize", axis=1), tensors
 
 
-def _types(model: onnx.ModelProto, table: CalibrationTable, activations: Activations) -> list[onnx.ValueInfoProto]:
+def _types(model: onnx.ModelProto, table: CalibrationTable, activations: ActivationScheme) -> list[onnx.ValueInfoProto]:
     """Types of the tensors that quantisation adds."""
     known = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
     shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}

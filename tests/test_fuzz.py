@@ -355,7 +355,7 @@ def test_calibration_cache(tmp_path_factory: pytest.TempPathFactory, data: st.Da
     """A damaged cache is an empty one."""
     folder = tmp_path_factory.mktemp("cache") / "kept"
     key = {"graph": "a", "clips": "b", "judged clips": "c"}
-    with cache.opened(folder, key) as kept:
+    with cache.open_cache(folder, key) as kept:
         values = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
         kept.save_result(values, table(), {"notes": ["x"], "linears": {}})
     name = data.draw(st.sampled_from(sorted(p.name for p in folder.iterdir())))
@@ -366,7 +366,7 @@ def test_calibration_cache(tmp_path_factory: pytest.TempPathFactory, data: st.Da
         else (data.draw(damaged_bytes(whole)))
     )
     (folder / name).write_bytes(damaged)
-    with _alarm(), cache.opened(folder, key) as kept:
+    with _alarm(), cache.open_cache(folder, key) as kept:
         kept.state()
         kept.result()
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edgetube.calibration import cache
-from edgetube.calibration.cache import Cache, opened
+from edgetube.calibration.cache import Cache, open_cache
 from edgetube.calibration.layerwise import CalibrationState, Choice
 from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
 
@@ -203,12 +203,12 @@ class TestLock:
         waits, found, entered = threading.Event(), [], threading.Event()
 
         def second() -> None:
-            with opened(tmp_path / "o" / "c", KEY, lambda *_: waits.set()) as kept:
+            with open_cache(tmp_path / "o" / "c", KEY, lambda *_: waits.set()) as kept:
                 entered.set()
                 found.append(kept.result())
 
         thread = threading.Thread(target=second)
-        with opened(tmp_path / "o" / "c", KEY) as kept:
+        with open_cache(tmp_path / "o" / "c", KEY) as kept:
             thread.start()
             assert waits.wait(60)
             assert not entered.is_set()
@@ -218,23 +218,23 @@ class TestLock:
         assert found[0][1:] == (table, {"a": 1})
 
     def test_an_error_lets_go(self, tmp_path: Path) -> None:
-        with pytest.raises(ZeroDivisionError), opened(tmp_path / "c", KEY):
+        with pytest.raises(ZeroDivisionError), open_cache(tmp_path / "c", KEY):
             raise ZeroDivisionError
         stages: list[str] = []
-        with opened(tmp_path / "c", KEY, lambda stage, *_: stages.append(stage)):
+        with open_cache(tmp_path / "c", KEY, lambda stage, *_: stages.append(stage)):
             assert not stages
 
     def test_a_process_that_is_killed_lets_go(self, tmp_path: Path) -> None:
         script = (
-            "import os, sys; from pathlib import Path; from edgetube.calibration.cache import opened\n"
-            "with opened(Path(sys.argv[1]), {}): print('held', flush=True); os.kill(os.getpid(), 9)"
+            "import os, sys; from pathlib import Path; from edgetube.calibration.cache import open_cache\n"
+            "with open_cache(Path(sys.argv[1]), {}): print('held', flush=True); os.kill(os.getpid(), 9)"
         )
         done = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path / "c")], capture_output=True, env={**os.environ}
         )
         assert done.stdout.strip() == b"held"
         stages: list[str] = []
-        with opened(tmp_path / "c", {}, lambda stage, *_: stages.append(stage)):
+        with open_cache(tmp_path / "c", {}, lambda stage, *_: stages.append(stage)):
             assert not stages
 
 
@@ -247,10 +247,10 @@ def test_waiting_is_a_stage_with_a_beginning_and_an_end(tmp_path: Path) -> None:
         waiting.set()
 
     def second() -> None:
-        with opened(tmp_path / "c", KEY, note):
+        with open_cache(tmp_path / "c", KEY, note):
             pass
 
-    with opened(tmp_path / "c", KEY):
+    with open_cache(tmp_path / "c", KEY):
         thread = threading.Thread(target=second)
         thread.start()
         assert waiting.wait(60)

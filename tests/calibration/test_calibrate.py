@@ -18,16 +18,16 @@ from edgetube import export, metrics
 from edgetube.calibration import Calibrated, calibrate, graphs, input_moments, numeric, search
 from edgetube.calibration.cache import Cache
 from edgetube.calibration.clips import Clips, collect
-from edgetube.calibration.equalize import Equalisation
+from edgetube.calibration.equalize import Equalization
 from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator
-from edgetube.calibration.table import Activations, IntegerFormat
+from edgetube.calibration.table import ActivationScheme, IntegerFormat
 from edgetube.datasets import ClipSet, built_in_calibration
 from edgetube.errors import ParityError
 from edgetube.export.canonical import PIXEL_SCALE, Graph, half
 from edgetube.export.quantize import apply, qdq
 from edgetube.model.checkpoints import Checkpoint
 
-SCHEMES: tuple[Activations, ...] = ("int8", "uint8")
+SCHEMES: tuple[ActivationScheme, ...] = ("int8", "uint8")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_errors_of_tubes_cancel_on_other_clips(calibrator: LayerwiseCalibrator, 
             np.concatenate(pixels).reshape(-1, len(calibrator.initializers[tube.weight])),
         )
         scales = state.choices[tube.name].scales
-        nearest = numeric.fake_weights(weight, scales)
+        nearest = numeric.fake_quantize_weights(weight, scales)
         first, second = (
             np.square(rows @ (w - weight)).mean() for w in (calibrator.dequantized_weight(tube, state), nearest)
         )
@@ -130,9 +130,9 @@ def test_weights_are_rounded_for_every_token(
         weight = np.asarray(graphs.initializers(folded)[linear.weight], np.float32)
         scales = state.choices[linear.name].scales
         np.testing.assert_array_equal(scales, numeric.mse_scales(weight, np.float32(np.square(rows).mean(axis=0))))
-        found, expected = state.integers[linear.weight], numeric.rounded_weights(weight, scales, rows.T @ rows)
+        found, expected = state.integers[linear.weight], numeric.gptq_quantize(weight, scales, rows.T @ rows)
         assert (found != expected).mean() < 0.005  # ties between float32 and float64
-        assert (found != numeric.rounded_weights(weight, scales, rows[:16].T @ rows[:16])).mean() > 0.02
+        assert (found != numeric.gptq_quantize(weight, scales, rows[:16].T @ rows[:16])).mean() > 0.02
 
 
 def test_a_nearly_dead_channel_has_a_scale_that_float16_holds(
@@ -214,7 +214,7 @@ class TestEqualizationSites:
         return graphs.insert_equalization_sites(hard_graph.model, "int8")
 
     @pytest.mark.parametrize("scheme", SCHEMES)
-    def test_a_site_that_is_not_used_leaves_nothing(self, hard_graph: Graph, scheme: Activations) -> None:
+    def test_a_site_that_is_not_used_leaves_nothing(self, hard_graph: Graph, scheme: ActivationScheme) -> None:
         prepared = graphs.insert_equalization_sites(hard_graph.model, scheme)
         onnx.checker.check_model(prepared)
         assert [site.centre is not None for site in graphs.equalization_sites(prepared).values()] == [
@@ -283,11 +283,11 @@ def test_a_folding_that_changes_the_graph_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Such a stage is calibrated as it was given, and says so; the other stages are equalised."""
-    bias = Equalisation.bias
+    bias = Equalization.bias
     off = {"blocks.1.attn.qkv", "blocks.1.mlp.fc1"}
     wrong = [calibrator.initializers[f"{name}.weight"].shape for name in off]
 
-    def shifted(self: Equalisation, weight: Any, old: Any) -> Any:
+    def shifted(self: Equalization, weight: Any, old: Any) -> Any:
         return bias(self, weight, old) + (0.1 if stage[-1] == "blocks.1" and weight.shape in wrong else 0)
 
     stage: list[str] = []
@@ -298,7 +298,7 @@ def test_a_folding_that_changes_the_graph_is_left_out(
         return choose_stage(self, which, *rest)
 
     monkeypatch.setattr(LayerwiseCalibrator, "_calibrate_stage", noted)
-    monkeypatch.setattr(Equalisation, "bias", shifted)
+    monkeypatch.setattr(Equalization, "bias", shifted)
     state = CalibrationState()
     calibrator.calibrate(state)
     chosen = {name: choice.equalisation for name, choice in state.choices.items()}
@@ -316,7 +316,7 @@ def test_it_is_much_better_than_min_max(
     hard_graph: Graph,
     clips: tuple[Clips, Clips],
     answer: Callable[..., npt.NDArray[np.float32]],
-    scheme: Activations,
+    scheme: ActivationScheme,
 ) -> None:
     exact = answer(hard_graph.model, clips[1])
     found = calibrated[scheme]
@@ -348,7 +348,10 @@ def plain_sqnr(
         )
         for i, linear in enumerate(linears)
     }
-    weights = {n.weight: numeric.fake_weights(known[n.weight], numeric.full_scales(known[n.weight])) for n in linears}
+    weights = {
+        n.weight: numeric.fake_quantize_weights(known[n.weight], numeric.absmax_scales(known[n.weight]))
+        for n in linears
+    }
     fake = graphs.replace_initializers(model, weights)
     fake = graphs.quantize_activations(fake, ranges, [linear.node for linear in linears], scheme)
     return metrics.sqnr(exact, answer(fake, clips[1]))
@@ -360,7 +363,7 @@ def test_the_artifact_computes_what_was_simulated(
     hard_graph: Graph,
     clips: tuple[Clips, Clips],
     answer: Callable[..., npt.NDArray[np.float32]],
-    scheme: Activations,
+    scheme: ActivationScheme,
 ) -> None:
     """Int8 weights behind DequantizeLinear give what the search saw with rounded float weights."""
     equalised, table = apply(calibrated[scheme], hard_graph)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgetube.calibration.clips import FEW, Clips, collect
+from edgetube.calibration.clips import FEW_CLIPS, Clips, collect
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import InputError
 from edgetube.model.checkpoints import Checkpoint
@@ -40,10 +40,12 @@ class TestBadClips:
         with pytest.raises(InputError, match="every clip of mine is one flat colour"):
             self.collect(hard_checkpoint, tmp_path, [black, black])
         noise = rng.integers(0, 255, black.shape, np.uint8)
-        (note,) = self.collect(hard_checkpoint, tmp_path, [black, *[noise] * FEW]).notes
-        assert f"1 of {FEW + 1} clips are one flat colour" in note
+        (note,) = self.collect(hard_checkpoint, tmp_path, [black, *[noise] * FEW_CLIPS]).notes
+        assert f"1 of {FEW_CLIPS + 1} clips are one flat colour" in note
 
-    @pytest.mark.parametrize(("count", "named"), [(1, "one clip, 0:"), (FEW - 1, f"{FEW - 1} clips:"), (FEW, None)])
+    @pytest.mark.parametrize(
+        ("count", "named"), [(1, "one clip, 0:"), (FEW_CLIPS - 1, f"{FEW_CLIPS - 1} clips:"), (FEW_CLIPS, None)]
+    )
     def test_few_clips_are_a_stated_warning(
         self, hard_checkpoint: Checkpoint, tmp_path: Path, rng: np.random.Generator, count: int, named: str | None
     ) -> None:

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from edgetube.calibration import equalize
-from edgetube.calibration.equalize import Channels, Equalisation, Half, Halves
-from edgetube.calibration.table import Activations, Range
+from edgetube.calibration.equalize import ChannelRanges, Equalization, Half, Halves
+from edgetube.calibration.table import ActivationScheme, Range
 
 Array = npt.NDArray[np.float32]
 ALPHAS = (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
@@ -28,14 +28,14 @@ def rows(rng: np.random.Generator) -> Array:
 
 
 def half(rows: Array) -> Half:
-    return Half(Channels(rows.min(axis=0), rows.max(axis=0)), rows)
+    return Half(ChannelRanges(rows.min(axis=0), rows.max(axis=0)), rows)
 
 
 def halves(rows: Array) -> Halves:
     return half(rows[::2]), half(rows[1::2])
 
 
-def quantised(x: npt.NDArray[Any], low: float, high: float, activations: Activations) -> npt.NDArray[np.float64]:
+def quantised(x: npt.NDArray[Any], low: float, high: float, activations: ActivationScheme) -> npt.NDArray[np.float64]:
     """By the definition of QuantizeLinear and DequantizeLinear, in float64."""
     if activations == "int8":
         scale = max(-low, high) / 127
@@ -45,7 +45,7 @@ def quantised(x: npt.NDArray[Any], low: float, high: float, activations: Activat
     return np.asarray((np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale)
 
 
-def error_of(option: Equalisation, known: Array, rows: Array, weight: Array, activations: Activations) -> float:
+def error_of(option: Equalization, known: Array, rows: Array, weight: Array, activations: ActivationScheme) -> float:
     """Relative output error of x' @ W' with both in 8 bits; the best of three ranges that `known` has."""
 
     def moved(x: Array) -> npt.NDArray[np.float64]:
@@ -68,12 +68,12 @@ class TestFormulas:
         rows = rng.standard_normal((7, 12)).astype(np.float32)
         bias = rng.standard_normal(5).astype(np.float32)
         scale, shift = (rng.uniform(0.5, 2, 12).astype(np.float32) for _ in range(2))
-        option = Equalisation("x", scale, shift)
+        option = Equalization("x", scale, shift)
         found = option.apply(rows) @ option.weight(weight) + option.bias(weight, bias)
         np.testing.assert_allclose(found, rows @ weight + bias, atol=1e-5)
 
     def test_by_hand(self) -> None:
-        option = Equalisation("x", np.array([2, 4], np.float32), np.array([1, -3], np.float32))
+        option = Equalization("x", np.array([2, 4], np.float32), np.array([1, -3], np.float32))
         np.testing.assert_array_equal(option.apply(np.array([[5, 1], [1, -3]], np.float32)), [[2, 1], [0, 0]])
         np.testing.assert_array_equal(option.weight(np.array([[1, 2], [3, 4]], np.float32)), [[2, 4], [12, 16]])
         # b' = b + shift W: 10 + 1 * 1 - 3 * 3 and 20 + 1 * 2 - 3 * 4
@@ -82,28 +82,28 @@ class TestFormulas:
         )
 
     def test_the_bias_is_summed_in_float64(self) -> None:
-        option = Equalisation("x", np.ones(3, np.float32), np.array([1, 1, 1], np.float32))
+        option = Equalization("x", np.ones(3, np.float32), np.array([1, 1, 1], np.float32))
         weight = np.array([[2.0**25], [1.0], [-(2.0**25)]], np.float32)
         assert option.bias(weight, np.array([0], np.float32)) == [1]
 
     def test_none_changes_nothing(self, weight: Array, rows: Array) -> None:
-        plain = Equalisation("none", np.array([7] * 12, np.float32), np.array([9] * 12, np.float32))
+        plain = Equalization("none", np.array([7] * 12, np.float32), np.array([9] * 12, np.float32))
         assert plain.identity
         assert plain.apply(rows) is rows
         assert plain.weight(weight) is weight
         assert plain.bias(weight, weight[0]) is weight[0] or np.array_equal(plain.bias(weight, weight[0]), weight[0])
-        assert not Equalisation("shift", plain.scale, plain.shift).identity
+        assert not Equalization("shift", plain.scale, plain.shift).identity
 
     def test_channels_of_parts(self) -> None:
         one, other = (
-            Channels(np.array([-3, 1], np.float32), np.array([2, 5], np.float32)),
-            Channels(np.array([-1, 0], np.float32), np.array([4, 2], np.float32)),
+            ChannelRanges(np.array([-3, 1], np.float32), np.array([2, 5], np.float32)),
+            ChannelRanges(np.array([-1, 0], np.float32), np.array([4, 2], np.float32)),
         )
-        both = Channels.of([one, other])
+        both = ChannelRanges.of([one, other])
         np.testing.assert_array_equal(both.low, [-3, 0])
         np.testing.assert_array_equal(both.high, [4, 5])
         np.testing.assert_array_equal(both.largest, [4, 5])
-        np.testing.assert_array_equal(Channels.of([one]).largest, [3, 5])
+        np.testing.assert_array_equal(ChannelRanges.of([one]).largest, [3, 5])
 
 
 class TestCandidates:
@@ -152,10 +152,12 @@ class TestCandidates:
 
 class TestChoice:
     @pytest.mark.parametrize("activations", ["int8", "uint8"])
-    def test_errors_are_those_of_quantising_by_hand(self, rows: Array, weight: Array, activations: Activations) -> None:
+    def test_errors_are_those_of_quantising_by_hand(
+        self, rows: Array, weight: Array, activations: ActivationScheme
+    ) -> None:
         """Each candidate is made from one half and judged on the other, both ways."""
         one, other = parts = halves(rows)
-        found = equalize._judged(parts, weight, activations, shifts=True)
+        found = equalize._cross_validated(parts, weight, activations, shifts=True)
         sides = [list(equalize.candidates(side.channels, weight)) for side in parts]
         for option, first, second in zip(found, *sides, strict=True):
             by_hand = (
@@ -169,10 +171,10 @@ class TestChoice:
             np.testing.assert_array_equal(option.scale, expected.scale)
             np.testing.assert_array_equal(option.shift, expected.shift)
 
-    def options(self, *errors: float) -> list[Equalisation]:
+    def options(self, *errors: float) -> list[Equalization]:
         ones = np.ones(12, np.float32)
         names = ("none", "smooth 0.5", "shift")
-        return [Equalisation(n, ones * 3, ones, error) for n, error in zip(names, errors, strict=True)]
+        return [Equalization(n, ones * 3, ones, error) for n, error in zip(names, errors, strict=True)]
 
     @pytest.mark.parametrize(
         ("errors", "name"),
@@ -187,15 +189,15 @@ class TestChoice:
         self, rows: Array, weight: Array, monkeypatch: pytest.MonkeyPatch, errors: tuple[float, ...], name: str
     ) -> None:
         """At least 3 % less error than without."""
-        monkeypatch.setattr(equalize, "_judged", lambda *_, **__: self.options(*errors))
+        monkeypatch.setattr(equalize, "_cross_validated", lambda *_, **__: self.options(*errors))
         assert equalize.choose(halves(rows), weight, "uint8").name == name
 
     @pytest.mark.parametrize(("errors", "name"), [((1.0, 0.4), "smooth 0.5"), ((1.0, 0.6), "none")])
     def test_an_operator_has_to_halve_the_error(
         self, rows: Array, weight: Array, monkeypatch: pytest.MonkeyPatch, errors: tuple[float, float], name: str
     ) -> None:
-        monkeypatch.setattr(equalize, "_judged", lambda *_, **__: self.options(*errors, np.inf)[:2])
-        found = equalize.behind_gelu(halves(rows), weight, "uint8")
+        monkeypatch.setattr(equalize, "_cross_validated", lambda *_, **__: self.options(*errors, np.inf)[:2])
+        found = equalize.choose_behind_gelu(halves(rows), weight, "uint8")
         assert found.name == name
         if name != "none":
             gain = np.float16(1 / 3)
@@ -203,20 +205,20 @@ class TestChoice:
 
     def test_a_range_of_rows(self, rng: np.random.Generator) -> None:
         x = rng.standard_normal((50, 12)).astype(np.float32) + 2
-        whole = equalize._clipped(x, 0.0)
+        whole = equalize._clipped_range(x, 0.0)
         assert (whole.low, whole.high) == (min(0.0, float(x.min())), float(x.max()))
-        found = equalize._clipped(x, 0.1)
+        found = equalize._clipped_range(x, 0.1)
         low, high = np.quantile(x, [0.05, 0.95])
         assert (found.low, found.high) == (min(0.0, low), high)
-        negative = equalize._clipped(-x, 0.1)
+        negative = equalize._clipped_range(-x, 0.1)
         assert (negative.low, negative.high) == (pytest.approx(-high), max(0.0, -low))
-        positive = equalize._clipped(np.abs(x) + 1, 0.0)
+        positive = equalize._clipped_range(np.abs(x) + 1, 0.0)
         assert positive.low == 0.0
         many = rng.standard_normal((20_000, 12)).astype(np.float32)
         many[1, 1], many[1, 2] = 9.0, -9.0  # where a sample does not look
-        assert (equalize._clipped(many, 0.0).low, equalize._clipped(many, 0.0).high) == (-9.0, 9.0)
+        assert (equalize._clipped_range(many, 0.0).low, equalize._clipped_range(many, 0.0).high) == (-9.0, 9.0)
         drawn = many.reshape(-1)[:: many.size // 100_003]
-        assert equalize._clipped(many, 0.1).high == np.quantile(drawn, 0.95)
+        assert equalize._clipped_range(many, 0.1).high == np.quantile(drawn, 0.95)
 
 
 class TestCentre:
@@ -226,8 +228,8 @@ class TestCentre:
         """Values from -0.25 to 4 and a step of 1 / 60: zero is the integer 15, the middle 113 steps above it."""
         rows = rng.uniform(-0.25, 4, (500, 12)).astype(np.float32)
         rows[0, 0], rows[1, 0] = -0.25, 4.0
-        plain = Equalisation("none", np.ones(12, np.float32), np.zeros(12, np.float32))
-        found = equalize._centred(plain, rows, weight, "float32")
+        plain = Equalization("none", np.ones(12, np.float32), np.zeros(12, np.float32))
+        found = equalize._add_centre(plain, rows, weight, "float32")
         assert found.name == "centre"
         assert found.range is not None
         step = found.range.symmetric
@@ -244,8 +246,8 @@ class TestCentre:
     def test_behind_a_gain_the_shift_is_one_constant_after_it(self, rng: np.random.Generator, weight: Array) -> None:
         scale = rng.uniform(0.5, 2, 12).astype(np.float32)
         rows = (rng.uniform(0, 4, (500, 12)) * scale).astype(np.float32)
-        scaled = Equalisation("smooth 0.5", scale, np.zeros(12, np.float32))
-        found = equalize._centred(scaled, rows, weight, "float32")
+        scaled = Equalization("smooth 0.5", scale, np.zeros(12, np.float32))
+        found = equalize._add_centre(scaled, rows, weight, "float32")
         assert found.name == "smooth 0.5 + centre"
         np.testing.assert_array_equal(found.scale, scale)
         np.testing.assert_allclose(found.shift / scale, found.shift[0] / scale[0], rtol=1e-6)
@@ -253,13 +255,13 @@ class TestCentre:
 
     def test_around_zero_there_is_none(self, rng: np.random.Generator, weight: Array) -> None:
         part = rng.standard_normal((300, 12)).astype(np.float32)
-        plain = Equalisation("none", np.ones(12, np.float32), np.zeros(12, np.float32))
+        plain = Equalization("none", np.ones(12, np.float32), np.zeros(12, np.float32))
         rows = np.concatenate([part, -part])
-        assert equalize._centred(plain, rows, weight, "float32") is plain
+        assert equalize._add_centre(plain, rows, weight, "float32") is plain
 
     def test_its_scale_is_one_that_the_target_stores(self, rng: np.random.Generator, weight: Array) -> None:
         rows = rng.uniform(-0.2, 3, (500, 12)).astype(np.float32)
-        plain = Equalisation("none", np.ones(12, np.float32), np.zeros(12, np.float32))
-        found = equalize._centred(plain, rows, weight, "float16").range
+        plain = Equalization("none", np.ones(12, np.float32), np.zeros(12, np.float32))
+        found = equalize._add_centre(plain, rows, weight, "float16").range
         assert isinstance(found, Range)
         assert found.symmetric == pytest.approx(float(np.float16(found.symmetric)), rel=1e-6)

@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from edgetube.calibration import graphs
 from edgetube.calibration.graphs import EqualizationSite, Linear
-from edgetube.calibration.table import Activations, Range
+from edgetube.calibration.table import ActivationScheme, Range
 
 SHAPES = {
     "cast": (3, 4), "tubes.0": (3, 6), "tubes.0.sum": (3, 6), "blocks.0.norm1": (3, 6), "blocks.0.mlp.fc1.mm": (3, 8),
@@ -186,7 +186,7 @@ class TestDigest:
 
 class TestEqualizationSites:
     @pytest.mark.parametrize("activations", ["int8", "uint8"])
-    def test_behind_a_gelu(self, model: onnx.ModelProto, activations: Activations) -> None:
+    def test_behind_a_gelu(self, model: onnx.ModelProto, activations: ActivationScheme) -> None:
         found = graphs.insert_equalization_sites(model, activations)
         onnx.checker.check_model(found)
         act, centred = "blocks.0.mlp.act", activations == "int8"
@@ -239,7 +239,7 @@ class TestEqualizationSites:
 
 class TestQuantised:
     @pytest.mark.parametrize("activations", ["int8", "uint8"])
-    def test_named_readers_see_the_rounded_tensor(self, model: onnx.ModelProto, activations: Activations) -> None:
+    def test_named_readers_see_the_rounded_tensor(self, model: onnx.ModelProto, activations: ActivationScheme) -> None:
         norm, fc1 = "blocks.0.norm1", "blocks.0.mlp.fc1.mm"
         found = graphs.quantize_activations(model, {norm: Range(-1.0, 1.5, "x")}, [fc1, "head.mm"], activations)
         onnx.checker.check_model(found)

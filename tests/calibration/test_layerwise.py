@@ -14,7 +14,7 @@ from edgetube import export, metrics
 from edgetube.calibration import calibrate, graphs, input_moments
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.layerwise import ActivationStats
-from edgetube.calibration.table import Activations, IntegerFormat
+from edgetube.calibration.table import ActivationScheme, IntegerFormat
 from edgetube.errors import InputError
 from edgetube.export import canonical, integer, static
 from edgetube.export.canonical import Graph
@@ -57,7 +57,7 @@ def logits(model: Any, clips: Clips) -> npt.NDArray[np.float32]:
     return np.concatenate([call({"frames": np.asarray(frames)[None]})[0] for frames in clips.frames])
 
 
-def ratio(graph: Graph, activations: Activations, folder: Path) -> float:
+def ratio(graph: Graph, activations: ActivationScheme, folder: Path) -> float:
     """dB of the logits of the written forms on other clips, the worse one."""
     judged = noise(12, 2, "b")
     found = calibrate(
@@ -78,12 +78,12 @@ def ratio(graph: Graph, activations: Activations, folder: Path) -> float:
 
 
 @pytest.mark.parametrize(("tube", "width", "activations"), [(WHOLE, 13, "int8"), (PARTS, 13, "uint8")])
-def test_one_token_and_odd_widths(tube: TubeSpec, width: int, activations: Activations, tmp_path: Path) -> None:
+def test_one_token_and_odd_widths(tube: TubeSpec, width: int, activations: ActivationScheme, tmp_path: Path) -> None:
     assert ratio(traced(tube, width), activations, tmp_path) > 20
 
 
 @pytest.mark.parametrize(("offset", "activations"), [(0.0, "int8"), (2.5, "uint8"), (-1e-6, "int8")])
-def test_an_activation_that_never_changes(offset: float, activations: Activations, tmp_path: Path) -> None:
+def test_an_activation_that_never_changes(offset: float, activations: ActivationScheme, tmp_path: Path) -> None:
     """What `qkv` reads is one number everywhere: nothing, a constant, or next to nothing."""
 
     def dead(state: Any) -> None:

@@ -16,12 +16,12 @@ from onnx.reference import ReferenceEvaluator
 
 from edgetube import datasets
 from edgetube.calibration import equalize, numeric
-from edgetube.calibration.table import Activations, Range
+from edgetube.calibration.table import ActivationScheme, Range
 from edgetube.spec import InputContract
 
 
 @pytest.mark.parametrize("activations", ["int8", "uint8"])
-def test_activations_are_what_onnx_says(activations: Activations, rng: np.random.Generator) -> None:
+def test_activations_are_what_onnx_says(activations: ActivationScheme, rng: np.random.Generator) -> None:
     x = (rng.standard_normal((50, 8)) * 3).astype(np.float32)
     found = Range(-2.5, 4.0, "x")
     scale, zero = (found.symmetric, 0) if activations == "int8" else found.asymmetric
@@ -40,24 +40,25 @@ def test_activations_are_what_onnx_says(activations: Activations, rng: np.random
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     (expected,) = ReferenceEvaluator(model).run(None, {"x": x})
     np.testing.assert_allclose(
-        numeric.fake_activations(x, found, activations), np.asarray(expected, np.float32), atol=1e-6
+        numeric.fake_quantize_activations(x, found, activations), np.asarray(expected, np.float32), atol=1e-6
     )
 
 
 def test_full_scales_clip_nothing(rng: np.random.Generator) -> None:
     weight = rng.standard_normal((30, 5)).astype(np.float32)
-    q = numeric.quantise_weights(weight, numeric.full_scales(weight))
+    q = numeric.quantize_weights(weight, numeric.absmax_scales(weight))
     assert q.dtype == np.int8
     np.testing.assert_array_equal(np.abs(q).max(axis=0), 127)
     assert (
-        np.abs(numeric.fake_weights(weight, numeric.full_scales(weight)) - weight).max() <= np.abs(weight).max() / 253
+        np.abs(numeric.fake_quantize_weights(weight, numeric.absmax_scales(weight)) - weight).max()
+        <= np.abs(weight).max() / 253
     )
 
 
 def test_a_column_of_zeros_stays_zero() -> None:
     weight = np.zeros((4, 2), np.float32)
     scales = numeric.mse_scales(weight, np.ones(4, np.float32))
-    np.testing.assert_array_equal(numeric.quantise_weights(weight, scales), 0)
+    np.testing.assert_array_equal(numeric.quantize_weights(weight, scales), 0)
 
 
 def test_clipping_is_chosen_by_the_error_at_the_output(rng: np.random.Generator) -> None:
@@ -65,11 +66,11 @@ def test_clipping_is_chosen_by_the_error_at_the_output(rng: np.random.Generator)
     power = rng.uniform(0.1, 4, 400).astype(np.float32)
 
     def cost(scales: npt.NDArray[np.float32]) -> Any:
-        return (power[:, None] * np.square(numeric.fake_weights(weight, scales) - weight)).sum(axis=0)
+        return (power[:, None] * np.square(numeric.fake_quantize_weights(weight, scales) - weight)).sum(axis=0)
 
     best = numeric.mse_scales(weight, power)
-    full = numeric.full_scales(weight)
-    tried = np.stack([cost((full * np.float32(s)).astype(np.float32)) for s in numeric.CLIPS])
+    full = numeric.absmax_scales(weight)
+    tried = np.stack([cost((full * np.float32(s)).astype(np.float32)) for s in numeric.CLIP_RATIOS])
     np.testing.assert_allclose(cost(best), tried.min(axis=0), rtol=1e-5)
     assert (cost(best) <= cost(full)).all()
 
@@ -81,7 +82,7 @@ def second_moments(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 def test_the_gram_matrix_is_of_all_rows_whatever_the_pieces(rng: np.random.Generator) -> None:
     """In float64: what is shown first is not lost in what comes later."""
     rows = (rng.standard_normal((5000, 6)) * [1, 1e-3, 30, 1, 1, 0] + [0, 0, 0, 5, -5, 0]).astype(np.float32)
-    gram = numeric.GramMatrix(6)
+    gram = numeric.GramAccumulator(6)
     for piece in np.array_split(rows, 700):
         gram.add(piece)
     exact = second_moments(rows)
@@ -110,7 +111,7 @@ class TestRounding:
         self, rows: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The rows that are left move to where the damped output error is least, whatever the size of a block."""
-        scales = numeric.full_scales(weight) * np.float32(8)
+        scales = numeric.absmax_scales(weight) * np.float32(8)
         moments = rows.T.astype(np.float64) @ rows
         moments += np.eye(40) * numeric.DAMPING * moments.diagonal().mean()
         order = np.argsort(-moments.diagonal(), kind="stable")
@@ -122,35 +123,33 @@ class TestRounding:
             rest = np.linalg.solve(moments[i + 1 :, i + 1 :], moments[i + 1 :, i])
             left[i + 1 :] += np.outer(rest, error)
         for block in (1, 7, 128):
-            monkeypatch.setattr(numeric, "BLOCK", block)
-            np.testing.assert_array_equal(
-                numeric.rounded_weights(weight, scales, second_moments(rows))[order], expected
-            )
+            monkeypatch.setattr(numeric, "BLOCK_SIZE", block)
+            np.testing.assert_array_equal(numeric.gptq_quantize(weight, scales, second_moments(rows))[order], expected)
 
     def test_errors_cancel_at_the_output(self, rows: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> None:
         scales = numeric.mse_scales(weight, np.square(rows).mean(axis=0))
-        nearest = numeric.fake_weights(weight, scales)
-        ours = (numeric.rounded_weights(weight, scales, second_moments(rows)) * scales).astype(np.float32)
+        nearest = numeric.fake_quantize_weights(weight, scales)
+        ours = (numeric.gptq_quantize(weight, scales, second_moments(rows)) * scales).astype(np.float32)
         other = rows[::-1][:300] @ weight  # of rows alike
         errors = [numeric.output_error(other, rows[::-1][:300], w) for w in (ours, nearest)]
         assert errors[0] < 0.3 * errors[1]
 
     def test_channels_that_are_never_used(self, rows: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> None:
         np.testing.assert_array_equal(
-            numeric.rounded_weights(weight, numeric.full_scales(weight), np.zeros((len(weight), len(weight)))),
-            numeric.quantise_weights(weight, numeric.full_scales(weight)),
+            numeric.gptq_quantize(weight, numeric.absmax_scales(weight), np.zeros((len(weight), len(weight)))),
+            numeric.quantize_weights(weight, numeric.absmax_scales(weight)),
         )
         rows[:, 7] = 0
         moments = second_moments(rows)
-        assert np.abs(numeric.rounded_weights(weight, numeric.full_scales(weight), moments)).max() <= 127
+        assert np.abs(numeric.gptq_quantize(weight, numeric.absmax_scales(weight), moments)).max() <= 127
 
     def test_rounding_to_the_nearest_gives_the_integers_back(
         self, rows: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]
     ) -> None:
-        scales = numeric.full_scales(weight)
-        integers = numeric.rounded_weights(weight, scales, second_moments(rows))
+        scales = numeric.absmax_scales(weight)
+        integers = numeric.gptq_quantize(weight, scales, second_moments(rows))
         values = np.asarray(integers * scales, np.float32)
-        np.testing.assert_array_equal(numeric.quantise_weights(values, scales), integers)
+        np.testing.assert_array_equal(numeric.quantize_weights(values, scales), integers)
 
 
 def test_pixels_are_like_those_of_real_clips(rng: np.random.Generator) -> None:
@@ -159,15 +158,15 @@ def test_pixels_are_like_those_of_real_clips(rng: np.random.Generator) -> None:
     pieces = clip.frames.reshape(2, 4, 8, 8, 8, 8, 3).transpose(0, 2, 4, 1, 6, 3, 5)  # (..., T, C, H, W)
     rows = pieces.reshape(-1, 4 * 3 * 8 * 8).astype(np.float32)
     weight = rng.standard_normal((rows.shape[1], 5)).astype(np.float32)
-    scales = numeric.full_scales(weight)
-    exact, nearest = rows @ weight, numeric.fake_weights(weight, scales)
-    ours = np.float32(numeric.rounded_weights(weight, scales, numeric.pixel_moments(4, 8, 8)) * scales)
+    scales = numeric.absmax_scales(weight)
+    exact, nearest = rows @ weight, numeric.fake_quantize_weights(weight, scales)
+    ours = np.float32(numeric.gptq_quantize(weight, scales, numeric.pixel_moments(4, 8, 8)) * scales)
     errors = [numeric.output_error(exact, rows, w) for w in (ours, nearest)]
     assert errors[0] < errors[1] / 10
 
 
 def test_moments_of_pixels_by_hand() -> None:
-    near, mixed = numeric.NEAR, numeric.COLOURS
+    near, mixed = numeric.PIXEL_CORRELATION, numeric.COLOUR_CORRELATION
     found = numeric.pixel_moments(2, 1, 2, colours=2)  # (T, C, H, W): 8 pixels
     assert found.shape == (8, 8)
     np.testing.assert_allclose(found.diagonal(), 2)
@@ -183,12 +182,12 @@ def gelu(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def halves(*parts: npt.NDArray[np.float32]) -> tuple[equalize.Half, equalize.Half]:
-    first, second = (equalize.Half(equalize.Channels(rows.min(axis=0), rows.max(axis=0)), rows) for rows in parts)
+    first, second = (equalize.Half(equalize.ChannelRanges(rows.min(axis=0), rows.max(axis=0)), rows) for rows in parts)
     return first, second
 
 
 def equalised(rows: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], activations: Any) -> Any:
-    return equalize.behind_gelu(halves(rows[::2], rows[1::2]), weight, activations)
+    return equalize.choose_behind_gelu(halves(rows[::2], rows[1::2]), weight, activations)
 
 
 def test_an_equalisation_has_to_hold_for_clips_that_it_was_not_made_from(rng: np.random.Generator) -> None:
@@ -217,14 +216,14 @@ class TestBehindGelu:
         shift, scale = found.shift[0], found.range.symmetric
         assert shift == np.float16(shift)
         assert shift / scale == pytest.approx(round(shift / scale), abs=0.1)  # zero stays an integer
-        shifted = numeric.fake_activations(rows - shift, found.range, "int8") + shift
-        plain = numeric.fake_activations(rows, Range(float(rows.min()), float(rows.max()), "min-max"), "int8")
+        shifted = numeric.fake_quantize_activations(rows - shift, found.range, "int8") + shift
+        plain = numeric.fake_quantize_activations(rows, Range(float(rows.min()), float(rows.max()), "min-max"), "int8")
         assert np.square(shifted - rows).mean() < 0.4 * np.square(plain - rows).mean()
         assert equalised(rows, weight, "uint8").identity
 
     @pytest.mark.parametrize("activations", ["int8", "uint8"])
     def test_a_channel_that_is_far_larger_is_scaled(
-        self, rng: np.random.Generator, weight: npt.NDArray[np.float32], activations: Activations
+        self, rng: np.random.Generator, weight: npt.NDArray[np.float32], activations: ActivationScheme
     ) -> None:
         rows = gelu(rng.standard_normal((500, 12)))
         rows[:, 3] *= 60
@@ -268,9 +267,9 @@ class TestSafePairs:
             rows = np.float32(rows[:, :1] + 0.01 * rows)
         scales = numeric.mse_scales(weight, np.square(rows).mean(axis=0), safe_pairs=True)
         scales = np.float32(scales * data.draw(st.sampled_from([0.05, 0.5, 1.0])))  # more clipped than any search would
-        gram = numeric.second_moments(rows)
+        gram = numeric.gram_matrix(rows)
         for moments in (gram, np.zeros_like(gram)):
-            integers = numeric.rounded_weights(weight, scales, moments, safe_pairs=True)
+            integers = numeric.gptq_quantize(weight, scales, moments, safe_pairs=True)
             low, high = self.worst_sums(integers)
             assert low.min() >= -(2**15)
             assert high.max() <= 2**15 - 1
@@ -297,14 +296,14 @@ class TestSafePairs:
     def test_what_is_too_much_is_taken_from_both(self, steps: tuple[int, int], nearest: tuple[int, int]) -> None:
         weight = np.array(steps, np.float32)[:, None]
         one = np.ones(1, np.float32)
-        assert numeric.rounded_weights(weight, one, np.zeros((2, 2)), safe_pairs=True)[:, 0].tolist() == list(nearest)
-        assert numeric.fake_weights(weight, one, safe_pairs=True)[:, 0].tolist() == list(nearest)
+        assert numeric.gptq_quantize(weight, one, np.zeros((2, 2)), safe_pairs=True)[:, 0].tolist() == list(nearest)
+        assert numeric.fake_quantize_weights(weight, one, safe_pairs=True)[:, 0].tolist() == list(nearest)
 
     def test_full_scales_clip_nothing(self, rng: np.random.Generator) -> None:
         weight = rng.standard_normal((31, 5)).astype(np.float32)
-        scales = numeric.full_scales(weight, safe_pairs=True)
-        assert (scales >= numeric.full_scales(weight)).all()
-        error = np.abs(numeric.fake_weights(weight, scales, safe_pairs=True) - weight)
+        scales = numeric.absmax_scales(weight, safe_pairs=True)
+        assert (scales >= numeric.absmax_scales(weight)).all()
+        error = np.abs(numeric.fake_quantize_weights(weight, scales, safe_pairs=True) - weight)
         assert (error <= 1.001 * scales).all()  # half a step of rounding, and half where a pair is full
         steps = weight / scales
         pairs = np.abs(steps[:-1:2] + steps[1::2])[np.sign(steps[:-1:2]) == np.sign(steps[1::2])]
@@ -314,11 +313,11 @@ class TestSafePairs:
         """Where seven bits would give four times the error."""
         mixed = rng.standard_normal((2000, 64)) @ rng.standard_normal((64, 96)) * np.geomspace(3, 0.3, 96)
         rows, weight = mixed.astype(np.float32), rng.standard_normal((96, 32)).astype(np.float32)
-        gram, power = numeric.second_moments(rows), np.square(rows).mean(axis=0)
+        gram, power = numeric.gram_matrix(rows), np.square(rows).mean(axis=0)
 
         def error(safe: bool) -> float:
             scales = numeric.mse_scales(weight, power, safe)
-            rounded = np.float32(numeric.rounded_weights(weight, scales, gram, safe) * scales)
+            rounded = np.float32(numeric.gptq_quantize(weight, scales, gram, safe) * scales)
             return numeric.output_error(rows @ weight, rows, rounded)
 
         assert error(True) < 2 * error(False)

@@ -12,7 +12,7 @@ from scipy.stats import entropy
 
 from edgetube.calibration import numeric, observers
 from edgetube.calibration.observers import BINS, Histogram
-from edgetube.calibration.table import Activations, Range
+from edgetube.calibration.table import ActivationScheme, Range
 from edgetube.errors import InputError
 
 
@@ -62,13 +62,13 @@ def test_percentiles_are_those_of_numpy(values: npt.NDArray[np.float32]) -> None
 
 @pytest.mark.parametrize("activations", ["int8", "uint8"])
 def test_the_mse_range_is_the_best_of_a_direct_search(
-    values: npt.NDArray[np.float32], activations: Activations
+    values: npt.NDArray[np.float32], activations: ActivationScheme
 ) -> None:
     h = filled(values)
     found = next(r for r in observers.candidates(h, activations) if r.method == "mse")
 
     def cost(r: Any) -> Any:
-        return float(np.square(numeric.fake_activations(values, r, activations) - values).mean())
+        return float(np.square(numeric.fake_quantize_activations(values, r, activations) - values).mean())
 
     limits = np.geomspace(1, 0.05, 300) * max(-h.low, h.high)
     tried = [Range(max(h.low, -t), min(h.high, t), "x") for t in limits]
@@ -94,13 +94,13 @@ def test_every_candidate_lies_within_what_was_seen(values: npt.NDArray[np.float3
 def test_a_constant_tensor_has_a_range() -> None:
     for r in observers.candidates(filled(np.zeros(10, np.float32)), "uint8"):
         assert (r.low, r.high) == (0, 0)
-        np.testing.assert_array_equal(numeric.fake_activations(np.zeros(3, np.float32), r, "uint8"), 0)
+        np.testing.assert_array_equal(numeric.fake_quantize_activations(np.zeros(3, np.float32), r, "uint8"), 0)
 
 
-SCHEMES: tuple[Activations, ...] = ("int8", "uint8")
+SCHEMES: tuple[ActivationScheme, ...] = ("int8", "uint8")
 
 
-def in_integers(value: float, found: Range, activations: Activations) -> int:
+def in_integers(value: float, found: Range, activations: ActivationScheme) -> int:
     """QuantizeLinear by its definition: round half to even, add the zero point, saturate."""
     scale, zero = (found.symmetric, 0) if activations == "int8" else found.asymmetric
     low, high = (-128, 127) if activations == "int8" else (0, 255)
@@ -182,7 +182,7 @@ class TestCandidates:
     @pytest.mark.parametrize("activations", SCHEMES)
     @pytest.mark.parametrize("method", ["mse", "entropy"])
     def test_the_search_finds_the_best_of_its_shares(
-        self, values: npt.NDArray[np.float32], activations: Activations, method: str
+        self, values: npt.NDArray[np.float32], activations: ActivationScheme, method: str
     ) -> None:
         h = filled(values + np.float32(0.2), 2)
         cost = squared if method == "mse" else divergence
@@ -196,7 +196,7 @@ class TestCandidates:
         assert observers.least_squares(h, activations).method == "mse"
 
 
-def squared(h: Histogram, found: Range, activations: Activations) -> float:
+def squared(h: Histogram, found: Range, activations: ActivationScheme) -> float:
     """Sum over bins of the squared error of their centre, one by one."""
     scale, zero = (found.symmetric, 0) if activations == "int8" else found.asymmetric
     total = 0.0
@@ -206,7 +206,7 @@ def squared(h: Histogram, found: Range, activations: Activations) -> float:
     return float(total)
 
 
-def divergence(h: Histogram, found: Range, activations: Activations) -> float:
+def divergence(h: Histogram, found: Range, activations: ActivationScheme) -> float:
     """TensorRT's entropy calibration as NVIDIA published it (Migacz, 8-bit inference with TensorRT, GTC 2017).
 
     The reference distribution has the outliers in its last bin; the candidate is quantised without them and expanded
@@ -238,22 +238,26 @@ class TestCosts:
 
     @pytest.mark.parametrize("activations", SCHEMES)
     @pytest.mark.parametrize("found", RANGES)
-    def test_against_one_bin_at_a_time(self, rng: np.random.Generator, activations: Activations, found: Range) -> None:
+    def test_against_one_bin_at_a_time(
+        self, rng: np.random.Generator, activations: ActivationScheme, found: Range
+    ) -> None:
         h = filled((rng.standard_t(4, 4000) * 1.2 + 0.2).astype(np.float32))
         used = np.flatnonzero(h.counts)
         values, weight = h.centres[used], h.counts[used].astype(np.float64)
-        assert observers._squared(values, weight, found, activations) == pytest.approx(squared(h, found, activations))
+        assert observers._squared_error(values, weight, found, activations) == pytest.approx(
+            squared(h, found, activations)
+        )
         by_hand = divergence(h, found, activations)
         assert by_hand > 1e-4
-        assert observers._divergence(values, weight, found, activations) == pytest.approx(by_hand, rel=1e-9)
+        assert observers._kl_divergence(values, weight, found, activations) == pytest.approx(by_hand, rel=1e-9)
 
     def test_a_range_without_any_value_is_the_worst(self) -> None:
         values, weight = np.array([3.0, 4.0]), np.array([1.0, 2.0])
-        assert observers._divergence(values, weight, Range(-1.0, 1.0, "x"), "int8") == np.inf
+        assert observers._kl_divergence(values, weight, Range(-1.0, 1.0, "x"), "int8") == np.inf
 
     def test_a_divergence_by_hand(self) -> None:
         """Steps of 1: bins at .9, 1.1 (level 1) and 2 (level 2); 5, which is clipped, counts at 2."""
         values, weight = np.array([0.9, 1.1, 2.0, 500.0]), np.array([3.0, 1.0, 4.0, 2.0])
         p, q = np.array([3, 1, 6]) / 10, np.array([2, 2, 4]) / 8
-        found = observers._divergence(values, weight, Range(-127.0, 127.0, "x"), "int8")
+        found = observers._kl_divergence(values, weight, Range(-127.0, 127.0, "x"), "int8")
         assert found == pytest.approx(float((p * np.log(p / q)).sum()))

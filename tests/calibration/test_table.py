@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgetube.calibration.table import (
-    Activations,
+    ActivationScheme,
     CalibrationTable,
     LinearPlan,
     Range,
     ScaleType,
-    digits,
+    shortest_float32,
     stored_scales,
 )
 from edgetube.errors import InputError, SpecError
@@ -34,7 +34,7 @@ def table() -> CalibrationTable:
         ),
         LinearPlan("head", "pool", "head.weight", (), "float", "0.1% of the work"),
     )
-    scales = tuple(digits(s) for s in linears[0].weight_scales)
+    scales = tuple(shortest_float32(s) for s in linears[0].weight_scales)
     linears = (LinearPlan(**{**linears[0].__dict__, "weight_scales": scales}), linears[1])
     return CalibrationTable("a" * 64, {"sha256": "b" * 64, "count": 3}, "uint8", ranges, linears, {"numpy": "2"})
 
@@ -161,7 +161,7 @@ class TestStoredScales:
         unit=st.sampled_from([1.0, 256.0]),
     )
     def test_a_range_has_a_scale_that_exists(
-        self, low: float, high: float, activations: Activations, unit: float
+        self, low: float, high: float, activations: ActivationScheme, unit: float
     ) -> None:
         found = Range(-low, high, "mse")
         stored = found.stored(activations, "float16", unit)

@@ -252,7 +252,7 @@ def test_int8_weights_and_scales_are_the_tables(
     assert len(scales) == len(table.ranges)
     constants = {o.outputs[0][0]: o.inputs["val"][0] for o in operations if o.kind == "const"}
     for plan in table.quantised:
-        exact = numeric.quantise_weights(weights[plan.weight], np.array(plan.weight_scales, np.float32)).T
+        exact = numeric.quantize_weights(weights[plan.weight], np.array(plan.weight_scales, np.float32)).T
         stored = found[mlprogram.label(plan.weight)]["quantized_data"][0]
         assert np.abs(stored.astype(int) - exact).max() <= 1  # the scale was rounded to float16
         assert (stored == exact).mean() > 0.9
@@ -596,7 +596,7 @@ def read(rng: np.random.Generator) -> npt.NDArray[np.float32]:
 
 
 def moments_of(rows: Any) -> Any:
-    gram = numeric.GramMatrix(rows.shape[1])
+    gram = numeric.GramAccumulator(rows.shape[1])
     gram.add(rows)
     return gram.moments
 

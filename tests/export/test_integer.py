@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from edgetube import calibration, datasets, export
 from edgetube.calibration.clips import collect
-from edgetube.calibration.table import Activations, CalibrationTable, IntegerFormat
+from edgetube.calibration.table import ActivationScheme, CalibrationTable, IntegerFormat
 from edgetube.errors import InputError, ParityError
 from edgetube.export import canonical, integer, onnxruntime, quantize, static
 from edgetube.export.canonical import Graph
@@ -41,7 +41,7 @@ def clips(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> An
 @pytest.fixture(scope="module")
 def calibrated(graph: Graph, clips: Any, tmp_path_factory: pytest.TempPathFactory) -> Both:
     found: Both = {}
-    for scheme in get_args(Activations):
+    for scheme in get_args(ActivationScheme):
         made = calibration.calibrate(
             graph.model,
             clips,

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from edgetube import calibration, datasets, export
 from edgetube.calibration import Calibrated
 from edgetube.calibration.clips import collect
-from edgetube.calibration.table import Activations
+from edgetube.calibration.table import ActivationScheme
 from edgetube.errors import InputError
 from edgetube.export import canonical, quantize, static
 from edgetube.model import checkpoints
@@ -43,7 +43,7 @@ def calibrated(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize("activations", ["int8", "uint8"])
 def test_only_linears_are_quantised_with_one_pair_a_tensor(
-    checkpoint: Checkpoint, calibrated: Calibrated, activations: Activations
+    checkpoint: Checkpoint, calibrated: Calibrated, activations: ActivationScheme
 ) -> None:
     graph, table = quantize.apply(calibrated, traced(checkpoint))
     model = quantize.qdq(graph.model, table, activations=activations)
