@@ -112,6 +112,8 @@ class Range:
         wanted = float(stored_scales(scale / unit, dtype, "an activation")) * unit
         if wanted == scale or self.low == self.high:
             return self
+        exact = max(-self.low, self.high) / INT8_MAX if activations == "int8" else (self.high - self.low) / 255
+        scale = exact if exact < SMALLEST_NORMAL else scale
         low, high = self.low * wanted / scale, self.high * wanted / scale
         return Range(shortest_float32(low), shortest_float32(high), self.method)
 
@@ -287,7 +289,7 @@ def _plan(data: Any, where: str) -> LinearPlan:
     )
 
 
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST, SMALLEST_NORMAL = float(np.finfo(np.float32).max), float(np.finfo(np.float32).smallest_normal)
 
 
 def shortest_float32(value: float) -> float:

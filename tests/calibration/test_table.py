@@ -183,6 +183,12 @@ class TestStoredScales:
         if max(low, high) > 1e-30:
             assert found.stored("int8", "float32") == found.stored("uint8", "float32") == found
 
+    @pytest.mark.parametrize("activations", ["int8", "uint8"])
+    def test_a_range_smaller_than_any_float32_scale(self, activations: ActivationScheme) -> None:
+        stored = Range(0.0, 1e-38, "x").stored(activations, "float16")
+        scale = stored.symmetric if activations == "int8" else stored.asymmetric[0]
+        assert scale == pytest.approx(SMALLEST["float16"])
+
     def test_a_range_of_pixels_by_hand(self) -> None:
         stored = Range(0.0, 255.0, "min-max").stored("int8", "float16", 256.0)
         assert stored.symmetric == 256 * float(np.float16(255 / 127 / 256))
