@@ -169,7 +169,7 @@ def ours(traced: Graph, seen: Clips, judged: Clips, folder: Path) -> dict[str, P
     made: dict[ActivationScheme, tuple[onnx.ModelProto, CalibrationTable]] = {}
     for name in ("onnx-int8", "trt-int8"):
         target = export.target(name)
-        scheme = int8.activations(target)
+        scheme = int8.activation_scheme(target)
         found = calibration.calibrate(
             traced.model,
             seen,
@@ -188,7 +188,7 @@ def ours(traced: Graph, seen: Clips, judged: Clips, folder: Path) -> dict[str, P
         "edgetube trt-int8, its Q/DQ graph": folder / "trt-int8.onnx",
     }
     native, pairs, strong = paths.values()
-    onnx.save(integer.native(*made["uint8"]), native)
+    onnx.save(integer.to_integer_kernels(*made["uint8"]), native)
     openvino.convert(integer.split_products(qdq(*made["uint8"])), pairs, compress=False)
     onnx.save(qdq(*made["int8"]), strong)
     return paths

@@ -280,7 +280,7 @@ def weights(args: argparse.Namespace) -> dict[str, Any]:
                     max_drop=100.0,
                 )
             applied, table = quantize.apply(found, graph)
-            model = integer.native(applied.model, table)
+            model = integer.to_integer_kernels(applied.model, table)
             stored = (
                 np.asarray(m, np.int8)
                 for m in graphs.initializers(model).values()

@@ -1,6 +1,6 @@
-"""From a checkpoint to a bundle. Importing this package is cheap; what needs torch is imported by its modules.
+"""Export of checkpoints to bundles. Importing this package is cheap: only its modules import torch.
 
-A target is a pair of files of one name: `export/<name>.py` makes the artifact and `runtimes/<name>.py` runs it.
+A backend is two files of one name: `export/<name>.py` builds artifacts and `runtimes/<name>.py` runs them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from edgetube.targets import Target
 
 
 def exporter(backend: str) -> ModuleType:
-    """The module that makes artifacts for a backend: it has `TARGETS` and `build`."""
+    """The module that builds artifacts for a backend: it has `TARGETS` and `build`."""
     return importlib.import_module(f"edgetube.export.{backend}")
 
 
 def evaluator() -> Callable[[Any], Any]:
-    """What opens any ONNX graph so that all its tensors can be looked at: the exporter with a function `evaluate`."""
+    """Opens any ONNX graph for running: the function `evaluate` of the exporter that has one."""
     found = (exporter(name) for name in sorted(_exporters()))
     opened: Callable[[Any], Any] = next(module.evaluate for module in found if hasattr(module, "evaluate"))
     return opened

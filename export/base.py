@@ -1,16 +1,17 @@
-"""What every exporter file looks like: it declares its `TARGETS` and has one function `build`.
+"""The interface of an exporter module: it declares its `TARGETS` and has one function `build`.
 
 ::
 
     TARGETS: tuple[Target, ...]
     def build(graph: Graph, target: Target, folder: Path) -> Built: ...
 
-A file with INT8 targets takes their calibration table as a fourth argument, and may say which scheme it wants:
-`def activations(target: Target) -> ActivationScheme`; int8 without a zero point otherwise. How it stores and multiplies
-integers it says in `def integer_format(target: Target) -> IntegerFormat`; scales in float32 and exact sums otherwise.
-What else it wants of the calibration it says in `def wishes(graph: Graph, target: Target) -> Wishes`.
+For an INT8 target, `build` takes the calibration table as a fourth argument, and the module may define::
 
-The file is imported to list the targets, so it imports torch, onnx and the vendor's package inside `build`.
+    def activation_scheme(target: Target) -> ActivationScheme          # default: int8 without a zero point
+    def integer_format(target: Target) -> IntegerFormat                # default: scales in float32, sums are exact
+    def calibration_request(graph: Graph, target: Target) -> CalibrationRequest  # default: linears only
+
+The module is imported to list the targets, so it imports torch, onnx and the vendor's package inside `build`.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Built:
-    """What `build` wrote.
+    """The result of `build`.
 
     Attributes:
-        artifact: the file or folder name in the bundle that the backend opens.
-        details: what was chosen and counted, plain JSON, for the manifest's "build".
-        image: the artifact also answers single images, from the same weights.
-        deferred: the device completes the artifact on its first load.
-        notes: what a person should know about an int8 artifact, in words; shown after the export.
-        integer_macs: multiply-accumulates by constants that one call of an int8 artifact computes in 8-bit integers;
-            counted in the artifact, or in what the runtime makes of it.
+        artifact: name of the file or folder in the bundle that the backend opens.
+        details: for the manifest's "build", plain JSON.
+        image: the artifact also takes single images, with the same weights.
+        deferred: the device finishes building the artifact on first load.
+        notes: on an int8 artifact, for the user; shown after the export.
+        integer_macs: multiply-accumulates by constants in 8-bit integers, in one call of an int8 artifact; counted in
+            the artifact or in the runtime's optimised graph.
     """
 
     artifact: str
@@ -43,12 +44,12 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What an exporter wants of a calibration, beside the linears in the table.
+class CalibrationRequest:
+    """What an exporter needs from calibration, in addition to the linears in the table.
 
     Attributes:
-        tensors: names in the graph whose ranges the table should have too.
-        clips: how many clips the bundle carries to the device, in `edgetube.bundle.CLIPS`: (N, T, H, W, 3) uint8.
+        tensors: names of further tensors whose ranges go into the table.
+        clips: number of calibration clips in the bundle, in `edgetube.bundle.CLIPS`: (N, T, H, W, 3) uint8.
     """
 
     tensors: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The canonical ONNX graph: traced once, folded, named after the modules, checked; every exporter starts from it.
+"""The canonical ONNX graph, from which every exporter starts: traced, folded, named after the modules, checked.
 
 Opset 20 (the first with `Gelu`), IR version 9 (its contemporary; ONNX Runtime 1.17 and later read it). Static
 shapes, no shape arithmetic, one input `frames` of raw uint8 and one output. A tensor that leaves a module carries the
@@ -39,10 +39,10 @@ OPSET = 20
 IR_VERSION = 9
 MAX_RANK = 5
 PROTOBUF_LIMIT = 2_000_000_000
-"""Bytes that one protobuf message may have; larger models keep their weights in a second file."""
+"""Most bytes of one protobuf message; larger models store their weights in a second file."""
 
 SHAPE_OPS = frozenset({"Shape", "Size", "NonZero", "Range", "ConstantOfShape", "Loop", "If", "Scan", "Identity"})
-"""What must not be left in a static graph."""
+"""Operators that a static graph must not contain."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Graph:
 
     Attributes:
         model: float32 ONNX; `frames` uint8 (batch, T, H, W, 3) -> `logits` float32 (batch, classes).
-        spec, contract, batch: what it was made for.
+        spec, contract, batch: of the model.
         lowering: how the tubes are lowered, one of `static.LOWERINGS`.
-        labels: class names in the order of the logits, where they are known.
+        labels: class names in the order of the logits; empty where unknown.
         image: traces the graph that answers one image with the same weights; None where the model takes none.
-        moments: measures for the weight of each linear with a bias what it multiplies is like; of none by default.
+        moments: measures the input moments of each linear with a bias, by its weight; empty by default.
     """
 
     model: onnx.ModelProto
@@ -92,7 +92,7 @@ def trace(module: StaticTubeViT | StaticTokenizer, spec: ModelSpec, contract: In
     _name(canonical, module.output)
     _state_shapes(canonical.graph)
     _share_constants(canonical.graph)
-    _tidy(canonical)
+    _clean_up(canonical)
     canonical.doc_string = (
         f"TubeViT: frames uint8 {(batch, *contract.shape)} RGB -> {module.output}; pixels are normalised inside"
     )
@@ -106,7 +106,7 @@ def trace(module: StaticTubeViT | StaticTokenizer, spec: ModelSpec, contract: In
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's remarks about its own dependencies."""
+    """Context manager: silences warnings and logs of PyTorch's ONNX exporter."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -123,9 +123,9 @@ def _json(data: dict[str, Any]) -> str:
 
 
 def _fold(model: ir.Model) -> None:
-    """Constants computed, unused and repeated work removed.
+    """Fold constants, remove unused and repeated operators.
 
-    Initializers are not merged by value, as the stock optimiser does: equal biases would lose their names.
+    Unlike in the stock optimiser, equal initializers are not merged: equal biases would lose their names.
     """
     passes.InlinePass()(model)
     optimizer.fold_constants_ir(model, input_size_limit=1 << 30, output_size_limit=1 << 30)
@@ -139,7 +139,7 @@ def _fold(model: ir.Model) -> None:
 
 
 def _name(model: ir.Model, output: str) -> None:
-    """Names from the module hierarchy, and nothing left of the machine that traced it."""
+    """Name tensors and nodes after the module hierarchy."""
     graph = model.graph
     scopes: dict[ir.Node, str] = {}
     for node in reversed(graph):
@@ -161,7 +161,7 @@ def _name(model: ir.Model, output: str) -> None:
 
 
 def _state_shapes(graph: ir.Graph) -> None:
-    """Integers stated plainly: Reshape to what the traced shapes are, not to -1 and 0; Gather by int32, half as big."""
+    """Make Reshape shapes explicit, without -1 and 0; store Gather indices as int32."""
     for node in graph:
         if node.op_type == "Reshape":
             shape = node.outputs[0].shape
@@ -177,14 +177,14 @@ def _state_shapes(graph: ir.Graph) -> None:
 
 
 def _replace_constant(graph: ir.Graph, node: ir.Node, name: str, tensor: ir.TensorProtocol) -> None:
-    """Another constant as the second input of a node."""
+    """Replace the second input of a node by a constant."""
     value = ir.Value(name=name, const_value=tensor)
     graph.register_initializer(value)
     node.replace_input_with(1, value)
 
 
 def _share_constants(graph: ir.Graph) -> None:
-    """Shapes, axes and bounds of slices: one initializer per value, named by it."""
+    """Share int64 constants (shapes, axes, slice bounds): one initializer per value, named after it."""
     shared: dict[str, ir.Value] = {}
     for value in [value for value in graph.initializers.values() if value.uses()]:
         constant = value.const_value
@@ -199,7 +199,7 @@ def _share_constants(graph: ir.Graph) -> None:
 
 
 def _scope(node: ir.Node, scopes: dict[ir.Node, str]) -> str:
-    """The module that a node was traced in, `blocks.3.attn.qkv`; for a node made by folding, that of its users."""
+    """The module that a node was traced in, `blocks.3.attn.qkv`; for a node from folding, the module of its users."""
     recorded = node.metadata_props.get("pkg.torch.onnx.name_scopes")
     if recorded is not None:
         modules = [str(name) for name in ast.literal_eval(recorded)]
@@ -209,13 +209,13 @@ def _scope(node: ir.Node, scopes: dict[ir.Node, str]) -> str:
 
 
 def _leaves(value: ir.Value, scope: str, scopes: dict[ir.Node, str]) -> bool:
-    """Whether a value is used outside of the module that made it."""
+    """Whether a value is used outside the module that produces it."""
     users = [scopes[node] for node, _ in value.uses()]
     return value.is_graph_output() or any(user != scope and not user.startswith(f"{scope}.") for user in users)
 
 
-def _tidy(model: ir.Model) -> None:
-    """Repeated views merged, initializers in the order of their use, nothing left of the machine that traced it."""
+def _clean_up(model: ir.Model) -> None:
+    """Merge repeated views, sort initializers by first use, remove metadata of the tracing machine."""
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     graph = model.graph
@@ -232,7 +232,7 @@ def _tidy(model: ir.Model) -> None:
 
 
 def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Static shape of every tensor of a graph; a dimension that is not static is -1."""
+    """Static shape of every tensor of a graph; a dynamic dimension is -1."""
     graph = model.graph
     found = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in [*graph.input, *graph.value_info, *graph.output]:
@@ -242,7 +242,7 @@ def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
 
 
 def check(model: onnx.ModelProto) -> None:
-    """That a graph is valid ONNX, static, and of rank 5 at most.
+    """Check that a graph is valid ONNX, static, and of rank 5 at most.
 
     Raises:
         SpecError: it is not; names the tensor or operator.
@@ -271,7 +271,7 @@ def size(model: onnx.ModelProto) -> int:
 
 
 def save(model: onnx.ModelProto, path: str | Path) -> None:
-    """Write a graph; weights beside it as `<name>.data` when protobuf's limit asks for it."""
+    """Write a graph; above protobuf's limit, its weights go to `<name>.data` beside it."""
     if size(model) < PROTOBUF_LIMIT:
         onnx.save(model, str(path))
     else:
@@ -279,7 +279,7 @@ def save(model: onnx.ModelProto, path: str | Path) -> None:
 
 
 def statistics(model: onnx.ModelProto) -> dict[str, Any]:
-    """What a graph is made of, in plain JSON.
+    """Statistics of a graph, plain JSON.
 
     Returns:
         operators (type -> count), nodes, parameters, weight_bytes, macs (matrix products and convolutions),
@@ -309,7 +309,7 @@ def _macs(node: onnx.NodeProto, known: dict[str, tuple[int, ...]]) -> int:
 
 
 def byte_casts(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The nodes that turn uint8 into float."""
+    """The nodes that cast uint8 to float."""
     bytes_ = {value.name for value in model.graph.input if value.type.tensor_type.elem_type == TensorProto.UINT8}
     casts = []
     for node in model.graph.node:
@@ -323,17 +323,17 @@ def byte_casts(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return casts
 
 
-WIDE = frozenset({"LayerNormalization", "Softmax", "ReduceMean"})
-"""Operators that keep float32 in half precision: their sums and exponentials leave its range."""
+FP32_OPS = frozenset({"LayerNormalization", "Softmax", "ReduceMean"})
+"""Operators that stay in float32 in a float16 graph: their sums and exponentials exceed its range."""
 
 PIXEL_SCALE = 256.0
-"""Half precision holds 0..255 but not weights divided by 255: pixels are divided by 256 and the weights are not."""
+"""Float16 graphs divide pixels by this and multiply tube weights by it: weights / 255 would lose digits in float16."""
 
 
-def half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph in float16: weights, matrix products, sums and GELU; `WIDE` operators stay in float32.
+def convert_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph in float16: weights, matrix products, sums and GELU; `FP32_OPS` stay in float32.
 
-    Inputs and outputs keep their types (uint8 frames, float32 logits), and what is quantised stays int8, with float16
+    Inputs and outputs keep their types (uint8 frames, float32 logits), and quantised tensors stay int8, with float16
     scales.
 
     Raises:
@@ -342,10 +342,10 @@ def half(model: onnx.ModelProto) -> onnx.ModelProto:
     source = model.graph
     pixels = {node.output[0] for node in byte_casts(model)}
     outputs = {value.name for value in source.output}
-    nodes = [new for node in source.node for new in _narrow(node, pixels, outputs)]
-    wide = {name for node in source.node if node.op_type in WIDE for name in node.input[1:]}
+    nodes = [new for node in source.node for new in _fp16_nodes(node, pixels, outputs)]
+    wide = {name for node in source.node if node.op_type in FP32_OPS for name in node.input[1:]}
     factors = _pixel_factors(source, pixels)
-    weights = [_narrow_weight(t, factors.get(t.name, 1.0), t.name in wide) for t in source.initializer]
+    weights = [_fp16_weight(t, factors.get(t.name, 1.0), t.name in wide) for t in source.initializer]
     weights.append(numpy_helper.from_array(np.array(1 / PIXEL_SCALE, np.float16), "pixels.scale"))
 
     result = onnx.ModelProto()
@@ -359,15 +359,15 @@ def half(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.input.extend(source.input)
     graph.output.extend(source.output)
     graph.initializer.extend(weights)
-    graph.value_info.extend(_narrow_types(model, nodes))
+    graph.value_info.extend(_fp16_types(model, nodes))
     check(result)
     return result
 
 
 def _pixel_factors(graph: onnx.GraphProto, pixels: set[str]) -> dict[str, float]:
-    """What `PIXEL_SCALE` does to the constants that meet pixels: weights grow by it, scales of quantised pixels shrink.
+    """Factors by `PIXEL_SCALE` of constants: weights that multiply pixels grow, scales of quantised pixels shrink.
 
-    Of a quantised weight it is the scale that grows.
+    Of a quantised weight, the scale grows.
     """
     makers = {name: node for node in graph.node for name in node.output}
     factors: dict[str, float] = {}
@@ -384,12 +384,12 @@ def _pixel_factors(graph: onnx.GraphProto, pixels: set[str]) -> dict[str, float]
     return factors
 
 
-def _narrow(node: onnx.NodeProto, pixels: set[str], outputs: set[str]) -> list[onnx.NodeProto]:
-    """One node in half precision, with a Cast wherever a tensor changes its width."""
+def _fp16_nodes(node: onnx.NodeProto, pixels: set[str], outputs: set[str]) -> list[onnx.NodeProto]:
+    """One node in float16, with a Cast wherever the type changes."""
     new = onnx.NodeProto()
     new.CopyFrom(node)
     name = node.output[0]
-    if node.op_type in WIDE:
+    if node.op_type in FP32_OPS:
         new.input[0], new.output[0] = f"{name}.input.fp32", f"{name}.fp32"
         return [_cast(node.input[0], new.input[0], TensorProto.FLOAT), new, _cast(new.output[0], name)]
     if name in pixels:
@@ -405,8 +405,8 @@ def _cast(source: str, target: str, to: int = TensorProto.FLOAT16) -> onnx.NodeP
     return helper.make_node("Cast", [source], [target], name=f"{target}.cast", to=to)
 
 
-def _narrow_weight(tensor: TensorProto, scale: float, wide: bool) -> TensorProto:
-    """A float32 initializer in float16, unless it belongs to a wide operator."""
+def _fp16_weight(tensor: TensorProto, scale: float, wide: bool) -> TensorProto:
+    """A float32 initializer in float16, unless it belongs to an operator of `FP32_OPS`."""
     if wide or tensor.data_type != TensorProto.FLOAT:
         return tensor
     values = numpy_helper.to_array(tensor) * np.float32(scale)
@@ -415,8 +415,8 @@ def _narrow_weight(tensor: TensorProto, scale: float, wide: bool) -> TensorProto
     return numpy_helper.from_array(values.astype(np.float16), tensor.name)
 
 
-def _narrow_types(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> Iterator[onnx.ValueInfoProto]:
-    """Type and shape of every inner tensor of the half precision graph."""
+def _fp16_types(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> Iterator[onnx.ValueInfoProto]:
+    """Type and shape of every inner tensor of the float16 graph."""
     known, outputs = shapes(model), {value.name for value in model.graph.output}
     integers = {v.name: v.type.tensor_type.elem_type for v in [*model.graph.input, *model.graph.value_info]}
     integers = {name: kind for name, kind in integers.items() if kind != TensorProto.FLOAT}

@@ -1,7 +1,7 @@
 """Targets of Core ML: the canonical graph as an ML program in a `.mlpackage`, built on any machine.
 
-The program is typed here, operation by operation (`edgetube.export.mlprogram`), and none of the converter's own passes
-runs: what is written is what was said. `docs/coreml.md` says how an app uses the package.
+The program is built operation by operation with explicit types (`edgetube.export.mlprogram`), and no pass of the
+converter runs. `docs/coreml.md` says how an app uses the package.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ INT8_SETTINGS = (
     Setting("deployment", "iOS17", "oldest system that opens the package (iOS17: macOS 14)", ("iOS17", "iOS18")),
     *(setting for setting in SETTINGS if setting.name not in ("deployment", "functions")),
 )
-"""Older systems do not quantise activations; and ranges come from videos, so that they do not fit images."""
+"""Older systems do not quantise activations, and ranges calibrated on videos do not fit images."""
 
 
 def _target(precision: Any, summary: str, tolerance: float | None) -> Target:
@@ -89,7 +89,7 @@ NOTES = {
 def integer_format(target: Target) -> IntegerFormat:
     """Scales are float16 like all constants, and pixels are divided so that sums of them stay within it.
 
-    Integers are computed by Apple's own processors, whose sums are wide, so that weights keep all of their 8 bits.
+    Apple's processors accumulate integers in more than 16 bits, so weights keep all of their 8 bits.
     """
     from edgetube.calibration.table import IntegerFormat
     from edgetube.export.canonical import PIXEL_SCALE
@@ -117,7 +117,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     path = folder / "model.mlpackage"
     with _quiet():
         if both and graph.image is not None:
-            _save_both(graph, _sharing(graph.image(), graph), target, path)
+            _save_both(graph, _with_shared_weights(graph.image(), graph), target, path)
         else:
             _save(_convert(graph, target, table), graph, path)
     details: dict[str, Any] = {"settings": {s.name: target.setting(s.name) for s in target.settings}}
@@ -129,9 +129,9 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
 
 
 def integer_products(path: Path) -> list[tuple[str, int]]:
-    """The products of a saved package whose both sides are int8: operation, and multiply-accumulates in one call.
+    """The products of a saved package with two int8 operands: operation, and multiply-accumulates in one call.
 
-    They are read back from the file. Whether a device multiplies the integers, or what they stand for, is its choice.
+    They are read from the file. A device may multiply the integers or the dequantised values.
     """
     operations = mlpackage.load(path).functions["main"].operations
     makers = {name: operation for operation in operations for name, _ in operation.outputs}
@@ -150,7 +150,7 @@ def integer_products(path: Path) -> list[tuple[str, int]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the converter's progress bars, its remarks about packages that it does not use and its litter."""
+    """Context manager: silences the converter's progress bars, logs and warnings of temporary folders."""
     logger = logging.getLogger("coremltools")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -170,11 +170,11 @@ def _convert(graph: Graph, target: Target, table: CalibrationTable | None = None
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, types
 
-    from edgetube.export.mlprogram import EngineLowering, Lowering
-    from edgetube.export.mlweights import Storage
+    from edgetube.export.mlprogram import Lowering, NeuralEngineLowering
+    from edgetube.export.mlweights import WeightStorage
 
     deployment = getattr(ct.target, target.setting("deployment"))
-    lowering = EngineLowering if target.setting("layout") == "columns" else Lowering
+    lowering = NeuralEngineLowering if target.setting("layout") == "columns" else Lowering
     pins = [pin for pin in target.setting("fp32").split(",") if pin]
     output = graph.model.graph.output[0].name
     classify = bool(graph.labels) and graph.batch == 1
@@ -184,8 +184,8 @@ def _convert(graph: Graph, target: Target, table: CalibrationTable | None = None
     with Function({"frames": frames}, opset_version=deployment) as function:
         blocks = target.setting("deployment") == "iOS18"
         uint4 = types.np_uint4_dtype if blocks else None
-        storage = Storage(mb, target.precision, uint4, _plans(graph, table), graph.moments)
-        translation = lowering(mb, graph.model, storage.weight, pins, storage.activation, storage.bias)
+        storage = WeightStorage(mb, target.precision, uint4, _plans(graph, table), graph.moments)
+        translation = lowering(mb, graph.model, storage.weight, pins, storage.activation, storage.corrected_bias)
         narrow = translation.run(function.inputs["frames"])
         answer = mb.cast(x=narrow, dtype="fp32", name=output) if narrow.dtype != types.fp32 else narrow
         if classify:
@@ -212,7 +212,7 @@ def _classifier(labels: tuple[str, ...]) -> Any:
 
 
 def _save(model: Any, graph: Graph, path: Path) -> None:
-    """Write a package with what a person sees of it in Xcode."""
+    """Write a package with the metadata that Xcode shows."""
     spec = graph.spec
     model.short_description = (
         f"Sparse-tube video transformer: {spec.tokens} tokens of {len(spec.active)} tubes, {spec.depth} blocks of "
@@ -249,8 +249,8 @@ def _save_both(video: Graph, image: Graph, target: Target, path: Path) -> None:
         model.save(str(path))
 
 
-def _sharing(image: Graph, video: Graph) -> Graph:
-    """The graph for images, its weights rounded for what those of the video graph read: they are stored once.
+def _with_shared_weights(image: Graph, video: Graph) -> Graph:
+    """The image graph with the second moments of the video graph, so that both round and share the same weights.
 
     Its biases are corrected for images.
     """
@@ -263,7 +263,7 @@ def _sharing(image: Graph, video: Graph) -> Graph:
 
 
 def _plans(graph: Graph, table: CalibrationTable | None) -> dict[str, tuple[LinearPlan, Range]]:
-    """What a table says of the weights that it quantises, and of what they multiply.
+    """Plan and activation range of each weight that the table quantises.
 
     Raises:
         InputError: the table is for another graph.

@@ -1,4 +1,4 @@
-"""INT8 on the road: which clips, which float artifact it is held against, and whether it was worth it."""
+"""INT8 targets in the pipeline: clips, the float baseline, accuracy checks, and the summary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgetube.calibration import Calibrated
 from edgetube.calibration.table import FLOAT32_SCALES, ActivationScheme, IntegerFormat
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
-from edgetube.export.base import Built, Wishes
+from edgetube.export.base import Built, CalibrationRequest
 from edgetube.export.canonical import Graph
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.progress import Progress, track
@@ -28,25 +28,24 @@ from edgetube.runtimes.base import Backend, may_saturate
 from edgetube.targets import Target
 from edgetube.video import Frames
 
-STATISTICS, JUDGED = 128, 252
-"""Clips that ranges come from, and clips that accuracy is judged on; the latter are others when there are enough."""
+CALIBRATION_CLIPS, VALIDATION_CLIPS = 128, 252
+"""Most clips for calibration, and for validation; the latter are disjoint when there are enough."""
 
-ENOUGH = 32
-"""Fewer unseen clips than this are not worth judging on alone: then all clips are validation clips."""
-
+MIN_UNSEEN_CLIPS = 32
+"""With fewer clips left after calibration, all clips are validation clips."""
 
 MIN_COSINE = 0.98
-"""Smallest cosine of the logits on a clip that judges, between the artifact and the float graph."""
+"""Smallest cosine between the logits of artifact and float graph on a validation clip."""
 
 SQNR_LOSS = 3.0
-"""dB by which the artifact's SQNR on the judging clips may lie below the simulated one."""
+"""dB by which the artifact's SQNR on the validation clips may be below the simulated one."""
 
 LOGITS = "logits"
-"""What the canonical graph calls its output."""
+"""Name of the canonical graph's output."""
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """An opened artifact and its size in bytes."""
 
     bundle: Bundle
@@ -59,68 +58,68 @@ class Contestant:
 
 
 def sources(checkpoint: Checkpoint, given: Path | None) -> tuple[ClipSet, ClipSet]:
-    """The clips to calibrate on and those to judge by.
+    """The calibration clips and the validation clips.
 
     Args:
-        given: the user's clips; None takes the built-in ones, for models that know them and for random weights.
+        given: the user's clips; None takes the built-in ones, for models with their labels and for random weights.
 
     Raises:
-        InputError: no clips that this model was made for.
+        InputError: no clips were given and the built-in ones do not fit the model.
     """
     if given is not None:
         source = datasets.load(given, checkpoint.contract).known(checkpoint.labels)
     elif set(demo.LABELS) <= set(checkpoint.labels) or checkpoint.source.startswith("random:"):
-        source = datasets.built_in_calibration(STATISTICS + JUDGED, checkpoint.labels)
+        source = datasets.built_in_calibration(CALIBRATION_CLIPS + VALIDATION_CLIPS, checkpoint.labels)
     else:
         raise InputError(
             f"INT8 needs clips of what {checkpoint.name} is for, 128 or more; give --calib a folder, a .csv manifest, "
             "or .npy/.npz frames"
         )
-    drawn = source.sample(STATISTICS + JUDGED)
-    seen, unseen = drawn.items[:STATISTICS], drawn.items[STATISTICS:]
-    judged = unseen if len(unseen) >= ENOUGH else drawn.items
+    drawn = source.sample(CALIBRATION_CLIPS + VALIDATION_CLIPS)
+    seen, unseen = drawn.items[:CALIBRATION_CLIPS], drawn.items[CALIBRATION_CLIPS:]
+    judged = unseen if len(unseen) >= MIN_UNSEEN_CLIPS else drawn.items
     return replace(source, items=seen), replace(source, items=judged)
 
 
-def activations(target: Target) -> ActivationScheme:
-    """The scheme that a target's exporter asks for in `activations`; int8 without a zero point if it is silent."""
+def activation_scheme(target: Target) -> ActivationScheme:
+    """The `activation_scheme` of a target's exporter; int8 without a zero point by default."""
     ask: Callable[[Target], ActivationScheme] = getattr(
-        export.exporter(target.backend), "activations", lambda _: "int8"
+        export.exporter(target.backend), "activation_scheme", lambda _: "int8"
     )
     return ask(target)
 
 
 def integer_format(target: Target) -> IntegerFormat:
-    """How a target stores and multiplies integers, as its exporter says in `integer_format`."""
+    """The `integer_format` of a target's exporter; `FLOAT32_SCALES` by default."""
     ask: Callable[[Target], IntegerFormat] | None = getattr(export.exporter(target.backend), "integer_format", None)
     return ask(target) if ask else FLOAT32_SCALES
 
 
-def wishes(graph: Graph, target: Target) -> Wishes:
-    """What a target's exporter wants of the calibration; nothing if it is silent."""
-    state = getattr(export.exporter(target.backend), "wishes", None)
-    found: Wishes = state(graph, target) if state else Wishes()
+def calibration_request(graph: Graph, target: Target) -> CalibrationRequest:
+    """The `calibration_request` of a target's exporter; an empty one by default."""
+    state = getattr(export.exporter(target.backend), "calibration_request", None)
+    found: CalibrationRequest = state(graph, target) if state else CalibrationRequest()
     return found
 
 
-def float_sibling(target: Target) -> Target:
-    """The float target of the same runtime that an INT8 artifact is measured against: the first it declares."""
+def float_baseline(target: Target) -> Target:
+    """The float target that an INT8 target is measured against: the first that the same runtime declares."""
     declared: tuple[Target, ...] = export.exporter(target.backend).TARGETS
     family = [t for t in declared if t.name.partition("-")[0] == target.name.partition("-")[0]]
     return next(t for t in family if t.precision in ("fp32", "fp16"))
 
 
 def macs_share(built: Built, calibrated: Calibrated, batch: int) -> float:
-    """The share of the linears' work that the artifact computes in integers, as its exporter counted it there."""
+    """The share of the linears' multiply-accumulates that the artifact computes in integers."""
     share: float = built.integer_macs / (batch * calibrated.report["linear_macs"])
     return share
 
 
 def measure(
-    calibrated: Calibrated, simulated: float, int8: Contestant, plain: Contestant, progress: Progress
+    calibrated: Calibrated, simulated_sqnr: float, int8: Candidate, plain: Candidate, progress: Progress
 ) -> dict[str, Any]:
-    """Accuracy, speed and size of an INT8 artifact against the float one of its runtime; see `judge`."""
-    accuracy = judge(calibrated, simulated, int8, plain.name, progress)
+    """Accuracy, speed and size of an INT8 artifact against the float one of its runtime; see `check_accuracy`."""
+    accuracy = check_accuracy(calibrated, simulated_sqnr, int8, plain.name, progress)
     clip = np.repeat(calibrated.budget.clips.frames[0][None], int8.backend.batch, axis=0)
     times = interleave({c.name: partial(c.backend, clip) for c in (int8, plain)}, seconds=1.0)
     speedup, share = times[plain.name].p50_ms / times[int8.name].p50_ms, int8.size / plain.size
@@ -134,14 +133,14 @@ def measure(
     }
 
 
-def judge(
-    calibrated: Calibrated, simulated: float, int8: Contestant, instead: str, progress: Progress
+def check_accuracy(
+    calibrated: Calibrated, simulated_sqnr: float, int8: Candidate, alternative: str, progress: Progress
 ) -> dict[str, Any]:
-    """Accuracy of an INT8 artifact on the validation clips.
+    """Check the accuracy of an INT8 artifact on the validation clips; its record for the manifest.
 
     Args:
-        simulated: SQNR in dB that the Q/DQ of the artifact has there when it is computed as it stands.
-        instead: what to propose when it fails.
+        simulated_sqnr: SQNR in dB of the simulated Q/DQ graph on the same clips.
+        alternative: target that an error proposes.
 
     Raises:
         ParityError: the artifact loses more than the budget on the validation clips, or its error is larger than
@@ -154,25 +153,25 @@ def judge(
     verdict = calibrated.budget.verdict(logits)
     if not verdict.within_budget:
         raise ParityError(
-            f"{int8.name} loses {verdict}; nothing was written: allow more with --max-drop, or use {instead}"
+            f"{int8.name} loses {verdict}; nothing was written: allow more with --max-drop, or use {alternative}"
         )
-    if not verdict.sqnr >= simulated - SQNR_LOSS:
-        why = cause(int8, clips.frames[0], calibrated.budget.logits[0])
+    if not verdict.sqnr >= simulated_sqnr - SQNR_LOSS:
+        why = diagnose(int8, clips.frames[0], calibrated.budget.logits[0])
         raise ParityError(
             f"{int8.name} computes something else than what was calibrated: its SQNR on {len(clips)} clips is "
-            f"{verdict.sqnr:.1f} dB, simulated were {simulated:.1f}; {why}; nothing was written: use {instead}"
+            f"{verdict.sqnr:.1f} dB, simulated were {simulated_sqnr:.1f}; {why}; nothing was written: use {alternative}"
         )
     cosine = metrics.cosine(calibrated.budget.logits, logits)
     if not cosine >= MIN_COSINE:
         raise ParityError(
             f"{int8.name}: the cosine of the logits on the worst of {len(clips)} clips is {cosine:.4f}, at least "
-            f"{MIN_COSINE} is expected; nothing was written: use {instead}, or calibrate on more clips"
+            f"{MIN_COSINE} is expected; nothing was written: use {alternative}, or calibrate on more clips"
         )
     return {"accuracy": {**verdict.to_json(), "cosine": cosine}}
 
 
-def cause(int8: Contestant, clip: Frames, expected: npt.NDArray[np.float32]) -> str:
-    """Why an artifact is further from the float graph than its simulation, as far as it can be told, in words.
+def diagnose(int8: Candidate, clip: Frames, expected: npt.NDArray[np.float32]) -> str:
+    """The likely cause of an artifact's error being larger than that of its simulation, in words.
 
     Args:
         clip: (T, H, W, 3) uint8.
@@ -195,7 +194,7 @@ def cause(int8: Contestant, clip: Frames, expected: npt.NDArray[np.float32]) -> 
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """One line: is it worth it? Slower than float is called slower."""
+    """One line for the user: speed, size and accuracy against float; `SLOWER` where it is."""
     accuracy = report.get("accuracy", report["judged"])
     kept = f"{accuracy['agreement']:.1%} of {accuracy['clips']} answers unchanged"
     if accuracy["top1"] is not None:
@@ -212,5 +211,5 @@ def summary(report: Mapping[str, Any]) -> str:
 
 
 def workspace() -> tempfile.TemporaryDirectory[str]:
-    """A folder for frames and activations on their way."""
+    """A temporary folder for frames and activations."""
     return tempfile.TemporaryDirectory(prefix="edgetube.")

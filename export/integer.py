@@ -1,9 +1,9 @@
-"""A calibrated graph in integer kernels: what a runtime would have to find by fusing Q/DQ is stated outright.
+"""Rewrites a calibrated graph to explicit integer kernels, so that no runtime has to fuse Q/DQ.
 
-For runtimes that know the `com.microsoft` operators. A linear is one MatMulIntegerToFloat (8-bit activations times
+For runtimes with the `com.microsoft` operators. A linear is one MatMulIntegerToFloat (8-bit activations times
 8-bit weights with a scale per column, plus the float bias), attention one MultiHeadAttention in float32. Tubes multiply
-the bytes of the frames as they are: a pixel is a uint8 with scale 1, so only weights are rounded. Nothing is left to
-pattern matching, so nothing falls back to float behind anybody's back.
+the bytes of the frames: a pixel is a uint8 with scale 1, so only weights are rounded. No pattern matching is needed, so
+no linear falls back to float silently.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ TO_COLUMNS = [0, 2, 3, 1]
 """(B, N, h, D / h) to (B, h, D / h, N)."""
 
 
-def native(model: onnx.ModelProto, table: CalibrationTable, *, unsigned_weights: bool = False) -> onnx.ModelProto:
+def to_integer_kernels(
+    model: onnx.ModelProto, table: CalibrationTable, *, unsigned_weights: bool = False
+) -> onnx.ModelProto:
     """The calibrated float graph in integer kernels; linears that the table keeps in float stay as they are.
 
     Activations are of the table's scheme.
@@ -46,13 +48,13 @@ def native(model: onnx.ModelProto, table: CalibrationTable, *, unsigned_weights:
         InputError: the table is for another graph.
     """
     table.check(graphs.digest(model))
-    nodes, tensors = _Linears(model, table, unsigned_weights).rewrite()
+    nodes, tensors = _LinearRewriter(model, table, unsigned_weights).rewrite()
     nodes = _fuse_attention(nodes, graphs.initializers(model))
     return _model(model, nodes, tensors)
 
 
-class _Linears:
-    """Linears one by one; what they share (quantised activations, zero points) is made once."""
+class _LinearRewriter:
+    """Rewrites the linears; quantised activations and zero points are shared."""
 
     def __init__(self, model: onnx.ModelProto, table: CalibrationTable, unsigned_weights: bool) -> None:
         self.model, self.ranges, self.scheme = model, table.ranges, table.activations
@@ -64,7 +66,7 @@ class _Linears:
         self.quantised: dict[str, list[str]] = {}
 
     def rewrite(self) -> tuple[list[NodeProto], list[onnx.TensorProto]]:
-        """The nodes of the graph, and the constants that were added."""
+        """The new nodes of the graph, and the added constants."""
         linears = {found.node: found for found in graphs.linears(self.model) if found.name in self.plans}
         readers = _readers(self.model.graph.node)
         nodes: list[NodeProto] = []
@@ -96,7 +98,7 @@ class _Linears:
         yield helper.make_node("MatMulIntegerToFloat", inputs, [output], name=output, domain=DOMAIN)
 
     def _activation(self, name: str) -> list[str]:
-        """Names of a tensor's integers, scale and zero point; pixels are integers already."""
+        """Names of a tensor's integers, scale and zero point; for pixels, the integers are the frames."""
         if name not in self.quantised:
             found, cast = self.ranges[name], self.producers.get(name)
             integers, scale, zero = f"{name}.quantized", *found.asymmetric
@@ -128,7 +130,7 @@ class _Linears:
 
 
 def _fuse_attention(nodes: list[NodeProto], weights: Mapping[str, npt.NDArray[np.generic]]) -> list[NodeProto]:
-    """Scores, softmax, context and the transposes around them as one kernel that never writes the scores out."""
+    """Fuse scores, softmax, context and their transposes into one MultiHeadAttention, which never stores the scores."""
     producers, readers = _producers(nodes), _readers(nodes)
     gone: set[str] = set()
     fused: dict[str, NodeProto] = {}
@@ -195,14 +197,14 @@ def _is_read(name: str, nodes: Iterable[NodeProto], model: onnx.ModelProto) -> b
     return any(name in node.input for node in nodes) or any(name == value.name for value in model.graph.output)
 
 
-def products(model: onnx.ModelProto) -> int:
-    """Matrix products of a Q/DQ graph whose both sides come from integers."""
+def count_integer_products(model: onnx.ModelProto) -> int:
+    """Number of MatMuls of a Q/DQ graph whose both operands are dequantised integers."""
     integers = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     return sum(n.op_type == "MatMul" and integers >= {*n.input} for n in model.graph.node)
 
 
 def integer_macs(model: onnx.ModelProto) -> int:
-    """Multiply-accumulates by constants whose both sides come from integers, in one call of a Q/DQ graph."""
+    """Multiply-accumulates of those MatMuls by constants in one call of a Q/DQ graph."""
     shapes, producers = canonical.shapes(model), _producers(model.graph.node)
     constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     found = 0
@@ -215,10 +217,10 @@ def integer_macs(model: onnx.ModelProto) -> int:
 
 
 def split_products(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A Q/DQ graph in which product, bias and Split become a product and bias for every part of the Split.
+    """A Q/DQ graph with MatMul, bias and Split replaced by a MatMul and bias for each output of the Split.
 
-    The same numbers; but a runtime that fuses scale and bias into a product cannot do so across a Split, and then
-    rounds bare sums of integers to its inference precision.
+    The numbers are the same. A runtime that fuses scale and bias into a MatMul cannot do so across a Split, and would
+    round bare sums of integers to its inference precision.
     """
     producers, weights = _producers(model.graph.node), graphs.initializers(model)
     parts: dict[str, list[NodeProto]] = {}
@@ -248,7 +250,7 @@ def split_products(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _model(source: onnx.ModelProto, nodes: list[NodeProto], tensors: list[onnx.TensorProto]) -> onnx.ModelProto:
-    """`source` with other nodes and more constants; what no node uses is left out."""
+    """`source` with new nodes and further constants; unused tensors are left out."""
     graph = source.graph
     used = {name for node in nodes for name in (*node.input, *node.output)}
     made = helper.make_graph(
@@ -268,11 +270,10 @@ def _model(source: onnx.ModelProto, nodes: list[NodeProto], tensors: list[onnx.T
     return result
 
 
-def statement(model: onnx.ModelProto, asked: int, executed: int, kernels: Mapping[str, int]) -> dict[str, Any]:
-    """For the manifest: linears that were to be computed in integers, those that are, and the kernels that do it.
+def coverage(model: onnx.ModelProto, asked: int, executed: int, kernels: Mapping[str, int]) -> dict[str, Any]:
+    """For the manifest: the linears to compute in integers, those that are, and the kernels that do it.
 
-    `saturates` is what the artifact needs of a processor: whether sums of two of its products may need more than the 16
-    bits that x86 without VNNI has. It is counted from the weights of `model`.
+    `saturates`, from the weights of `model`: whether a sum of two products may exceed 16 bits, as on x86 without VNNI.
     """
     matrices = (numpy_helper.to_array(t) for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8)
     overflowing = sum(numeric.overflowing_pairs(matrix) for matrix in matrices if matrix.ndim == 2)
@@ -280,11 +281,11 @@ def statement(model: onnx.ModelProto, asked: int, executed: int, kernels: Mappin
     return {**counted, "saturates": overflowing > 0}
 
 
-def lint(runtime: str, asked: int, executed: int) -> None:
-    """That nothing that was quantised is computed in float.
+def assert_integer_coverage(runtime: str, asked: int, executed: int) -> None:
+    """Check that the runtime computes every quantised product in integers.
 
     Raises:
-        ParityError: something is.
+        ParityError: some are computed in float.
     """
     if executed < asked:
         raise ParityError(

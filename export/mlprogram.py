@@ -1,7 +1,7 @@
-"""The canonical graph in the words of an ML program: one method an operator, none that the graph does not have.
+"""Translates the canonical graph to an ML program: one method per operator.
 
-The builder comes as a parameter, so that this file reads without the vendor's package. Values are float16 unless the
-list of pins says float32; every tensor keeps a rank of five at most, because the canonical graph has no other.
+The builder is a parameter, so that this file does not import the vendor's package. Values are float16, except where
+pinned to float32; tensors have a rank of 5 at most, like those of the canonical graph.
 Letters: B clips, N tokens, D width, h heads, d = D / h.
 """
 
@@ -23,34 +23,33 @@ from edgetube.mlpackage import label as label
 
 Array = npt.NDArray[Any]
 Var = Any
-"""A value of the program under construction; the builder's own type."""
+"""A value of the program under construction, of the builder's type."""
 
 Weight = Callable[[str, Array, float], Var]
-"""(name, float32 weight with its output channels first, unit) -> constant of the program. What it multiplies is smaller
-by `unit` than in the graph, and the weight is given larger by as much: `PIXEL_SCALE` for pixels, 1 for all others."""
+"""(name, float32 weight with its output channels first, unit) -> constant of the program. The linear's input is divided
+by `unit`, and the given weight is already multiplied by it: `PIXEL_SCALE` for pixels, else 1."""
 
 Activation = Callable[[str, Var, float], Var]
-"""(name of the weight, what it is to multiply, unit as above) -> what it multiplies instead."""
-
+"""(name of the weight, input of the linear, unit as above) -> quantised input."""
 
 Bias = Callable[[str, Array], Array]
-"""(name of the weight, float32 bias) -> the bias that goes with the weight as it is stored."""
+"""(name of the weight, float32 bias) -> bias, corrected for the error of the stored weight."""
 
 
 class Lowering:
-    """Translates one graph into the function that is being built.
+    """Translates one graph into the function under construction.
 
     Args:
         mb: the builder.
         model: a canonical graph.
-        weight: makes the constant of a matrix; decides its precision.
-        pins: globs of tensor names (`blocks.3.norm1`, `blocks.*.norm?`); what makes them computes in float32.
-        quantise: what is done to the input of a linear layer that computes in float16, by default nothing.
-        correct: what is done to its bias when its weight is stored, by default nothing.
+        weight: makes the constant of a weight, in the target's storage.
+        pins: globs of tensor names (`blocks.3.norm1`, `blocks.*.norm?`) that are computed in float32.
+        quantise: quantises the input of a linear in float16; none by default.
+        correct: corrects the bias of such a linear; none by default.
 
     Raises:
         InputError: a pin matches no tensor.
-        SpecError: the graph has an operator that there is no translation for; says which.
+        SpecError: an operator has no translation; says which.
     """
 
     def __init__(
@@ -84,11 +83,11 @@ class Lowering:
 
     @classmethod
     def operators(cls) -> list[str]:
-        """The operators that can be translated."""
+        """The supported operators."""
         return sorted(name.removeprefix("on_") for name in dir(cls) if name.startswith("on_"))
 
     def run(self, frames: Var) -> Var:
-        """Add the whole graph after the input `frames`; the value of its output, float16 unless it is pinned."""
+        """Translate the whole graph on the input `frames`; the value of its output, float16 unless pinned."""
         self.values["frames"] = frames
         for node in self.nodes:
             if node.output[0] not in self.values:  # a bias may have been folded into its matrix product
@@ -105,15 +104,15 @@ class Lowering:
     # values
 
     def width(self, *nodes: onnx.NodeProto) -> str:
-        """The type that nodes which become one operation compute in."""
+        """The float type of one operation, made of `nodes`."""
         return "fp32" if any(name in self.pinned for node in nodes for name in node.output) else "fp16"
 
     def label(self, name: str) -> str:
-        """A tensor's name in the program; the graph's output keeps its own for the float32 that leaves it."""
+        """A tensor's name in the program; a float16 output gets a suffix, since its float32 cast keeps the name."""
         return f"{label(name)}_fp16" if name == self.output and name not in self.pinned else label(name)
 
     def take(self, name: str, width: str | None = None) -> Var:
-        """The value of a tensor; with `width`, cast to it when it is a float of another width."""
+        """The value of a tensor; with `width`, floats are cast to it."""
         if name not in self.values:
             self.values[name] = self.constant(name, width)
         value = self.values[name]
@@ -124,14 +123,14 @@ class Lowering:
         return self.narrowed[name, width]
 
     def constant(self, name: str, width: str | None) -> Var:
-        """An initializer as a constant of its own; weights of matrix products do not come here."""
+        """An initializer as a constant; not for weights of matrix products, see `matrix`."""
         array = self.array(name)
         if array.dtype == np.float32:
             array = narrow(name, array, width or "fp16")
         return self.mb.const(val=array.astype(np.int32) if array.dtype == np.int64 else array, name=self.label(name))
 
     def array(self, name: str) -> Array:
-        """The numbers of an initializer; tube weights meet pixels that are divided by `PIXEL_SCALE`."""
+        """The values of an initializer; tube weights are multiplied by `PIXEL_SCALE`."""
         array: Array = numpy_helper.to_array(self.constants[name])
         return array * np.float32(canonical.PIXEL_SCALE) if name in self.scaled else array
 
@@ -193,7 +192,7 @@ class Lowering:
     # arithmetic
 
     def on_Cast(self, node: onnx.NodeProto) -> None:
-        """Pixels become numbers here; divided by 256, exactly, so that the weights stay in float16's normal range."""
+        """Cast pixels to float16 and divide them by 256, which is exact: see `PIXEL_SCALE`."""
         name = self.label(node.output[0])
         x = self.take(node.input[0])
         if width_of(x) == "int32":
@@ -231,7 +230,7 @@ class Lowering:
         self.values[node.output[0]] = self.values[end.output[0]] = value
 
     def _bias(self, node: onnx.NodeProto) -> tuple[str | None, onnx.NodeProto]:
-        """The constant vector that is added to a product and to nothing else, and the node that ends the linear."""
+        """The bias that is added to a product, if any, and the last node of the linear."""
         users = self.uses[node.output[0]]
         if len(users) == 1 and users[0].op_type == "Add":
             for name in users[0].input:
@@ -240,20 +239,20 @@ class Lowering:
         return None, node
 
     def vector(self, node: onnx.NodeProto, bias: str, width: str) -> Array:
-        """The bias of a product whose matrix is made, corrected unless the product is pinned."""
+        """The bias of a product, corrected unless the product is pinned; after its `matrix`."""
         array = self.array(bias)
         return narrow(bias, array if width == "fp32" else self.correct(node.input[1], array), width)
 
     def activation(self, node: onnx.NodeProto, x: Var) -> Var:
-        """What a product multiplies: quantised as the target says, unless the product is pinned."""
+        """The input of a product, quantised unless the product is pinned."""
         return x if width_of(x) == "fp32" else self.quantise(node.input[1], x, self.unit(node))
 
     def unit(self, node: onnx.NodeProto) -> float:
-        """By how much the input of a product is smaller than in the graph."""
+        """The number that the input of a product is divided by."""
         return float(canonical.PIXEL_SCALE) if node.input[0] in self.pixels else 1.0
 
     def matrix(self, node: onnx.NodeProto, array: Array, width: str) -> Var:
-        """The weight of a product: compressed as the target says, or plain float32 where the product is pinned."""
+        """The weight of a product: in the target's storage, or float32 where the product is pinned."""
         name = node.input[1]
         if (name, width) not in self.matrices:  # the neighbours of a space-to-depth tube share one
             wide = width == "fp32"
@@ -290,18 +289,18 @@ class Lowering:
         self.simple(node, "reduce_mean", axes=self.integers(node.input[1]), keep_dims=keep)
 
 
-class EngineLowering(Lowering):
-    """The same function as the neural engine likes it: tokens lie as (B, D, 1, N), linears are 1x1 convolutions.
+class NeuralEngineLowering(Lowering):
+    """The layout for Apple's neural engine: tokens are (B, D, 1, N), linears are 1x1 convolutions.
 
-    Attention runs one head at a time on (B, d, 1, N) with products that leave the last axis alone, so that no tensor
-    is transposed but the keys. The principles are those of Apple's "Deploying Transformers on the Apple Neural Engine"
+    Attention runs one head at a time on (B, d, 1, N) with products over other axes than the last, so that only the
+    keys are transposed. The principles are those of Apple's "Deploying Transformers on the Apple Neural Engine"
     (2022). Tensors that are not tokens, as in the tokenizer and the pooling, are translated as in `Lowering`.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.columns: dict[str, Var] = {}
-        """Tensors (B, N, D) that lie as (B, D, 1, N)."""
+        """Tensors (B, N, D) in the layout (B, D, 1, N)."""
         self.heads: dict[str, list[Var]] = {}
         """Tensors of h heads, whatever the order of their axes, as h of (B, d, 1, N)."""
 
@@ -312,7 +311,7 @@ class EngineLowering(Lowering):
         return super().take(name, width)
 
     def column(self, name: str, width: str) -> Var:
-        """A tensor (B, N, D) as (B, D, 1, N)."""
+        """A tensor (B, N, D) in the layout (B, D, 1, N)."""
         if name not in self.columns:
             rows = self.mb.transpose(x=self.take(name), perm=[0, 2, 1], name=f"{self.label(name)}_columns")
             self.columns[name] = self.mb.expand_dims(x=rows, axes=[2], name=f"{self.label(name)}_column")
@@ -349,7 +348,7 @@ class EngineLowering(Lowering):
         return name in self.columns or (name in self.constants and len(self.shapes[name]) == 1)
 
     def _operand(self, name: str, width: str) -> Var:
-        """A tensor as columns, or a constant (D,) or (1,) beside them."""
+        """A tensor in the layout (B, D, 1, N), or a constant (D,) or (1,) that broadcasts with it."""
         if name in self.columns:
             return self.column(name, width)
         return self.mb.const(val=narrow(name, self.array(name)[:, None, None], width), name=label(name))
@@ -424,21 +423,21 @@ class EngineLowering(Lowering):
 
 
 def attribute(node: onnx.NodeProto, name: str) -> Any:
-    """An attribute of a node; the canonical graph states them all."""
+    """An attribute of a node; the canonical graph has no implicit ones."""
     return next(helper.get_attribute_value(a) for a in node.attribute if a.name == name)
 
 
 def width_of(value: Var) -> str:
-    """`fp16`, `fp32` or `int32`, the only ones that the graph has."""
+    """The type of a value: `fp16`, `fp32` or `int32`."""
     name = str(value.dtype.__name__)
     return name if name in ("fp16", "fp32") else "int32"
 
 
 def narrow(name: str, array: Array, width: str) -> Array:
-    """Float32 numbers in the width that they are stored in.
+    """A float32 array in `width`, "fp16" or "fp32".
 
     Raises:
-        SpecError: one of them exceeds float16.
+        SpecError: a value exceeds float16.
     """
     if width == "fp32":
         return array

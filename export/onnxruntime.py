@@ -63,7 +63,7 @@ INTEGER_KERNELS = ("MatMulIntegerToFloat", "QGemm", "QLinearMatMul", "DynamicQua
 """Operators of ONNX Runtime's CPU provider that multiply 8-bit integers."""
 
 
-def activations(target: Target) -> ActivationScheme:
+def activation_scheme(target: Target) -> ActivationScheme:
     """uint8 with a zero point keeps more of a one-sided range; ARM's dot products want both sides signed."""
     return "int8" if target.setting(CPU.name) == "arm" else "uint8"
 
@@ -86,7 +86,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     path = folder / "model.onnx"
     if table is not None:
         return _build_int8(graph, path, table, target.setting(CPU.name))
-    model = graph.model if target.precision == "fp32" else canonical.half(graph.model)
+    model = graph.model if target.precision == "fp32" else canonical.convert_to_fp16(graph.model)
     canonical.save(model, path)
     return Built(path.name, {"graph": canonical.statistics(model)})
 
@@ -94,12 +94,12 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
 def _build_int8(graph: Graph, path: Path, table: CalibrationTable, cpu: str) -> Built:
     from edgetube.export import canonical, integer
 
-    model = integer.native(graph.model, table, unsigned_weights=cpu == "x86")
+    model = integer.to_integer_kernels(graph.model, table, unsigned_weights=cpu == "x86")
     canonical.save(model, path)
     products = integer_products(path)
     kernels = Counter(kernel for kernel, _ in products)
-    integer.lint("ONNX Runtime", len(table.quantised), sum(kernels.values()))
-    stated = integer.statement(model, len(table.quantised), len(table.quantised), kernels)
+    integer.assert_integer_coverage("ONNX Runtime", len(table.quantised), sum(kernels.values()))
+    stated = integer.coverage(model, len(table.quantised), len(table.quantised), kernels)
     details = {"graph": integer.statistics(graph.model, model), "integers": {**stated, "cpu": cpu}}
     return Built(path.name, details, integer_macs=sum(macs for _, macs in products))
 

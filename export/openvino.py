@@ -61,7 +61,7 @@ PRODUCTS = ("FullyConnected", "MatMul", "Convolution")
 """How the names of layers begin that multiply matrices in OpenVINO's executed graph."""
 
 
-def activations(target: Target) -> ActivationScheme:
+def activation_scheme(target: Target) -> ActivationScheme:
     """As fast as int8 here, nearer to what the ranges are, exact for pixels, and the calibration is shared."""
     return "uint8"
 
@@ -105,8 +105,8 @@ def _build_int8(graph: Graph, path: Path, table: CalibrationTable, precisions: l
     convert(model, path, compress=False)
     products = integer_products(path, precisions)
     kernels = Counter(kernel for kernel, _ in products)
-    integer.lint("OpenVINO", integer.products(model), sum(kernels.values()))
-    stated = integer.statement(model, len(table.quantised), len(table.quantised), kernels)
+    integer.assert_integer_coverage("OpenVINO", integer.count_integer_products(model), sum(kernels.values()))
+    stated = integer.coverage(model, len(table.quantised), len(table.quantised), kernels)
     details = {"graph": integer.statistics(graph.model, model), "inference_precision": precisions, "integers": stated}
     return Built(path.name, details, integer_macs=sum(macs for _, macs in products))
 

@@ -1,7 +1,7 @@
-"""The road from a checkpoint to a bundle, and the proof that stands at its end.
+"""The export pipeline: from a checkpoint to a verified bundle.
 
 checkpoint -> static rewrite -> canonical ONNX -> the target's own artifact -> proof against the reference -> bundle.
-A bundle is published only when the proof holds; until then it is a hidden folder beside its place.
+A bundle is built in a hidden folder beside its destination and published only when the proof holds.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ from edgetube.targets import Arithmetic, Target
 from edgetube.video import Frames
 
 MOMENT_CLIPS = 8
-"""Rendered clips that tell a target without calibration what every linear reads."""
+"""Rendered clips for the input moments of linears, for targets without calibration."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say about an export, beside checkpoint and target.
+    """User options of an export, besides checkpoint and target.
 
     Attributes:
-        frames, size: another clip than the checkpoint's own; (height, width).
+        frames, size: of the clip, (height, width); the checkpoint's own by default.
         image: export the image model (the 2-D tube alone) instead of the video model.
         batch: clips per call, static in the artifact.
         head: name of the classifier; the first one by default.
         lowering: force one of `static.LOWERINGS` instead of timing them.
-        calib: clips that INT8 targets are calibrated on, see `edgetube.datasets.load`; the built-in ones if left out.
-        max_drop: points of top-1 accuracy that INT8 may lose (of agreement, when the clips have no labels).
+        calib: calibration clips of INT8 targets, see `edgetube.datasets.load`; the built-in ones by default.
+        max_drop: points of top-1 accuracy that INT8 may lose (of agreement, where clips have no labels).
         settings: of the target, by name; `edgetube targets --json` lists them.
     """
 
@@ -100,10 +100,10 @@ def export_model(
 
     Raises:
         InputError: unknown target or impossible options.
-        SpecError: the model cannot exist at this clip shape.
-        CheckpointError: the weights do not fit.
+        SpecError: the model is not defined for this clip shape.
+        CheckpointError: the weights do not match the model.
         MissingPackageError: the target cannot be built here.
-        ParityError: the artifact does not answer like the reference; nothing is published.
+        ParityError: the artifact differs from the reference; nothing is published.
     """
     return next(export_models([target], checkpoint, out, options, progress))
 
@@ -115,7 +115,7 @@ def export_models(
     options: Options | None = None,
     progress: Progress = silent,
 ) -> Iterator[Bundle]:
-    """Export one checkpoint to several targets, sharing what they share; see `export_model`."""
+    """Export one checkpoint to several targets, with common graphs and calibrations; see `export_model`."""
     options = options or Options()
     chosen = targeting.choose([export.target(name) for name in targets], options.settings)
     for target in chosen:
@@ -130,25 +130,25 @@ def export_models(
     progress("load checkpoint", 1, 1)
     if any(target.precision == "int8" for target in chosen):
         int8.sources(loaded, options.calib)
-    with Road(loaded, options, progress) as road:
+    with ExportSession(loaded, options, progress) as session:
         for target in chosen:
-            yield road.export(target, Path(out))
+            yield session.export(target, Path(out))
 
 
-class Road:
-    """One checkpoint on its way to any number of targets; traced graphs and reference answers are made once."""
+class ExportSession:
+    """Exports one checkpoint to any number of targets; graphs, calibrations and reference answers are computed once."""
 
     def __init__(self, checkpoint: Checkpoint, options: Options, progress: Progress) -> None:
         self.checkpoint = checkpoint
         self.options = options
         self.progress = progress
-        self.clips = proof.clips(checkpoint, proof.CLIPS)
+        self.clips = proof.clips(checkpoint, proof.PROOF_CLIPS)
         self.model = Reference(checkpoint.model, checkpoint.contract)
         self.reference = self._answers(self.model, "reference answers")
         golden = proof.golden_clips(self.clips)
         self.golden = proof.Golden(golden, np.concatenate([self.model(clip[None]) for clip in golden]))
-        self._spreads: dict[Arithmetic, float] = {}
-        self._probes: dict[bool, tuple[list[Frames], proof.Ordered]] = {}
+        self._logit_noises: dict[Arithmetic, float] = {}
+        self._probes: dict[bool, tuple[list[Frames], proof.FrameOrderProbe]] = {}
         self.lowerings = self._prove_lowerings()
         self._graphs: dict[tuple[str, bool, int], Graph] = {}
         self._lowerings: dict[str, dict[str, Any]] = {}
@@ -164,61 +164,61 @@ class Road:
         self._workspace.cleanup()
 
     def export(self, target: Target, out: Path) -> Bundle:
-        """Build, prove and publish one bundle."""
-        place = out / f"{self.checkpoint.name}.{target.name}"
-        with bundles.staging(place) as folder:
+        """Build, verify and publish one bundle."""
+        destination = out / f"{self.checkpoint.name}.{target.name}"
+        with bundles.staging(destination) as folder:
             lowering = self._choose_lowering(target)
             graph = self._graph(lowering["chosen"])
             build = self._build_int8 if target.precision == "int8" else self._build
             bundle, built = build(folder, target, graph)
-            bundle = replace(bundle, name=place.name, build={"lowering": lowering, **bundle.build})
+            bundle = replace(bundle, name=destination.name, build={"lowering": lowering, **bundle.build})
             bundle = self._prove(bundle, target)
             bundle = self._prove_image(bundle, target) if built.image else bundle
             if built.deferred and bundle.status != "executed":
                 bundle = replace(bundle, status="deferred")
             bundles.save_golden(bundle, self.golden.frames, self.golden.logits)
             bundles.seal(bundle)
-        return bundles.load(place)
+        return bundles.load(destination)
 
     def _build(self, folder: Path, target: Target, graph: Graph, *table: CalibrationTable) -> tuple[Bundle, Built]:
-        """The target's artifact in `folder`, unproven."""
+        """Build the target's artifact in `folder`."""
         self.progress(f"{target.name}: build", 0, 1)
         built = export.exporter(target.backend).build(graph, target, folder, *table)
         self.progress(f"{target.name}: build", 1, 1)
         return self._describe(folder, target, built), built
 
     def _build_int8(self, folder: Path, target: Target, graph: Graph) -> tuple[Bundle, Built]:
-        """Calibrate, build, and measure against the float artifact of the same runtime."""
-        wishes = int8.wishes(graph, target)  # refuses what cannot be before the long work begins
+        """Calibrate, build, and compare with the float artifact of the same runtime."""
+        request = int8.calibration_request(graph, target)  # raises on impossible settings before the long calibration
         calibrated = self._calibrate(target, folder.parent)
         some, _ = self._probe_clips(judged=True)
         answers = np.concatenate([self.model(frames[None]) for frames in some])
         proof.check_float_graph(target.name, answers, calibrated.budget.logits[: len(some)])
         equalised, table = quantize.apply(calibrated, graph)
         scales = int8.integer_format(target).dtype
-        table = replace(table, ranges={**table.ranges, **self._observe(wishes.tensors, calibrated, scales)})
-        if wishes.clips:
-            np.save(folder / bundles.CLIPS, self._calibration_clips[0].first(wishes.clips))
+        table = replace(table, ranges={**table.ranges, **self._observe(request.tensors, calibrated, scales)})
+        if request.clips:
+            np.save(folder / bundles.CLIPS, self._calibration_clips[0].first(request.clips))
         bundle, built = self._build(folder, target, equalised, table)
         unread = {name: why for clips in self._calibration_clips for name, why in clips.unread.items()}
         report = {**calibrated.report, "notes": [*calibrated.report["notes"], *built.notes], "unread": unread}
         report["macs_share"] = int8.macs_share(built, calibrated, self.options.batch)
         if runtimes.proof_device(target.name, target.backend) == runtimes.EMULATED:
             with runtimes.open_bundle(bundle, device=runtimes.EMULATED) as backend:
-                contestant = int8.Contestant(bundle, backend)
-                instead = int8.float_sibling(target).name
-                simulated = self._simulated(calibrated, table, wishes.tensors)
-                report |= int8.judge(calibrated, simulated, contestant, instead, self.progress)
+                candidate = int8.Candidate(bundle, backend)
+                alternative = int8.float_baseline(target).name
+                simulated = self._simulated(calibrated, table, request.tensors)
+                report |= int8.check_accuracy(calibrated, simulated, candidate, alternative, self.progress)
         elif not target.missing(target.run_needs):
-            simulated = self._simulated(calibrated, table, wishes.tensors)
+            simulated = self._simulated(calibrated, table, request.tensors)
             report |= self._measure_int8(calibrated, simulated, bundle, target, graph)
         table.save(folder / bundles.CALIBRATION)
         return replace(bundle, build={**bundle.build, "int8": {"summary": int8.summary(report), **report}}), built
 
     def _simulated(self, calibrated: Calibrated, table: CalibrationTable, further: Sequence[str]) -> float:
-        """SQNR in dB of the Q/DQ that a target computes, on the validation clips.
+        """Simulated SQNR in dB of a target's Q/DQ graph on the validation clips.
 
-        Calibration has simulated the linears; where a target quantises further tensors, it is simulated again.
+        Calibration simulated the linears; the graph is simulated again where a target quantises further tensors.
         """
         if not further:
             return float(calibrated.report["judged"]["sqnr"])
@@ -231,11 +231,11 @@ class Road:
     def _measure_int8(
         self, calibrated: Calibrated, simulated: float, bundle: Bundle, target: Target, graph: Graph
     ) -> dict[str, Any]:
-        sibling = int8.float_sibling(target)
+        baseline = int8.float_baseline(target)
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            plain, _ = self._build(Path(folder), sibling, graph)
+            plain, _ = self._build(Path(folder), baseline, graph)
             first, second = (
-                int8.Contestant(
+                int8.Candidate(
                     each,
                     stack.enter_context(runtimes.open_bundle(each)),
                     sum(f.stat().st_size for f in each.path.rglob("*") if f.is_file() and f.name != bundles.CLIPS),
@@ -245,11 +245,11 @@ class Road:
             return int8.measure(calibrated, simulated, first, second, self.progress)
 
     def _calibrate(self, target: Target, out: Path) -> Calibrated:
-        """The calibration under a target's scheme: made once, on the plainest graph, for every lowering and batch.
+        """The calibration under a target's scheme: of the `gather` graph at batch 1, for every lowering and batch.
 
-        It is kept in a hidden folder of `out`, for the next export.
+        It is cached in a hidden folder of `out` for later exports.
         """
-        activations, form = key = int8.activations(target), int8.integer_format(target)
+        activations, form = key = int8.activation_scheme(target), int8.integer_format(target)
         if key not in self._calibrations:
             folder = Path(self._workspace.name)
             statistics, judged = self._calibration_clips
@@ -269,7 +269,7 @@ class Road:
         return self._calibrations[key]
 
     def _observe(self, tensors: Sequence[str], calibrated: Calibrated, scales: ScaleType) -> dict[str, Range]:
-        """The ranges of more tensors, in the calibrated float graph."""
+        """The ranges of further tensors in the calibrated float graph."""
         if not tensors:
             return {}
         plain, table = quantize.apply(calibrated, self._graph("gather", batch=1))
@@ -279,7 +279,7 @@ class Road:
 
     @cached_property
     def _calibration_clips(self) -> tuple[Clips, Clips]:
-        """Those that ranges come from, and those that judge; read once."""
+        """The calibration clips and the validation clips; read once."""
         folder, checkpoint = Path(self._workspace.name), self.checkpoint
         statistics, judged = (
             collect(source, checkpoint.contract, checkpoint.labels, folder, progress=self.progress)
@@ -288,10 +288,10 @@ class Road:
         return statistics, judged
 
     def _prove_lowerings(self) -> dict[str, static.LoweringError]:
-        """The lowerings to choose from against the reference tokenizer, on noise and on a rendered clip.
+        """Errors of the lowerings against the reference tokenizer, on noise and on a rendered clip.
 
         Raises:
-            ParityError: none of them is sound; the tubes cannot be exported.
+            ParityError: none is accurate enough; the tubes cannot be exported.
         """
         self.progress("prove lowerings", 0, 1)
         clips = np.stack([clip.frames for clip in self.clips[:2]])
@@ -309,12 +309,12 @@ class Road:
         return errors
 
     def _choose_lowering(self, target: Target) -> dict[str, Any]:
-        """The fastest lowering in the target's own runtime, or its stated one where that runtime cannot run here.
+        """The fastest lowering in the target's runtime, or the target's default where that runtime cannot run here.
 
-        An INT8 target takes that of its float sibling: the tubes are a small part of the work, and the bytes the same.
+        An INT8 target takes that of its float baseline: tubes are a small part of the work and move the same bytes.
         """
         if target.precision == "int8":
-            target = int8.float_sibling(target)
+            target = int8.float_baseline(target)
         if target.name not in self._lowerings:
             self._lowerings[target.name] = self._time_lowerings(target)
         return self._lowerings[target.name]
@@ -363,19 +363,19 @@ class Road:
         return self._graphs[key]
 
     def _trace(self, checkpoint: Checkpoint, lowering: str, batch: int) -> Graph:
-        """The graph of the whole model, for clips or for images as the checkpoint has it."""
+        """The graph of the whole model, for clips or images according to the checkpoint."""
         module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering, batch=batch)
         graph = canonical.trace(module, checkpoint.spec, checkpoint.contract, batch)
         return replace(graph, labels=checkpoint.labels, moments=partial(self._input_moments, graph))
 
     def _image_graph(self, lowering: str) -> Callable[[], Graph] | None:
-        """How to trace the graph of the same weights for one image, when the model accepts images."""
+        """A function that traces the graph for one image with the same weights; None if the model takes no images."""
         if self.checkpoint.spec.is_image or not self.checkpoint.spec.accepts_images:
             return None
         return partial(self._trace, self.checkpoint.at(1, None), lowering, self.options.batch)
 
     def _input_moments(self, graph: Graph) -> dict[str, Moments]:
-        """What the linears read, of clips that are rendered: nobody has to give any. Measured once."""
+        """Input moments of the linears on rendered clips, so that no calibration clips are needed. Computed once."""
         if (frames := graph.spec.frames) not in self._moments:
             clips = [clip.frames for clip in demo.scenes(graph.contract, MOMENT_CLIPS)]
             self._moments[frames] = calibration.input_moments(graph.model, clips, export.evaluator())
@@ -400,42 +400,44 @@ class Road:
         )
 
     def _prove(self, bundle: Bundle, target: Target) -> Bundle:
-        """Run the staged artifact on the proof clips; the bundle with what was measured."""
+        """Run the staged artifact on the proof clips; the bundle with the measured parity."""
         device = runtimes.proof_device(target.name, target.backend)
         if device is None and (missing := target.missing(target.run_needs)):
             note = f"not run here: that needs {', '.join(missing)}"
-            return replace(bundle, status="built", parity={"note": note, "golden": self.golden.unproven(target)})
+            return replace(bundle, status="built", parity={"note": note, "golden": self.golden.unmeasured(target)})
         with runtimes.open_bundle(bundle, device=device) as backend:
             measured = parity.compare(self.reference, self._answers(backend, f"{target.name}: proof"))
             some, ordered = self._probe_clips(target.precision == "int8")
-            found = Probe(ordered.agreement(backend), proof.jump(self.checkpoint, self.model, backend, bundle, some))
+            found = Probe(
+                ordered.agreement(backend), proof.largest_layer_jump(self.checkpoint, self.model, backend, bundle, some)
+            )
             proof.check(bundle, target, measured, found)
-            golden = self.golden.judge(backend, max(map(self._spread, target.arithmetic)))
+            golden = self.golden.measure(backend, max(map(self._logit_noise, target.arithmetic)))
         return replace(bundle, status=measured.status, parity=proof.record(measured, found, golden))
 
-    def _probe_clips(self, judged: bool) -> tuple[list[Frames], proof.Ordered]:
-        """Clips whose order and layers are looked at: of the proof, or some of those that judge int8."""
+    def _probe_clips(self, judged: bool) -> tuple[list[Frames], proof.FrameOrderProbe]:
+        """Clips for frame order and layer errors: of the proof, or with `judged` of int8's validation clips."""
         if judged not in self._probes:
             if judged:
                 some = list(islice(self._calibration_clips[1].frames, probe.CLIPS))
             else:
                 some = [clip.frames for clip in self.clips if clip.name != "noise"][: probe.CLIPS]
-            self._probes[judged] = some, proof.Ordered.of(self.model, some)
+            self._probes[judged] = some, proof.FrameOrderProbe.of(self.model, some)
         return self._probes[judged]
 
-    def _spread(self, kind: Arithmetic) -> float:
-        """See `edgetube.export.arithmetic.spread`; float32 is below what is asked of anything."""
+    def _logit_noise(self, kind: Arithmetic) -> float:
+        """See `edgetube.export.arithmetic.logit_noise`; that of float32 is negligible."""
         if kind == "float32":
             return 0.0
-        if kind not in self._spreads:
+        if kind not in self._logit_noises:
             self.progress(f"simulate {kind}", 0, 1)
             module = static.StaticTubeViT(self.checkpoint.model, self.checkpoint.contract)
-            self._spreads[kind] = arithmetic.spread(module, self.golden.frames, kind)
+            self._logit_noises[kind] = arithmetic.logit_noise(module, self.golden.frames, kind)
             self.progress(f"simulate {kind}", 1, 1)
-        return self._spreads[kind]
+        return self._logit_noises[kind]
 
     def _prove_image(self, bundle: Bundle, target: Target) -> Bundle:
-        """The proof of an artifact that also answers images, on the first frame of the same clips."""
+        """The proof of an artifact that also takes images, on the first frames of the same clips."""
         checkpoint = self.checkpoint.at(1, None)
         images = [replace(clip, frames=clip.frames[:1]) for clip in self.clips]
         part = replace(bundle, spec=checkpoint.spec, contract=checkpoint.contract)

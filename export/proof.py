@@ -1,4 +1,4 @@
-"""What an export is proven on, and what its artifact has to keep."""
+"""The proof of an export: its clips, gates, golden clips and checks."""
 
 from __future__ import annotations
 
@@ -25,30 +25,28 @@ from edgetube.video import Clip, Frames
 
 Logits = npt.NDArray[np.float32]
 
-CLIPS = 16
-"""Clips of the proof that every export runs: one of noise, the others rendered from photographs."""
+PROOF_CLIPS = 16
+"""Clips of the proof: one of noise, the others rendered from photographs."""
 
-GOLDEN, GOLDEN_BYTES = (4, 2), 24 << 20
-"""Golden clips of a bundle: so many as they are and so many backwards, of at most so many bytes, but two at least."""
+GOLDEN_CLIPS, MAX_GOLDEN_BYTES = (4, 2), 24 << 20
+"""Golden clips of a bundle: forwards and backwards; most bytes of all together, but at least two clips."""
 
-WORSE = 2.0
-"""How much more energy the error of the golden clips may have on another machine. Integer sums are exact, but a value
-that is rounded the other way sends the rounding of all later layers another way: an error of the same size, not the
-same error."""
+GOLDEN_MARGIN = 2.0
+"""Factor on the energy of the golden clips' error on another machine. Integer sums are exact, but one value rounded the
+other way changes the rounding in all later layers: an error of the same size, but another error."""
 
-ROUGHER = 32.0
+ARITHMETIC_MARGIN = 32.0
 """Factor on the energy of the simulated arithmetic. On aarch64 (ONNX Runtime under QEMU) the built-in model in float16
 reached 32.5 dB where 44.4 are simulated, a sixteenth: sums of raw pixels cancel more than a random walk does."""
 
-HIGHEST = 80.0
-"""SQNR of the golden clips, dB, that is enough in any precision: sums of float32 in other orders stay above it."""
+MAX_REQUIRED_SQNR = 80.0
+"""Most SQNR of the golden clips, dB, that is ever required; float32 sums in another order stay above it."""
 
 
 def clips(checkpoint: Checkpoint, count: int) -> list[Clip]:
-    """The clips that an export is proven on: rendered from photographs, and one of noise, for any contract.
+    """The proof clips for any contract: rendered from photographs with camera motion, the second one noise.
 
-    The first one moves. The rendered ones show camera motion; their labels are dropped unless the checkpoint knows all
-    of them.
+    The first one shows motion. Labels are dropped unless the checkpoint has all of them.
     """
     rendered = list(demo.evaluation(checkpoint.contract, count - 1))
     if not set(demo.LABELS) <= set(checkpoint.labels):
@@ -58,11 +56,11 @@ def clips(checkpoint: Checkpoint, count: int) -> list[Clip]:
 
 
 def golden_clips(proven: Sequence[Clip]) -> Frames:
-    """The golden clips (K, T, H, W, 3) of a bundle, from those of its proof; the second of these is noise."""
+    """The golden clips (K, T, H, W, 3) of a bundle, from the proof clips without the noise."""
     rendered = [clip.frames for clip in proven if clip.name != "noise"]
-    plain, backwards = GOLDEN
+    plain, backwards = GOLDEN_CLIPS
     chosen = rendered[:plain] + [form for frames in rendered[:backwards] for form in probe.reordered(frames)[:1]]
-    most = max(2, GOLDEN_BYTES // rendered[0].nbytes)
+    most = max(2, MAX_GOLDEN_BYTES // rendered[0].nbytes)
     if len(chosen) > most:
         chosen = [*chosen[: most - 1], chosen[-1]]
     return np.stack(chosen)
@@ -70,7 +68,7 @@ def golden_clips(proven: Sequence[Clip]) -> Frames:
 
 @dataclass(frozen=True)
 class Golden:
-    """The golden clips' answers, and how near a device has to come to them.
+    """The golden clips, the reference's logits for them, and the required SQNR.
 
     Attributes:
         frames: (K, T, H, W, 3) uint8.
@@ -80,33 +78,33 @@ class Golden:
     frames: Frames
     logits: Logits
 
-    def judge(self, backend: Backend, rough: float) -> dict[str, Any]:
-        """What `Runtime.check` holds a device against, for the manifest.
+    def measure(self, backend: Backend, arithmetic_noise: float) -> dict[str, Any]:
+        """For the manifest: the artifact's SQNR, and the least SQNR that `Runtime.check` requires of a device.
 
         Args:
             backend: the staged artifact.
-            rough: share of the logits' energy that the target's arithmetic may leave as noise.
+            arithmetic_noise: see `edgetube.export.arithmetic.logit_noise`.
         """
         proven = metrics.sqnr(self.logits, np.concatenate([backend(clip[None]) for clip in self.frames]))
-        allowed = WORSE * 10 ** (-proven / 10) + ROUGHER * rough
-        limit = min(HIGHEST, -10 * math.log10(allowed)) if allowed else HIGHEST
+        allowed = GOLDEN_MARGIN * 10 ** (-proven / 10) + ARITHMETIC_MARGIN * arithmetic_noise
+        limit = min(MAX_REQUIRED_SQNR, -10 * math.log10(allowed)) if allowed else MAX_REQUIRED_SQNR
         return {"clips": len(self.frames), "sqnr": proven if math.isfinite(proven) else None, "min_sqnr": limit}
 
-    def unproven(self, target: Target) -> dict[str, Any]:
-        """The same for an artifact that nothing could run here: what its precision has to reach."""
+    def unmeasured(self, target: Target) -> dict[str, Any]:
+        """The same for an artifact that could not run here: the least SQNR is that of its precision."""
         return {"clips": len(self.frames), "sqnr": None, "min_sqnr": parity.SQNR[target.precision]}
 
 
 @dataclass(frozen=True)
-class Ordered:
-    """Clips whose frames are also shown in other orders, and the reference's answers to all of them."""
+class FrameOrderProbe:
+    """Clips with their frames also in other orders, and the reference's logits for all of them."""
 
     shown: tuple[Frames, ...]
     reference: tuple[Logits, ...]
 
     @classmethod
-    def of(cls, reference: Reference, some: Sequence[Frames]) -> Ordered:
-        """`some` are clips (T, H, W, 3) uint8."""
+    def of(cls, reference: Reference, some: Sequence[Frames]) -> FrameOrderProbe:
+        """Of clips `some` (T, H, W, 3) uint8; empty when their frames cannot be reordered."""
         shown = tuple(form for frames in some for form in (frames, *probe.reordered(frames)))
         if len(shown) == len(some):
             return cls((), ())
@@ -119,10 +117,10 @@ class Ordered:
         return probe.order_agreement(self.reference, [backend(frames[None])[0] for frames in self.shown])
 
 
-def jump(
+def largest_layer_jump(
     checkpoint: Checkpoint, reference: Reference, backend: Backend, bundle: Bundle, some: Sequence[Frames]
 ) -> tuple[str, float] | None:
-    """The layer where the artifact's error rises most above that of all before it, and by how many dB."""
+    """The layer whose error rises most above that of all layers before it, and by how many dB."""
     wanted = layers.landmarks(checkpoint.spec)
     stated = layers.as_exported(checkpoint.model, checkpoint.spec)
     curve = layers.curve(reference, backend, bundle, some[: probe.LAYER_CLIPS], wanted, stated)
@@ -130,11 +128,11 @@ def jump(
 
 
 def gates(precision: Precision) -> Gates:
-    """What an artifact of a precision has to keep on the proof clips, beside its target's tolerance.
+    """The parity gates of a precision on the proof clips, in addition to the target's tolerance.
 
-    The proof clips are noise and rendered films, which a model of something else may never have seen: they leave the
-    ranges that its integers were calibrated for. So int8 is held against the clips that judge, in
-    `edgetube.export.int8.judge`, and 4-bit weights against their target's tolerance.
+    The proof clips are noise and rendered films, which may be far from a model's own data and exceed the calibrated
+    ranges. So int8 is checked on the validation clips, in `edgetube.export.int8.check_accuracy`, and 4-bit weights by
+    their target's tolerance.
     """
     exact = precision not in ("int8", "w4")
     return Gates(
@@ -145,10 +143,10 @@ def gates(precision: Precision) -> Gates:
 
 
 def check_float_graph(name: str, reference: Logits, logits: Logits) -> None:
-    """That the float graph which calibration starts from is the trained model, on clips (N, classes) that judge.
+    """Check the float graph of calibration against the reference, by logits (N, classes) of validation clips.
 
     Raises:
-        ParityError: it is not: everything that is measured against it later would be wrong.
+        ParityError: they differ, so that later measurements against that graph would be wrong.
     """
     found = metrics.sqnr(reference, logits)
     if not found >= parity.SQNR["fp32"]:
@@ -159,13 +157,13 @@ def check_float_graph(name: str, reference: Logits, logits: Logits) -> None:
 
 
 def check(bundle: Bundle, target: Target, measured: Parity, found: Probe, what: str = "") -> None:
-    """That an artifact answers like the reference.
+    """Check an artifact against the reference.
 
     Args:
-        what: which answers of the artifact, when it has several kinds.
+        what: suffix for the error where an artifact has several functions: " for images".
 
     Raises:
-        ParityError: it does not; says by how much.
+        ParityError: a gate or the tolerance fails; says by how much.
     """
     name = f"{bundle.name}{what}"
     if target.tolerance is not None and not measured.relative_error <= target.tolerance:

@@ -1,4 +1,4 @@
-"""Plain Q/DQ: a calibrated float graph and its table become ONNX that every runtime understands."""
+"""Q/DQ graphs: standard ONNX from a calibrated float graph and its table."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from edgetube.export.canonical import Graph
 def qdq(
     model: onnx.ModelProto, table: CalibrationTable, *, activations: ActivationScheme | None = None
 ) -> onnx.ModelProto:
-    """Q/DQ around the linears that the table quantises, and around those products of two activations for whose
-    operands it has ranges; everything else stays as it is.
+    """Insert Q/DQ around the linears that the table quantises, and around the attention products for whose operands
+    it has ranges.
 
-    A quantised activation has one QuantizeLinear and one DequantizeLinear, whatever reads it; a weight is an int8
+    A quantised activation has one QuantizeLinear and one DequantizeLinear for all its readers; a weight is an int8
     initializer `<weight>.int8` (K, N) behind a DequantizeLinear along axis 1; biases stay float.
 
     Args:
         model: the calibrated float graph.
-        activations: int8 (zero point 0) or uint8; None takes the table's own scheme.
+        activations: int8 (zero point 0) or uint8; the table's scheme by default.
 
     Raises:
         InputError: the table is for another graph.
@@ -59,7 +59,7 @@ def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
 
 
 def _weight(plan: LinearPlan, weight: npt.NDArray[np.float32]) -> tuple[onnx.NodeProto, list[TensorProto]]:
-    """The DequantizeLinear that gives the name of the weight back its values, and its integers and scales."""
+    """The DequantizeLinear whose output has the name of the weight, and its integers, scales and zero points."""
     name, scales = plan.weight, np.array(plan.weight_scales, np.float32)
     tensors = [
         numpy_helper.from_array(numeric.quantize_weights(weight, scales), f"{name}.int8"),
@@ -85,9 +85,9 @@ def _types(model: onnx.ModelProto, table: CalibrationTable, activations: Activat
 
 
 def apply(calibrated: Calibrated, graph: Graph) -> tuple[Graph, CalibrationTable]:
-    """Put a calibration into a graph of the same model with any lowering and batch; the table for that graph.
+    """Apply a calibration to a graph of the same model with any lowering and batch; that graph and its table.
 
-    Tubes whose product is no GEMM in this lowering stay float, their weights as they were.
+    Tubes that are convolutions in this lowering stay float, with their original weights.
     """
     plain = graphs.insert_equalization_sites(graph.model, calibrated.table.activations)
     products = {linear.weight for linear in graphs.linears(plain)}

@@ -1,4 +1,4 @@
-"""Rewrites of a typed graph for what one builder or another understands; the answers stay the same."""
+"""Equivalent rewrites of typed graphs for particular engine builders."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from edgetube.export import canonical
 
 
 def cast_first(model: onnx.ModelProto) -> onnx.ModelProto:
-    """One Cast directly behind the uint8 input, and everything that moved bytes moving floats.
+    """Move the Cast to float directly behind the uint8 input, before all operators that move data.
 
-    For parsers that refuse every other operator on uint8. Moving and casting commute, and a builder fuses the cast into
-    the gather that follows.
+    For parsers that allow no other operator on uint8. Builders fuse the cast into the gather that follows.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -43,9 +42,9 @@ def cast_first(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A float32 graph in opset 17, for parsers of 2023: GELU as x (1 + erf(x / sqrt 2)) / 2, which is what it is.
+    """A float32 graph in opset 17, for parsers of 2023: GELU becomes x (1 + erf(x / sqrt 2)) / 2.
 
-    LayerNormalization, the newest operator that is left, came with opset 17.
+    LayerNormalization, the newest remaining operator, came with opset 17.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -79,10 +78,10 @@ def opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def separate_projections(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Queries, keys and values as three products of the same input, instead of one product that is split.
+    """Replace the split product of queries, keys and values by three products of the same input.
 
-    A builder that sees a split pulls the weight apart itself, and then dequantises it on every call and multiplies in
-    float; three products it multiplies in integers, as one kernel.
+    A builder splits the weight of a split product itself, and then dequantises it on every call and multiplies in
+    float. It multiplies three products in integers, as one kernel.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -124,7 +123,7 @@ def _parts(
     constants: dict[str, TensorProto],
     nodes: list[onnx.NodeProto],
 ) -> dict[str, TensorProto]:
-    """The products that replace a split one: nodes appended to `nodes`; their new constants."""
+    """Append the products that replace a split one to `nodes`; their new constants."""
     integers, scales, zeros = (numpy_helper.to_array(constants[name]) for name in weight.input)
     bias = numpy_helper.to_array(constants[add.input[1]])
     made: dict[str, TensorProto] = {}
@@ -171,7 +170,7 @@ def _with(
     types: Iterable[onnx.ValueInfoProto],
     constants: Iterable[TensorProto],
 ) -> onnx.ModelProto:
-    """`model` with other contents, checked; what is given may be parts of it."""
+    """`model` with new contents, checked; the arguments may be parts of it."""
     nodes, types, constants = [[_copy(m) for m in part] for part in (nodes, types, constants)]
     graph = model.graph
     del graph.node[:], graph.value_info[:], graph.initializer[:]
@@ -183,7 +182,7 @@ def _with(
 
 
 def _copy(message: Any) -> Any:
-    """A message that outlives the list that held it."""
+    """A copy that stays valid after its list is cleared."""
     new = type(message)()
     new.CopyFrom(message)
     return new

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgetube import cuda
 from edgetube.errors import InputError
-from edgetube.export.base import Built, Wishes
+from edgetube.export.base import Built, CalibrationRequest
 from edgetube.runtimes import tensorrt as runtime
 from edgetube.runtimes.tensorrt import Sdk, Settings
 from edgetube.targets import Precision, Setting, Target, installed
@@ -138,7 +138,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
         if target.setting("attention") != "int8" and (note := attention_note(graph.spec)):
             notes.append(note)
     macs = integer.integer_macs(typed)
-    typed = rewrite.cast_first(typed if target.precision == "fp32" else canonical.half(typed))
+    typed = rewrite.cast_first(typed if target.precision == "fp32" else canonical.convert_to_fp16(typed))
     canonical.save(typed, folder / "model.onnx")
     if chosen.legacy:
         chosen = replace(chosen, layers=layer_precisions(plain, chosen.legacy, table))
@@ -167,7 +167,7 @@ LEGACY_NOTE = (
 )
 
 
-def wishes(graph: Graph, target: Target) -> Wishes:
+def calibration_request(graph: Graph, target: Target) -> CalibrationRequest:
     """What int8 wants to know beside the linears: the operands of attention, and clips for TensorRT's own calibrator.
 
     Raises:
@@ -182,7 +182,7 @@ def wishes(graph: Graph, target: Target) -> Wishes:
             raise InputError(refusal)
         operands = [name for pair in graphs.attention_products(graph.model).values() for name in pair]
         tensors = tuple(dict.fromkeys(operands))
-    return Wishes(tensors, LEGACY_CLIPS if chosen.legacy else 0)
+    return CalibrationRequest(tensors, LEGACY_CLIPS if chosen.legacy else 0)
 
 
 def attention_refusal(spec: ModelSpec) -> str:

@@ -59,7 +59,7 @@ def sound(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     reference = Reference(demo.model, demo.contract)
     golden = proof.Golden(clips, np.concatenate([reference(clip[None]) for clip in clips]))
     with runtimes.open_bundle(bundle) as backend:
-        bundle = replace(bundle, parity={"golden": golden.judge(backend, rough=0.0)})
+        bundle = replace(bundle, parity={"golden": golden.measure(backend, arithmetic_noise=0.0)})
     bundles.save_golden(bundle, golden.frames, golden.logits)
     return bundles.seal(bundle)
 

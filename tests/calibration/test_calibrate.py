@@ -23,7 +23,7 @@ from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator
 from edgetube.calibration.table import ActivationScheme, IntegerFormat
 from edgetube.datasets import ClipSet, built_in_calibration
 from edgetube.errors import ParityError
-from edgetube.export.canonical import PIXEL_SCALE, Graph, half
+from edgetube.export.canonical import PIXEL_SCALE, Graph, convert_to_fp16
 from edgetube.export.quantize import apply, qdq
 from edgetube.model.checkpoints import Checkpoint
 
@@ -147,7 +147,7 @@ def test_a_nearly_dead_channel_has_a_scale_that_float16_holds(
     options: dict[str, Any] = {"activations": "int8", "workspace": tmp_path, "max_drop": 100.0}
     found = calibrate(model, *clips, export.evaluator(), form=IntegerFormat("float16", PIXEL_SCALE), **options)
     equalised, table = apply(found, replace(hard_graph, model=model))
-    typed = half(qdq(equalised.model, table))
+    typed = convert_to_fp16(qdq(equalised.model, table))
     written = {tensor.name: numpy_helper.to_array(tensor) for tensor in typed.graph.initializer}
     for plan in table.quantised:
         unit = PIXEL_SCALE if plan.name.startswith("tubes") else 1

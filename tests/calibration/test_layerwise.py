@@ -72,7 +72,7 @@ def ratio(graph: Graph, activations: ActivationScheme, folder: Path) -> float:
     )
     equalised, table = apply(found, graph)
     exact = logits(graph.model, judged)
-    forms = qdq(equalised.model, table), integer.native(equalised.model, table)
+    forms = qdq(equalised.model, table), integer.to_integer_kernels(equalised.model, table)
     assert all(np.isfinite(plan.weight_scales).all() for plan in table.linears)
     return min(metrics.sqnr(exact, logits(form, judged)) for form in forms)
 

@@ -262,7 +262,7 @@ def test_statistics_count_what_the_formulas_count() -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_half_precision_answers_like_pytorch(name: str, lowering: str) -> None:
     frames = noise(name)
-    model = canonical.half(trace(name, lowering).model)
+    model = canonical.convert_to_fp16(trace(name, lowering).model)
     onnx.checker.check_model(model, full_check=True)
     answer = run(model, frames)
     assert answer.dtype == np.float32
@@ -276,7 +276,7 @@ def test_half_precision_answers_like_pytorch(name: str, lowering: str) -> None:
 def test_half_precision_in_an_evaluator_that_computes_in_half_precision() -> None:
     """ONNX Runtime computes half precision in float on most CPUs; numpy does not."""
     frames = noise("mean")
-    (answer,) = ReferenceEvaluator(canonical.half(trace("mean").model)).run(None, {"frames": frames})
+    (answer,) = ReferenceEvaluator(canonical.convert_to_fp16(trace("mean").model)).run(None, {"frames": frames})
     assert cosine(np.asarray(answer), reference("mean", frames)) > 0.9995
 
 
@@ -287,7 +287,7 @@ def test_half_precision_keeps_the_range_of_layernorm_and_softmax() -> None:
     with torch.no_grad():
         model.get_parameter("blocks.0.mlp.fc2.bias")[3] = 1500.0
         model.get_parameter("blocks.0.attn.qkv.weight").mul_(6)
-    narrow = canonical.half(canonical.trace(StaticTubeViT(model, contract), spec, contract).model)
+    narrow = canonical.convert_to_fp16(canonical.trace(StaticTubeViT(model, contract), spec, contract).model)
     frames = noise("paper")
     with torch.no_grad():
         expected = model(normalise(torch.from_numpy(frames), contract)).numpy()
@@ -304,7 +304,7 @@ def test_half_precision_keeps_the_range_of_layernorm_and_softmax() -> None:
 
 
 def test_half_precision_keeps_tube_weights_out_of_the_subnormals() -> None:
-    model = canonical.half(trace("paper").model)
+    model = canonical.convert_to_fp16(trace("paper").model)
     values = constants(model)
     for i in range(4):
         weight = values[f"tubes.{i}.weight"].astype(np.float64)
@@ -320,7 +320,7 @@ def test_half_precision_refuses_what_it_cannot_hold() -> None:
         if tensor.name == "blocks.1.mlp.fc2.bias":
             tensor.CopyFrom(numpy_helper.from_array(np.full(24, 7e4, np.float32), tensor.name))
     with pytest.raises(SpecError, match=r"blocks\.1\.mlp\.fc2\.bias reaches 7e\+04; float16 ends at 65504"):
-        canonical.half(model)
+        canonical.convert_to_fp16(model)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_every_precision_for_every_system(
     deployment: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(mlweights, "SMALL", 64)  # the tiny model's weights are all small
+    monkeypatch.setattr(mlweights, "MIN_COMPRESSED_SIZE", 64)  # the tiny model's weights are all small
     layout = "columns" if deployment == "iOS18" else "rows"
     target = export.target(f"coreml-{precision}").choose({"deployment": deployment, "layout": layout})
     coreml.build(traced("gather"), target, tmp_path)
@@ -292,8 +292,8 @@ def test_an_int8_bundle(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rendered: npt.NDArray[np.uint8]
 ) -> None:
     """Judged by the evaluator, sealed with its table, read by Apple's loader, any number of clips."""
-    monkeypatch.setattr(int8, "STATISTICS", 9)
-    monkeypatch.setattr(int8, "JUDGED", 36)
+    monkeypatch.setattr(int8, "CALIBRATION_CLIPS", 9)
+    monkeypatch.setattr(int8, "VALIDATION_CLIPS", 36)
     options = pipeline.Options(lowering="gather", batch=2)
     bundle = pipeline.export_model("coreml-int8", tiny_checkpoint, tmp_path, options)
     assert bundle.status == ("emulated" if runtimes.proof_device(bundle.target, bundle.backend) else "executed")
@@ -455,7 +455,7 @@ def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> B
 def test_a_bundle_is_proven_by_the_evaluator_and_says_so(bundle: Bundle) -> None:
     device = runtimes.proof_device(bundle.target, bundle.backend)
     assert bundle.status == bundle.parity["status"] == ("executed" if device is None else "emulated")
-    assert bundle.parity["image"]["clips"] == bundle.parity["clips"] == proof.CLIPS
+    assert bundle.parity["image"]["clips"] == bundle.parity["clips"] == proof.PROOF_CLIPS
     assert bundle.parity["agreement"] == 1
     assert bundle.build["settings"]["functions"] == "video+image"
     assert bundle.build["lowering"]["chosen"] in static.LOWERINGS
@@ -540,10 +540,10 @@ def test_a_tube_is_rounded_for_pixels_and_a_linear_to_the_nearest(rng: np.random
         def constexpr_affine_dequantize(self, quantized_data: Any, name: Any, **_: Any) -> None:
             integers[name] = quantized_data
 
-    storage = mlweights.Storage(Builder(), "w8", None, {})
+    storage = mlweights.WeightStorage(Builder(), "w8", None, {})
     tube = rng.normal(size=(8, 2 * 3, 8, 8)).astype(np.float32)
     for name, array in (("tube", tube), ("columns", tube.reshape(8, -1, 1, 1)), ("rows", tube.reshape(8, -1))):
-        storage.rounded(name, array, 1.0)
+        storage.int8(name, array, 1.0)
         assert integers[name].shape == array.shape
     scales = mlweights.channel_scales(tube)
     nearest = mlweights.quantise(tube, scales)
@@ -580,7 +580,7 @@ STORAGES = pytest.mark.parametrize(("precision", "blocks"), [("w8", None), ("w4"
 def stored(precision: Any, blocks: Any, weight: Any, moments: Any) -> Any:
     """A weight as it is stored, and the storage."""
     builder = Builder()
-    storage = mlweights.Storage(
+    storage = mlweights.WeightStorage(
         builder, precision, blocks, {}, lambda: {"blocks.0.x.weight": moments} if moments else {}
     )
     storage.weight("blocks.0.x.weight", weight, 1.0)
@@ -609,10 +609,10 @@ def test_biases_take_up_the_mean_of_what_storing_does(
     weight, bias = rng.normal(size=(32, 64)).astype(np.float32), rng.normal(size=32).astype(np.float32)
     moments = moments_of(read)
     matrix, storage = stored(precision, blocks, weight, moments)
-    found = storage.bias("blocks.0.x.weight", bias)
+    found = storage.corrected_bias("blocks.0.x.weight", bias)
     np.testing.assert_allclose(matrix @ moments.mean + found, weight @ moments.mean + bias, atol=1e-3)
     assert np.abs(found - bias).max() > 1e-4
-    np.testing.assert_array_equal(storage.bias("another", bias), bias)
+    np.testing.assert_array_equal(storage.corrected_bias("another", bias), bias)
 
 
 @STORAGES

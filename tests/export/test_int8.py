@@ -1,4 +1,4 @@
-"""INT8 on the road: calibrated on real clips only, measured against float, and published only within the budget."""
+"""INT8 in the pipeline: calibrated on real clips only, measured against float, and published only within the budget."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ GATHER = pipeline.Options(lowering="gather")
 
 @pytest.fixture(autouse=True)
 def few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "STATISTICS", 9)
-    monkeypatch.setattr(int8, "JUDGED", 36)
+    monkeypatch.setattr(int8, "CALIBRATION_CLIPS", 9)
+    monkeypatch.setattr(int8, "VALIDATION_CLIPS", 36)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_two_targets_of_one_scheme_share_a_calibration(tiny_checkpoint: Path, tm
     stages = []
     names = [t.name for t in export.targets().values() if t.precision == "int8" and not t.missing(t.build_needs)]
     list(pipeline.export_models(names, tiny_checkpoint, tmp_path, GATHER, lambda *s: stages.append(s)))
-    schemes = {int8.activations(export.target(name)) for name in names}
+    schemes = {int8.activation_scheme(export.target(name)) for name in names}
     assert sum(s == ("calibrate", 0, 4) for s in stages) == len(schemes)
 
 
@@ -212,7 +212,7 @@ def test_no_sum_of_products_overflows_16_bits(
 def test_weights_that_overflow_are_counted_for_the_manifest() -> None:
     def stated(weights: list[list[int]]) -> bool:
         tensors = [numpy_helper.from_array(np.array(weights, np.int8), "w"), numpy_helper.from_array(np.int8(0), "z")]
-        found: bool = integer.statement(onnx.ModelProto(graph={"initializer": tensors}), 1, 1, {})["saturates"]
+        found: bool = integer.coverage(onnx.ModelProto(graph={"initializer": tensors}), 1, 1, {})["saturates"]
         return found
 
     assert stated([[127], [127]])

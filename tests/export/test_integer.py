@@ -66,7 +66,7 @@ def logits(model: Any, clips: Any) -> Any:
 def test_kernels_compute_what_the_pairs_say(calibrated: Both, clips: Any, form: str) -> None:
     scheme, unsigned = FORMS[form]
     model, table = calibrated[scheme]
-    ours = logits(integer.native(model, table, unsigned_weights=unsigned), clips)
+    ours = logits(integer.to_integer_kernels(model, table, unsigned_weights=unsigned), clips)
     pairs = logits(quantize.qdq(model, table), clips)
     exact = logits(model, clips)
     if scheme == "uint8":
@@ -80,7 +80,7 @@ def test_kernels_compute_what_the_pairs_say(calibrated: Both, clips: Any, form: 
 def test_types_are_those_of_the_form(calibrated: Both, form: str) -> None:
     scheme, unsigned = FORMS[form]
     model, table = calibrated[scheme]
-    made = integer.native(model, table, unsigned_weights=unsigned)
+    made = integer.to_integer_kernels(model, table, unsigned_weights=unsigned)
     known = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
     kernels = [node for node in made.graph.node if node.op_type == "MatMulIntegerToFloat"]
     assert len(kernels) == len(table.quantised)
@@ -95,7 +95,7 @@ def test_types_are_those_of_the_form(calibrated: Both, form: str) -> None:
 
 def test_what_is_left_over_is_float_and_fused(calibrated: Both) -> None:
     model, table = calibrated["uint8"]
-    kinds = Counter(node.op_type for node in integer.native(model, table).graph.node)
+    kinds = Counter(node.op_type for node in integer.to_integer_kernels(model, table).graph.node)
     assert kinds["MultiHeadAttention"] == 2
     assert kinds["DequantizeLinear"] == kinds["Transpose"] == 0
     assert kinds["QuantizeLinear"] == sum("tubes" not in plan.name for plan in table.quantised)
@@ -106,18 +106,18 @@ def test_a_product_behind_a_split_becomes_one_for_each_part(calibrated: Both, cl
     pairs = quantize.qdq(model, table)
     split = integer.split_products(pairs)
     assert {node.op_type for node in pairs.graph.node} - {node.op_type for node in split.graph.node} == {"Split"}
-    assert integer.products(split) == integer.products(pairs) + 2 * 2
+    assert integer.count_integer_products(split) == integer.count_integer_products(pairs) + 2 * 2
     np.testing.assert_allclose(logits(split, clips), logits(pairs, clips), atol=1e-5)
 
 
 def test_a_table_of_another_model_is_refused(calibrated: Both, graph: Graph) -> None:
     with pytest.raises(InputError, match="a table does not carry over"):
-        integer.native(graph.model, calibrated["uint8"][1])
+        integer.to_integer_kernels(graph.model, calibrated["uint8"][1])
 
 
 def test_onnxruntime_runs_every_kernel(calibrated: Both, tmp_path: Path) -> None:
     model, table = calibrated["uint8"]
-    canonical.save(integer.native(model, table), tmp_path / "model.onnx")
+    canonical.save(integer.to_integer_kernels(model, table), tmp_path / "model.onnx")
     assert [kernel for kernel, _ in onnxruntime.integer_products(tmp_path / "model.onnx")] == [
         "MatMulIntegerToFloat"
     ] * len(table.quantised)
@@ -133,8 +133,8 @@ def test_a_float_fallback_is_counted_as_one(calibrated: Both, tmp_path: Path) ->
     executed = len(onnxruntime.integer_products(tmp_path / "model.onnx"))
     assert executed < len(table.quantised)
     with pytest.raises(ParityError, match=rf"computes {len(table.quantised) - executed} of {len(table.quantised)} "):
-        integer.lint("ONNX Runtime", len(table.quantised), executed)
-    integer.lint("ONNX Runtime", 3, 3)
+        integer.assert_integer_coverage("ONNX Runtime", len(table.quantised), executed)
+    integer.assert_integer_coverage("ONNX Runtime", 3, 3)
 
 
 def test_openvino_runs_every_product(calibrated: Both, tmp_path: Path) -> None:
@@ -145,6 +145,6 @@ def test_openvino_runs_every_product(calibrated: Both, tmp_path: Path) -> None:
     pairs = integer.split_products(quantize.qdq(model, table))
     openvino.convert(pairs, tmp_path / "model.xml", compress=False)
     products = openvino.integer_products(tmp_path / "model.xml", ["bf16", "f32"])
-    assert len(products) == integer.products(pairs)
+    assert len(products) == integer.count_integer_products(pairs)
     openvino.convert(model, tmp_path / "float.xml", compress=False)
     assert openvino.integer_products(tmp_path / "float.xml", ["f32"]) == []

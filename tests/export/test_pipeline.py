@@ -1,4 +1,4 @@
-"""The road end to end: what is published was proven, what fails leaves nothing."""
+"""The pipeline end to end: what is published was proven, what fails leaves nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_manifest_says_what_was_chosen_and_measured(tiny_bundle: Path, tiny_
     assert bundle.build["lowering"]["chosen"] == "gather"
     assert set(bundle.build["lowering"]["max_abs_error"]) == {"gather"}
     assert bundle.build["lowering"]["dropped"] == {}
-    assert bundle.parity["clips"] == proof.CLIPS
+    assert bundle.parity["clips"] == proof.PROOF_CLIPS
     assert bundle.parity["max_abs_error"] < 1e-4
     assert bundle.versions["torch"].partition("+")[0] == str(torch.__version__).partition("+")[0]
     json.dumps(bundle.to_json())

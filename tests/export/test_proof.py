@@ -93,8 +93,8 @@ def test_nor_are_they_beside_the_noise_of_integers(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calibration sees the same fault in its float graph: only the reference tells."""
-    monkeypatch.setattr(int8, "STATISTICS", 18)
-    monkeypatch.setattr(int8, "JUDGED", 36)
+    monkeypatch.setattr(int8, "CALIBRATION_CLIPS", 18)
+    monkeypatch.setattr(int8, "VALIDATION_CLIPS", 36)
     options = pipeline.Options(lowering="gather")
     sound = pipeline.export_model(target, "demo", tmp_path, options)
     assert sound.parity["order_agreement"] > 0.999
@@ -109,9 +109,9 @@ def test_float16_may_do_what_it_did_on_arm(demo: Checkpoint) -> None:
     """Computed in float16 on aarch64, the golden clips of the built-in model reached 32.5 dB: that has to pass."""
     clips = proof.golden_clips(proof.clips(demo, 8))
     module = static.StaticTubeViT(demo.model, demo.contract)
-    ratios = {kind: -10 * np.log10(arithmetic.spread(module, clips, kind)) for kind in arithmetic.UNIT}
+    ratios = {kind: -10 * np.log10(arithmetic.logit_noise(module, clips, kind)) for kind in arithmetic.UNIT_ROUNDOFF}
     assert 43 < ratios["float16"] < 47
-    assert ratios["float16"] - 10 * np.log10(proof.ROUGHER) < 32.5 - 0.5
+    assert ratios["float16"] - 10 * np.log10(proof.ARITHMETIC_MARGIN) < 32.5 - 0.5
     assert 50 < ratios["bfloat16"] < 58
     assert ratios["float32"] > 110
 
@@ -123,10 +123,10 @@ def test_a_golden_bound_adds_what_was_proven_and_what_arithmetic_does() -> None:
 
     golden = proof.Golden(np.zeros((2, 1, 1, 1, 3), np.uint8), np.array([[1, 0], [1, 0]], np.float32))
     noisy: Any = Noisy()
-    stated = golden.judge(noisy, rough=1e-4)
+    stated = golden.measure(noisy, arithmetic_noise=1e-4)
     assert stated["sqnr"] == pytest.approx(40.0, abs=1e-3)
     assert stated["min_sqnr"] == pytest.approx(-10 * np.log10(2 * 1e-4 + 32 * 1e-4), abs=1e-3)
-    assert golden.judge(noisy, rough=0.0)["min_sqnr"] == pytest.approx(37.0, abs=0.02)
+    assert golden.measure(noisy, arithmetic_noise=0.0)["min_sqnr"] == pytest.approx(37.0, abs=0.02)
 
 
 def test_golden_clips_go_backwards_too_and_are_few_when_they_are_large(
@@ -137,17 +137,17 @@ def test_golden_clips_go_backwards_too_and_are_few_when_they_are_large(
     assert clips.shape == (6, *demo.contract.shape)
     np.testing.assert_array_equal(clips[0], proven[0].frames)
     np.testing.assert_array_equal(clips[4], proven[0].frames[::-1])
-    monkeypatch.setattr(proof, "GOLDEN_BYTES", 3 * clips[0].nbytes)
+    monkeypatch.setattr(proof, "MAX_GOLDEN_BYTES", 3 * clips[0].nbytes)
     few = proof.golden_clips(proven)
     np.testing.assert_array_equal(few, clips[[0, 1, 5]])
-    monkeypatch.setattr(proof, "GOLDEN_BYTES", 1)
+    monkeypatch.setattr(proof, "MAX_GOLDEN_BYTES", 1)
     assert len(proof.golden_clips(proven)) == 2
 
 
 def test_order_is_seen_by_how_logits_move(demo: Checkpoint) -> None:
     """1 for itself; by hand for a model that moves half as far; nothing to say for one that does not move."""
     reference = Reference(demo.model, demo.contract)
-    ordered = proof.Ordered.of(reference, [clip.frames for clip in proof.clips(demo, 4)])
+    ordered = proof.FrameOrderProbe.of(reference, [clip.frames for clip in proof.clips(demo, 4)])
     assert len(ordered.shown) == 3 * 4
     assert ordered.agreement(reference) == 1.0
     plain = [np.array([4, 0], np.float32), np.array([0, 4], np.float32), np.array([2, 2], np.float32)]
@@ -163,8 +163,8 @@ def test_an_artifact_that_is_worse_than_its_simulation_is_refused_with_a_cause(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     """The artifact gives other logits than the graph that was calibrated: by 3 dB and more it is an error."""
-    monkeypatch.setattr(int8, "STATISTICS", 9)
-    monkeypatch.setattr(int8, "JUDGED", 36)
+    monkeypatch.setattr(int8, "CALIBRATION_CLIPS", 9)
+    monkeypatch.setattr(int8, "VALIDATION_CLIPS", 36)
     right = metrics.sqnr
     told: list[float] = []
 
@@ -172,14 +172,14 @@ def test_an_artifact_that_is_worse_than_its_simulation_is_refused_with_a_cause(
         told.append(right(reference, value))
         return told[-1] - (4.0 if lost == "more" else 2.0)
 
-    original = int8.judge
+    original = int8.check_accuracy
 
-    def judge(calibrated: Any, *given: Any) -> dict[str, Any]:
+    def check_accuracy(calibrated: Any, *given: Any) -> dict[str, Any]:
         with monkeypatch.context() as patched:
             patched.setattr("edgetube.metrics.sqnr", worse)
             return original(calibrated, *given)
 
-    monkeypatch.setattr(int8, "judge", judge)
+    monkeypatch.setattr(int8, "check_accuracy", check_accuracy)
     options = pipeline.Options(lowering="gather")
     if lost == "less":
         assert pipeline.export_model("onnx-int8", tiny_checkpoint, tmp_path, options).status == "executed"

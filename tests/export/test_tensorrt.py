@@ -57,7 +57,7 @@ class TestCastFirst:
     def test_the_answers_are_the_same_to_the_last_bit(
         self, graph: Graph, precision: str, rng: np.random.Generator
     ) -> None:
-        model = graph.model if precision == "fp32" else canonical.half(graph.model)
+        model = graph.model if precision == "fp32" else canonical.convert_to_fp16(graph.model)
         clips = rng.integers(0, 256, (2, *graph.contract.shape), np.uint8)
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -70,7 +70,7 @@ class TestCastFirst:
         np.testing.assert_array_equal(before, after)
 
     def test_uint8_reaches_one_cast_and_nothing_else(self, graph: Graph) -> None:
-        moved = rewrite.cast_first(canonical.half(graph.model)).graph
+        moved = rewrite.cast_first(canonical.convert_to_fp16(graph.model)).graph
         assert [n.op_type for n in moved.node if "frames" in n.input] == ["Cast"]
         kinds = {v.name: v.type.tensor_type.elem_type for v in [*moved.input, *moved.value_info, *moved.output]}
         assert [name for name, kind in kinds.items() if kind == TensorProto.UINT8] == ["frames"]
@@ -140,7 +140,7 @@ def test_without_a_gpu_the_bundle_is_whole_but_for_the_engine(name: str, tiny_ch
     assert bundle.status == "deferred"
     assert set(bundle.files) == {"model.onnx", "golden.npz"}
     assert bundle.parity["status"] == "emulated"
-    assert bundle.parity["clips"] == proof.CLIPS
+    assert bundle.parity["clips"] == proof.PROOF_CLIPS
     assert bundle.parity["max_abs_error"] <= target.tolerance * max(1, bundle.parity["max_abs_logit"])
     assert bundle.build["command"].startswith("trtexec --onnx=model.onnx")
     if installed("tensorrt_rtx"):
@@ -174,14 +174,14 @@ class TestAttention:
     def test_other_head_sizes_are_refused(self, tiny_checkpoint: Path) -> None:
         graph = traced(checkpoints.load(tiny_checkpoint))
         with pytest.raises(InputError, match="needs heads of 16, 32, 64 channels, this model's have 12"):
-            exporter.wishes(graph, with_settings("rtx-int8", attention="int8"))
+            exporter.calibration_request(graph, with_settings("rtx-int8", attention="int8"))
 
     def test_operands_are_queries_keys_softmax_and_values_of_every_block(self) -> None:
         graph = traced(small_checkpoint())
-        wished = exporter.wishes(graph, with_settings("trt-int8", attention="int8")).tensors
+        request = exporter.calibration_request(graph, with_settings("trt-int8", attention="int8")).tensors
         names = ("q", "k", "softmax", "v")
-        assert sorted(wished) == sorted(f"blocks.{i}.attn.{name}" for i in range(2) for name in names)
-        assert exporter.wishes(graph, export.target("trt-int8")).tensors == ()
+        assert sorted(request) == sorted(f"blocks.{i}.attn.{name}" for i in range(2) for name in names)
+        assert exporter.calibration_request(graph, export.target("trt-int8")).tensors == ()
 
     def test_an_export_quantises_both_products_and_still_answers(self, tmp_path: Path, few_clips: Path) -> None:
         options = replace(GATHER, settings={"attention": "int8"}, calib=few_clips, max_drop=100.0)
@@ -286,7 +286,7 @@ class TestForReal:
 
     def test_the_parser_takes_every_lowering_in_both_precisions(self, graph: Graph, tmp_path: Path) -> None:
         kit = runtime.sdk("rtx")
-        for model in (graph.model, canonical.half(graph.model)):
+        for model in (graph.model, canonical.convert_to_fp16(graph.model)):
             canonical.save(rewrite.cast_first(model), tmp_path / "model.onnx")
             _, network, parser = runtime.parse(kit, tmp_path / "model.onnx")
             assert network.num_layers > 100
@@ -374,7 +374,7 @@ def real_graphs(tmp_path_factory: pytest.TempPathFactory, rng_of_module: np.rand
             table = extremes(model, clip, attention)
             model = rewrite.separate_projections(quantize.qdq(model, table))
         path = tmp_path_factory.mktemp("real") / "model.onnx"
-        canonical.save(rewrite.cast_first(canonical.half(model)), path)
+        canonical.save(rewrite.cast_first(canonical.convert_to_fp16(model)), path)
         made[key] = SimpleNamespace(path=path, depth=checkpoint.spec.depth, tokens=checkpoint.spec.tokens, table=table)
         return made[key]
 
@@ -407,7 +407,7 @@ def extremes(model: Any, clip: Any, attention: Any) -> Any:
 
 
 def test_the_graph_keeps_layer_norm_and_softmax_in_fp32(graph: Graph) -> None:
-    model = rewrite.cast_first(canonical.half(graph.model))
+    model = rewrite.cast_first(canonical.convert_to_fp16(graph.model))
     kinds = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
     wide = [n for n in model.graph.node if n.op_type in ("LayerNormalization", "Softmax")]
     assert wide
