@@ -10,7 +10,7 @@
 same multiplications could beat: their number over the best rates that any runtime reaches here. The peers quantise the
 graph of our own float bundle on the clips that our calibration sees. `profile`: where the time of what `speed` made
 goes, as each runtime tells it. `accuracy`: the built-in model on labelled clips that no calibration has seen.
-`weights`: what 7 bits and what safe pairs cost the built-in model, on the clips that judge and on the filmed windows
+`weights`: what 7 bits and what safe pairs cost the built-in model, on the judging clips and on the filmed windows
 that `python tests/machines/windows.py make windows.npz` writes. `memory`: the most that this process ever held while it
 calibrated the first blocks. What `--folder` holds already is not made again: make it with `--seconds 0.1`, then measure
 when the machine is quiet.

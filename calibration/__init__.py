@@ -44,7 +44,7 @@ OBSERVED_CLIPS = 32
 """Most clips for the ranges of single tensors, which converge with few clips."""
 
 HELD_OUT_CLIPS = 16
-"""Validation clips on which the errors of single linears are reported."""
+"""Judging clips on which the errors of single linears are reported."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Calibrated:
     Attributes:
         values: the initializers that calibration changed by name: folded, rounded to int8, bias-corrected.
         table: for the graph with those values, prepared for the table's scheme.
-        budget: the validation clips and the float graph's logits for them.
+        budget: the judging clips and the float graph's logits for them.
         report: for the manifest, plain JSON.
     """
 
@@ -67,7 +67,7 @@ class Calibrated:
 def calibrate(
     model: onnx.ModelProto,
     calibration_clips: Clips,
-    validation_clips: Clips,
+    judging_clips: Clips,
     open_graph: OpenGraph,
     *,
     activations: ActivationScheme,
@@ -83,7 +83,7 @@ def calibrate(
     Args:
         model: float32 graph with batch 1, frames uint8 (1, T, H, W, 3) -> logits.
         calibration_clips: for ranges, equalisations, weights and biases.
-        validation_clips: for the accuracy budget.
+        judging_clips: for the accuracy budget.
         open_graph: opens any graph for running.
         activations, form: the activation scheme of the target runtime, and how it stores integers.
         workspace: folder for arrays that are kept on disk.
@@ -95,13 +95,13 @@ def calibrate(
         ParityError: the budget cannot be met.
         InputError: a logit is NaN or infinite on these clips.
     """
-    reference = search.compute_logits(model, validation_clips, open_graph, "float answers", progress)
-    if bad := [name for name, row in zip(validation_clips.names, reference, strict=True) if not np.isfinite(row).all()]:
+    reference = search.compute_logits(model, judging_clips, open_graph, "float answers", progress)
+    if bad := [name for name, row in zip(judging_clips.names, reference, strict=True) if not np.isfinite(row).all()]:
         raise InputError(
-            f"the model gives NaN or infinite logits on {len(bad)} of {len(validation_clips)} clips, {bad[0]} among "
+            f"the model gives NaN or infinite logits on {len(bad)} of {len(judging_clips)} clips, {bad[0]} among "
             "them; check weights and clips"
         )
-    budget = AccuracyBudget(validation_clips, reference, max_drop)
+    budget = AccuracyBudget(judging_clips, reference, max_drop)
     key = _key(model, calibration_clips, budget, activations, form, versions or {})
     model = graphs.insert_equalization_sites(model, activations)
     with open_cache(cache or workspace / "cache", key, progress) as kept:
@@ -110,7 +110,7 @@ def calibrate(
             return Calibrated(
                 values, table, budget, {**report, "notes": _notes(calibration_clips, budget), "cached": True}
             )
-        held_out = _held_out(calibration_clips, validation_clips)
+        held_out = _held_out(calibration_clips, judging_clips)
         calibrator = LayerwiseCalibrator(
             model, calibration_clips, open_graph, activations, workspace, progress, held_out, form
         )
@@ -194,20 +194,20 @@ def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: O
     return {linear.weight: moments[linear.activation] for linear in linears}
 
 
-def _held_out(calibration_clips: Clips, validation_clips: Clips) -> list[Frames]:
-    """Validation clips that are not among the calibration clips, spread evenly."""
+def _held_out(calibration_clips: Clips, judging_clips: Clips) -> list[Frames]:
+    """Judging clips that are not among the calibration clips, spread evenly."""
     known = set(calibration_clips.names)
-    others = [index for index, name in enumerate(validation_clips.names) if name not in known]
+    others = [index for index, name in enumerate(judging_clips.names) if name not in known]
     step = max(1, len(others) // HELD_OUT_CLIPS)
-    return [validation_clips.frames[index] for index in others[::step][:HELD_OUT_CLIPS]]
+    return [judging_clips.frames[index] for index in others[::step][:HELD_OUT_CLIPS]]
 
 
 def _notes(calibration_clips: Clips, budget: AccuracyBudget) -> list[str]:
     """Notes for the user about the clips."""
-    notes, validation_clips = list(calibration_clips.notes), budget.clips
-    if shared := len(set(calibration_clips.names) & set(validation_clips.names)):
+    notes, judging_clips = list(calibration_clips.notes), budget.clips
+    if shared := len(set(calibration_clips.names) & set(judging_clips.names)):
         notes.append(
-            f"{shared} of {len(validation_clips)} clips judged the accuracy that they were calibrated on: other clips "
+            f"{shared} of {len(judging_clips)} clips judged the accuracy that they were calibrated on: other clips "
             "may lose more; give --calib more clips"
         )
     return [*notes, budget.note] if budget.note else notes

@@ -68,7 +68,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class AccuracyBudget:
-    """The validation clips, the float graph's logits for them, and the accuracy that may be lost.
+    """The judging clips, the float graph's logits for them, and the accuracy that may be lost.
 
     Attributes:
         logits: (N, classes) of the float graph.

@@ -28,17 +28,17 @@ from edgetube.runtimes.base import Backend, may_saturate
 from edgetube.targets import Target
 from edgetube.video import Frames
 
-CALIBRATION_CLIPS, VALIDATION_CLIPS = 128, 252
-"""Most clips for calibration, and for validation; the latter are disjoint when there are enough."""
+CALIBRATION_CLIPS, JUDGING_CLIPS = 128, 252
+"""Most clips for calibration, and for judging accuracy; the latter are disjoint when there are enough."""
 
 MIN_UNSEEN_CLIPS = 32
-"""With fewer clips left after calibration, all clips are validation clips."""
+"""With fewer clips left after calibration, all clips are judging clips."""
 
 MIN_COSINE = 0.98
-"""Smallest cosine between the logits of artifact and float graph on a validation clip."""
+"""Smallest cosine between the logits of artifact and float graph on a judging clip."""
 
 SQNR_LOSS = 3.0
-"""dB by which the artifact's SQNR on the validation clips may be below the simulated one."""
+"""dB by which the artifact's SQNR on the judging clips may be below the simulated one."""
 
 LOGITS = "logits"
 """Name of the canonical graph's output."""
@@ -58,7 +58,7 @@ class Candidate:
 
 
 def sources(checkpoint: Checkpoint, given: Path | None) -> tuple[ClipSet, ClipSet]:
-    """The calibration clips and the validation clips.
+    """The calibration clips and the judging clips.
 
     Args:
         given: the user's clips; None takes the built-in ones, for models with their labels and for random weights.
@@ -69,13 +69,13 @@ def sources(checkpoint: Checkpoint, given: Path | None) -> tuple[ClipSet, ClipSe
     if given is not None:
         source = datasets.load(given, checkpoint.contract).known(checkpoint.labels)
     elif set(demo.LABELS) <= set(checkpoint.labels) or checkpoint.source.startswith("random:"):
-        source = datasets.built_in_calibration(CALIBRATION_CLIPS + VALIDATION_CLIPS, checkpoint.labels)
+        source = datasets.built_in_calibration(CALIBRATION_CLIPS + JUDGING_CLIPS, checkpoint.labels)
     else:
         raise InputError(
             f"INT8 needs clips of what {checkpoint.name} is for, 128 or more; give --calib a folder, a .csv manifest, "
             "or .npy/.npz frames"
         )
-    drawn = source.sample(CALIBRATION_CLIPS + VALIDATION_CLIPS)
+    drawn = source.sample(CALIBRATION_CLIPS + JUDGING_CLIPS)
     seen, unseen = drawn.items[:CALIBRATION_CLIPS], drawn.items[CALIBRATION_CLIPS:]
     judged = unseen if len(unseen) >= MIN_UNSEEN_CLIPS else drawn.items
     return replace(source, items=seen), replace(source, items=judged)
@@ -136,14 +136,14 @@ def measure(
 def check_accuracy(
     calibrated: Calibrated, simulated_sqnr: float, int8: Candidate, alternative: str, progress: Progress
 ) -> dict[str, Any]:
-    """Check the accuracy of an INT8 artifact on the validation clips; its record for the manifest.
+    """Check the accuracy of an INT8 artifact on the judging clips; its record for the manifest.
 
     Args:
         simulated_sqnr: SQNR in dB of the simulated Q/DQ graph on the same clips.
         alternative: target that an error proposes.
 
     Raises:
-        ParityError: the artifact loses more than the budget on the validation clips, or its error is larger than
+        ParityError: the artifact loses more than the budget on the judging clips, or its error is larger than
             that of the simulation by more than `SQNR_LOSS` (names the cause where it can be told), or the cosine of a
             clip is below `MIN_COSINE`.
     """

@@ -216,7 +216,7 @@ class ExportSession:
         return replace(bundle, build={**bundle.build, "int8": {"summary": int8.summary(report), **report}}), built
 
     def _simulated(self, calibrated: Calibrated, table: CalibrationTable, further: Sequence[str]) -> float:
-        """Simulated SQNR in dB of a target's Q/DQ graph on the validation clips.
+        """Simulated SQNR in dB of a target's Q/DQ graph on the judging clips.
 
         Calibration simulated the linears; the graph is simulated again where a target quantises further tensors.
         """
@@ -279,7 +279,7 @@ class ExportSession:
 
     @cached_property
     def _calibration_clips(self) -> tuple[Clips, Clips]:
-        """The calibration clips and the validation clips; read once."""
+        """The calibration clips and the judging clips; read once."""
         folder, checkpoint = Path(self._workspace.name), self.checkpoint
         statistics, judged = (
             collect(source, checkpoint.contract, checkpoint.labels, folder, progress=self.progress)
@@ -416,7 +416,7 @@ class ExportSession:
         return replace(bundle, status=measured.status, parity=proof.record(measured, found, golden))
 
     def _probe_clips(self, judged: bool) -> tuple[list[Frames], proof.FrameOrderProbe]:
-        """Clips for frame order and layer errors: of the proof, or with `judged` of int8's validation clips."""
+        """Clips for frame order and layer errors: of the proof, or with `judged` of int8's judging clips."""
         if judged not in self._probes:
             if judged:
                 some = list(islice(self._calibration_clips[1].frames, probe.CLIPS))

@@ -131,7 +131,7 @@ def gates(precision: Precision) -> Gates:
     """The parity gates of a precision on the proof clips, in addition to the target's tolerance.
 
     The proof clips are noise and rendered films, which may be far from a model's own data and exceed the calibrated
-    ranges. So int8 is checked on the validation clips, in `edgetube.export.int8.check_accuracy`, and 4-bit weights by
+    ranges. So int8 is checked on the judging clips, in `edgetube.export.int8.check_accuracy`, and 4-bit weights by
     their target's tolerance.
     """
     exact = precision not in ("int8", "w4")
@@ -143,7 +143,7 @@ def gates(precision: Precision) -> Gates:
 
 
 def check_float_graph(name: str, reference: Logits, logits: Logits) -> None:
-    """Check the float graph of calibration against the reference, by logits (N, classes) of validation clips.
+    """Check the float graph of calibration against the reference, by logits (N, classes) of judging clips.
 
     Raises:
         ParityError: they differ, so that later measurements against that graph would be wrong.

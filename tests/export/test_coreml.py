@@ -293,7 +293,7 @@ def test_an_int8_bundle(
 ) -> None:
     """Judged by the evaluator, sealed with its table, read by Apple's loader, any number of clips."""
     monkeypatch.setattr(int8, "CALIBRATION_CLIPS", 9)
-    monkeypatch.setattr(int8, "VALIDATION_CLIPS", 36)
+    monkeypatch.setattr(int8, "JUDGING_CLIPS", 36)
     options = pipeline.Options(lowering="gather", batch=2)
     bundle = pipeline.export_model("coreml-int8", tiny_checkpoint, tmp_path, options)
     assert bundle.status == ("emulated" if runtimes.proof_device(bundle.target, bundle.backend) else "executed")

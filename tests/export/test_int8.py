@@ -29,7 +29,7 @@ GATHER = pipeline.Options(lowering="gather")
 @pytest.fixture(autouse=True)
 def few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "CALIBRATION_CLIPS", 9)
-    monkeypatch.setattr(int8, "VALIDATION_CLIPS", 36)
+    monkeypatch.setattr(int8, "JUDGING_CLIPS", 36)
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_nor_are_they_beside_the_noise_of_integers(
 ) -> None:
     """Calibration sees the same fault in its float graph: only the reference tells."""
     monkeypatch.setattr(int8, "CALIBRATION_CLIPS", 18)
-    monkeypatch.setattr(int8, "VALIDATION_CLIPS", 36)
+    monkeypatch.setattr(int8, "JUDGING_CLIPS", 36)
     options = pipeline.Options(lowering="gather")
     sound = pipeline.export_model(target, "demo", tmp_path, options)
     assert sound.parity["order_agreement"] > 0.999
@@ -164,7 +164,7 @@ def test_an_artifact_that_is_worse_than_its_simulation_is_refused_with_a_cause(
 ) -> None:
     """The artifact gives other logits than the graph that was calibrated: by 3 dB and more it is an error."""
     monkeypatch.setattr(int8, "CALIBRATION_CLIPS", 9)
-    monkeypatch.setattr(int8, "VALIDATION_CLIPS", 36)
+    monkeypatch.setattr(int8, "JUDGING_CLIPS", 36)
     right = metrics.sqnr
     told: list[float] = []
 
