@@ -109,7 +109,7 @@ def candidates(seen: ChannelRanges, weight: Array, shifts: bool = True) -> Itera
 
 
 def _normalized_scale(scale: Array) -> Array:
-    """The scale divided by its geometric mean, clipped to the range of float16."""
+    """The scale divided by its geometric mean and clipped to [1e-3, 1e3], for float16."""
     scale = scale / np.exp(np.log(scale).mean())
     return np.clip(scale, 1e-3, 1e3).astype(np.float32)
 

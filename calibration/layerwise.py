@@ -151,7 +151,7 @@ class ActivationStats:
 
     @property
     def channels(self) -> ChannelRanges:
-        """Over all clips."""
+        """Channel ranges over all clips."""
         return ChannelRanges.of(self._channels)
 
     @property

@@ -87,7 +87,7 @@ NOTES = {
 
 
 def integer_format(target: Target) -> IntegerFormat:
-    """Scales are float16 like all constants, and pixels are divided so that sums of them stay within it.
+    """Scales in float16, like all constants; pixels are divided so that their sums stay in its range.
 
     Apple's processors accumulate integers in more than 16 bits, so weights keep all of their 8 bits.
     """

@@ -64,12 +64,12 @@ INTEGER_KERNELS = ("MatMulIntegerToFloat", "QGemm", "QLinearMatMul", "DynamicQua
 
 
 def activation_scheme(target: Target) -> ActivationScheme:
-    """uint8 with a zero point keeps more of a one-sided range; ARM's dot products want both sides signed."""
+    """uint8 with a zero point is finer for one-sided ranges; ARM's dot products need two signed operands."""
     return "int8" if target.setting(CPU.name) == "arm" else "uint8"
 
 
 def integer_format(target: Target) -> IntegerFormat:
-    """Weights whose sums no x86 processor cuts off: one that has VNNI writes files for one that has not."""
+    """Safe pairs: 16-bit sums on x86 without VNNI must not overflow, wherever the file is written."""
     from edgetube.calibration.table import IntegerFormat
 
     return IntegerFormat(safe_pairs=True)
@@ -105,10 +105,10 @@ def _build_int8(graph: Graph, path: Path, table: CalibrationTable, cpu: str) -> 
 
 
 def integer_products(path: Path) -> list[tuple[str, int]]:
-    """What multiplies a constant matrix in 8-bit integers in the graph that ONNX Runtime really runs.
+    """The products by constant matrices in 8-bit integers of ONNX Runtime's optimised graph.
 
-    The kernel of each product, and its multiply-accumulates in one call.
-    Any ONNX file will do; it is opened as the backend opens it, and the optimised graph is read back.
+    Kernel of each, and its multiply-accumulates in one call. Any ONNX file is allowed; it is opened with the options of
+    the backend, and the optimised graph is read back.
     """
     import onnx
 
@@ -128,7 +128,7 @@ def integer_products(path: Path) -> list[tuple[str, int]]:
 
 
 def evaluate(model: ModelProto) -> Callable[[Mapping[str, Any]], list[Any]]:
-    """Open any graph on the CPU: feeds by input name -> its outputs. Calibration looks at tensors through this."""
+    """Open any graph on the CPU: feeds by input name -> its outputs. Calibration runs graphs through this."""
     from edgetube.runtimes.onnxruntime import evaluate as opened
 
     return opened(model.SerializeToString())

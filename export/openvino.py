@@ -62,12 +62,12 @@ PRODUCTS = ("FullyConnected", "MatMul", "Convolution")
 
 
 def activation_scheme(target: Target) -> ActivationScheme:
-    """As fast as int8 here, nearer to what the ranges are, exact for pixels, and the calibration is shared."""
+    """As fast as int8 here, closer to one-sided ranges, exact for pixels; shares the calibration of onnx-int8."""
     return "uint8"
 
 
 def integer_format(target: Target) -> IntegerFormat:
-    """Weights whose sums no x86 processor cuts off: OpenVINO has no other form for those without VNNI."""
+    """Safe pairs: 16-bit sums on x86 without VNNI must not overflow, and OpenVINO has no other kernel there."""
     from edgetube.calibration.table import IntegerFormat
 
     return IntegerFormat(safe_pairs=True)
@@ -112,9 +112,9 @@ def _build_int8(graph: Graph, path: Path, table: CalibrationTable, precisions: l
 
 
 def integer_products(path: Path, precisions: list[str]) -> list[tuple[str, int]]:
-    """What multiplies in 8-bit integers in the graph that OpenVINO really runs.
+    """The products in 8-bit integers of OpenVINO's executed graph.
 
-    The kernel and type of each product, and its multiply-accumulates in one call.
+    Kernel and type of each, and its multiply-accumulates in one call.
     """
     from edgetube.runtimes.openvino import compile_model
 

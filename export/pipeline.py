@@ -416,7 +416,7 @@ class ExportSession:
         return replace(bundle, status=measured.status, parity=proof.record(measured, found, golden))
 
     def _probe_clips(self, judged: bool) -> tuple[list[Frames], proof.FrameOrderProbe]:
-        """Clips for frame order and layer errors: of the proof, or with `judged` of int8's judging clips."""
+        """Clips for frame order and layer errors: of the proof, or with `judged` some of the judging clips."""
         if judged not in self._probes:
             if judged:
                 some = list(islice(self._calibration_clips[1].frames, probe.CLIPS))

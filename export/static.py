@@ -1,12 +1,12 @@
-"""The model rewritten for export: the same answers from raw uint8 frames, in operators that every runtime likes.
+"""The model rewritten for export: equal logits from raw uint8 frames, in operators that every runtime supports.
 
-A tube is a convolution whose stride exceeds its kernel: most voxels of the clip are never looked at. Each lowering
-moves the bytes that are looked at, and only those, into one matrix per tube; only then are they made float and
-multiplied. Everything that does not depend on the pixels is folded on the way (`docs/lowering.md` has the formulas):
-mean and standard deviation into the weights and biases, biases and positions into one constant per token, resized
-kernels and gates into plain constants, the softmax scale into the query weights. No tensor exceeds rank 5, every
-shape and index is a constant. Letters: B clips, n tokens of a tube, N all tokens, S neighbours of space-to-depth,
-K voxels * colours of a kernel, D width, h heads.
+A tube is a convolution whose stride exceeds its kernel: it skips most voxels of the clip. Each lowering moves only the
+bytes that are read into one matrix per tube, then casts them to float and multiplies. Everything that does not depend
+on the pixels is folded (`docs/lowering.md` has the formulas): mean and standard deviation into the weights and biases,
+biases and positions into one constant per token, resized kernels and gates into plain constants, the softmax scale into
+the query weights. No tensor exceeds rank 5, every shape and index is a constant.
+Letters: B clips, n tokens of a tube, N all tokens, S neighbours of space-to-depth, K voxels * colours of a kernel,
+D width, h heads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from edgetube.spec import InputContract, ModelSpec, Triple, TubeSpec
 from edgetube.video import Frames
 
 LOWERINGS: tuple[str, ...] = ("gather", "slice", "conv2d")
-"""How the voxels of a tube reach its GEMM; all give the same tokens."""
+"""Ways to move the voxels of a tube to its GEMM; all give the same tokens."""
 
 
 class Linear(nn.Module):
@@ -50,12 +50,12 @@ class Linear(nn.Module):
 
 
 def run_length(tube: TubeSpec, width: int) -> int:
-    """Pixels that always travel together on rows of `width` pixels: what `gather` fetches at a time."""
+    """Number of adjacent pixels, on rows of `width` pixels, that `gather` fetches as one element."""
     return math.gcd(tube.kernel[2], tube.conv_stride[2], tube.offset[2], width)
 
 
 def run_indices(tube: TubeSpec, clip: Triple) -> npt.NDArray[np.int32]:
-    """Which runs of pixels make the tokens: (n * S * kt * kh * kw / run,), in that order, row-major.
+    """Indices of the runs of pixels of all tokens: (n * S * kt * kh * kw / run,), in that order, row-major.
 
     The flat clip is counted in runs of `run_length` pixels.
     """
@@ -130,9 +130,9 @@ def windows(x: Tensor, axis: int, start: int, stride: int, kernel: int, count: i
 
 
 def frame_windows(x: Tensor, batch: int, tube: TubeSpec, count: int, late: bool) -> Tensor:
-    """Frames x (B * T, ...) as (B * count * kt, ...), when it is their turn.
+    """Frames x (B * T, ...) of all windows in time (B * count * kt, ...), or x unchanged at the wrong time.
 
-    Windows in time that overlap copy frames, so they are cut late, when little of each frame is left.
+    Overlapping windows copy frames, so they are cut late, after each frame has been cropped.
     """
     if late != (tube.kernel[0] > tube.stride[0]):
         return x
@@ -156,7 +156,7 @@ class Slice(nn.Module):
         return concatenate_neighbours(torch.matmul(voxels.float(), self.weight), len(rows))  # (B, n, D)
 
     def voxels(self, frames: Tensor, tube: TubeSpec) -> Tensor:
-        """The bytes (B, n, K) that a plain tube looks at."""
+        """The bytes (B, n, K) that a plain tube reads."""
         batch, _, height, width, _ = frames.shape
         (gt, gh, gw), (kt, kh, kw) = self.grid, tube.kernel
         (_, oh, ow), (_, sh, sw) = tube.offset, tube.stride
@@ -170,7 +170,7 @@ class Slice(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """The touched voxels squeezed together, a tube's frames folded into channels, one Cast, one 2-D convolution."""
+    """The voxels read, packed together; a tube's frames as channels; one Cast, one 2-D convolution."""
 
     weight: Tensor
 
@@ -198,7 +198,7 @@ class Conv2d(nn.Module):
 
 
 def squeeze(x: Tensor, axis: int, start: int, stride: int, kernel: int, count: int) -> tuple[Tensor, int]:
-    """`axis` reduced to the voxels that a convolution touches, and the stride that it then has."""
+    """`axis` reduced to the voxels that a convolution reads, and the stride on the reduced axis."""
     if kernel < stride:
         return windows(x, axis, start, stride, kernel, count).flatten(axis, axis + 1), kernel
     return x.narrow(axis, start, stride * (count - 1) + kernel), stride
@@ -239,7 +239,7 @@ class StaticTokenizer(nn.Module):
 
 
 def lowered_spec(spec: ModelSpec, contract: InputContract, lowering: str) -> ModelSpec:
-    """`spec`, when `lowering` can express it on the clips of `contract`.
+    """`spec`, checked for `lowering` on the clips of `contract`.
 
     Raises:
         SpecError: it cannot.
@@ -254,7 +254,7 @@ def lowered_spec(spec: ModelSpec, contract: InputContract, lowering: str) -> Mod
 
 
 def fold(weight: Tensor, bias: Tensor, contract: InputContract) -> tuple[Tensor, Tensor]:
-    """Kernel (float32) and bias (float64) that take raw 0..255 pixels for ones that take normalised pixels.
+    """Kernel (float32) and bias (float64) for raw 0..255 pixels, from those for normalised pixels.
 
     W ((u / 255 - mean) / std) + b  =  W / (255 std) u  +  b - sum(W mean / std)
     """
@@ -395,11 +395,11 @@ class StaticTubeViT(nn.Module):
 
 @dataclass(frozen=True)
 class LoweringError:
-    """How far one lowering's tokens are from the reference tokenizer's, which runs in float64.
+    """Error of one lowering's tokens against the reference tokenizer in float64.
 
     Attributes:
         max_abs: largest absolute error of a token.
-        share: largest error as a share of what float32 arithmetic may do to that very value, see `_rounding`.
+        share: largest error relative to the error bound of float32 arithmetic for that value, see `_rounding`.
     """
 
     max_abs: float

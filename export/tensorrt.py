@@ -1,7 +1,7 @@
 """Targets of TensorRT and of TensorRT for RTX: one strongly typed graph, and an engine where one can be built.
 
-TensorRT builds on the GPU that will run the engine; without one the bundle is complete but for it, and the device
-builds it on the first load. TensorRT for RTX compiles for named GPUs on any machine.
+TensorRT builds the engine on the GPU that will run it. Without a GPU the bundle lacks the engine, and the device builds
+it on first load. TensorRT for RTX compiles for named GPUs on any machine.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ CACHE = "calibration.cache"
 
 
 def integer_format(target: Target) -> IntegerFormat:
-    """Scales are float16 like all constants, and pixels are divided so that sums of them stay within it.
+    """Scales in float16, like all constants; pixels are divided so that their sums stay in its range.
 
-    Integers are summed in 32 bits on every GPU, so that weights keep all of their 8 bits.
+    Every GPU accumulates integers in 32 bits, so weights keep all of their 8 bits.
     """
     from edgetube.calibration.table import IntegerFormat
     from edgetube.export.canonical import PIXEL_SCALE
@@ -118,11 +118,11 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     """Write `model.onnx` and, where the SDK and the machine allow, `model.engine`.
 
     Args:
-        table: of an int8 target; Q/DQ is int8 with zero point 0, because the parser refuses every other kind.
+        table: of an int8 target; Q/DQ is int8 with zero point 0, the only kind that the parser allows.
 
     Raises:
-        InputError: a setting that this target does not have, or that cannot be.
-        BackendError: the SDK's parser or builder refuses the graph, with its words.
+        InputError: an unknown or impossible setting.
+        BackendError: the SDK's parser or builder refuses the graph; with its message.
     """
     from edgetube.calibration import graphs
     from edgetube.export import canonical, integer, rewrite
@@ -168,7 +168,7 @@ LEGACY_NOTE = (
 
 
 def calibration_request(graph: Graph, target: Target) -> CalibrationRequest:
-    """What int8 wants to know beside the linears: the operands of attention, and clips for TensorRT's own calibrator.
+    """Ranges of attention's operands with `attention=int8`, and clips for TensorRT's own calibrator with `legacy=yes`.
 
     Raises:
         InputError: a setting that this model cannot have.
@@ -186,7 +186,7 @@ def calibration_request(graph: Graph, target: Target) -> CalibrationRequest:
 
 
 def attention_refusal(spec: ModelSpec) -> str:
-    """Why attention in int8 would not be one kernel; empty when it would."""
+    """Why attention in int8 would not be one fused kernel; empty if it would be."""
     head = spec.width // spec.heads
     if head not in FUSED_HEADS:
         known = ", ".join(map(str, FUSED_HEADS))
@@ -200,7 +200,7 @@ def attention_refusal(spec: ModelSpec) -> str:
 
 
 def attention_note(spec: ModelSpec) -> str:
-    """That a shorter clip would allow attention in int8, and what it costs; empty when there is none, or no need."""
+    """A note on the shorter clip that would allow attention in int8, and its cost; empty if none would or need be."""
     if spec.tokens <= FUSED_TOKENS or spec.width // spec.heads not in FUSED_HEADS or not (choice := shorter(spec)):
         return ""
     return (
@@ -210,7 +210,7 @@ def attention_note(spec: ModelSpec) -> str:
 
 
 def shorter(spec: ModelSpec) -> str:
-    """In words: the shortest clip that every tube fits, as an option with its costs; empty if that is no remedy."""
+    """The options for the shortest clip that every tube fits, with their cost, in words; empty if it does not help."""
     shortest = max(spec.tubes[i].minimum()[0] for i in spec.active)
     if shortest >= spec.frames or spec.positions == "stored":
         return ""
@@ -231,7 +231,7 @@ def _or(choice: str) -> str:
 def layer_precisions(
     model: onnx.ModelProto, precision: str, table: CalibrationTable | None
 ) -> tuple[tuple[str, str], ...]:
-    """What each layer of a network without types computes in, by the name of its ONNX node; "*" is all others.
+    """Precision of each layer of a weakly typed network, by the name of its ONNX node; "*" is all others.
 
     LayerNorm and softmax accumulate in fp32, and nothing but the linears of the table is in int8: a layer left to
     TensorRT would be quantised as soon as that is faster.
@@ -245,7 +245,7 @@ def layer_precisions(
 
 
 def _engine(folder: Path, chosen: Settings, target: Target, batch: int) -> dict[str, Any]:
-    """The manifest's record of the engine that was written beside the graph; empty when none can be built here."""
+    """Build the engine beside the graph; its record for the manifest, empty when none can be built here."""
     family = target.name.partition("-")[0]
     if family == "rtx":
         return _write(runtime.sdk(family), folder, chosen, None, batch)
@@ -282,19 +282,19 @@ def _write(
 
 
 def timing_cache(target: Target) -> Path | None:
-    """This machine's file of kernel timings: what was chosen, else what the environment says."""
+    """This machine's timing cache: the setting, else that of the environment."""
     chosen = target.setting("timing-cache")
     return Path(chosen).absolute() if chosen else runtime.timing_cache()
 
 
 def fell_back(layers: Mapping[str, Any], table: CalibrationTable) -> list[str]:
-    """The linears that the table quantises and that the engine computes in float all the same."""
+    """The linears that the table quantises but the engine computes in float."""
     floats = layers["float_gemms"]
     return [plan.name for plan in table.quantised if any(f"{name}.".startswith(f"{plan.name}.") for name in floats)]
 
 
 def _validate(path: Path) -> dict[str, Any]:
-    """Show the graph to the real parser of the other SDK, when that is installed: it needs no GPU."""
+    """Parse the graph with TensorRT for RTX, if installed: its parser needs no GPU."""
     if not installed(runtime.FAMILIES["rtx"].module):
         return {"parsed_by": None}
     kit = runtime.sdk("rtx")
@@ -303,10 +303,10 @@ def _validate(path: Path) -> dict[str, Any]:
 
 
 def parse_settings(target: Target) -> Settings:
-    """The settings that a user chose, checked.
+    """The user's settings, checked.
 
     Raises:
-        InputError: a value that cannot be.
+        InputError: an impossible value.
     """
     if "dla" in target.chosen:
         raise InputError(
@@ -332,11 +332,11 @@ def parse_settings(target: Target) -> Settings:
 
 
 LEGACY_FLAGS = {"fp32": (), "fp16": ("--fp16",), "int8": ("--fp16", "--int8", f"--calib={CACHE}")}
-"""What `trtexec` of TensorRT 8.6 to 10 is told of a network without types."""
+"""Options of `trtexec` of TensorRT 8.6 to 10 for a weakly typed network."""
 
 
 def command(family: str, chosen: Settings) -> str:
-    """The line of the vendor's own tool that builds the same engine, to be run in the bundle's folder."""
+    """The command of the vendor's tool that builds the same engine, to run in the bundle's folder."""
     tool = "tensorrt_rtx" if family == "rtx" else "trtexec"
     line = [tool, f"--onnx={chosen.source}", "--saveEngine=model.engine"]
     if family == "rtx":
