@@ -48,7 +48,7 @@ lint: $(VENV)/dev.stamp shadow $(STUBS)/stamp ## format, style, types, and who i
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	cd $(SHADOW) && "$(abspath $(BIN))/lint-imports" --config "$(CURDIR)/.importlinter" --no-logo --cache-dir "$(CURDIR)/.import_linter_cache"
-	cp -R bench/*.py bench/peers $(SHADOW)/edgetube/bench/  # the scripts, too, which the wheel has not
+	cp -R bench/studies $(SHADOW)/edgetube/bench/  # scripts of the repository, which are not in the wheel
 	cp -R tests $(SHADOW)/
 	cd $(SHADOW) && "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache"
 
@@ -56,7 +56,7 @@ lint: $(VENV)/dev.stamp shadow $(STUBS)/stamp ## format, style, types, and who i
 # can be told of such a mapping.
 shadow: $(VENV)/dev.stamp
 	@rm -rf $(SHADOW)
-	@$(BIN)/python setup.py --quiet build_py --build-lib $(SHADOW)
+	@$(BIN)/python -c "import setuptools; setuptools.setup()" --quiet build_py --build-lib $(SHADOW)
 
 # TensorRT's types, without TensorRT. As published they hold a Python keyword as a parameter and a default before none.
 $(STUBS)/stamp: $(VENV)/dev.stamp
@@ -66,8 +66,8 @@ $(STUBS)/stamp: $(VENV)/dev.stamp
 	@touch $@
 
 bench: $(VENV)/dev.stamp ## the timings of docs/benchmarks.md; wants a quiet machine
-	$(BIN)/python bench/tokenizer.py --json bench/results/tokenizer.json
-	$(BIN)/python bench/static_vs_conv3d.py --json bench/results/static_vs_conv3d.json
+	$(BIN)/python bench/studies/tokenizer.py --json bench/results/tokenizer.json
+	$(BIN)/python bench/studies/static_vs_conv3d.py --json bench/results/static_vs_conv3d.json
 
 wheel: $(VENV)/dev.stamp ## sdist and wheel in dist/
 	rm -rf dist build/lib
@@ -80,7 +80,7 @@ clean: ## remove all that make made
 $(VENV)/demo.stamp: EXTRAS = export,openvino,report
 $(VENV)/dev.stamp: EXTRAS = dev
 $(VENV)/mutants.stamp: EXTRAS = dev,mutants
-$(VENV)/%.stamp: pyproject.toml setup.py constraints.txt
+$(VENV)/%.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing edgetube[$(EXTRAS)] in $(VENV)"
 	@$(PIP) --editable ".[$(EXTRAS)]" --constraint constraints.txt

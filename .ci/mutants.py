@@ -138,8 +138,8 @@ class Bench:
 
     def __init__(self, place: Path) -> None:
         self.place, self.library = place, place / "library"
-        line = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(self.library)]
-        subprocess.run(line, cwd=ROOT, check=True)
+        line = [sys.executable, "-c", "import setuptools; setuptools.setup()", "--quiet", "build_py"]
+        subprocess.run([*line, "--build-lib", str(self.library)], cwd=ROOT, check=True)
         for name in ("tests", "bench"):
             shutil.copytree(ROOT / name, place / name)
         shutil.copy(ROOT / "pyproject.toml", place)

@@ -64,9 +64,9 @@ def run(code: str) -> str:
 
 
 def sources() -> list[Path]:
-    """The modules that are installed, as they lie in the repository: all but the scripts of `bench/`."""
-    bench = [path for path in (ROOT / "bench").glob("*.py") if '"__main__"' not in path.read_text("utf-8")]
-    return bench + [path for room in ROOMS if room != "bench" for path in (ROOT / room).rglob("*.py")]
+    """The modules that are installed, as they lie in the repository: all but `bench/studies/`."""
+    studies = ROOT / "bench" / "studies"
+    return [path for room in ROOMS for path in (ROOT / room).rglob("*.py") if studies not in path.parents]
 
 
 class TestNames:
@@ -203,7 +203,6 @@ class TestDistributions:
         modules = {name for name in names[0] if name.endswith(".py")}
         assert modules == expected
         assert "edgetube/bench/parity.py" in modules
-        assert "edgetube/bench/train_demo.py" not in modules
 
     def test_the_wheel_has_the_built_in_model_and_clips(self, names: tuple[set[str], set[str]]) -> None:
         data = {p.relative_to(ROOT).as_posix() for p in (ROOT / "edgetube" / "demo").rglob("*") if p.is_file()}
@@ -217,7 +216,7 @@ class TestDistributions:
         files = [
             p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file() and p.parts[-2] != "__pycache__"
         ]
-        top = {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.py"}
+        top = {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"}
         expected = top | {".importlinter"} | {p.relative_to(ROOT).as_posix() for p in files}
         assert expected - names[1] == set()
         assert "tests/test_package.py" in expected

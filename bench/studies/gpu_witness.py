@@ -1,6 +1,6 @@
 """Run a TensorRT bundle's graph on a GPU with PyTorch's kernels: what its Q/DQ says, on silicon, without TensorRT.
 
-    python bench/gpu_witness.py BUNDLE [--device cuda|cpu] [--clips 504]
+    python bench/studies/gpu_witness.py BUNDLE [--device cuda|cpu] [--clips 504]
 
 The graph is the very `model.onnx` that TensorRT parses. Float tensors have the types that the graph gives them, and a
 product whose two operands come out of DequantizeLinear multiplies int8 by int8 into int32 (`torch._int_mm`, tensor

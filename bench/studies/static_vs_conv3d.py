@@ -1,6 +1,6 @@
 """What the static rewrite brings over the model as it was trained, on this machine.
 
-    python bench/static_vs_conv3d.py [--checkpoint random:tubevit-b] [--json bench/results/static_vs_conv3d.json]
+    python bench/studies/static_vs_conv3d.py [--checkpoint random:tubevit-b] [--json FILE]
 
 1. The cost of `edgetube export --target onnx-fp32` as a user pays it: seconds and peak memory of a fresh process,
    lowerings proven and timed, artifact proven on 16 clips.
@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
-from peers import naive
 
 from edgetube import Runtime, demo
 from edgetube import bundle as bundles
 from edgetube.bench.latency import interleave
 from edgetube.bench.machine import describe
+from edgetube.bench.studies.peers import naive
 from edgetube.model import checkpoints
 from edgetube.runtimes.torch import Reference
 

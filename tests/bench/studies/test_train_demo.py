@@ -17,7 +17,7 @@ from tests.edgetube.demo import oracle as independent
 
 torch = pytest.importorskip("torch")
 
-from edgetube.bench import train_demo  # noqa: E402  (needs torch)
+from edgetube.bench.studies import train_demo  # noqa: E402  (needs torch)
 
 # Written out by hand: what a viewer of the changed clip would say.
 EXPECTED = {

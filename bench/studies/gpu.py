@@ -1,6 +1,7 @@
 """TensorRT and TensorRT for RTX on this machine's NVIDIA GPU, against PyTorch and ONNX Runtime on the same GPU.
 
-    python bench/gpu.py [--models demo,ti,s,b] [--batches 1,8] [--targets trt-fp16,...] [--json bench/results/gpu.json]
+    python bench/studies/gpu.py [--models demo,ti,s,b] [--batches 1,8] [--targets trt-fp16,...]
+        [--json bench/results/gpu.json]
 
 1. Parity: the built-in model as trt-fp16, trt-int8, rtx-fp16 and rtx-int8 against PyTorch over the built-in evaluation
    set; and the graphs of the trt targets in PyTorch's own kernels on this GPU (`gpu_witness.py`), which shows what
@@ -169,7 +170,7 @@ def contestants(model: str, batch: int, made: Mapping[str, Bundle], mode: str = 
     for name, compiled in (("PyTorch eager fp16", ""), ("torch.compile fp16", mode)):
         given: dict[str, Any] = {"model": model, "batch": batch, "compiled": compiled}
         facts = {"model": model, "precision": "fp16"}
-        found.append(Contestant(name, "edgetube.bench.gpu:eager", given, None, batch, facts, macs, "fp16"))
+        found.append(Contestant(name, "edgetube.bench.studies.gpu:eager", given, None, batch, facts, macs, "fp16"))
     for target, bundle in made.items():
         given = {"path": str(bundle.path), "threads": None, "device": None, "camera": CAMERA}
         if target == ORT:
@@ -179,11 +180,11 @@ def contestants(model: str, batch: int, made: Mapping[str, Bundle], mode: str = 
         found.append(Contestant(target, "edgetube.bench.worker:bundle", given, *about))
         if target == "trt-fp16":
             given = {"path": str(bundle.path)}
-            found.append(Contestant(f"{target}, no CUDA graph", "edgetube.bench.gpu:launched", given, *about))
+            found.append(Contestant(f"{target}, no CUDA graph", "edgetube.bench.studies.gpu:launched", given, *about))
         if target.startswith("trt-"):
             for name, fused in ((f"{target}'s graph in PyTorch", False), (f"{target}'s graph, torch.compile", True)):
                 given = {"path": str(bundle.path), "compiled": fused}
-                found.append(Contestant(name, "edgetube.bench.gpu_witness:subject", given, *about))
+                found.append(Contestant(name, "edgetube.bench.studies.gpu_witness:subject", given, *about))
     return found
 
 
@@ -267,7 +268,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
     args = parser.parse_args()
     if missing((GPU,)):
-        print(f"bench/gpu.py needs {GPU} and its driver; this machine has none: nothing was measured", file=sys.stderr)
+        print(f"gpu.py needs {GPU} and its driver; this machine has none: nothing was measured", file=sys.stderr)
         return 2
     document: dict[str, Any] = {"machine": machine.describe(), "rows": []}
     with tempfile.TemporaryDirectory() as scratch:
@@ -300,7 +301,7 @@ def main() -> int:
 
 def witness(made: Iterable[Bundle], clips: int) -> list[dict[str, Any]]:
     """What `gpu_witness.agreement` finds for the bundles of full TensorRT on this GPU; a reason where it cannot run."""
-    from edgetube.bench import gpu_witness
+    from edgetube.bench.studies import gpu_witness
 
     found = []
     for bundle in made:
@@ -338,7 +339,7 @@ def _save(document: Mapping[str, Any], path: Path | None) -> None:
 
 def _limits() -> dict[str, Any] | None:
     try:
-        with Process("limits", "edgetube.bench.gpu:limits", {}) as process:
+        with Process("limits", "edgetube.bench.studies.gpu:limits", {}) as process:
             return process.about
     except (BackendError, MissingPackageError) as error:
         print(f"\nwithout shares of the limits: {error}")

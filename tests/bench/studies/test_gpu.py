@@ -1,4 +1,4 @@
-"""`bench/gpu.py`: its arithmetic, its tables, and all of it on a GPU (marked `gpu`) and on doubles."""
+"""`bench/studies/gpu.py`: its arithmetic, its tables, and all of it on a GPU (marked `gpu`) and on doubles."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import pytest
 
 from edgetube import bundle as bundles
 from edgetube import datasets, demo, targets
-from edgetube.bench import gpu, parity
+from edgetube.bench import parity
+from edgetube.bench.studies import gpu
 from edgetube.errors import BackendError
 from edgetube.model import checkpoints
 from edgetube.runtimes.torch import Reference
 from tests.runtimes import doubles
 
-ROOT = Path(__file__).parents[2]
 WITNESS = ["trt-fp16's graph in PyTorch", "trt-fp16's graph, torch.compile"]
 LIMITS = {"gmacs_per_s": {"fp16": 100_000.0, "int8": 200_000.0}, "gb_per_s": 1000.0}
 
@@ -121,14 +121,10 @@ def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     if not targets.missing((targets.GPU,)):
         pytest.skip("this machine has a GPU")
     out = tmp_path / "gpu.json"
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "gpu.py", "--json", out], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = subprocess.run([sys.executable, gpu.__file__, "--json", out], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == (
-        "bench/gpu.py needs an NVIDIA GPU and its driver; this machine has none: nothing was measured\n"
-    )
+    assert done.stderr == ("gpu.py needs an NVIDIA GPU and its driver; this machine has none: nothing was measured\n")
     assert not out.exists()
 
 

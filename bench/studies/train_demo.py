@@ -37,8 +37,8 @@ Training pictures are never shipped. Any folders of photographs will do; these w
       gnome-backgrounds plasma-workspace-wallpapers opencv-doc
       (Debian 12; unpack each with dpkg -x FILE.deb FOLDER; of opencv-doc use usr/share/doc/opencv-doc/examples)
 then
-  python bench/train_demo.py --sources FOLDER... --work RUN            train; run it again to go on after a stop
-  python bench/train_demo.py --sources FOLDER... --evaluate            write docs/demo-model.json
+  python bench/studies/train_demo.py --sources FOLDER... --work RUN    train; run it again to go on after a stop
+  python bench/studies/train_demo.py --sources FOLDER... --evaluate    write docs/demo-model.json
 """
 
 CONTRACT = InputContract(frames=16, height=64, width=64, fps=15.0)

@@ -1,6 +1,6 @@
 """The tokenizer alone, from uint8 frames to embedded tokens: every lowering against the Conv3d that it replaces.
 
-    python bench/tokenizer.py [--checkpoint random:tubevit-b] [--threads 2] [--json bench/results/tokenizer.json]
+    python bench/studies/tokenizer.py [--checkpoint random:tubevit-b] [--threads 2] [--json FILE]
 
 The contestants take turns in blocks of calls. The first calls of a block are not counted: the threads of the
 runtime that ran before spin on the cores for a while after its last call.
@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-from peers import naive
 from torch import nn
 
 from edgetube import demo
 from edgetube.bench.machine import describe
+from edgetube.bench.studies.peers import naive
 from edgetube.export import canonical, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint

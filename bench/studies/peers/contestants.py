@@ -72,9 +72,9 @@ def calibration(work: Path) -> Sequence[Frames]:
 
 def module(work: Path) -> tuple[Any, Any]:
     """The reference behind uint8 frames (a module), and frames to trace it with (a tensor)."""
-    import naive
     import torch
 
+    from edgetube.bench.studies.peers import naive
     from edgetube.model import checkpoints
 
     return naive.Model(checkpoints.load(source(work))).eval(), torch.from_numpy(clips(work)[:1])
@@ -116,7 +116,7 @@ def torchao_int8(work: Path, own: Path) -> Call:
 
 
 def export_naive(work: Path, own: Path) -> None:
-    import naive
+    from edgetube.bench.studies.peers import naive
 
     model, frames = module(work)
     naive.export(model, frames.numpy(), own / ONNX)
@@ -125,7 +125,8 @@ def export_naive(work: Path, own: Path) -> None:
 def quantise(function: str, file: str, work: Path, own: Path) -> None:
     """One of `quantisers` on the naive export."""
     import onnx
-    import quantisers
+
+    from edgetube.bench.studies.peers import quantisers
 
     export_naive(work, own)
     model = onnx.load(own / ONNX)
@@ -239,14 +240,13 @@ def bundle(work: Path, own: Path) -> Call:
 
 
 def build_hugging(name: str, frames: int, work: Path, own: Path) -> None:
-    import hugging
-    import naive
+    from edgetube.bench.studies.peers import hugging, naive
 
     naive.export(hugging.model(name, frames), np.zeros((1, frames, 224, 224, 3), np.uint8), own / ONNX)
 
 
 def eager_hugging(name: str, frames: int, work: Path, own: Path) -> Call:
-    import hugging
+    from edgetube.bench.studies.peers import hugging
 
     return in_torch(hugging.model(name, frames))
 

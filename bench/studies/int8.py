@@ -1,10 +1,10 @@
 """Is INT8 worth it on this machine? edgetube's bundles against their float siblings and against other quantisers.
 
-    python bench/int8.py speed --checkpoint random:tubevit-b --folder out/int8 [--json docs/int8.json]
-    python bench/int8.py profile --checkpoint random:tubevit-b --folder out/int8 [--json docs/int8.json]
-    python bench/int8.py accuracy --folder out/int8 [--json docs/int8.json]
-    python bench/int8.py weights --windows windows.npz [--json docs/int8.json]
-    python bench/int8.py memory --checkpoint random:tubevit-b --clips 512 [--json docs/int8.json]
+    python bench/studies/int8.py speed --checkpoint random:tubevit-b --folder out/int8 [--json docs/int8.json]
+    python bench/studies/int8.py profile --checkpoint random:tubevit-b --folder out/int8 [--json docs/int8.json]
+    python bench/studies/int8.py accuracy --folder out/int8 [--json docs/int8.json]
+    python bench/studies/int8.py weights --windows windows.npz [--json docs/int8.json]
+    python bench/studies/int8.py memory --checkpoint random:tubevit-b --clips 512 [--json docs/int8.json]
 
 `speed`: latency of one clip, the contestants in turns and each in a process of its own, and what no arrangement of the
 same multiplications could beat: their number over the best rates that any runtime reaches here. The peers quantise the
@@ -40,7 +40,7 @@ from edgetube import datasets, demo, metrics
 from edgetube import export as exporting
 from edgetube.bench import machine, parity
 from edgetube.bench.latency import Contestant, Options, peaks, race
-from edgetube.bench.peers import quantisers
+from edgetube.bench.studies.peers import quantisers
 from edgetube.bench.worker import Lap, Subject, peak_mb
 from edgetube.bundle import Bundle
 from edgetube.calibration import calibrate, graphs, numeric
@@ -149,13 +149,13 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     (nncf,) = (name for name in peers if name.startswith(NNCF))
     slow = quantise(sliced, given, [nncf], folder, f"{checkpoint.name}.slice")
     known: dict[str, Any] = {"checkpoint": args.checkpoint}
-    contestants = [Contestant(EAGER, "edgetube.bench.int8:eager", known)]
+    contestants = [Contestant(EAGER, "edgetube.bench.studies.int8:eager", known)]
     for name, bundle in ours.items():
         own = {"path": str(bundle.path), "threads": None, "device": None, "camera": CAMERA}
         contestants.append(Contestant(name, "edgetube.bench.worker:bundle", own))
     for name, path in {**peers, NNCF_SLICE: slow[nncf]}.items():
         name = NNCF if name == nncf else name
-        contestants.append(Contestant(name, "edgetube.bench.int8:peer", {**known, "path": str(path)}))
+        contestants.append(Contestant(name, "edgetube.bench.studies.int8:peer", {**known, "path": str(path)}))
     rates = peaks([None])
     timings = {row["name"]: row for row in race(contestants, Options(seconds=args.seconds, starts=1))}
     sizes = {name: bundle.artifact_bytes for name, bundle in ours.items()}

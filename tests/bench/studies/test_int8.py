@@ -1,4 +1,4 @@
-"""What `bench/int8.py` makes of timings, and the graphs that it times."""
+"""What `bench/studies/int8.py` makes of timings, and the graphs that it times."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgetube.bench import int8
-from edgetube.bench.peers import quantisers
+from edgetube.bench.studies import int8
+from edgetube.bench.studies.peers import quantisers
 
 
 def timings(**p50: Any) -> dict[str, dict[str, Any]]:

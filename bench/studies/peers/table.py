@@ -1,7 +1,7 @@
 """The same checkpoint, the way people do it today: one table.
 
-    pip install -r bench/peers/requirements.txt
-    python bench/peers/table.py --work WORK --json bench/results/peers.json
+    pip install -r bench/studies/peers/requirements.txt
+    python bench/studies/peers/table.py --work WORK --json bench/results/peers.json
 
 1. `--step build` makes the files of every contestant, each in a process of its own, and compares its answers on a few
    clips with PyTorch's. One that cannot be made has its last words in the table instead of numbers.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,16 +24,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contestants import CALIBRATION, CLIPS, CONTESTANTS, SOURCE, YARDSTICK, Contestant, clips, eager, slug, source
 
 from edgetube import bundle as bundles
 from edgetube import demo, metrics
 from edgetube.bench import latency, machine
+from edgetube.bench.studies.peers.contestants import (
+    CALIBRATION,
+    CLIPS,
+    CONTESTANTS,
+    SOURCE,
+    YARDSTICK,
+    Contestant,
+    clips,
+    eager,
+    slug,
+    source,
+)
 from edgetube.model import checkpoints
 
-HERE = Path(__file__).resolve().parent
-DOCUMENT = HERE.parents[1] / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- begin: bench/peers/table.py -->", "<!-- end: bench/peers/table.py -->"
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- begin: bench/studies/peers/table.py -->", "<!-- end: bench/studies/peers/table.py -->"
 JUDGED, CALIBRATED = 2, 4
 """Clips."""
 
@@ -115,9 +124,11 @@ def measure(work: Path, group: str, seconds: float) -> None:
     """Time one group, with the yardstick in it; `timed-<group>.json` has the rows."""
     names = [n for n, c in CONTESTANTS.items() if c.group == group and "failed" not in _built(work, n)]
     names = list(dict.fromkeys([YARDSTICK, *names]))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     field = [
-        latency.Contestant(name, "contestants:open_contestant", {"name": name, "work": str(work)}) for name in names
+        latency.Contestant(
+            name, "edgetube.bench.studies.peers.contestants:open_contestant", {"name": name, "work": str(work)}
+        )
+        for name in names
     ]
     rows = latency.race(field, latency.Options(seconds=seconds, warm=WARM, starts=1), lambda stage, done, total: None)
     document = {"group": group, "machine": machine.describe(), "rows": rows}
