@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from edgetube.arrays import DiskArray, RowArray
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError
 from edgetube.progress import Progress, silent, track
-from edgetube.rows import Rows, Spool
 from edgetube.spec import InputContract
 from edgetube.video import Frames
 
@@ -40,7 +40,7 @@ class Clips:
     """
 
     name: str
-    frames: Rows
+    frames: RowArray
     labels: npt.NDArray[np.int64]
     names: tuple[str, ...]
     sha256: str
@@ -79,7 +79,7 @@ def collect(
         raise InputError("there are no clips to calibrate on; INT8 needs real ones: give --calib a folder of videos")
     if len({item.name for item in items}) < len(items):
         raise InputError(f"{source.name} names a clip twice; names must be unique")
-    frames = Spool(workspace, (len(items), *contract.shape), np.uint8)
+    frames = DiskArray(workspace, (len(items), *contract.shape), np.uint8)
     seen = hashlib.sha256(json.dumps(contract.to_json(), sort_keys=True).encode())
     names: list[str] = []
     flat: list[str] = []

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from edgetube.arrays import DiskArray, RowArray
 from edgetube.calibration import equalize, graphs, numeric, observers
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.equalize import ChannelRanges, Equalization, Half, Halves
@@ -32,7 +33,6 @@ from edgetube.calibration.table import (
 )
 from edgetube.errors import InputError
 from edgetube.progress import Progress, silent, track
-from edgetube.rows import Rows, Spool
 from edgetube.video import Frames
 
 Array = npt.NDArray[np.float32]
@@ -213,8 +213,8 @@ class LayerwiseCalibrator:
             InputError: a value of an activation is NaN or infinite.
             StaleStateError: the output of a stage in `state` differs from the model's.
         """
-        streams: dict[str, Rows] = {self.input: self.clips.frames}
-        others: dict[str, Rows] = {self.input: np.stack(self.held_out)} if len(self.held_out) else {}
+        streams: dict[str, RowArray] = {self.input: self.clips.frames}
+        others: dict[str, RowArray] = {self.input: np.stack(self.held_out)} if len(self.held_out) else {}
         for stage in track(self.stages, "calibrate", len(self.stages), self.progress):
             linears = self._linears(stage)
             if any(linear.name not in state.choices for linear in linears):
@@ -228,8 +228,8 @@ class LayerwiseCalibrator:
             others = self._measure_held_out(stage, linears, others, state)
 
     def _calibrate_stage(
-        self, stage: Stage, linears: Sequence[Linear], streams: dict[str, Rows], state: CalibrationState
-    ) -> dict[str, Rows]:
+        self, stage: Stage, linears: Sequence[Linear], streams: dict[str, RowArray], state: CalibrationState
+    ) -> dict[str, RowArray]:
         everything = range(len(self.clips))
         survey = {linear.activation: ActivationStats(linear.activation, len(everything)) for linear in linears}
         outputs = self._run(stage, state.values, streams, everything, survey)
@@ -252,8 +252,8 @@ class LayerwiseCalibrator:
         return again
 
     def _measure_held_out(
-        self, stage: Stage, linears: Sequence[Linear], streams: dict[str, Rows], state: CalibrationState
-    ) -> dict[str, Rows]:
+        self, stage: Stage, linears: Sequence[Linear], streams: dict[str, RowArray], state: CalibrationState
+    ) -> dict[str, RowArray]:
         """Run a stage on the held-out clips and record the errors there; returns what later stages read."""
         if not streams:
             return {}
@@ -371,7 +371,7 @@ class LayerwiseCalibrator:
         maker = next((node for node in self.model.graph.node if linear.activation in node.output), None)
         return maker is not None and maker.op_type == "Cast" and not linear.in_block
 
-    def _relative_change(self, stage: Stage, before: dict[str, Rows], after: dict[str, Rows]) -> float:
+    def _relative_change(self, stage: Stage, before: dict[str, RowArray], after: dict[str, RowArray]) -> float:
         """Largest change of a stage's outputs on the clips in `before`, relative to the largest value of each."""
         changes = [0.0]
         for name in stage.outputs:
@@ -408,7 +408,7 @@ class LayerwiseCalibrator:
         Linears are corrected in order; each reads the output of the corrected quantised graph before it.
         """
         state.biases.clear()
-        streams: dict[str, Rows] = {self.input: np.stack([self.clips.frames[i] for i in self.correction])}
+        streams: dict[str, RowArray] = {self.input: np.stack([self.clips.frames[i] for i in self.correction])}
         every = range(len(self.correction))
         for stage in track(self.stages, "correct biases", len(self.stages), self.progress):
             for linear in self._linears(stage):
@@ -458,13 +458,13 @@ class LayerwiseCalibrator:
         self,
         stage: Stage,
         values: Mapping[str, Array],
-        streams: dict[str, Rows],
+        streams: dict[str, RowArray],
         clips: range,
         watched: Mapping[str, ActivationStats],
         quantised: frozenset[str] = frozenset(),
         state: CalibrationState | None = None,
         keep: bool = True,
-    ) -> dict[str, Rows]:
+    ) -> dict[str, RowArray]:
         """Run one stage on every clip and update the statistics of `watched`; returns what later stages read."""
         kept = stage.outputs if keep else ()
         fetched = list(dict.fromkeys([*kept, *(name for name in watched if name not in stage.inputs)]))
@@ -475,7 +475,7 @@ class LayerwiseCalibrator:
         call = self.open(part)
         needed = {value.name for value in part.graph.input}
         carried = {name: array for name, array in streams.items() if name in self._later(stage)}
-        made: dict[str, Spool] = {}
+        made: dict[str, DiskArray] = {}
         for index in clips:
             feeds = {name: streams[name][index][None] for name in needed}
             results = dict(zip(fetched, call(feeds), strict=True))
@@ -483,7 +483,7 @@ class LayerwiseCalibrator:
                 stats.add(index, np.asarray(results[name] if name in results else feeds[name]))
             for name in kept:
                 if name not in made:
-                    made[name] = Spool(self.workspace, (len(clips), *results[name].shape[1:]), np.float32)
+                    made[name] = DiskArray(self.workspace, (len(clips), *results[name].shape[1:]), np.float32)
                 made[name][index] = results[name][0]
         return carried | made
 

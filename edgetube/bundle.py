@@ -27,7 +27,7 @@ from typing import Any, cast, get_args
 import numpy as np
 import numpy.typing as npt
 
-from edgetube import rows, strict
+from edgetube import arrays, strict
 from edgetube.errors import BundleError, FormatError, SpecError
 from edgetube.files import PREFIX, atomic_write, exchange, sync_folder, sync_tree
 from edgetube.spec import MOST_CLASSES, InputContract, ModelSpec
@@ -132,7 +132,7 @@ class Bundle:
         if stated is not None:
             wanted["contract"] = (32,), np.uint8
         try:
-            found = rows.read_arrays(path, wanted)
+            found = arrays.read_arrays(path, wanted)
         except (OSError, FormatError) as error:
             raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
         if not np.isfinite(found["logits"]).all():

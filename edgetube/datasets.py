@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetube import __version__, demo, listing, preprocess, rows, video
+from edgetube import __version__, arrays, demo, listing, preprocess, video
+from edgetube.arrays import RowArray
 from edgetube.errors import InputError
 from edgetube.listing import ARRAYS, IMAGES, VIDEOS
-from edgetube.rows import Rows
 from edgetube.spec import InputContract
 from edgetube.strict import shown
 from edgetube.video import Clip
@@ -358,10 +358,10 @@ def _arrays(file: Path, name: str, label: str | None) -> list[Item]:
 
 
 @lru_cache(maxsize=1)
-def _open_arrays(file: Path, version: str) -> dict[str, Rows]:
+def _open_arrays(file: Path, version: str) -> dict[str, RowArray]:
     """The arrays of a file as it is in `version`: of the frames only where they lie, if they are not compressed."""
     try:
-        found = rows.stored(file)
+        found = arrays.open_arrays(file)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
     for key in ("", "frames", "clips"):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from edgetube import cache, cuda, rows, strict
+from edgetube import arrays, cache, cuda, strict
 from edgetube.bundle import CLIPS, Bundle, sha256
 from edgetube.errors import BackendError, BundleError, FormatError, InputError
 from edgetube.files import atomic_write
@@ -396,7 +396,7 @@ def calibrator(
     if settings.legacy != "int8":
         return None
     base = cast(Any, kit.trt.IInt8EntropyCalibrator2)
-    clips = rows.stored(folder / CLIPS)[""]
+    clips = arrays.open_arrays(folder / CLIPS)[""]
     key = f"{sha256(folder / LEGACY)}{sha256(folder / CLIPS)}{kit.version}"
     kept = cache.folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.calibration"
 

@@ -24,8 +24,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgetube import arrays, datasets, errors, health, mlpackage, terminal
 from edgetube import bundle as bundles
-from edgetube import datasets, errors, health, mlpackage, rows, terminal
 from edgetube.calibration import cache
 from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
 from edgetube.errors import EdgetubeError
@@ -304,7 +304,7 @@ def test_arrays_of_clips(tmp_path_factory: pytest.TempPathFactory, data: st.Data
         for clip in datasets.load(path).clips(CONTRACT):
             assert clip.frames.shape == CONTRACT.shape
     with judged(folder):
-        rows.stored(path)
+        arrays.open_arrays(path)
 
 
 CSV = "path,label,start\na.npy,left,\nb.npy,right,0\n" + "".join(f"c{i}.npy,left,{i}\n" for i in range(5))
@@ -401,8 +401,8 @@ def test_ml_program(package: Path, tmp_path_factory: pytest.TempPathFactory, dat
 READERS: dict[str, Callable[[Path], Any]] = {
     "edgetube.json": lambda path: bundles.load(path.parent),
     "table.json": CalibrationTable.load,
-    "a.npy": rows.stored,
-    "a.npz": rows.stored,
+    "a.npy": arrays.open_arrays,
+    "a.npz": arrays.open_arrays,
     "a.csv": datasets.load,
     "a.safetensors": checkpoints.load,
 }

@@ -38,6 +38,7 @@ import onnxruntime as ort
 from edgetube import bundle as bundles
 from edgetube import datasets, demo, metrics
 from edgetube import export as exporting
+from edgetube.arrays import DiskArray
 from edgetube.bench import machine, parity
 from edgetube.bench.latency import Contestant, Options, peaks, race
 from edgetube.bench.studies.peers import quantisers
@@ -51,7 +52,6 @@ from edgetube.export import canonical, integer, pipeline, quantize, static
 from edgetube.export import int8 as exporting_int8
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
-from edgetube.rows import Spool
 from edgetube.runtimes.torch import Reference
 from edgetube.targets import Precision
 
@@ -392,7 +392,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 
 def noise(checkpoint: Checkpoint, count: int, folder: Path) -> Clips:
     """Clips of noise: what they show does not change the memory that they take."""
-    frames = Spool(folder, (count, *checkpoint.contract.shape), np.uint8)
+    frames = DiskArray(folder, (count, *checkpoint.contract.shape), np.uint8)
     for index in range(count):
         frames[index] = np.random.default_rng(index).integers(0, 256, frames.shape[1:], np.uint8)
     names = tuple(f"{index:04d}" for index in range(count))

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgetube.arrays import DiskArray
 from edgetube.calibration.clips import FEW_CLIPS, Clips, collect
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import InputError
 from edgetube.model.checkpoints import Checkpoint
-from edgetube.rows import Spool
 from edgetube.spec import InputContract
 from edgetube.video import Clip
 
@@ -62,7 +62,7 @@ class TestBadClips:
 
 
 def test_the_first_clips_are_as_many_as_there_are(tmp_path: Path, rng: np.random.Generator) -> None:
-    frames = Spool(tmp_path, (3, 2, 4, 4, 3), np.uint8)
+    frames = DiskArray(tmp_path, (3, 2, 4, 4, 3), np.uint8)
     clips = Clips("mine", frames, np.zeros(3, int), ("a", "b", "c"), "")
     assert clips.first(2).shape == (2, 2, 4, 4, 3)
     assert clips.first(9).shape == (3, 2, 4, 4, 3)

@@ -17,56 +17,56 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from edgetube.arrays import DiskArray, NpyArray, open_arrays, read_arrays
 from edgetube.errors import FormatError
-from edgetube.rows import Spool, Stored, read_arrays, stored
 
 
-class TestSpool:
+class TestDiskArray:
     """An array in a file is the array that was put into it."""
 
     @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
     def test_rows_come_back_in_any_order(self, tmp_path: Path, rng: np.random.Generator, dtype: type[Any]) -> None:
         expected = (100 * rng.random((7, 3, 5))).astype(dtype)
-        spool = Spool(tmp_path, expected.shape, dtype)
+        array = DiskArray(tmp_path, expected.shape, dtype)
         for index in rng.permutation(7):
-            spool[index] = expected[index]
-        assert (spool.shape, len(spool)) == ((7, 3, 5), 7)
-        assert spool.dtype == dtype
-        np.testing.assert_array_equal(np.stack(list(spool)), expected)
+            array[index] = expected[index]
+        assert (array.shape, len(array)) == ((7, 3, 5), 7)
+        assert array.dtype == dtype
+        np.testing.assert_array_equal(np.stack(list(array)), expected)
         for index in (3, 0, 6, -1):
-            np.testing.assert_array_equal(spool[index], expected[index])
+            np.testing.assert_array_equal(array[index], expected[index])
 
     def test_rows_are_converted_and_made_contiguous(self, tmp_path: Path, rng: np.random.Generator) -> None:
         row = rng.random((5, 3)).T
-        spool = Spool(tmp_path, (1, 3, 5), np.float32)
-        spool[0] = row
-        np.testing.assert_array_equal(spool[0], row.astype(np.float32))
+        array = DiskArray(tmp_path, (1, 3, 5), np.float32)
+        array[0] = row
+        np.testing.assert_array_equal(array[0], row.astype(np.float32))
 
     def test_a_row_is_a_copy(self, tmp_path: Path) -> None:
-        spool = Spool(tmp_path, (2, 4), np.float32)
-        spool[1] = np.ones(4)
-        spool[1][:] = 7
-        np.testing.assert_array_equal(np.stack(list(spool)), [[0] * 4, [1] * 4])
+        array = DiskArray(tmp_path, (2, 4), np.float32)
+        array[1] = np.ones(4)
+        array[1][:] = 7
+        np.testing.assert_array_equal(np.stack(list(array)), [[0] * 4, [1] * 4])
 
     def test_there_is_no_row_beyond_the_end(self, tmp_path: Path) -> None:
-        spool = Spool(tmp_path, (2, 4), np.float32)
+        array = DiskArray(tmp_path, (2, 4), np.float32)
         with pytest.raises(IndexError):
-            spool[2]
+            array[2]
         with pytest.raises(IndexError):
-            spool[2] = np.ones(4)
+            array[2] = np.ones(4)
 
     def test_the_file_has_no_name(self, tmp_path: Path) -> None:
-        spool = Spool(tmp_path, (2, 4), np.float32)
+        array = DiskArray(tmp_path, (2, 4), np.float32)
         assert list(tmp_path.iterdir()) == []
-        del spool
+        del array
 
     @pytest.mark.skipif(sys.platform == "win32", reason="has no limit of the size of files")
     def test_a_disk_that_refuses_is_an_error_and_no_crash(self, tmp_path: Path) -> None:
         script = (
             "import resource, sys, numpy as np\nfrom pathlib import Path\n"
-            "from edgetube.rows import Spool\n"
+            "from edgetube.arrays import DiskArray\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-            "try:\n    Spool(Path(sys.argv[1]), (2, 4096), np.uint8)[1] = np.ones(4096, np.uint8)\n"
+            "try:\n    DiskArray(Path(sys.argv[1]), (2, 4096), np.uint8)[1] = np.ones(4096, np.uint8)\n"
             "except OSError as error:\n    print(error.strerror)\n"
         )
         done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
@@ -81,9 +81,13 @@ def test_what_numpy_saves_is_read_row_by_row(
     np.save(folder / "a.npy", array)
     np.savez(folder / "b.npz", other=np.arange(5), frames=array)
     np.savez_compressed(folder / "c.npz", frames=array)
-    alone, beside, packed = stored(folder / "a.npy")[""], stored(folder / "b.npz")["frames"], stored(folder / "c.npz")
-    assert isinstance(alone, Stored)
-    assert isinstance(beside, Stored)
+    alone, beside, packed = (
+        open_arrays(folder / "a.npy")[""],
+        open_arrays(folder / "b.npz")["frames"],
+        open_arrays(folder / "c.npz"),
+    )
+    assert isinstance(alone, NpyArray)
+    assert isinstance(beside, NpyArray)
     for found in (alone, beside, packed["frames"]):
         assert (found.shape, found.dtype, len(found)) == (array.shape, array.dtype, len(array))
         np.testing.assert_array_equal(np.array(list(found)), array)
@@ -93,7 +97,7 @@ def test_what_numpy_saves_is_read_row_by_row(
 @pytest.mark.parametrize("array", [np.asfortranarray(np.arange(12.0).reshape(3, 4)), np.array("label")])
 def test_what_has_no_rows_in_the_file_is_read_at_once(tmp_path: Path, array: npt.NDArray[Any]) -> None:
     np.savez(tmp_path / "a.npz", a=array)
-    found = stored(tmp_path / "a.npz")["a"]
+    found = open_arrays(tmp_path / "a.npz")["a"]
     assert isinstance(found, np.ndarray)
     np.testing.assert_array_equal(found, array)
 
@@ -107,7 +111,7 @@ class TestDamaged:
         np.save(tmp_path / "a.npy", array)
         (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-7])
         with pytest.raises(ValueError, match="7 bytes too short"):
-            stored(tmp_path / "a.npy")
+            open_arrays(tmp_path / "a.npy")
 
     def test_a_flipped_bit_in_an_archive(self, tmp_path: Path, array: npt.NDArray[np.uint8]) -> None:
         np.savez(tmp_path / "a.npz", frames=array)
@@ -115,22 +119,22 @@ class TestDamaged:
         data[250] ^= 1
         (tmp_path / "a.npz").write_bytes(data)
         with pytest.raises(FormatError, match=r"frames\.npy in it is damaged"):
-            stored(tmp_path / "a.npz")
+            open_arrays(tmp_path / "a.npz")
 
     @pytest.mark.parametrize("name", ["a.npy", "a.npz"])
     def test_no_array_at_all(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_bytes(b"no array, whatever its name says")
         with pytest.raises(FormatError, match=f"{name} is damaged"):
-            stored(tmp_path / name)
+            open_arrays(tmp_path / name)
 
     def test_python_objects_are_not_loaded(self, tmp_path: Path) -> None:
         np.save(tmp_path / "a.npy", np.array([{}, None]))
         with pytest.raises(ValueError, match=r"a\.npy: it holds object of shape \(2,\); expected numbers"):
-            stored(tmp_path / "a.npy")
+            open_arrays(tmp_path / "a.npy")
 
     def test_a_file_that_shrank_meanwhile(self, tmp_path: Path, array: npt.NDArray[np.uint8]) -> None:
         np.save(tmp_path / "a.npy", array)
-        found = stored(tmp_path / "a.npy")[""]
+        found = open_arrays(tmp_path / "a.npy")[""]
         (tmp_path / "a.npy").write_bytes(b"")
         with pytest.raises((OSError, ValueError)):
             found[3]
@@ -163,25 +167,25 @@ class TestDamaged:
             with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
                 archive.writestr("a.npy", data)
         with pytest.raises(FormatError, match=message):
-            stored(path)
+            open_arrays(path)
 
     def test_a_version_of_the_format_that_is_not_known(self, tmp_path: Path) -> None:
         (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x07\x00" + bytes(100))
         with pytest.raises(FormatError, match=r"version \(7, 0\) of NumPy's format"):
-            stored(tmp_path / "a.npy")
+            open_arrays(tmp_path / "a.npy")
 
     def test_one_name_twice_is_refused(self, tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
             archive.writestr("a.npy", b"x")
             archive.writestr("a", b"y")
         with pytest.raises(FormatError, match="it has 'a' twice"):
-            stored(tmp_path / "a.npz")
+            open_arrays(tmp_path / "a.npz")
 
     def test_other_compressions_are_refused(self, tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_LZMA) as archive:
             archive.writestr("a.npy", b"x")
         with pytest.raises(FormatError, match="'a' in it is encrypted, or compressed in another way"):
-            stored(tmp_path / "a.npz")
+            open_arrays(tmp_path / "a.npz")
 
 
 class TestReadArrays:

@@ -1,4 +1,4 @@
-"""Arrays (N, ...) that lie in files and are looked at row by row, so that N does not matter."""
+"""Arrays (N, ...) in files, read row by row, so that N may be larger than memory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 """Of NumPy's file format by version; the third is for names of fields that are not ASCII."""
 
 
-class Rows(Protocol):
-    """What is common to such an array and to one in memory."""
+class RowArray(Protocol):
+    """An array (N, ...) that is read row by row; `np.ndarray` is one."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -38,16 +38,16 @@ class Rows(Protocol):
     def __iter__(self) -> Iterator[np.ndarray]: ...
 
 
-class Spool:
-    """An array in a file of its own: rows are copied from and to it, and none stays in memory.
+class DiskArray:
+    """An array in a temporary file: rows are read from it and written to it, and none stays in memory.
 
-    A file mapped into memory would do the same until the disk is full, which then ends the process without a word.
+    A memory map would do the same, but a full disk would then kill the process without an error message.
 
     Args:
-        folder: for the file, which has no name there and is gone when nobody holds the array.
+        folder: of the temporary file, which has no name and is deleted with the array.
 
     Raises:
-        OSError: the disk refuses, here or when a row is written.
+        OSError: the disk is full or fails, here or when a row is written.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
@@ -86,8 +86,8 @@ class Spool:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """An array in somebody else's file, whose bytes begin at `offset`, in C order."""
+class NpyArray:
+    """An array inside a `.npy` or uncompressed `.npz` file: its bytes begin at `offset`, in C order."""
 
     file: Path
     offset: int
@@ -101,7 +101,7 @@ class Stored:
         """One row (...).
 
         Raises:
-            OSError, ValueError: the file is not there any more, or shorter than it was.
+            OSError, ValueError: the file was deleted or truncated.
         """
         size = math.prod(self.shape[1:])
         offset = self.offset + range(len(self))[index] * size * self.dtype.itemsize
@@ -111,7 +111,7 @@ class Stored:
         return (self[index] for index in range(len(self)))
 
 
-def stored(file: Path) -> dict[str, Rows]:
+def open_arrays(file: Path) -> dict[str, RowArray]:
     """The arrays of a `.npz` file by name, or that of a `.npy` file under "".
 
     Those that are compressed, or not in C order, are read at once.
@@ -122,8 +122,8 @@ def stored(file: Path) -> dict[str, Rows]:
     """
     with _readable(file), file.open("rb") as opened:
         if file.suffix.lower() == ".npy":
-            return {"": _rows(file, opened, file.stat().st_size)}
-        found: dict[str, Rows] = {}
+            return {"": _array(file, opened, file.stat().st_size)}
+        found: dict[str, RowArray] = {}
         with zipfile.ZipFile(opened) as archive:
             members = _members(archive)
             if bad := archive.testzip():
@@ -133,7 +133,7 @@ def stored(file: Path) -> dict[str, Rows]:
                     with file.open("rb") as own:
                         own.seek(member.header_offset + 26)  # local file header, APPNOTE.TXT 4.3.7
                         own.seek(sum(struct.unpack("<HH", own.read(4))), 1)
-                        found[name] = _rows(file, own, own.tell() + member.file_size)
+                        found[name] = _array(file, own, own.tell() + member.file_size)
                 else:
                     found[name] = _member(archive, member)
     return found
@@ -220,12 +220,12 @@ def _header(opened: IO[bytes]) -> _Header:
     return _Header(shape, fortran, dtype)
 
 
-def _rows(file: Path, opened: BinaryIO, end: int) -> Rows:
+def _array(file: Path, opened: BinaryIO, end: int) -> RowArray:
     """The array at the place where `opened` is, whose bytes go to `end`."""
     header = _header(opened)
     header.check(end - opened.tell())
     if header.shape and not header.fortran:
-        return Stored(file, opened.tell(), header.shape, header.dtype)
+        return NpyArray(file, opened.tell(), header.shape, header.dtype)
     flat = np.fromfile(opened, header.dtype, math.prod(header.shape))
     return flat.reshape(header.shape, order="F" if header.fortran else "C")
 
