@@ -16,7 +16,7 @@ from edgetube import bundle as bundles
 from edgetube import metrics, preprocess, runtimes, stream, video
 from edgetube.bundle import Bundle
 from edgetube.errors import InputError, ParityError
-from edgetube.runtimes.base import Output
+from edgetube.runtimes.base import Logits
 from edgetube.spec import InputContract, Prediction
 from edgetube.video import Clip
 
@@ -82,7 +82,7 @@ class Runtime:
         """Class names, in the order of the logits."""
         return self.bundle.labels
 
-    def __call__(self, clips: npt.ArrayLike) -> Output:
+    def __call__(self, clips: npt.ArrayLike) -> Logits:
         """Logits (B, classes) float32 of clips (B, T, H, W, 3) uint8 RGB that are already preprocessed.
 
         Any strides and any B; larger batches than the artifact's run in pieces.

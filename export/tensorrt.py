@@ -251,34 +251,34 @@ def _engine(folder: Path, chosen: Settings, target: Target, batch: int) -> dict[
         return _write(runtime.sdk(family), folder, chosen, None, batch)
     if target.missing(target.run_needs):
         return {}
-    kit = runtime.sdk(family)
-    gpu = cuda.open_stream(0, kit.family.extra)
+    trt = runtime.sdk(family)
+    gpu = cuda.open_stream(0, trt.family.extra)
     try:
         with gpu.current():
-            return _write(kit, folder, chosen, gpu, batch, timing_cache(target))
+            return _write(trt, folder, chosen, gpu, batch, timing_cache(target))
     finally:
         gpu.close()
 
 
 def _write(
-    kit: Sdk, folder: Path, chosen: Settings, gpu: cuda.Stream | None, batch: int, timings: Path | None = None
+    trt: Sdk, folder: Path, chosen: Settings, gpu: cuda.Stream | None, batch: int, timings: Path | None = None
 ) -> dict[str, Any]:
     engine = folder / "model.engine"
-    calibrator = runtime.calibrator(kit, folder, chosen, gpu, batch) if gpu is not None else None
-    plan = runtime.build(kit, folder / chosen.source, chosen, calibrator=calibrator, timing_cache=timings)
+    calibrator = runtime.calibrator(trt, folder, chosen, gpu, batch) if gpu is not None else None
+    plan = runtime.build(trt, folder / chosen.source, chosen, calibrator=calibrator, timing_cache=timings)
     engine.write_bytes(plan)
     capabilities = list(chosen.capabilities)
     if gpu is not None and chosen.hardware_compatible == "same":
         capabilities = [gpu.capability.replace(".", "")]
     record = {
         "file": engine.name,
-        "version": kit.version,
+        "version": trt.version,
         "version_compatible": chosen.version_compatible,
         "capabilities": capabilities,
         "gpu": "" if gpu is None or chosen.hardware_compatible else gpu.name,
         "platform": "" if gpu is None else runtime.system(),
     }
-    return {"engine": record, "layers": runtime.layer_truth(kit.layers)}
+    return {"engine": record, "layers": runtime.summarize_engine_layers(trt.layers)}
 
 
 def timing_cache(target: Target) -> Path | None:
@@ -297,9 +297,9 @@ def _validate(path: Path) -> dict[str, Any]:
     """Parse the graph with TensorRT for RTX, if installed: its parser needs no GPU."""
     if not installed(runtime.FAMILIES["rtx"].module):
         return {"parsed_by": None}
-    kit = runtime.sdk("rtx")
-    runtime.parse(kit, path)
-    return {"parsed_by": f"{kit.family.title} {kit.version}"}
+    trt = runtime.sdk("rtx")
+    runtime.parse(trt, path)
+    return {"parsed_by": f"{trt.family.title} {trt.version}"}
 
 
 def parse_settings(target: Target) -> Settings:

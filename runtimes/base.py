@@ -21,11 +21,13 @@ from edgetube.spec import InputContract
 from edgetube.targets import Status
 from edgetube.video import Frames
 
-Output = npt.NDArray[np.float32]
+Logits = npt.NDArray[np.float32]
+"""(N, classes), or (classes,) of one clip."""
 
-Tap = Callable[[Frames], dict[str, Output]]
-"""Shows inner tensors of an artifact, by their names in the canonical graph."""
+LayerOutputs = dict[str, npt.NDArray[np.float32]]
+"""Inner tensors of an artifact, by their names in the canonical graph."""
 
+Tap = Callable[[Frames], LayerOutputs]
 
 Shape = tuple[int | None, ...]
 """Of a tensor; None for an axis that is left open."""
@@ -60,7 +62,7 @@ class Backend(ABC):
         self._process = os.getpid()
 
     @abstractmethod
-    def infer(self, clips: Frames) -> Output:
+    def infer(self, clips: Frames) -> Logits:
         """Logits (batch, classes) float32 of exactly `batch` contiguous clips (batch, T, H, W, 3) uint8."""
 
     def interface(self) -> Interface | None:
@@ -93,7 +95,7 @@ class Backend(ABC):
     def release(self) -> None:
         """Give back what `__init__` took. Called once."""
 
-    def __call__(self, clips: npt.ArrayLike) -> Output:
+    def __call__(self, clips: npt.ArrayLike) -> Logits:
         """Logits (B, classes) float32 of clips (B, T, H, W, 3) uint8, any strides, any B.
 
         The artifact's batch is static: B clips run as ceil(B / batch) calls, the last one filled up by repeating
@@ -113,7 +115,7 @@ class Backend(ABC):
                 outputs.append(self._infer(piece)[: self.batch - short])
         return np.concatenate(outputs)
 
-    def _infer(self, piece: Frames) -> Output:
+    def _infer(self, piece: Frames) -> Logits:
         if self.thread_safe:
             return self.infer(piece)
         with self._lock:

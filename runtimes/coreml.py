@@ -10,7 +10,7 @@ import numpy as np
 from edgetube import mlpackage
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError, MissingPackageError
-from edgetube.runtimes.base import Backend, Interface, Output
+from edgetube.runtimes.base import Backend, Interface, Logits
 from edgetube.runtimes.mil import function_for, interface_of
 from edgetube.targets import missing, need
 from edgetube.video import Frames
@@ -71,7 +71,7 @@ class Session(Backend):
     def interface(self) -> Interface:
         return self._interface
 
-    def infer(self, clips: Frames) -> Output:
+    def infer(self, clips: Frames) -> Logits:
         buffer = self.buffers.pop(0)
         self.buffers.append(buffer)
         buffer[...] = clips

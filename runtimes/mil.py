@@ -20,7 +20,7 @@ from edgetube import mlpackage
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, BundleError, InputError, ParityError
 from edgetube.mlpackage import Function, Operation, Package, Ref, TensorType
-from edgetube.runtimes.base import Backend, Interface, Output, Tap
+from edgetube.runtimes.base import Backend, Interface, LayerOutputs, Logits, Tap
 from edgetube.targets import Status
 from edgetube.video import Frames
 
@@ -53,7 +53,7 @@ class Session(Backend):
         shape = (bundle.batch, *bundle.contract.shape)
         self.program = Program(self.package, function_for(self.package, shape))
 
-    def infer(self, clips: Frames) -> Output:
+    def infer(self, clips: Frames) -> Logits:
         (name,) = self.program.function.inputs
         answers = self.program({name: clips})
         (output,) = (answers[key] for key in ("logits", "tokens") if key in answers)
@@ -71,7 +71,7 @@ class Session(Backend):
         (given,) = self.program.function.inputs
         wanted = {mlpackage.label(name): name for name in names}
 
-        def show(clips: Frames) -> dict[str, Output]:
+        def show(clips: Frames) -> LayerOutputs:
             values = self.program({given: clips}, keep=wanted)
             return {wanted[name]: _as_rows(_float(values[name])) for name in wanted}
 
@@ -194,7 +194,7 @@ class Program:
             raise BackendError(f"{operation.kind} {name} is {value.shape}; the program says {kind.shape}")
         if kind.dtype != "fp16" or operation.kind in MOVES:
             return value
-        rounded = half(value)
+        rounded = round_to_fp16(value)
         if not np.isfinite(rounded).all():
             raise ParityError(
                 f"{operation.kind} {name} overflows float16 (its largest number is {np.abs(value).max():.3g}); "
@@ -207,7 +207,7 @@ def _is_half(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype == np.float16
 
 
-def half(x: Array) -> Array:
+def round_to_fp16(x: Array) -> Array:
     """Numbers rounded to the nearest float16, ties to even; held in float32.
 
     The same as a cast there and back, ten times as fast: a float32 loses 13 bits of its mantissa. Below the normal

@@ -16,7 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from edgetube import protobuf
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
-from edgetube.runtimes.base import Backend, Interface, Output, Tap, integers, may_saturate
+from edgetube.runtimes.base import Backend, Interface, LayerOutputs, Logits, Tap, integers, may_saturate
 from edgetube.video import Frames
 
 RUNS = ("onnx",)
@@ -80,7 +80,7 @@ class Session(Backend):
         )
         return Interface(inputs, outputs)
 
-    def infer(self, clips: Frames) -> Output:
+    def infer(self, clips: Frames) -> Logits:
         with _mapped("the session failed"):
             (output,) = self.session.run(None, {self.input: clips})
         return np.asarray(output, np.float32)
@@ -104,7 +104,7 @@ class Session(Backend):
         what = f"cannot open {self.path} with more outputs"
         session = _open(_with_outputs(self.path, hidden), options, self.provider, what)
 
-        def show(clips: Frames) -> dict[str, Output]:
+        def show(clips: Frames) -> LayerOutputs:
             with _mapped("the session failed"):
                 values = session.run(list(names), {self.input: clips})
             return {name: np.asarray(value, np.float32) for name, value in zip(names, values, strict=True)}

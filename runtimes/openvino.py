@@ -15,7 +15,7 @@ import numpy.typing as npt
 from edgetube import strict
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
-from edgetube.runtimes.base import Backend, Interface, Output, Tap, may_saturate
+from edgetube.runtimes.base import Backend, Interface, LayerOutputs, Logits, Tap, may_saturate
 from edgetube.video import Frames
 
 
@@ -96,7 +96,7 @@ class Session(Backend):
         )
         return Interface(inputs, outputs)
 
-    def infer(self, clips: Frames) -> Output:
+    def infer(self, clips: Frames) -> Logits:
         with _mapped("the inference request failed"):
             # Without a copy, the request reads the caller's frames, and only until it returns.
             result = self.request.infer([clips], share_inputs=True)
@@ -124,7 +124,7 @@ class Session(Backend):
             model.add_outputs([name for name in names if name not in given])
             request = compile_model(model, *self.how).create_infer_request()
 
-        def show(clips: Frames) -> dict[str, Output]:
+        def show(clips: Frames) -> LayerOutputs:
             with _mapped("the inference request failed"):
                 request.infer([clips], share_inputs=True)
                 return {name: np.array(request.get_tensor(name).data, np.float32) for name in names}

@@ -29,7 +29,7 @@ from edgetube import arrays, cache, cuda, strict
 from edgetube.bundle import CLIPS, Bundle, sha256
 from edgetube.errors import BackendError, BundleError, FormatError, InputError
 from edgetube.files import atomic_write
-from edgetube.runtimes.base import Backend, Interface, Output
+from edgetube.runtimes.base import Backend, Interface, Logits
 from edgetube.targets import GPU, need
 from edgetube.video import Frames
 
@@ -199,14 +199,14 @@ class Sdk:
 
     def __init__(self, family: Family) -> None:
         self.family = family
-        self.trt = cast(Vendor, need(family.module, family.extra))
+        self.api = cast(Vendor, need(family.module, family.extra))
         self.lines: deque[str] = deque(maxlen=RELEVANT_LINES)
         self.layers = ""
         self.log = self._logger()
 
     @property
     def version(self) -> str:
-        return str(self.trt.__version__)
+        return str(self.api.__version__)
 
     def error(self, what: str) -> BackendError:
         """An error that says what failed and what the SDK said last."""
@@ -219,8 +219,8 @@ class Sdk:
         return said
 
     def _logger(self) -> tensorrt.ILogger:
-        base, sdk = cast(Any, self.trt.ILogger), self
-        warning = int(self.trt.ILogger.Severity.WARNING)
+        base, sdk = cast(Any, self.api.ILogger), self
+        warning = int(self.api.ILogger.Severity.WARNING)
 
         class Log(base):  # type: ignore[misc, valid-type]
             def __init__(self) -> None:
@@ -246,10 +246,10 @@ def sdk(family: str) -> Sdk:
 
 
 def build(
-    kit: Sdk,
+    trt: Sdk,
     onnx: Path,
     settings: Settings,
-    tell: Callable[[str, int, int], None] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
     calibrator: tensorrt.IInt8Calibrator | None = None,
     timing_cache: Path | None = None,
 ) -> bytes:
@@ -257,26 +257,26 @@ def build(
 
     Args:
         onnx: the file, strongly typed unless the settings say legacy; weights may lie beside it.
-        tell: called with (phase, step, steps) while the SDK works.
+        on_progress: called with (phase, step, steps) while the SDK works.
         calibrator: of a legacy int8 network.
         timing_cache: this machine's file of kernel timings, to begin with and to keep; None for none.
 
     Raises:
         BackendError: the parser refuses a node, or the builder fails; with the SDK's words.
     """
-    builder, network, parser = parse(kit, onnx, typed=not settings.legacy)
+    builder, network, parser = parse(trt, onnx, typed=not settings.legacy)
     config = builder.create_builder_config()
-    _configure(kit, config, settings)
+    _configure(trt, config, settings)
     if settings.legacy:
-        _configure_legacy(kit, config, network, settings, calibrator)
-    monitor = _monitor(kit, tell)  # lives as long as the builder uses it
+        _configure_legacy(trt, config, network, settings, calibrator)
+    monitor = _monitor(trt, on_progress)  # lives as long as the builder uses it
     if monitor is not None:
         config.progress_monitor = monitor
     timings = _load_timings(config, timing_cache)
-    kit.layers = ""
+    trt.layers = ""
     plan = cast("tensorrt.IHostMemory | None", builder.build_serialized_network(network, config))
     if plan is None:
-        raise kit.error(f"cannot build an engine of {onnx.name}")
+        raise trt.error(f"cannot build an engine of {onnx.name}")
     del parser
     if timings is not None and timing_cache is not None:
         try:
@@ -287,7 +287,7 @@ def build(
 
 
 def parse(
-    kit: Sdk, onnx: Path, typed: bool = True
+    trt: Sdk, onnx: Path, typed: bool = True
 ) -> tuple[tensorrt.Builder, tensorrt.INetworkDefinition, tensorrt.OnnxParser]:
     """What the SDK's own parser understands of a file; the parser owns the weights and has to live on.
 
@@ -297,31 +297,31 @@ def parse(
     Raises:
         BackendError: it refuses a node; says which and why.
     """
-    builder = kit.trt.Builder(kit.log)
-    network = builder.create_network(_strongly_typed(kit) if typed else _without_types(kit))
-    parser = kit.trt.OnnxParser(network, kit.log)
-    kit.lines.clear()
+    builder = trt.api.Builder(trt.log)
+    network = builder.create_network(_strongly_typed(trt) if typed else _without_types(trt))
+    parser = trt.api.OnnxParser(network, trt.log)
+    trt.lines.clear()
     if not parser.parse_from_file(str(onnx)):
-        raise kit.error(f"the parser refuses {onnx.name}{_first_fault(parser)}")
+        raise trt.error(f"the parser refuses {onnx.name}{_first_fault(parser)}")
     return builder, network, parser
 
 
-def _strongly_typed(kit: Sdk) -> int:
+def _strongly_typed(trt: Sdk) -> int:
     """The flag that every tensor keeps the type that the graph says; a matter of course where it is gone."""
-    flag = getattr(kit.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    if flag is None and int(kit.version.split(".")[0]) in (8, 9) and kit.family is FAMILIES["trt"]:
+    flag = getattr(trt.api.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    if flag is None and int(trt.version.split(".")[0]) in (8, 9) and trt.family is FAMILIES["trt"]:
         raise BackendError(
-            f"TensorRT {kit.version} has no strongly typed networks; this graph needs TensorRT 10.0 or newer: "
+            f"TensorRT {trt.version} has no strongly typed networks; this graph needs TensorRT 10.0 or newer: "
             "upgrade it (JetPack 6 has 10.3), or export with --set legacy=yes"
         )
     return 0 if flag is None else 1 << int(flag)
 
 
-def _without_types(kit: Sdk) -> int:
-    flags = kit.trt.NetworkDefinitionCreationFlag
-    if not hasattr(kit.trt, "IInt8EntropyCalibrator2"):
+def _without_types(trt: Sdk) -> int:
+    flags = trt.api.NetworkDefinitionCreationFlag
+    if not hasattr(trt.api, "IInt8EntropyCalibrator2"):
         raise BackendError(
-            f"{kit.family.title} {kit.version} knows typed networks only; this bundle was exported with legacy=yes, "
+            f"{trt.family.title} {trt.version} knows typed networks only; this bundle was exported with legacy=yes, "
             "which is for TensorRT 8.6 to 10: export without it"
         )
     explicit = getattr(flags, "EXPLICIT_BATCH", None)  # a matter of course, and without effect, from 10.0 on
@@ -335,32 +335,32 @@ def _first_fault(parser: tensorrt.OnnxParser) -> str:
     return f" at {fault.node_name()} ({fault.node_operator()}): {' '.join(fault.desc().split())}"
 
 
-def _configure(kit: Sdk, config: tensorrt.IBuilderConfig, settings: Settings) -> None:
-    trt = kit.trt
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.clear_flag(trt.BuilderFlag.TF32)  # what is float32 in the graph is float32
+def _configure(trt: Sdk, config: tensorrt.IBuilderConfig, settings: Settings) -> None:
+    api = trt.api
+    config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
+    config.clear_flag(api.BuilderFlag.TF32)  # what is float32 in the graph is float32
     if settings.workspace_mb is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mb << 20)
+        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, settings.workspace_mb << 20)
     if settings.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        config.set_flag(api.BuilderFlag.VERSION_COMPATIBLE)
     if settings.hardware_compatible:
-        level = getattr(trt.HardwareCompatibilityLevel, LEVELS[settings.hardware_compatible], None)
+        level = getattr(api.HardwareCompatibilityLevel, LEVELS[settings.hardware_compatible], None)
         if level is None:
-            raise BackendError(f"{kit.family.title} {kit.version} has no {settings.hardware_compatible!r} engines")
+            raise BackendError(f"{trt.family.title} {trt.version} has no {settings.hardware_compatible!r} engines")
         config.hardware_compatibility_level = level
-    if kit.family is FAMILIES["rtx"]:
-        _target_capabilities(kit, config, settings.capabilities)
+    if trt.family is FAMILIES["rtx"]:
+        _target_capabilities(trt, config, settings.capabilities)
 
 
 def _configure_legacy(
-    kit: Sdk,
+    trt: Sdk,
     config: tensorrt.IBuilderConfig,
     network: tensorrt.INetworkDefinition,
     settings: Settings,
     calibrator: tensorrt.IInt8Calibrator | None,
 ) -> None:
     """Precisions of a network without types: what `trtexec --layerPrecisions --precisionConstraints=obey` sets."""
-    flags = kit.trt.BuilderFlag
+    flags = trt.api.BuilderFlag
     if settings.legacy != "fp32":
         config.set_flag(flags.FP16)
         config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
@@ -368,25 +368,25 @@ def _configure_legacy(
         config.set_flag(flags.INT8)
         if calibrator is not None:
             config.int8_calibrator = calibrator
-    kinds = {"fp32": kit.trt.float32, "fp16": kit.trt.float16, "int8": kit.trt.int8}
+    kinds = {"fp32": trt.api.float32, "fp16": trt.api.float16, "int8": trt.api.int8}
     chosen = dict(settings.layers)
     for layer in (network.get_layer(i) for i in range(network.num_layers)):
-        others = None if _moves_integers(kit, layer) else chosen.get("*")
+        others = None if _moves_integers(trt, layer) else chosen.get("*")
         if precision := chosen.get(layer.name, others):
             layer.precision = kinds[precision]
             if precision == "fp32":
                 layer.set_output_type(0, kinds[precision])
 
 
-def _moves_integers(kit: Sdk, layer: tensorrt.ILayer) -> bool:
+def _moves_integers(trt: Sdk, layer: tensorrt.ILayer) -> bool:
     """Whether a layer's values are shapes, indices, bytes or constants, which have no precision to choose."""
-    floats = (kit.trt.float32, kit.trt.float16)
+    floats = (trt.api.float32, trt.api.float16)
     outputs = [layer.get_output(i).dtype for i in range(layer.num_outputs)]
-    return layer.type == kit.trt.LayerType.CONSTANT or not all(kind in floats for kind in outputs)
+    return layer.type == trt.api.LayerType.CONSTANT or not all(kind in floats for kind in outputs)
 
 
 def calibrator(
-    kit: Sdk, folder: Path, settings: Settings, gpu: cuda.Stream, batch: int
+    trt: Sdk, folder: Path, settings: Settings, gpu: cuda.Stream, batch: int
 ) -> tensorrt.IInt8Calibrator | None:
     """TensorRT's own calibrator over the clips in a bundle's folder; None where the settings need none.
 
@@ -395,9 +395,9 @@ def calibrator(
     """
     if settings.legacy != "int8":
         return None
-    base = cast(Any, kit.trt.IInt8EntropyCalibrator2)
+    base = cast(Any, trt.api.IInt8EntropyCalibrator2)
     clips = arrays.open_arrays(folder / CLIPS)[""]
-    key = f"{sha256(folder / LEGACY)}{sha256(folder / CLIPS)}{kit.version}"
+    key = f"{sha256(folder / LEGACY)}{sha256(folder / CLIPS)}{trt.version}"
     kept = cache.folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.calibration"
 
     class Calibrator(base):  # type: ignore[misc, valid-type]
@@ -429,24 +429,24 @@ def calibrator(
     return cast("tensorrt.IInt8Calibrator", Calibrator())
 
 
-def _target_capabilities(kit: Sdk, config: Any, capabilities: tuple[str, ...]) -> None:
+def _target_capabilities(trt: Sdk, config: Any, capabilities: tuple[str, ...]) -> None:
     """TensorRT for RTX compiles for named GPUs; nothing of this is in TensorRT's stubs."""
-    known = cast(Any, kit.trt).ComputeCapability.__members__
+    known = cast(Any, trt.api).ComputeCapability.__members__
     names = [f"SM{capability}" for capability in capabilities] or ["CURRENT"]
     if unknown := [name for name in names if name not in known]:
         can = ", ".join(name.removeprefix("SM") for name in known if name.startswith("SM"))
-        raise BackendError(f"{kit.family.title} {kit.version} does not know {', '.join(unknown)}; it builds for {can}")
+        raise BackendError(f"{trt.family.title} {trt.version} does not know {', '.join(unknown)}; it builds for {can}")
     config.num_compute_capabilities = len(names)
     for i, name in enumerate(names):
         config.set_compute_capability(known[name], i)
 
 
-def _monitor(kit: Sdk, tell: Callable[[str, int, int], None] | None) -> tensorrt.IProgressMonitor | None:
-    """Phases of the builder, told to `tell`; None where the SDK has no monitor or nobody listens."""
-    base = cast(Any, getattr(kit.trt, "IProgressMonitor", None))
-    if tell is None or base is None:
+def _monitor(trt: Sdk, on_progress: Callable[[str, int, int], None] | None) -> tensorrt.IProgressMonitor | None:
+    """Phases of the builder, passed to `on_progress`; None where the SDK has no monitor or there is no callback."""
+    base = cast(Any, getattr(trt.api, "IProgressMonitor", None))
+    if on_progress is None or base is None:
         return None
-    listener = tell
+    report = on_progress
 
     class Monitor(base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
@@ -455,15 +455,15 @@ def _monitor(kit: Sdk, tell: Callable[[str, int, int], None] | None) -> tensorrt
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.steps[phase_name] = num_steps
-            listener(phase_name, 0, num_steps)
+            report(phase_name, 0, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            listener(phase_name, step + 1, self.steps.get(phase_name, 0))
+            report(phase_name, step + 1, self.steps.get(phase_name, 0))
             return True
 
         def phase_finish(self, phase_name: str) -> None:
             steps = self.steps.pop(phase_name, 0)
-            listener(phase_name, steps, steps)
+            report(phase_name, steps, steps)
 
     return cast("tensorrt.IProgressMonitor", Monitor())
 
@@ -499,7 +499,7 @@ DATATYPE = re.compile(r"Datatype: ([^,}\]]+)")
 TYPES = {"int8": "int8", "half": "fp16", "fp16": "fp16", "float": "fp32", "fp32": "fp32", "fp8": "fp8", "bf": "bf16"}
 
 
-def layer_truth(information: str) -> dict[str, Any]:
+def summarize_engine_layers(information: str) -> dict[str, Any]:
     """What an engine really does, from the one-line form of the SDK's layer information.
 
     Returns:
@@ -570,34 +570,34 @@ class Session(Backend):
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
         super().__init__(bundle.contract, bundle.batch)
-        self.kit = sdk(bundle.target.partition("-")[0])
+        self.trt = sdk(bundle.target.partition("-")[0])
         self._graph: cuda.Graph | None = None
         with ExitStack() as failed:
             failed.callback(self.release)
-            self.stream = cuda.open_stream(_index(device), self.kit.family.extra)
+            self.stream = cuda.open_stream(_index(device), self.trt.family.extra)
             with self.stream.current():
                 self._load(bundle)
             failed.pop_all()
 
     def _load(self, bundle: Bundle) -> None:
         settings, record = read_build(bundle)
-        runtime = self.kit.trt.Runtime(self.kit.log)
+        runtime = self.trt.api.Runtime(self.trt.log)
         if settings.version_compatible:
             runtime.engine_host_code_allowed = True
-        plan, self.origin = find_engine(self.kit, bundle, self.stream, settings, record)
+        plan, self.origin = find_engine(self.trt, bundle, self.stream, settings, record)
         engine = self._deserialize(runtime, plan)
         if engine is None and not self.origin.startswith(JUST_BUILT):
-            why = f"the engine that was there does not open ({self.kit.words()})"
+            why = f"the engine that was there does not open ({self.trt.words()})"
             refused = hashlib.sha256(plan).hexdigest()
-            plan, self.origin = build_here(self.kit, bundle, self.stream, settings, why, refused)
+            plan, self.origin = build_here(self.trt, bundle, self.stream, settings, why, refused)
             engine = self._deserialize(runtime, plan)
         if engine is None:
-            raise self.kit.error(f"cannot open the engine of {bundle.name} on {self.stream.name}")
+            raise self.trt.error(f"cannot open the engine of {bundle.name} on {self.stream.name}")
         self.engine = engine
-        compiled = _Compiled(self.kit, kernels_path(self.kit, bundle, self.stream, plan))
+        compiled = _Compiled(self.trt, kernels_path(self.trt, bundle, self.stream, plan))
         context = compiled.context(engine)
         if context is None:
-            raise self.kit.error(f"cannot make a context for {bundle.name} on {self.stream.name}, perhaps for memory")
+            raise self.trt.error(f"cannot make a context for {bundle.name} on {self.stream.name}, perhaps for memory")
         self.context = context
         self._allocate()
         self._enqueue()  # the first call compiles and allocates; only then can work be recorded
@@ -606,7 +606,7 @@ class Session(Backend):
         self._run, self.replay = self._record()
 
     def _deserialize(self, runtime: tensorrt.Runtime, plan: bytes) -> tensorrt.ICudaEngine | None:
-        self.kit.lines.clear()
+        self.trt.lines.clear()
         return cast("tensorrt.ICudaEngine | None", runtime.deserialize_cuda_engine(plan))
 
     def _allocate(self) -> None:
@@ -633,7 +633,7 @@ class Session(Backend):
     def _enqueue(self) -> None:
         self.stream.upload(self.address[self.input], self.host[self.input])
         if not self.context.execute_async_v3(self.stream.handle):
-            raise self.kit.error("cannot run the engine")
+            raise self.trt.error("cannot run the engine")
         self.stream.download(self.host[self.output], self.address[self.output])
 
     def _record(self) -> tuple[Callable[[], None], str]:
@@ -646,7 +646,7 @@ class Session(Backend):
         self._graph = graph
         return graph, "CUDA graph"
 
-    def infer(self, clips: Frames) -> Output:
+    def infer(self, clips: Frames) -> Logits:
         with self.stream.current():
             np.copyto(self.frames, clips)
             self._run()
@@ -655,14 +655,14 @@ class Session(Backend):
 
     def describe(self) -> dict[str, Any]:
         inspector = self.engine.create_engine_inspector()
-        information = inspector.get_engine_information(self.kit.trt.LayerInformationFormat.ONELINE)
+        information = inspector.get_engine_information(self.trt.api.LayerInformationFormat.ONELINE)
         return {
-            self.kit.family.module: self.kit.version,
+            self.trt.family.module: self.trt.version,
             "device": f"{self.stream.name} ({self.stream.capability})",
             "driver": f"CUDA {self.stream.driver}, {self.stream.library}",
             "engine": self.origin,
             "replay": self.replay,
-            "layers": layer_truth(information),
+            "layers": summarize_engine_layers(information),
         }
 
     def release(self) -> None:
@@ -683,8 +683,8 @@ class Session(Backend):
 class _Compiled:
     """Kernels that TensorRT for RTX compiles on the first call, kept for the next process; elsewhere nothing."""
 
-    def __init__(self, kit: Sdk, path: Path) -> None:
-        self.just_in_time = kit.family is FAMILIES["rtx"]
+    def __init__(self, trt: Sdk, path: Path) -> None:
+        self.just_in_time = trt.family is FAMILIES["rtx"]
         self.path, self.cache = path, cast(Any, None)
         self.used = False
 
@@ -731,53 +731,55 @@ JUST_BUILT = "built here:"
 
 
 def find_engine(
-    kit: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings, record: EngineRecord | None
+    trt: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings, record: EngineRecord | None
 ) -> tuple[bytes, str]:
     """The engine to run on `gpu`: the bundle's where it fits, else the cache's, else a new one; and which it is."""
-    misfit = engine_misfit(record, kit, gpu) if record else "the bundle has no engine"
-    if record and not misfit:
+    incompatibility = engine_incompatibility(record, trt, gpu) if record else "the bundle has no engine"
+    if record and not incompatibility:
         return bundle.file(record.file).read_bytes(), "the bundle's"
-    return build_here(kit, bundle, gpu, settings, misfit)
+    return build_here(trt, bundle, gpu, settings, incompatibility)
 
 
 def build_here(
-    kit: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings, misfit: str, refused: str = ""
+    trt: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings, incompatibility: str, refused: str = ""
 ) -> tuple[bytes, str]:
     """The engine that this machine builds, or has built and kept, and why.
 
     Args:
-        misfit: why the bundle's engine, or the kept one, is not used.
+        incompatibility: why the bundle's engine, or the kept one, is not used.
         refused: sha256 of an engine that does not open; if that is the kept one, it is built anew.
     """
     settings = replace(settings, capabilities=())
     source = bundle.file(settings.source)
-    key = engine_key(kit, bundle, gpu, settings)
+    key = engine_key(trt, bundle, gpu, settings)
 
     def make(path: Path, reason: str) -> None:
         began = time.monotonic()
-        LOGGER.warning("building the engine of %s for %s (%s; %s)", bundle.name, gpu.name, misfit, reason)
+        LOGGER.warning("building the engine of %s for %s (%s; %s)", bundle.name, gpu.name, incompatibility, reason)
         if settings.legacy == "int8":
             bundle.file(CLIPS)
-        legacy = calibrator(kit, bundle.path, settings, gpu, bundle.batch)
-        path.write_bytes(build(kit, source, settings, _Report(), legacy, timing_cache()))
+        legacy = calibrator(trt, bundle.path, settings, gpu, bundle.batch)
+        path.write_bytes(build(trt, source, settings, _Report(), legacy, timing_cache()))
         LOGGER.warning("built in %.0f s; kept in %s", time.monotonic() - began, path.parent)
 
     entry = cache.make_once(bundle.name, ".engine", key, make, refused)
-    origin = f"{JUST_BUILT} {misfit}; {entry.reason}" if entry.reason else f"built here earlier: {misfit}"
+    origin = (
+        f"{JUST_BUILT} {incompatibility}; {entry.reason}" if entry.reason else f"built here earlier: {incompatibility}"
+    )
     return entry.path.read_bytes(), origin
 
 
-def kernels_path(kit: Sdk, bundle: Bundle, gpu: cuda.Stream, plan: bytes) -> Path:
+def kernels_path(trt: Sdk, bundle: Bundle, gpu: cuda.Stream, plan: bytes) -> Path:
     """Where the kernels that are compiled for an engine are kept: they hang on all that is in the name's digest."""
-    key = json.dumps([_digest(plan), kit.version, gpu.name, gpu.capability, gpu.driver, system()])
+    key = json.dumps([_digest(plan), trt.version, gpu.name, gpu.capability, gpu.driver, system()])
     return cache.folder() / f"{bundle.name}.{_digest(key.encode())}.jit"
 
 
-def engine_key(kit: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings) -> dict[str, str]:
+def engine_key(trt: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings) -> dict[str, str]:
     """All that a built engine hangs on."""
     return {
         "graph": graph_hash(bundle, settings.source),
-        kit.family.title: kit.version,
+        trt.family.title: trt.version,
         "GPU": f"{gpu.name} ({gpu.capability})",
         "driver": gpu.driver,
         "settings": ", ".join(f"{k}={v}" for k, v in _readable(settings).items() if v) or "default",
@@ -796,10 +798,10 @@ def graph_hash(bundle: Bundle, source: str) -> str:
     return " ".join(bundle.files[f.name].sha256 if f.name in bundle.files else sha256(f) for f in files)
 
 
-def engine_misfit(record: EngineRecord, kit: Sdk, gpu: cuda.Stream) -> str:
+def engine_incompatibility(record: EngineRecord, trt: Sdk, gpu: cuda.Stream) -> str:
     """Why the bundle's engine cannot run here, naming both sides; empty when it can."""
-    if record.version != kit.version and not (record.version_compatible and _newer(kit.version, record.version)):
-        return f"the bundle's engine is for {kit.family.title} {record.version}, here is {kit.version}"
+    if record.version != trt.version and not (record.version_compatible and _newer(trt.version, record.version)):
+        return f"the bundle's engine is for {trt.family.title} {record.version}, here is {trt.version}"
     if record.capabilities and gpu.capability.replace(".", "") not in record.capabilities:
         return (
             f"the bundle's engine is for compute capability {', '.join(record.capabilities)}, here is {gpu.capability}"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgetube.runtimes.base import Backend, Output, Tap
+from edgetube.runtimes.base import Backend, LayerOutputs, Logits, Tap
 from edgetube.spec import InputContract
 from edgetube.video import Frames
 
@@ -31,7 +31,7 @@ class Reference(Backend):
         if threads is not None:
             torch.set_num_threads(threads)
 
-    def infer(self, clips: Frames) -> Output:
+    def infer(self, clips: Frames) -> Logits:
         with torch.inference_mode():
             logits: torch.Tensor = self.model(normalise(torch.from_numpy(clips), self.contract))
         return np.asarray(logits.float().numpy())
@@ -47,8 +47,8 @@ class Reference(Backend):
         """What modules give out, by their names; `logits` is what the model does. Values as the model has them."""
         modules = dict(self.model.named_modules())
 
-        def show(clips: Frames) -> dict[str, Output]:
-            seen: dict[str, Output] = {}
+        def show(clips: Frames) -> LayerOutputs:
+            seen: LayerOutputs = {}
 
             def keep(name: str, value: torch.Tensor) -> None:
                 seen[name] = value.detach().float().numpy().copy()

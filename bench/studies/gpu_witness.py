@@ -30,7 +30,7 @@ from edgetube.bench.worker import Lap, Subject
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, EdgetubeError
 from edgetube.model import checkpoints
-from edgetube.runtimes.base import Backend, Output
+from edgetube.runtimes.base import Backend, Logits
 from edgetube.runtimes.torch import Reference
 from edgetube.video import Frames
 
@@ -80,7 +80,7 @@ class Witness(Backend):
         with torch.inference_mode(), torch.cuda.graph(self.graph):
             self.logits = self.run(self.frames)
 
-    def infer(self, clips: Frames) -> Output:
+    def infer(self, clips: Frames) -> Logits:
         self.host.copy_(torch.from_numpy(clips))
         self.frames.copy_(self.host, non_blocking=True)
         if self.graph is None:

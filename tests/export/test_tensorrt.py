@@ -199,9 +199,9 @@ class TestAttention:
         assert ranges["blocks.1.attn.q"].symmetric == table.ranges["blocks.1.attn.q"].symmetric
         assert bundle.parity["max_abs_error"] < 0.1 * max(1, bundle.parity["max_abs_logit"])
         if installed("tensorrt_rtx"):
-            kit = runtime.sdk("rtx")
-            runtime.build(kit, bundle.artifact_path, runtime.Settings(capabilities=("89",)))
-            assert runtime.layer_truth(kit.layers)["attention"] == {"int8": 2}
+            sdk = runtime.sdk("rtx")
+            runtime.build(sdk, bundle.artifact_path, runtime.Settings(capabilities=("89",)))
+            assert runtime.summarize_engine_layers(sdk.layers)["attention"] == {"int8": 2}
 
 
 class TestLegacy:
@@ -285,13 +285,13 @@ class TestForReal:
     """The vendor's parser and builder."""
 
     def test_the_parser_takes_every_lowering_in_both_precisions(self, graph: Graph, tmp_path: Path) -> None:
-        kit = runtime.sdk("rtx")
+        sdk = runtime.sdk("rtx")
         for model in (graph.model, canonical.convert_to_fp16(graph.model)):
             canonical.save(rewrite.cast_first(model), tmp_path / "model.onnx")
-            _, network, parser = runtime.parse(kit, tmp_path / "model.onnx")
+            _, network, parser = runtime.parse(sdk, tmp_path / "model.onnx")
             assert network.num_layers > 100
-            assert [network.get_input(i).dtype for i in range(network.num_inputs)] == [cast(Any, kit.trt).uint8]
-            assert network.get_output(0).dtype == kit.trt.float32
+            assert [network.get_input(i).dtype for i in range(network.num_inputs)] == [cast(Any, sdk.api).uint8]
+            assert network.get_output(0).dtype == sdk.api.float32
             del parser
 
     def test_the_cast_has_to_come_first(self, graph: Graph, tmp_path: Path) -> None:
@@ -332,18 +332,18 @@ class TestForReal:
         self, checkpoint: str, precision: str, capability: str, real_graphs: Callable[..., Any]
     ) -> None:
         real = real_graphs(checkpoint, precision)
-        kit = runtime.sdk("rtx")
-        plan = runtime.build(kit, real.path, runtime.Settings(capabilities=(capability,)))
+        sdk = runtime.sdk("rtx")
+        plan = runtime.build(sdk, real.path, runtime.Settings(capabilities=(capability,)))
         assert plan.startswith(b"vtrt")
         assert len(plan) > real.path.stat().st_size * 0.9
-        truth = runtime.layer_truth(kit.layers)
-        assert truth["attention"] == {"fp16": real.depth}
+        layers = runtime.summarize_engine_layers(sdk.layers)
+        assert layers["attention"] == {"fp16": real.depth}
         if precision == "fp16":
-            assert set(truth["gemms"]) == {"fp16"}
-            assert truth["gemms"]["fp16"] >= 4 * real.depth
+            assert set(layers["gemms"]) == {"fp16"}
+            assert layers["gemms"]["fp16"] >= 4 * real.depth
         else:
-            assert truth["gemms"]["int8"] >= 4 * real.depth
-            assert exporter.fell_back(truth, real.table) == []
+            assert layers["gemms"]["int8"] >= 4 * real.depth
+            assert exporter.fell_back(layers, real.table) == []
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("frames", "tokens"), [(20, 392), (32, 539)])
@@ -352,10 +352,12 @@ class TestForReal:
     ) -> None:
         """When the longer one becomes one kernel too, a newer builder can do without the rule."""
         real = real_graphs("random:tubevit-ti", "int8", frames, attention=True)
-        kit = runtime.sdk("rtx")
-        runtime.build(kit, real.path, runtime.Settings(capabilities=("89",)))
+        sdk = runtime.sdk("rtx")
+        runtime.build(sdk, real.path, runtime.Settings(capabilities=("89",)))
         assert real.tokens == tokens
-        assert runtime.layer_truth(kit.layers)["attention"] == ({"int8": real.depth} if tokens <= 512 else {})
+        assert runtime.summarize_engine_layers(sdk.layers)["attention"] == (
+            {"int8": real.depth} if tokens <= 512 else {}
+        )
 
 
 @pytest.fixture(scope="module")

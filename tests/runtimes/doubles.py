@@ -251,20 +251,20 @@ class Machine:
 
     def build(
         self,
-        kit: runtime.Sdk,
+        sdk: runtime.Sdk,
         path: Path,
         settings: runtime.Settings,
-        tell: object = None,
+        on_progress: object = None,
         calibrator: Any = None,
         timing_cache: Path | None = None,
     ) -> bytes:
         """In the place of `runtime.build`: the engine is the graph, which says whether it multiplies integers."""
-        self.builds.append((kit.version, settings))
+        self.builds.append((sdk.version, settings))
         self.timing_caches.append(timing_cache)
         model = onnx.load(path)
         quantised = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
         model.doc_string = "int8" if quantised or settings.legacy == "int8" else "float"
-        kit.layers = layers(model.doc_string)
+        sdk.layers = layers(model.doc_string)
         while calibrator is not None and calibrator.get_batch(["frames"]):
             pass
         return model.SerializeToString()

@@ -221,7 +221,7 @@ def test_compressed_weights_are_what_their_formulas_say(tmp_path: Path, target: 
 def test_a_linear_layer_rounds_once() -> None:
     """The sum is wide, the result is a float16: 2048 + 1 + 1 would stay 2048 in float16 arithmetic."""
     x, weight = np.ones((1, 3), np.float32), np.array([[2048, 1, 1]], np.float32)
-    np.testing.assert_array_equal(mil.half(mil.OPERATIONS["linear"]({"x": x, "weight": weight})), [[2050]])
+    np.testing.assert_array_equal(mil.round_to_fp16(mil.OPERATIONS["linear"]({"x": x, "weight": weight})), [[2050]])
 
 
 def test_rounding_is_that_of_a_cast(rng: np.random.Generator) -> None:
@@ -232,10 +232,10 @@ def test_rounding_is_that_of_a_cast(rng: np.random.Generator) -> None:
     patterns = rng.integers(0, 1 << 32, 1 << 20, dtype=np.uint32).view(np.float32)
     patterns = patterns[np.isfinite(patterns) & (np.abs(patterns) < 65500)]
     for numbers in (halves, between, np.nextafter(between, np.float32(np.inf)), patterns):
-        np.testing.assert_array_equal(mil.half(numbers), numbers.astype(np.float16).astype(np.float32))
-    assert np.isinf(mil.half(np.array([65520, 1], np.float32))).tolist() == [True, False]
-    assert np.isnan(mil.half(np.array([np.nan, 1], np.float32))).tolist() == [True, False]
-    assert mil.half(np.array([65519], np.float32)) == 65504
+        np.testing.assert_array_equal(mil.round_to_fp16(numbers), numbers.astype(np.float16).astype(np.float32))
+    assert np.isinf(mil.round_to_fp16(np.array([65520, 1], np.float32))).tolist() == [True, False]
+    assert np.isnan(mil.round_to_fp16(np.array([np.nan, 1], np.float32))).tolist() == [True, False]
+    assert mil.round_to_fp16(np.array([65519], np.float32)) == 65504
 
 
 def test_every_half_precision_gelu() -> None:

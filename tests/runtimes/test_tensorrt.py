@@ -386,7 +386,7 @@ Bindings: frames
 """
 
     def test_counts(self) -> None:
-        assert runtime.layer_truth(self.TEXT) == {
+        assert runtime.summarize_engine_layers(self.TEXT) == {
             "kernels": 8,
             "gemms": {"int8": 1, "fp16": 2, "fp32": 1},
             "attention": {"fp16": 1},
@@ -395,7 +395,7 @@ Bindings: frames
         }
 
     def test_nothing_was_told(self) -> None:
-        assert runtime.layer_truth("")["kernels"] == 0
+        assert runtime.summarize_engine_layers("")["kernels"] == 0
 
 
 @pytest.mark.parametrize(("version", "works"), [("8.6.1", False), ("9.3.0", False), ("10.0.1", True), ("11.0.0", True)])
@@ -404,12 +404,12 @@ def test_versions_of_typed_networks(monkeypatch: pytest.MonkeyPatch, version: st
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     flags = {"STRONGLY_TYPED": 1} if version.startswith("10") else {}
     trt.NetworkDefinitionCreationFlag = SimpleNamespace(**flags)
-    kit = runtime.Sdk(runtime.FAMILIES["trt"])
+    sdk = runtime.Sdk(runtime.FAMILIES["trt"])
     if works:
-        assert runtime._strongly_typed(kit) == (2 if flags else 0)
+        assert runtime._strongly_typed(sdk) == (2 if flags else 0)
     else:
         with pytest.raises(BackendError, match=r"needs TensorRT 10\.0 or newer"):
-            runtime._strongly_typed(kit)
+            runtime._strongly_typed(sdk)
 
 
 class Recorder:
@@ -460,7 +460,7 @@ class TestLegacy:
     LAYERS = (("*", "fp16"), ("norm", "fp32"), ("fc.matmul", "int8"))
 
     @pytest.fixture
-    def kit(self, monkeypatch: pytest.MonkeyPatch) -> runtime.Sdk:
+    def sdk(self, monkeypatch: pytest.MonkeyPatch) -> runtime.Sdk:
         layers = [
             layer("norm"), layer("fc.matmul"), layer("scores"), layer("weights", kind="constant"),
             layer("gather", dtype="int32"),
@@ -473,25 +473,25 @@ class TestLegacy:
     @pytest.mark.parametrize(
         ("precision", "flags"), [("fp32", []), ("fp16", ["FP16", "OBEY"]), ("int8", ["FP16", "OBEY", "INT8"])]
     )
-    def test_flags(self, kit: runtime.Sdk, precision: str, flags: list[Any], tmp_path: Path) -> None:
+    def test_flags(self, sdk: runtime.Sdk, precision: str, flags: list[Any], tmp_path: Path) -> None:
         settings = runtime.Settings(legacy=precision)
-        assert runtime.build(kit, tmp_path / "legacy.onnx", settings, calibrator=cast(Any, "ours")) == b"plan"
-        assert cast(Any, kit.trt).flags == [1]  # an explicit batch, and no types
-        calls = cast(Any, kit.trt).config.calls
+        assert runtime.build(sdk, tmp_path / "legacy.onnx", settings, calibrator=cast(Any, "ours")) == b"plan"
+        assert cast(Any, sdk.api).flags == [1]  # an explicit batch, and no types
+        calls = cast(Any, sdk.api).config.calls
         assert ("clear_flag", "TF32") in calls
         assert [call[1] for call in calls if call[0] == "set_flag"] == flags
         assert (("int8_calibrator", "ours") in calls) == (precision == "int8")
 
-    def test_each_layer_computes_in_what_it_was_given(self, kit: runtime.Sdk, tmp_path: Path) -> None:
-        runtime.build(kit, tmp_path / "legacy.onnx", runtime.Settings(legacy="int8", layers=self.LAYERS))
-        norm, linear, scores, weights, gather = (layer.calls for layer in cast(Any, kit.trt).recorded)
+    def test_each_layer_computes_in_what_it_was_given(self, sdk: runtime.Sdk, tmp_path: Path) -> None:
+        runtime.build(sdk, tmp_path / "legacy.onnx", runtime.Settings(legacy="int8", layers=self.LAYERS))
+        norm, linear, scores, weights, gather = (layer.calls for layer in cast(Any, sdk.api).recorded)
         assert norm == [("precision", "fp32"), ("set_output_type", 0, "fp32")]
         assert linear == [("precision", "int8")]
         assert scores == [("precision", "fp16")]
         assert weights == gather == []
 
     def test_the_calibrator_gives_every_clip_once_and_keeps_what_tensorrt_found(
-        self, kit: runtime.Sdk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+        self, sdk: runtime.Sdk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
     ) -> None:
         monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
         clips = rng.integers(0, 256, (5, 2, 4, 4, 3), np.uint8)
@@ -500,8 +500,8 @@ class TestLegacy:
         gpu = HostStream(0)
 
         def make(version: str = "8.6.1") -> Any:
-            kit.trt.__version__ = version
-            return runtime.calibrator(kit, tmp_path, runtime.Settings(legacy="int8"), gpu, batch=2)
+            sdk.api.__version__ = version
+            return runtime.calibrator(sdk, tmp_path, runtime.Settings(legacy="int8"), gpu, batch=2)
 
         with gpu.current():
             calibrator = make()
@@ -520,38 +520,43 @@ class TestLegacy:
             assert make().read_calibration_cache() is None
 
     @pytest.mark.parametrize("precision", ["", "fp16"])
-    def test_others_need_no_calibrator(self, kit: runtime.Sdk, tmp_path: Path, precision: str) -> None:
-        assert runtime.calibrator(kit, tmp_path, runtime.Settings(legacy=precision), HostStream(0), 1) is None
+    def test_others_need_no_calibrator(self, sdk: runtime.Sdk, tmp_path: Path, precision: str) -> None:
+        assert runtime.calibrator(sdk, tmp_path, runtime.Settings(legacy=precision), HostStream(0), 1) is None
 
-    def test_a_kept_engine_is_told_by_its_layers_without_listing_them(self, kit: runtime.Sdk, deferred: Bundle) -> None:
+    def test_a_kept_engine_is_told_by_its_layers_without_listing_them(self, sdk: runtime.Sdk, deferred: Bundle) -> None:
         gpu = HostStream(0)
         keys = [
-            runtime.engine_key(kit, deferred, gpu, runtime.Settings(legacy="int8", layers=layers))["settings"]
+            runtime.engine_key(sdk, deferred, gpu, runtime.Settings(legacy="int8", layers=layers))["settings"]
             for layers in (self.LAYERS, self.LAYERS[:2], ())
         ]
         assert len(set(keys)) == 3
         assert keys[2] == "legacy=int8"
         assert all(key.startswith("legacy=int8") and "norm" not in key for key in keys)
 
-    def test_tensorrt_11_says_what_to_do(self, kit: runtime.Sdk, tmp_path: Path) -> None:
-        del kit.trt.IInt8EntropyCalibrator2
-        kit.trt.__version__ = "11.0.0"
+    def test_tensorrt_11_says_what_to_do(self, sdk: runtime.Sdk, tmp_path: Path) -> None:
+        del sdk.api.IInt8EntropyCalibrator2
+        sdk.api.__version__ = "11.0.0"
         with pytest.raises(BackendError, match=r"TensorRT 11\.0\.0 knows typed networks only"):
-            runtime.build(kit, tmp_path / "legacy.onnx", runtime.Settings(legacy="fp16"))
+            runtime.build(sdk, tmp_path / "legacy.onnx", runtime.Settings(legacy="fp16"))
 
 
 def test_the_names_that_are_used_are_real() -> None:
-    kit = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
+    rtx = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
     for name in set(runtime.Vendor.__annotations__) - {"IInt8EntropyCalibrator2"}:  # TensorRT 8 to 10 alone
-        assert hasattr(kit, name), name
+        assert hasattr(rtx, name), name
     for owner, names in {
-        kit.Builder: ["create_network", "create_builder_config", "build_serialized_network"],
-        kit.IBuilderConfig: ["progress_monitor", "profiling_verbosity", "set_compute_capability", "set_timing_cache"],
-        kit.ICudaEngine: ["create_execution_context", "create_runtime_config", "create_engine_inspector"],
-        kit.IExecutionContext: ["execute_async_v3", "set_tensor_address"],
-        kit.IRuntimeConfig: ["create_runtime_cache", "set_runtime_cache"],
-        kit.IRuntimeCache: ["serialize", "deserialize"],
-        kit.Runtime: ["deserialize_cuda_engine", "engine_host_code_allowed"],
+        rtx.Builder: ["create_network", "create_builder_config", "build_serialized_network"],
+        rtx.IBuilderConfig: [
+            "progress_monitor",
+            "profiling_verbosity",
+            "set_compute_capability",
+            "set_timing_cache",
+        ],
+        rtx.ICudaEngine: ["create_execution_context", "create_runtime_config", "create_engine_inspector"],
+        rtx.IExecutionContext: ["execute_async_v3", "set_tensor_address"],
+        rtx.IRuntimeConfig: ["create_runtime_cache", "set_runtime_cache"],
+        rtx.IRuntimeCache: ["serialize", "deserialize"],
+        rtx.Runtime: ["deserialize_cuda_engine", "engine_host_code_allowed"],
     }.items():
         assert not [name for name in names if not hasattr(owner, name)]
 
