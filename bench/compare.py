@@ -1,6 +1,7 @@
-"""What is measured of two models that answered the same clips: arithmetic on their logits, clip by clip.
+"""Metrics of two models on the same clips, computed from their logits.
 
-A clip is reduced to a row of numbers as soon as both have answered it, so memory does not grow with the classes.
+Each clip is reduced to a few numbers as soon as both models have answered it, so memory does not grow with the number
+of classes.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import numpy.typing as npt
 
 from edgetube import metrics
 from edgetube.errors import ParityError
+from edgetube.runtimes.base import Logits
 from edgetube.targets import Status
 
-Logits = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -25,8 +26,8 @@ QUARTERS = 4
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A row of numbers for each of N clips; everything that is kept of the answers of one artifact.
+class ClipMetrics:
+    """The metrics of each of N clips: all that is kept of an artifact's answers.
 
     Attributes:
         label: (N,) index of the true class, -1 where it is unknown.
@@ -62,7 +63,7 @@ class Rows:
         return np.not_equal(self.reference, self.answer)
 
 
-def rows(reference: Logits, logits: Logits, labels: Integers) -> Rows:
+def clip_metrics(reference: Logits, logits: Logits, labels: Integers) -> ClipMetrics:
     """Compare two sets of logits (N, classes) on clips with the class indices `labels` (N,), -1 for unknown.
 
     Raises:
@@ -72,7 +73,7 @@ def rows(reference: Logits, logits: Logits, labels: Integers) -> Rows:
         raise ParityError(f"the artifact gave NaN or infinite logits on {int((~finite).sum())} of {len(logits)} clips")
     known, some = labels >= 0, np.maximum(labels, 0)
     difference = reference.astype(np.float64) - logits
-    return Rows(
+    return ClipMetrics(
         label=labels,
         reference=reference.argmax(axis=1),
         answer=logits.argmax(axis=1),
@@ -90,9 +91,9 @@ def rows(reference: Logits, logits: Logits, labels: Integers) -> Rows:
     )
 
 
-def join(parts: Sequence[Rows], order: Integers) -> Rows:
-    """Rows of several parts as one; `order` (N,) says which of them is first, second, ..."""
-    return Rows(*(np.concatenate([getattr(part, f.name) for part in parts])[order] for f in fields(Rows)))
+def join(parts: Sequence[ClipMetrics], order: Integers) -> ClipMetrics:
+    """Concatenate the metrics of several parts, then put the clips in `order` (N,)."""
+    return ClipMetrics(*(np.concatenate([getattr(part, f.name) for part in parts])[order] for f in fields(ClipMetrics)))
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Parity:
         return asdict(self) | {"sqnr": self.sqnr if np.isfinite(self.sqnr) else None}
 
 
-def summarise(found: Rows, classes: int, status: Status) -> Parity:
+def summarise(found: ClipMetrics, classes: int, status: Status) -> Parity:
     """The numbers of all clips together; `classes` is how many logits a clip has."""
     known = found.label >= 0
     agreement = float((~found.flipped).mean())
@@ -186,7 +187,7 @@ class Quarter:
     flips: int
 
 
-def quarters(found: Rows) -> tuple[Quarter, ...]:
+def quarters(found: ClipMetrics) -> tuple[Quarter, ...]:
     """Flips by the reference's margin, least sure clips first; fewer than `QUARTERS` parts for fewer clips."""
     order = np.argsort(found.margin, kind="stable")
     parts = [part for part in np.array_split(order, QUARTERS) if len(part)]
@@ -211,7 +212,7 @@ class ClassRow:
     drop: float
 
 
-def per_class(found: Rows, labels: Sequence[str]) -> tuple[ClassRow, ...]:
+def per_class(found: ClipMetrics, labels: Sequence[str]) -> tuple[ClassRow, ...]:
     """The classes that have labelled clips, largest drop first."""
     made = []
     for index in np.unique(found.label[found.label >= 0]):
@@ -231,7 +232,7 @@ class WorstClip:
         label: the true class, or None.
         reference, bundle: (class, its softmax) of the two answers.
         flipped: whether the classes differ.
-        margin, kl, max_abs_error: see `Rows`.
+        margin, kl, max_abs_error: see `ClipMetrics`.
     """
 
     name: str
@@ -248,7 +249,7 @@ class WorstClip:
         return asdict(self) | pairs
 
 
-def worst(found: Rows, names: Sequence[str], labels: Sequence[str], count: int) -> tuple[WorstClip, ...]:
+def worst(found: ClipMetrics, names: Sequence[str], labels: Sequence[str], count: int) -> tuple[WorstClip, ...]:
     """The clips that differ most: flipped ones first, then by KL."""
     order = np.lexsort((np.arange(len(found.kl)), -found.kl, ~found.flipped))[:count]
     return tuple(

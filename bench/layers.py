@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from edgetube import bundle as bundles
 from edgetube import metrics
-from edgetube.bench import panel
-from edgetube.bench.panel import Artifact, Opened
+from edgetube.bench import model_set
+from edgetube.bench.model_set import Artifact, OpenedModels
 from edgetube.bundle import Bundle
 from edgetube.datasets import ClipSet
 from edgetube.errors import BackendError, InputError
@@ -156,18 +156,18 @@ def curves(
         InputError: no clips, or bundles that do not belong together.
         BackendError: the reference bundle's backend shows no layers, or a runtime refuses.
     """
-    models = panel.of_bundles(compared, reference, threads)
+    models = model_set.of_bundles(compared, reference, threads)
     clips = [clip.frames for clip in source.clips(models.contract)]
     if not clips:
         raise InputError("no clips to look at layers on: the data set is empty")
-    with Opened(models) as opened:
+    with OpenedModels(models) as opened:
         return tuple(of_opened(opened, clips, names(models.models[0].bundle.spec), progress))
 
 
 def of_opened(
-    opened: Opened, clips: Sequence[Frames], wanted: Sequence[str], progress: Progress = silent
+    opened: OpenedModels, clips: Sequence[Frames], wanted: Sequence[str], progress: Progress = silent
 ) -> Iterator[Curve]:
-    """The curves of the bundles of a panel that is open, in the panel's order; see `curves`.
+    """The curves of the bundles of an open model set, in its order; see `curves`.
 
     Args:
         clips: (T, H, W, 3) uint8 each.
@@ -176,7 +176,7 @@ def of_opened(
     Raises:
         BackendError: the reference bundle's backend shows no layers, or a runtime refuses.
     """
-    first, *rest = opened.panel.models
+    first, *rest = opened.model_set.models
     truth, reference = opened.backend(0), first.bundle if isinstance(first, Artifact) else None
     seen = truth.layers(wanted)
     if not seen:

@@ -1,4 +1,4 @@
-"""Does an artifact answer like the model that was trained? Clip by clip; nothing is kept but a row of numbers each."""
+"""Compare artifacts with the trained model, clip by clip; only a few metrics are kept of each clip."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import numpy.typing as npt
 
 from edgetube import datasets
 from edgetube.bench import compare as comparing
-from edgetube.bench import layers, machine, panel, workers
+from edgetube.bench import layers, machine, model_set, workers
 from edgetube.bench import probe as probing
-from edgetube.bench.compare import ClassRow, Parity, Quarter, Rows, WorstClip
-from edgetube.bench.journal import Journal, clip_key
-from edgetube.bench.panel import Artifact, Job, Opened, Panel, Replies
+from edgetube.bench.answer_cache import AnswerCache, clip_key
+from edgetube.bench.compare import ClassRow, ClipMetrics, Parity, Quarter, WorstClip
+from edgetube.bench.model_set import Artifact, Job, JobResult, ModelSet, OpenedModels
 from edgetube.bench.probe import Probe
 from edgetube.bundle import Bundle
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
 from edgetube.progress import Progress, silent, track
-from edgetube.runtimes.base import Backend
+from edgetube.runtimes.base import Backend, Logits
 from edgetube.spec import InputContract
 from edgetube.targets import Precision, Status
 from edgetube.video import Clip, Frames
@@ -33,9 +33,9 @@ __all__ = [
     "Comparison",
     "Gates",
     "Measured",
+    "MetricsAccumulator",
     "Parity",
     "Probe",
-    "Tally",
     "Verdict",
     "answer",
     "compare",
@@ -51,18 +51,16 @@ REFERENCE = "reference"
 WORST = 8
 """Clips that are named when nobody says how many."""
 
-Logits = npt.NDArray[np.float32]
-
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model said about a set of clips.
+    """The logits of one model on a set of clips.
 
     Attributes:
         logits: (N, classes) float32, in the order of the clips.
         labels: (N,) index of the true class, -1 where it is unknown.
         names: of the clips.
-        status: how the answers were made.
+        status: how the model was run.
     """
 
     logits: Logits
@@ -80,7 +78,7 @@ def answer(
     total: int = 0,
     progress: Progress = silent,
 ) -> Answers:
-    """Ask one model about every clip; frames are dropped as soon as they are answered.
+    """Run one model on every clip; frames are freed after each clip.
 
     Raises:
         InputError: no clips, or a clip with a label that the model does not have.
@@ -106,7 +104,7 @@ def compare(reference: Answers, answers: Answers) -> Parity:
     """
     if reference.names != answers.names:
         raise InputError("the two sets of answers are not about the same clips in the same order")
-    found = comparing.rows(reference.logits, answers.logits, reference.labels)
+    found = comparing.clip_metrics(reference.logits, answers.logits, reference.labels)
     return comparing.summarise(found, reference.logits.shape[1], answers.status)
 
 
@@ -115,7 +113,7 @@ def compare(reference: Answers, answers: Answers) -> Parity:
 
 @dataclass(frozen=True)
 class Measured:
-    """One bundle against the reference, with what is behind the numbers."""
+    """One bundle against the reference, in total and in detail."""
 
     bundle: Bundle
     parity: Parity
@@ -200,20 +198,20 @@ def measure(
     reference: Bundle | None = None,
     threads: int | None = None,
     run: workers.Runner = workers.here,
-    journal: Journal | None = None,
+    answer_cache: AnswerCache | None = None,
     worst: int = WORST,
     progress: Progress = silent,
 ) -> Comparison:
-    """Show the same clips to the reference and to every bundle, and compare their answers.
+    """Run the reference and every bundle on the same clips and compare their logits.
 
-    Each clip is made once, a few are in memory at a time, and a row of numbers is kept of each.
+    Each clip is decoded once; a few clips are in memory at a time.
 
     Args:
         bundles: made from one checkpoint, or at least for the same input and labels as `reference`.
         reference: a bundle to hold them against; None takes the PyTorch model that they were made from.
         threads: CPU threads of one call; None leaves the choice to each runtime.
-        run: where the work is done, see `edgetube.bench.workers`.
-        journal: answers are kept there, and those that are there already are not asked for again.
+        run: where the jobs run, see `edgetube.bench.workers`.
+        answer_cache: logits are stored there; logits that it already has are not computed again.
         worst: how many of the worst clips are named.
 
     Raises:
@@ -221,112 +219,112 @@ def measure(
         CheckpointError: the checkpoint is no longer the one that the bundles were made from.
         ParityError: a bundle gave a logit that is not finite.
     """
-    models = panel.of_bundles(bundles, reference, threads)
-    tally = Tally(models)
-    jobs = _Jobs(models, source, journal)
+    models = model_set.of_bundles(bundles, reference, threads)
+    accumulator = MetricsAccumulator(models)
+    jobs = _Jobs(models, source, answer_cache)
     done = 0
     progress("compare", 0, source.count)
-    for job, replies in jobs.run(run):
-        tally.add(job.positions, [item.name for item in job.items], replies)
+    for job, result in jobs.run(run):
+        accumulator.add(job.positions, [item.name for item in job.items], result)
         done += len(job.items)
         progress("compare", done, source.count)
-    comparison = tally.comparison(source, worst)
+    comparison = accumulator.comparison(source, worst)
     return replace(comparison, measured=tuple(_probed(models, source, comparison.measured, progress)))
 
 
-def _probed(models: Panel, source: ClipSet, measured: Sequence[Measured], progress: Progress) -> Iterator[Measured]:
-    """The same with what `edgetube.bench.probe` finds on a few of the clips, here, whoever answered the others."""
+def _probed(models: ModelSet, source: ClipSet, measured: Sequence[Measured], progress: Progress) -> Iterator[Measured]:
+    """The same with the results of `edgetube.bench.probe`, which runs on a few of the clips in this process."""
     clips = [clip.frames for clip in source.sample(probing.CLIPS).clips(models.contract)]
-    with Opened(models) as opened:
+    with OpenedModels(models) as opened:
         for one, found in zip(measured, probing.probe(opened, clips, progress), strict=True):
             yield replace(one, probe=found)
 
 
 class _Jobs:
-    """The clips of a set as jobs: those that the journal has answered are not asked again."""
+    """The clips of a set as jobs; logits that the cache has are not computed again."""
 
-    def __init__(self, models: Panel, source: ClipSet, journal: Journal | None) -> None:
-        self.panel, self.source, self.journal = models, source, journal
+    def __init__(self, models: ModelSet, source: ClipSet, answer_cache: AnswerCache | None) -> None:
+        self.model_set, self.source, self.answer_cache = models, source, answer_cache
 
-    def run(self, run: workers.Runner) -> Iterator[tuple[Job, Replies]]:
-        """All jobs with all their answers, in any order."""
-        if self.journal is None:
-            yield from run(self.panel, self._all())
+    def run(self, run: workers.Runner) -> Iterator[tuple[Job, JobResult]]:
+        """All jobs with their results, in any order."""
+        if self.answer_cache is None:
+            yield from run(self.model_set, self._all())
             return
         missing: list[Job] = []
         for job in self._all():
-            known = self._known(job, self.journal)
+            known = self._known(job, self.answer_cache)
             asked = tuple(model for model in job.models if model not in known.logits)
             if asked:
                 missing.append(Job(job.positions, job.items, asked))
             else:
                 yield job, known
-        for job, replies in run(self.panel, missing):
-            self._keep(job, replies, self.journal)
-            whole = Job(job.positions, job.items, tuple(range(len(self.panel.models))))
-            rest = self._known(whole, self.journal)
-            yield whole, Replies(replies.labels, {**rest.logits, **replies.logits})
+        for job, result in run(self.model_set, missing):
+            self._keep(job, result, self.answer_cache)
+            whole = Job(job.positions, job.items, tuple(range(len(self.model_set.models))))
+            rest = self._known(whole, self.answer_cache)
+            yield whole, JobResult(result.labels, {**rest.logits, **result.logits})
 
     def _all(self) -> Iterator[Job]:
-        everybody, size = tuple(range(len(self.panel.models))), self.panel.chunk
+        all_models, size = tuple(range(len(self.model_set.models))), self.model_set.chunk
         for start in range(0, self.source.count, size):
             items = self.source.items[start : start + size]
-            yield Job(tuple(range(start, start + len(items))), items, everybody)
+            yield Job(tuple(range(start, start + len(items))), items, all_models)
 
-    def _known(self, job: Job, journal: Journal) -> Replies:
-        """What the journal has: the models that have answered every clip of the job."""
-        clips = [clip_key(item, self.panel.contract) for item in job.items]
+    def _known(self, job: Job, answer_cache: AnswerCache) -> JobResult:
+        """What the cache has: the models whose logits it holds for every clip of the job."""
+        clips = [clip_key(item, self.model_set.contract) for item in job.items]
         labels: dict[str, str | None] = {}
         logits: dict[int, Logits] = {}
         for model in job.models:
-            found = journal.get(self.panel.keys[model], clips)
+            found = answer_cache.get(self.model_set.keys[model], clips)
             if all(clip in found for clip in clips):
                 logits[model] = np.stack([found[clip][1] for clip in clips])
                 labels |= {clip: found[clip][0] for clip in clips}
-        return Replies(tuple(labels.get(clip) for clip in clips), logits)
+        return JobResult(tuple(labels.get(clip) for clip in clips), logits)
 
-    def _keep(self, job: Job, replies: Replies, journal: Journal) -> None:
-        clips = [clip_key(item, self.panel.contract) for item in job.items]
-        for model, logits in replies.logits.items():
-            journal.put(self.panel.keys[model], zip(clips, replies.labels, logits, strict=True))
+    def _keep(self, job: Job, result: JobResult, answer_cache: AnswerCache) -> None:
+        clips = [clip_key(item, self.model_set.contract) for item in job.items]
+        for model, logits in result.logits.items():
+            answer_cache.put(self.model_set.keys[model], zip(clips, result.labels, logits, strict=True))
 
 
-class Tally:
-    """Answers as they come in: reduced to rows, in whatever order.
+class MetricsAccumulator:
+    """Reduces results to metrics as they come in, in any order.
 
     Args:
-        models: the panel that gives them; its first model is the reference.
+        models: that the results are of; the first is the reference.
     """
 
-    def __init__(self, models: Panel) -> None:
-        self.panel = models
+    def __init__(self, models: ModelSet) -> None:
+        self.model_set = models
         self._positions: list[int] = []
         self._names: list[str] = []
-        self._rows: list[list[Rows]] = [[] for _ in models.models[1:]]
+        self._parts: list[list[ClipMetrics]] = [[] for _ in models.models[1:]]
 
-    def add(self, positions: Sequence[int], names: Sequence[str], replies: Replies) -> None:
-        """Take in what all models said about some clips.
+    def add(self, positions: Sequence[int], names: Sequence[str], result: JobResult) -> None:
+        """Add the results of all models on some clips.
 
         Raises:
             InputError: a clip has a label that the models do not have.
             ParityError: a logit is not finite; names the model.
         """
-        pairs = zip(names, replies.labels, strict=True)
-        truth = np.array([_index(name, label, self.panel.labels) for name, label in pairs], np.int64)
+        pairs = zip(names, result.labels, strict=True)
+        truth = np.array([_index(name, label, self.model_set.labels) for name, label in pairs], np.int64)
         self._positions.extend(positions)
         self._names.extend(names)
-        for index, kept in enumerate(self._rows, start=1):
+        for index, kept in enumerate(self._parts, start=1):
             try:
-                kept.append(comparing.rows(replies.logits[0], replies.logits[index], truth))
+                kept.append(comparing.clip_metrics(result.logits[0], result.logits[index], truth))
             except ParityError as error:
-                raise ParityError(f"{self.panel.models[index].name}: {error}; they are near {names[0]}") from error
+                raise ParityError(f"{self.model_set.models[index].name}: {error}; they are near {names[0]}") from error
 
-    def rows(self) -> tuple[Rows, ...]:
-        """The rows of each bundle, in the order of the clips."""
+    def clip_metrics(self) -> tuple[ClipMetrics, ...]:
+        """The metrics of each bundle, in the order of the clips."""
         if not self._positions:
             raise InputError(NO_CLIPS)
         order = np.argsort(self._positions, kind="stable")
-        return tuple(comparing.join(kept, order) for kept in self._rows)
+        return tuple(comparing.join(kept, order) for kept in self._parts)
 
     def comparison(self, source: ClipSet, worst: int) -> Comparison:
         """The result.
@@ -334,17 +332,17 @@ class Tally:
         Raises:
             InputError: there were no clips.
         """
-        found, labels = self.rows(), self.panel.labels
+        found, labels = self.clip_metrics(), self.model_set.labels
         names = [self._names[i] for i in np.argsort(self._positions, kind="stable")]
         measured = tuple(
             Measured(
                 model.bundle,
-                comparing.summarise(rows, len(labels), model.status),
-                comparing.quarters(rows),
-                comparing.per_class(rows, labels),
-                comparing.worst(rows, names, labels, worst),
+                comparing.summarise(metrics, len(labels), model.status),
+                comparing.quarters(metrics),
+                comparing.per_class(metrics, labels),
+                comparing.worst(metrics, names, labels, worst),
             )
-            for model, rows in zip(self.panel.models[1:], found, strict=True)
+            for model, metrics in zip(self.model_set.models[1:], found, strict=True)
         )
         known = found[0].label[found[0].label >= 0]
         data = {
@@ -354,12 +352,12 @@ class Tally:
             "labelled": len(known),
             "classes": len(np.unique(known)),
         }
-        answers = np.stack([found[0].reference, *(rows.answer for rows in found)])
+        answers = np.stack([found[0].reference, *(metrics.answer for metrics in found)])
         matrix = (answers[:, None] == answers[None]).mean(axis=2)
-        return Comparison(_describe(self.panel), data, measured, matrix)
+        return Comparison(_describe(self.model_set), data, measured, matrix)
 
 
-def _describe(models: Panel) -> dict[str, Any]:
+def _describe(models: ModelSet) -> dict[str, Any]:
     """The reference, as the document has it."""
     model = models.models[0]
     checkpoint = model.bundle.checkpoint

@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from edgetube import metrics
 from edgetube.bench import layers
-from edgetube.bench.panel import Opened
+from edgetube.bench.model_set import OpenedModels
 from edgetube.progress import Progress, silent
+from edgetube.runtimes.base import Logits
 from edgetube.video import Frames
-
-Logits = npt.NDArray[np.float32]
 
 CLIPS, LAYER_CLIPS = 6, 2
 """Clips whose order is changed, and clips that layers are looked at on."""
@@ -60,13 +58,13 @@ def order_agreement(reference: Sequence[Logits], answers: Sequence[Logits]) -> f
     return metrics.moves_alike(moved, second[:, 1:] - second[:, :1])
 
 
-def probe(opened: Opened, clips: Sequence[Frames], progress: Progress = silent) -> tuple[Probe, ...]:
-    """Look at the bundles of an open panel, in its order.
+def probe(opened: OpenedModels, clips: Sequence[Frames], progress: Progress = silent) -> tuple[Probe, ...]:
+    """Probe the bundles of an open model set, in its order.
 
     Args:
         clips: (T, H, W, 3) uint8 each; the first few are used.
     """
-    models = opened.panel.models
+    models = opened.model_set.models
     shown = [form for clip in clips[:CLIPS] for form in (clip, *reordered(clip))]
     answers = []
     for index, model in enumerate(models):
@@ -84,9 +82,9 @@ def probe(opened: Opened, clips: Sequence[Frames], progress: Progress = silent) 
     )
 
 
-def _curves(opened: Opened, clips: Sequence[Frames], progress: Progress) -> tuple[layers.Curve, ...]:
+def _curves(opened: OpenedModels, clips: Sequence[Frames], progress: Progress) -> tuple[layers.Curve, ...]:
     """The landmarks of each bundle; empty curves where the reference shows no layers."""
-    wanted = layers.landmarks(opened.panel.models[0].bundle.spec)
+    wanted = layers.landmarks(opened.model_set.models[0].bundle.spec)
     if not opened.backend(0).layers(wanted):
-        return tuple(layers.Curve(model.name, 0, ()) for model in opened.panel.models[1:])
+        return tuple(layers.Curve(model.name, 0, ()) for model in opened.model_set.models[1:])
     return tuple(layers.of_opened(opened, clips, wanted, progress))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetube import bundle as bundles
 from edgetube.bench import figures, latency, machine
-from edgetube.bench.journal import clip_key
+from edgetube.bench.answer_cache import clip_key
 from edgetube.bundle import MANIFEST, Bundle
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError

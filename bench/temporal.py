@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetube import datasets, stream, video
-from edgetube.bench import panel, parity
-from edgetube.bench.panel import Opened, Replies
-from edgetube.bench.parity import Comparison, Tally
+from edgetube.bench import model_set, parity
+from edgetube.bench.model_set import JobResult, OpenedModels
+from edgetube.bench.parity import Comparison, MetricsAccumulator
 from edgetube.bundle import Bundle
 from edgetube.datasets import ClipSet
 from edgetube.progress import Progress, silent
@@ -245,32 +245,34 @@ def watch(
         InputError: the video cannot be read, or the bundles do not belong together.
         ParityError: a bundle gave a logit that is not finite.
     """
-    models = panel.of_bundles(bundles, reference, threads)
+    models = model_set.of_bundles(bundles, reference, threads)
     contract = models.contract
     hop = max(1, contract.frames // 4) if hop is None else hop
-    tally, ends, starts = Tally(models), list[float](), list[float]()
+    accumulator, ends, starts = MetricsAccumulator(models), list[float](), list[float]()
     frames = Watch(video.frames(source))
     clips = (clip for _, clip in stream.windows(frames, contract, hop))
-    with Opened(models) as opened:
+    with OpenedModels(models) as opened:
         while some := list(islice(clips, models.chunk)):
             logits = opened.show(some, range(len(models.models)))
-            tally.add(range(len(ends), len(ends) + len(some)), _names(some), Replies((None,) * len(some), logits))
+            accumulator.add(
+                range(len(ends), len(ends) + len(some)), _names(some), JobResult((None,) * len(some), logits)
+            )
             starts.extend(clip.start or 0.0 for clip in some)
             ends.extend(clip.end or 0.0 for clip in some)
             progress("watch", len(ends), 0)
     progress("watch", len(ends), len(ends))
     windows = datasets.windows(source, starts)
-    rows = tally.rows()
+    metrics = accumulator.clip_metrics()
     return Watched(
-        comparison=tally.comparison(windows, worst),
+        comparison=accumulator.comparison(windows, worst),
         windows=windows,
         hop=hop,
         stream=frames.health(),
-        reference_flip_rate=flip_rate(rows[0].reference),
-        reference_onsets=len(runs(rows[0].reference)) - 1,
+        reference_flip_rate=flip_rate(metrics[0].reference),
+        reference_onsets=len(runs(metrics[0].reference)) - 1,
         bundles=tuple(
             steadiness(bundle.name, found.reference, found.answer, np.array(ends))
-            for bundle, found in zip(bundles, rows, strict=True)
+            for bundle, found in zip(bundles, metrics, strict=True)
         ),
     )
 

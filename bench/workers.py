@@ -1,8 +1,8 @@
-"""Where jobs are done: in this process, in several here, or on a Ray cluster. Each gives the same answers.
+"""Run jobs in this process, in several processes, or on a Ray cluster. Each way gives the same results.
 
-A job is a pure function of models and clips (`edgetube.bench.panel`), so one whose process dies is done again by
-another. Processes are looked after by `concurrent.futures` and by Ray; what is said here is only how often a job is
-tried, and that a clip that ends every process that touches it is named.
+A job is a pure function of models and clips (`edgetube.bench.model_set`), so a job whose process dies is run again.
+`concurrent.futures` and Ray manage the processes; this module decides how often a job is retried, and names a clip
+that crashes every process that runs it.
 """
 
 from __future__ import annotations
@@ -21,58 +21,58 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from edgetube import interrupts
-from edgetube.bench.panel import Job, Opened, Panel, Replies
+from edgetube.bench.model_set import Job, JobResult, ModelSet, OpenedModels
 from edgetube.errors import BackendError, InputError
 from edgetube.targets import need
 
-Results: TypeAlias = "Iterator[tuple[Job, Replies]]"
+Results: TypeAlias = "Iterator[tuple[Job, JobResult]]"
 
-Runner = Callable[[Panel, Iterable[Job]], Results]
-"""Does all jobs, in any order; a job may come back in parts."""
+Runner = Callable[[ModelSet, Iterable[Job]], Results]
+"""Runs all jobs, in any order; a job may come back in parts."""
 
 ALONE = 2
-"""How often a clip that was being worked on when a process died is tried again, alone, before it is blamed."""
+"""How often a clip that was running when a process died is retried, alone, before it is blamed."""
 
 CONNECT_S = 10.0
-"""Seconds that a cluster may take to answer at all."""
+"""Seconds to wait for a connection to a cluster."""
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-"""What libraries of linear algebra read once, when they are loaded."""
+"""Read by BLAS libraries once, when they are loaded."""
 
 
-def here(panel: Panel, jobs: Iterable[Job]) -> Results:
+def here(model_set: ModelSet, jobs: Iterable[Job]) -> Results:
     """In this process."""
-    with Opened(panel) as opened:
+    with OpenedModels(model_set) as opened:
         for job in jobs:
             yield job, opened.ask(job)
 
 
-def in_processes(panel: Panel, jobs: Iterable[Job], *, workers: int) -> Results:
+def in_processes(model_set: ModelSet, jobs: Iterable[Job], *, workers: int) -> Results:
     """In `workers` processes of this machine, which share its cores.
 
-    When a process dies, those of the others die with it; what was being worked on is then done again one by one, each
-    in a process of its own, so that only a clip that is to blame can fail.
+    When a process dies, the pool ends the others. The jobs that were running are then run again one by one, each in a
+    process of its own, so that only the clip at fault can fail.
 
     Raises:
         InputError: workers < 1.
-        BackendError: a clip ended its process `ALONE` times when nothing else was running; named.
+        BackendError: a clip crashed its process `ALONE` times while it ran alone; names the clip.
     """
     if workers < 1:
         raise InputError(f"workers is {workers}; expected >= 1")
-    panel = replace(panel, threads=panel.threads or max(1, (os.cpu_count() or 1) // workers))
+    model_set = replace(model_set, threads=model_set.threads or max(1, (os.cpu_count() or 1) // workers))
     source, suspects = iter(jobs), deque[Job]()
-    with _threads(panel.threads):
+    with _threads(model_set.threads):
         while True:
-            yield from _alone(panel, suspects)
-            running: dict[Future[Replies], Job] = {}
+            yield from _alone(model_set, suspects)
+            running: dict[Future[JobResult], Job] = {}
             with _pool(workers) as pool:
                 try:
-                    _submit(pool, panel, islice(source, workers), running, suspects)
+                    _submit(pool, model_set, islice(source, workers), running, suspects)
                     while running:
                         for done in wait(running, return_when=FIRST_COMPLETED).done:
-                            replies = done.result()
-                            yield running.pop(done), replies
-                            _submit(pool, panel, islice(source, 1), running, suspects)
+                            result = done.result()
+                            yield running.pop(done), result
+                            _submit(pool, model_set, islice(source, 1), running, suspects)
                     return
                 except BrokenProcessPool:
                     suspects.extend(running.values())
@@ -80,32 +80,32 @@ def in_processes(panel: Panel, jobs: Iterable[Job], *, workers: int) -> Results:
 
 def _submit(
     pool: ProcessPoolExecutor,
-    panel: Panel,
+    model_set: ModelSet,
     jobs: Iterable[Job],
-    running: dict[Future[Replies], Job],
+    running: dict[Future[JobResult], Job],
     suspects: deque[Job],
 ) -> None:
-    """Hand jobs to a pool; one that it does not take any more, because a process died, is kept in `suspects`."""
+    """Submit jobs to a pool; a job that it refuses, because a process died, goes to `suspects`."""
     for job in jobs:
         try:
             with interrupts.kept_from_children():
-                running[pool.submit(_ask, panel, job)] = job
+                running[pool.submit(_ask, model_set, job)] = job
         except BrokenProcessPool:
             suspects.append(job)
             raise
 
 
-def _alone(panel: Panel, suspects: deque[Job]) -> Results:
-    """Jobs one at a time; one that ends its process is taken apart, and a single clip is tried `ALONE` times."""
+def _alone(model_set: ModelSet, suspects: deque[Job]) -> Results:
+    """Run jobs one at a time; a job that crashes its process is split, and a single clip is tried `ALONE` times."""
     tries = 0
     while suspects:
         with _pool(1) as pool:
             try:
                 while suspects:
                     with interrupts.kept_from_children():
-                        answer = pool.submit(_ask, panel, suspects[0])
-                    replies = answer.result()
-                    yield suspects.popleft(), replies
+                        answer = pool.submit(_ask, model_set, suspects[0])
+                    result = answer.result()
+                    yield suspects.popleft(), result
                     tries = 0
             except BrokenProcessPool as error:
                 job = suspects.popleft()
@@ -117,7 +117,7 @@ def _alone(panel: Panel, suspects: deque[Job]) -> Results:
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that start from nothing: forking one that has threads may deadlock. An error in the block ends them."""
+    """Spawned processes, because forking a process with threads may deadlock. An error in the block ends them."""
     pool = ProcessPoolExecutor(workers, get_context("spawn"), interrupts.end_with_parent)
     done = False
     try:
@@ -133,7 +133,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Processes that are started here take so many threads for linear algebra."""
+    """Processes that are started in the block use `count` threads for linear algebra."""
     before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(count)))
     try:
@@ -146,8 +146,8 @@ def _threads(count: int | None) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def on_cluster(panel: Panel, jobs: Iterable[Job], *, address: str) -> Results:
-    """On a Ray cluster, one job a core; Ray does a job again when its process or node is lost.
+def on_cluster(model_set: ModelSet, jobs: Iterable[Job], *, address: str) -> Results:
+    """On a Ray cluster, one job a core; Ray retries a job when its process or node is lost.
 
     Every node needs this edgetube, the bundles and the clips at the same paths.
 
@@ -157,7 +157,7 @@ def on_cluster(panel: Panel, jobs: Iterable[Job], *, address: str) -> Results:
     Raises:
         MissingPackageError: Ray is not installed.
         InputError: there is no cluster at that address.
-        BackendError: a clip ended its process each time that Ray tried it; named.
+        BackendError: a clip crashed its process each time that Ray tried it; names the clip.
     """
     ray = need("ray", "ray")
     if not ray.is_initialized():
@@ -168,8 +168,8 @@ def on_cluster(panel: Panel, jobs: Iterable[Job], *, address: str) -> Results:
             raise InputError(
                 f"no Ray cluster at {address}: {' '.join(str(error).split())}; start one with: ray start"
             ) from error
-    panel = replace(panel, threads=panel.threads or 1)
-    shared = ray.put(panel)
+    model_set = replace(model_set, threads=model_set.threads or 1)
+    shared = ray.put(model_set)
     ask = ray.remote(max_retries=ALONE)(_ask_from)
     folder = str(Path.cwd())
     waiting = iter(jobs)
@@ -194,35 +194,35 @@ def on_cluster(panel: Panel, jobs: Iterable[Job], *, address: str) -> Results:
 
 
 def _reach(address: str) -> None:
-    """That somebody listens at `[ray://]host:port`; Ray itself would try for minutes.
+    """Check that a server listens at `[ray://]host:port`; Ray itself would retry for minutes.
 
     Raises:
-        OSError: nobody does.
+        OSError: none does.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
 
 
-_opened: dict[str, Opened] = {}
-"""The panel that this process has open; a process serves one at a time."""
+_opened: dict[str, OpenedModels] = {}
+"""The model set that this process has open, at most one."""
 
 
-def _ask(panel: Panel, job: Job) -> Replies:
-    key = f"{panel.keys} {panel.threads}"
+def _ask(model_set: ModelSet, job: Job) -> JobResult:
+    key = f"{model_set.keys} {model_set.threads}"
     if key not in _opened:
         for old in _opened.values():
             old.close()
         _opened.clear()
-        _opened[key] = Opened(panel)
+        _opened[key] = OpenedModels(model_set)
     return _opened[key].ask(job)
 
 
-def _ask_from(folder: str, panel: Panel, job: Job) -> Replies:
-    """As `_ask`, where relative paths mean what they mean to the caller."""
+def _ask_from(folder: str, model_set: ModelSet, job: Job) -> JobResult:
+    """As `_ask`, in the caller's working directory, so that relative paths stay valid."""
     if Path(folder).is_dir():
         os.chdir(folder)
-    return _ask(panel, job)
+    return _ask(model_set, job)
 
 
 def _blame(job: Job) -> BackendError:

@@ -398,7 +398,7 @@ def parity(
             with ExitStack() as stack:
                 comparison = harness.measure(
                     found, source, reference=held_against, threads=threads, run=_runner(workers, ray),
-                    journal=stack.enter_context(harness.Journal(resume)) if resume else None,
+                    answer_cache=stack.enter_context(harness.AnswerCache(resume)) if resume else None,
                     worst=worst, progress=show,
                 )  # fmt: skip
         curves = []

@@ -13,7 +13,7 @@ import pytest
 
 from edgetube import bundle as bundles
 from edgetube import datasets
-from edgetube.bench import compare, panel, parity
+from edgetube.bench import compare, model_set, parity
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import CheckpointError, InputError, ParityError
 from edgetube.video import Clip
@@ -202,13 +202,13 @@ def test_frames_of_a_worst_clip_are_read_again(tiny_bundle: Path) -> None:
 
 def test_infinite_logits_name_the_bundle(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = bundles.load(tiny_bundle)
-    original = panel.Opened.show
+    original = model_set.OpenedModels.show
 
     def show(self: Any, clips: Any, models: Any) -> Any:
         logits = original(self, clips, models)
         logits[1][0, 0] = np.nan
         return logits
 
-    monkeypatch.setattr(panel.Opened, "show", show)
+    monkeypatch.setattr(model_set.OpenedModels, "show", show)
     with pytest.raises(ParityError, match=f"{bundle.name}: the artifact gave NaN .* near evaluation/astronaut/0000"):
         parity.measure([bundle], datasets.built_in(2, bundle.labels))

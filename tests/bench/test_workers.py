@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edgetube import bundle as bundles
-from edgetube.bench import panel, parity, workers
+from edgetube.bench import model_set, parity, workers
 from edgetube.bundle import Bundle
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import BackendError, InputError
@@ -50,7 +50,7 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(panel, "CHUNK", 2)
+    monkeypatch.setattr(model_set, "CHUNK", 2)
 
 
 def expected(bundle: Bundle, tmp_path: Path, count: int) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_no_workers_are_refused(bundle: Bundle, tmp_path: Path) -> None:
 def test_no_cluster_is_one_line() -> None:  # before there is one
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'edgetube[ray]'")
     with pytest.raises(InputError, match=r"no Ray cluster at 127\.0\.0\.1:1: "):
-        list(workers.on_cluster(panel.Panel((), InputContract(1, 8, 8), ()), [], address="127.0.0.1:1"))
+        list(workers.on_cluster(model_set.ModelSet((), InputContract(1, 8, 8), ()), [], address="127.0.0.1:1"))
 
 
 @pytest.fixture(scope="module")

@@ -216,15 +216,15 @@ def test_parity_of_the_built_in_clips_and_its_gate(
 def test_parity_for_people_with_layers_and_a_journal(
     edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    journal = tmp_path / "answers"
-    arguments = ("parity", tiny_bundle, "--clips", 3, "--layers", "--layer-clips", 1, "--resume", journal)
+    answer_cache = tmp_path / "answers"
+    arguments = ("parity", tiny_bundle, "--clips", 3, "--layers", "--layer-clips", 1, "--resume", answer_cache)
     code, out, err = edgetube_cli(*arguments)
     assert code == 0
     assert "tiny.onnx-fp32: no layer where the error jumps" in out
     assert "blocks.1.mlp.fc2" in out
     assert "compare: done (3)" in err
     assert edgetube_cli(*arguments)[1] == out
-    assert journal.read_bytes().startswith(b"SQLite format 3")
+    assert answer_cache.read_bytes().startswith(b"SQLite format 3")
 
 
 def test_parity_over_a_video(edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, clip: Path) -> None:

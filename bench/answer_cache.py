@@ -1,8 +1,8 @@
-"""Answers that are kept in a file while they are made, so that a run that is cut off goes on where it was.
+"""A cache of logits on disk, written while a comparison runs, so that an interrupted run can be resumed.
 
-A row is what one model said about one clip. The model is known by what its answers depend on (hashes of its files,
-versions, processor: `edgetube.bench.panel.Panel.keys`), the clip by its name, its file's size and time of last change,
-and the input that it was made for. Whatever changes is asked again; nothing has to be cleaned up by hand.
+A row holds the logits of one model on one clip. The key of a model covers all that its logits depend on (hashes of its
+files, versions, processor: `edgetube.bench.model_set.ModelSet.keys`), the key of a clip its name, its file's size and
+modification time, and the input contract. A change of either key is a miss; stale rows are never read.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from typing_extensions import Self
 
 from edgetube.datasets import Item
 from edgetube.errors import InputError
+from edgetube.runtimes.base import Logits
 from edgetube.spec import InputContract
-
-Logits = npt.NDArray[np.float32]
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -34,14 +32,14 @@ MANY = 500
 """Clips that are looked up in one query; SQLite allows 999 parameters at least."""
 
 
-class Journal:
-    """A file of answers: a SQLite database, because that survives being killed at any moment.
+class AnswerCache:
+    """A SQLite database of logits; a process may be killed at any moment without damage to it.
 
     Args:
-        path: of the file; it is made if it is not there.
+        path: of the file; created if it does not exist.
 
     Raises:
-        InputError: the file is something else, or cannot be written.
+        InputError: the file is no such database, or cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -65,7 +63,7 @@ class Journal:
         return found
 
     def put(self, model: str, answers: Iterable[tuple[str, str | None, Logits]]) -> None:
-        """Keep (clip, label, logits (classes,)) of a model; they are on the disk when this returns."""
+        """Store (clip, label, logits (classes,)) of a model; they are on disk when this returns."""
         rows = [(model, clip, label, logits.astype("<f4").tobytes()) for clip, label, logits in answers]
         with self._errors(), self.database:
             self.database.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", rows)
@@ -76,7 +74,8 @@ class Journal:
             yield
         except sqlite3.Error as error:
             raise InputError(
-                f"{self.path} cannot be used as a journal: {error}; give --resume a new file in a folder that exists"
+                f"{self.path} cannot be used as an answer cache: {error}; give --resume a new file in a folder that "
+                "exists"
             ) from error
 
     def close(self) -> None:
@@ -91,7 +90,7 @@ class Journal:
 
 
 def clip_key(item: Item, contract: InputContract) -> str:
-    """What a clip is known by: name, version and the input that it is made for."""
+    """The key of a clip: its name, its version, and the input contract that it is decoded for."""
     return hashlib.sha256(
         json.dumps([item.name, item.version, contract.to_json()], sort_keys=True).encode()
     ).hexdigest()

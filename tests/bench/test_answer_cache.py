@@ -12,8 +12,8 @@ import pytest
 
 from edgetube import bundle as bundles
 from edgetube import datasets
-from edgetube.bench import panel, parity, workers
-from edgetube.bench.journal import Journal, clip_key
+from edgetube.bench import model_set, parity, workers
+from edgetube.bench.answer_cache import AnswerCache, clip_key
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError
 
@@ -21,23 +21,23 @@ from edgetube.errors import InputError
 def test_answers_come_back_as_they_were(tmp_path: Path, rng: np.random.Generator) -> None:
     logits = rng.normal(size=(1200, 3)).astype(np.float32)
     names = [f"clip {i}" for i in range(1200)]
-    with Journal(tmp_path / "answers") as journal:
-        journal.put("model", zip(names, [None, "a"] * 600, logits, strict=True))
-    with Journal(tmp_path / "answers") as journal:
-        found = journal.get("model", [*names, "another"])
-        assert journal.get("another model", names) == {}
+    with AnswerCache(tmp_path / "answers") as answer_cache:
+        answer_cache.put("model", zip(names, [None, "a"] * 600, logits, strict=True))
+    with AnswerCache(tmp_path / "answers") as answer_cache:
+        found = answer_cache.get("model", [*names, "another"])
+        assert answer_cache.get("another model", names) == {}
     assert list(found) != []
     assert set(found) == set(names)
     np.testing.assert_array_equal(np.stack([found[name][1] for name in names]), logits)
     assert [found[name][0] for name in names[:2]] == [None, "a"]
 
 
-def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_answer_cache_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("x" * 5000)
-    with pytest.raises(InputError, match="cannot be used as a journal"):
-        Journal(tmp_path / "text")
+    with pytest.raises(InputError, match="cannot be used as an answer cache"):
+        AnswerCache(tmp_path / "text")
     with pytest.raises(InputError, match="give --resume a new file in a folder that exists"):
-        Journal(tmp_path / "nowhere" / "file")
+        AnswerCache(tmp_path / "nowhere" / "file")
 
 
 def test_a_clip_is_known_by_name_version_and_input(tmp_path: Path, tiny_bundle: Path, rng: np.random.Generator) -> None:
@@ -59,28 +59,28 @@ class Counting:
         self.stop_after = stop_after
 
     def __call__(self, models: Any, jobs: Any) -> Iterator[Any]:
-        for job, replies in workers.here(models, jobs):
+        for job, result in workers.here(models, jobs):
             if len(self.asked) == self.stop_after:
                 raise KeyboardInterrupt
             self.asked.append(job)
-            yield job, replies
+            yield job, result
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(panel, "CHUNK", 2)
+    monkeypatch.setattr(model_set, "CHUNK", 2)
 
 
 def test_a_run_that_is_cut_off_goes_on(tiny_bundle: Path, tmp_path: Path, small_chunks: Any) -> None:
     bundle = bundles.load(tiny_bundle)
     source = datasets.built_in(7, bundle.labels)
     whole = parity.measure([bundle], source)
-    with Journal(tmp_path / "answers") as journal:
+    with AnswerCache(tmp_path / "answers") as answer_cache:
         with pytest.raises(KeyboardInterrupt):
-            parity.measure([bundle], source, run=Counting(stop_after=2), journal=journal)
+            parity.measure([bundle], source, run=Counting(stop_after=2), answer_cache=answer_cache)
         rest, nothing = Counting(), Counting()
-        resumed = parity.measure([bundle], source, run=rest, journal=journal)
-        again = parity.measure([bundle], source, run=nothing, journal=journal)
+        resumed = parity.measure([bundle], source, run=rest, answer_cache=answer_cache)
+        again = parity.measure([bundle], source, run=nothing, answer_cache=answer_cache)
     assert [job.positions for job in rest.asked] == [(4, 5), (6,)]
     assert nothing.asked == []
     assert resumed.to_json() == again.to_json() == whole.to_json()
@@ -90,10 +90,10 @@ def test_a_new_bundle_is_asked_alone(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = bundles.load(tiny_bundle)
     other = replace(bundle, name="other", build={**bundle.build, "changed": True})
     source = datasets.built_in(3, bundle.labels)
-    with Journal(tmp_path / "answers") as journal:
-        parity.measure([bundle], source, journal=journal)
+    with AnswerCache(tmp_path / "answers") as answer_cache:
+        parity.measure([bundle], source, answer_cache=answer_cache)
         asked = Counting()
-        both = parity.measure([bundle, other], source, run=asked, journal=journal)
+        both = parity.measure([bundle, other], source, run=asked, answer_cache=answer_cache)
     assert [job.models for job in asked.asked] == [(2,)]
     assert both.measured[0].parity == both.measured[1].parity
     assert both.data["labelled"] == 3
@@ -102,7 +102,7 @@ def test_a_new_bundle_is_asked_alone(tiny_bundle: Path, tmp_path: Path) -> None:
 def test_labels_are_kept_with_the_answers(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = bundles.load(tiny_bundle)
     labelled = datasets.built_in(2, bundle.labels)
-    with Journal(tmp_path / "answers") as journal:
+    with AnswerCache(tmp_path / "answers") as answer_cache:
         for _ in range(2):
-            got = parity.measure([bundle], ClipSet("x", labelled.items), journal=journal)
+            got = parity.measure([bundle], ClipSet("x", labelled.items), answer_cache=answer_cache)
             assert [clip.label for clip in got.measured[0].worst] != [None, None]

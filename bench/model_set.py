@@ -1,8 +1,8 @@
-"""Who is asked: a reference and bundles, which all answer the same clips.
+"""The models of one comparison: a reference and bundles, which all run on the same clips.
 
-A clip is made once and shown to every model; making it often costs more than answering it. What a model says about a
-clip depends on the two alone, so any process may ask (`edgetube.bench.workers`) and an answer may be kept
-(`edgetube.bench.journal`).
+A clip is decoded once and given to every model, because decoding often costs more than inference. The logits depend on
+the model and the clip alone, so jobs may run in any process (`edgetube.bench.workers`) and logits may be cached
+(`edgetube.bench.answer_cache`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 from typing_extensions import Self
 
 from edgetube import runtimes
@@ -26,13 +25,11 @@ from edgetube.datasets import Item
 from edgetube.errors import CheckpointError, InputError, printable
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
-from edgetube.runtimes.base import Backend
+from edgetube.runtimes.base import Backend, Logits
 from edgetube.runtimes.torch import Reference
 from edgetube.spec import InputContract, ModelSpec
 from edgetube.targets import Status
 from edgetube.video import Clip, Frames
-
-Logits = npt.NDArray[np.float32]
 
 CHUNK, CHUNK_BYTES = 8, 1 << 26
 """Clips that are in memory at a time: at most so many, of at most so many bytes, but one at least.
@@ -42,7 +39,7 @@ cores from the next one."""
 
 
 class Model(Protocol):
-    """Something that answers clips.
+    """A model that can be opened and run on clips.
 
     Attributes:
         bundle: the artifact, or an artifact that was made from it.
@@ -57,13 +54,13 @@ class Model(Protocol):
 
     @property
     def status(self) -> Status:
-        """How its answers are made here."""
+        """How it is run here."""
 
     def identity(self) -> Mapping[str, Any]:
-        """All that its answers depend on, in plain JSON."""
+        """All that its logits depend on, as plain JSON."""
 
     def open(self, threads: int | None) -> Backend:
-        """Open it for running."""
+        """Open it with its backend."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Trained:
+class ReferenceModel:
     """The PyTorch model that a bundle was made from."""
 
     bundle: Bundle
@@ -146,8 +143,8 @@ def _short(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Panel:
-    """The models that are asked together; the first one is the reference.
+class ModelSet:
+    """The models of a comparison; the first is the reference.
 
     Attributes:
         models: the reference and the bundles.
@@ -163,18 +160,18 @@ class Panel:
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """A digest for each model: equal ones give equal answers to equal clips on this machine."""
+        """A digest for each model: models with equal digests give equal logits on this machine."""
         here = {"versions": machine.versions(), "processor": machine.processor(), "input": self.contract.to_json()}
         return tuple(_digest({**here, **model.identity()}) for model in self.models)
 
     @property
     def chunk(self) -> int:
-        """Clips that are made at a time."""
+        """Clips per job."""
         return max(1, min(CHUNK, CHUNK_BYTES // int(np.prod(self.contract.shape))))
 
 
-def of_bundles(bundles: Sequence[Bundle], reference: Bundle | None = None, threads: int | None = None) -> Panel:
-    """The panel of some bundles and their reference.
+def of_bundles(bundles: Sequence[Bundle], reference: Bundle | None = None, threads: int | None = None) -> ModelSet:
+    """The model set of some bundles and their reference.
 
     Args:
         reference: a bundle to hold them against; None takes the PyTorch model that they were made from.
@@ -195,19 +192,19 @@ def of_bundles(bundles: Sequence[Bundle], reference: Bundle | None = None, threa
             raise InputError(
                 f"{bundle.path} and {first.path} come from different checkpoints; compare apart, or with --reference"
             )
-    trained: Model = Artifact(reference) if reference else Trained(first)
+    trained: Model = Artifact(reference) if reference else ReferenceModel(first)
     models: tuple[Model, ...] = (trained, *(Artifact(bundle) for bundle in bundles))
-    return Panel(models, first.contract, first.labels, threads)
+    return ModelSet(models, first.contract, first.labels, threads)
 
 
 @dataclass(frozen=True)
 class Job:
-    """Clips, and the models that are asked about them.
+    """Clips, and the models to run on them.
 
     Attributes:
         positions: of the clips in their set.
         items: the clips, unread.
-        models: indices into the panel's models.
+        models: indices into `ModelSet.models`.
     """
 
     positions: tuple[int, ...]
@@ -215,17 +212,17 @@ class Job:
     models: tuple[int, ...]
 
     def singles(self) -> Iterator[Job]:
-        """The same work, clip by clip."""
+        """The same work as one job a clip."""
         for position, item in zip(self.positions, self.items, strict=True):
             yield Job((position,), (item,), self.models)
 
 
 @dataclass(frozen=True)
-class Replies:
-    """What models said about the clips of a job.
+class JobResult:
+    """The labels of a job's clips, and the logits of its models.
 
     Attributes:
-        labels: of the clips, as they were read.
+        labels: of the clips; None where a clip has none.
         logits: model index -> (n, classes) float32.
     """
 
@@ -233,18 +230,18 @@ class Replies:
     logits: Mapping[int, Logits]
 
 
-class Opened:
-    """A panel in this process: models are opened when they are first asked, and closed together."""
+class OpenedModels:
+    """A model set in this process: each model is opened on first use, all are closed together."""
 
-    def __init__(self, panel: Panel) -> None:
-        self.panel = panel
+    def __init__(self, model_set: ModelSet) -> None:
+        self.model_set = model_set
         self._stack = ExitStack()
         self._backends: dict[int, Backend] = {}
 
-    def ask(self, job: Job) -> Replies:
-        """Make the clips of a job, then show all of them to each model in turn."""
-        clips = [item.read(self.panel.contract) for item in job.items]
-        return Replies(tuple(clip.label for clip in clips), self.show(clips, job.models))
+    def ask(self, job: Job) -> JobResult:
+        """Decode the clips of a job, then run each model on all of them."""
+        clips = [item.read(self.model_set.contract) for item in job.items]
+        return JobResult(tuple(clip.label for clip in clips), self.show(clips, job.models))
 
     def show(self, clips: Sequence[Clip], models: Sequence[int]) -> dict[int, Logits]:
         """The logits (n, classes) of each of the models."""
@@ -252,9 +249,9 @@ class Opened:
         return {model: self.backend(model)(frames) for model in models}
 
     def backend(self, model: int) -> Backend:
-        """One of the models, opened."""
+        """The backend of one model; opened on first use."""
         if model not in self._backends:
-            opened = self.panel.models[model].open(self.panel.threads)
+            opened = self.model_set.models[model].open(self.model_set.threads)
             self._backends[model] = self._stack.enter_context(opened)
         return self._backends[model]
 
