@@ -1,7 +1,7 @@
-"""A runtime behind a camera: frames come at their own pace, whether or not anybody has time for them.
+"""A runtime behind a simulated camera, which delivers frames at a fixed rate.
 
-Benchmarks that call again at once keep the processor's clock up and its caches warm; a camera leaves gaps. And what
-is too slow for a camera does not only answer late, it loses frames.
+A benchmark that calls in a loop keeps the processor's clock up and its caches warm; a camera leaves gaps between calls.
+A runtime that is too slow for the camera also drops frames.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgetube.spec import InputContract
 from edgetube.video import Frames
 
 HELD = 4
-"""Frames that the camera's driver keeps for a reader who is busy; a newer one pushes the oldest out."""
+"""Size of the camera driver's frame queue; when it is full, a new frame replaces the oldest."""
 
 
 class Camera:
@@ -31,7 +31,7 @@ class Camera:
         now, sleep: the clock; tests bring their own.
 
     Attributes:
-        captured, read, dropped: frames so far; a dropped one was pushed out before it was read.
+        captured, read, dropped: frames so far; a dropped one left the queue before it was read.
         late: frames that were read more than one frame's time after they were captured.
         idle: seconds that the reader waited for a frame.
     """
@@ -87,8 +87,8 @@ def pace(
 ) -> dict[str, Any]:
     """Run `Runtime.stream` on a camera of `fps` frames of `size` (height, width) for `seconds`.
 
-    The time for the first full clip comes on top. Latency is from the capture of a clip's newest frame to the answer.
-    A prediction is late when the next one was due before it came.
+    The time to fill the first clip comes on top. Latency is from the capture of a clip's newest frame to its
+    prediction. A prediction is late when the next one was due before it arrived.
 
     Returns:
         The keys of `camera` in `docs/benchmarking.md`.
@@ -120,5 +120,5 @@ def pace(
 
 
 def enlarge(clip: Frames, size: tuple[int, int]) -> Frames:
-    """A clip (T, H, W, 3) as a camera of another (height, width) would have given it."""
+    """Resize a clip (T, H, W, 3) to the (height, width) of a camera."""
     return preprocess.prepare(clip, InputContract(len(clip), *size, resize="stretch"))

@@ -1,7 +1,7 @@
-"""Energy, where the machine counts it: RAPL on x86 under Linux, `tegrastats` on NVIDIA Jetson.
+"""Energy, where the machine has a counter: RAPL on x86 under Linux, `tegrastats` on NVIDIA Jetson.
 
-Both count the whole processor or module, whoever uses it and idle included; so the meter is read around turns in which
-one contestant works and the others wait.
+Both count the whole processor or module, idle power and other processes included; so the meter is read around turns in
+which one candidate runs and the others wait.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ RAIL = re.compile(r"(?:VDD_IN|POM_5V_IN|VDD_SYS_5V0|SYS5V) (\d+)(?:mW)?/")
 
 
 class Meter:
-    """Counts nothing; the base of those that do. A context manager."""
+    """A meter that always reads 0, and the base class of real ones. A context manager."""
 
     def joules(self) -> float:
-        """Energy since some moment in the past; only differences mean something."""
+        """Energy since an arbitrary moment; only differences are meaningful."""
         return 0.0
 
     def __enter__(self) -> Self:
@@ -40,7 +40,7 @@ class Meter:
 
 
 class Rapl(Meter):
-    """The packages' counters in microjoules; they start again at zero after `max_energy_range_uj`."""
+    """RAPL counters of the packages, in microjoules; they wrap around after `max_energy_range_uj`."""
 
     def __init__(self, zones: list[Path]) -> None:
         self.zones = zones
@@ -61,7 +61,7 @@ class Rapl(Meter):
 
 
 class Tegra(Meter):
-    """Sums the power that `tegrastats` prints over time."""
+    """Integrates the power that `tegrastats` prints."""
 
     def __init__(self, command: str) -> None:
         self._process = subprocess.Popen(
@@ -96,7 +96,7 @@ class Tegra(Meter):
 
 
 def meter() -> Meter:
-    """What counts energy here; a `Meter` that counts nothing where nothing does."""
+    """The meter of this machine; a `Meter` that reads 0 where there is no counter."""
     zones, _ = _rapl()
     if zones:
         return Rapl(zones)
@@ -105,7 +105,7 @@ def meter() -> Meter:
 
 
 def source() -> dict[str, Any]:
-    """What `meter` reads, and the reason where that is nothing: {"source", "reason"}."""
+    """{"source", "reason"}: what `meter` reads, or why it reads nothing."""
     zones, reason = _rapl()
     if zones:
         return {"source": f"RAPL, {len(zones)} package(s)", "reason": None}

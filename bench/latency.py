@@ -1,6 +1,6 @@
-"""How long does it take? Contestants take turns in one run, so that a busy machine is busy for all of them.
+"""Latency. Candidates take turns in one run, so that other load on the machine slows all of them alike.
 
-`interleave` does so with callables of this process; `measure` with bundles, each in a process of its own. The document
+`interleave` times callables in this process; `measure` times bundles, each in its own process. The document
 of `edgetube bench --json` and how to read it: `docs/benchmarking.md`.
 """
 
@@ -31,7 +31,7 @@ from edgetube.targets import Precision
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one contestant: median and percentiles of `runs` calls, warm-up not counted."""
+    """Milliseconds of one candidate: median and percentiles of `runs` calls, warm-up not counted."""
 
     p50_ms: float
     p10_ms: float
@@ -43,21 +43,21 @@ class Timing:
 
 
 BLOCK = 3
-"""Counted calls of one turn. A first call is not counted: the caches are the previous contestant's then, and its
+"""Counted calls of one turn. A first call is not counted: the caches are the previous candidate's then, and its
 threads may still be waiting for work on the same cores (measured: twice the time, call by call)."""
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], object]], *, seconds: float = 1.0, minimum: int = 5, warmup: int = 3
+    candidates: Mapping[str, Callable[[], object]], *, seconds: float = 1.0, minimum: int = 5, warmup: int = 3
 ) -> dict[str, Timing]:
     """Time callables in turns of `BLOCK` calls, A B C A B C ..., for about `seconds` each, at least `minimum` turns."""
-    for call in contestants.values():
+    for call in candidates.values():
         for _ in range(warmup):
             call()
-    taken: dict[str, list[float]] = {name: [] for name in contestants}
-    end = time.perf_counter() + seconds * len(contestants)
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    end = time.perf_counter() + seconds * len(candidates)
     while time.perf_counter() < end or len(next(iter(taken.values()))) < minimum * BLOCK:
-        for name, call in contestants.items():
+        for name, call in candidates.items():
             call()
             for _ in range(BLOCK):
                 start = time.perf_counter()
@@ -74,13 +74,13 @@ def _timing(values: list[float]) -> Timing:
 # ------------------------------------------------------------------------------------------- in processes of their own
 
 TURN = 0.25
-"""Seconds of one turn of a contestant that has a process; at least `BLOCK` calls."""
+"""Seconds of one turn of a candidate that has a process; at least `BLOCK` calls."""
 
 TURNS = 6
-"""At least: the smallest number of blocks whose medians say a 95 % interval."""
+"""Minimum number of turns: the fewest whose medians give a 95 % interval."""
 
 NOISY = 0.05
-"""Half the interval of a median, relative to it, from which on a row is called noisy."""
+"""A row is noisy if half of its median's interval is more than this share of the median."""
 
 SCHEMA = 1
 
@@ -92,9 +92,9 @@ class Options:
     Attributes:
         threads: CPU threads of a call, one row for each; None leaves them to the runtime.
         device: as the backends name it; None takes the bundle's own.
-        seconds: of counted calls, each contestant.
-        warm: seconds that the warm-up may take at most, each contestant.
-        starts: how often each contestant is started, for the median of the cold start.
+        seconds: of counted calls, each candidate.
+        warm: seconds that the warm-up may take at most, each candidate.
+        starts: how often each candidate is started, for the median of the cold start.
         camera_fps: also run every bundle behind a camera of that rate; None leaves it out.
         camera_size: (height, width) of a camera's frames, for the preprocessing and for `camera_fps`.
         hop: frames between two predictions of `camera_fps`; None takes a quarter of the clip.
@@ -123,20 +123,20 @@ class Options:
 
 
 class Process:
-    """A contestant in a fresh process, see `edgetube.bench.worker`; a context manager.
+    """A candidate in a fresh process, see `edgetube.bench.worker`; a context manager.
 
     Args:
         name: for messages.
-        opener: `module:function` of a function(lap, **given) -> `edgetube.bench.worker.Subject`.
+        opener: `module:function` of a function(stage_timer, **given) -> `edgetube.bench.worker.Benchmarkable`.
         given: its arguments, JSON.
         threads: for libraries that take them from the environment.
 
     Attributes:
-        laps: milliseconds of the cold start by stage: start (of the interpreter), import, load, first (inference).
-        about: what the contestant says of itself.
+        stages: milliseconds of the cold start by stage: start (of the interpreter), import, load, first (inference).
+        about: what the candidate says it is, see `Benchmarkable.about`.
 
     Raises:
-        InputError, BundleError, BackendError, MissingPackageError: what the contestant raised when it opened.
+        InputError, BundleError, BackendError, MissingPackageError: what the candidate raised when it opened.
     """
 
     def __init__(self, name: str, opener: str, given: Mapping[str, Any], threads: int | None = None) -> None:
@@ -158,11 +158,11 @@ class Process:
         except BaseException:
             self.close()
             raise
-        self.laps: dict[str, float] = opened["laps"]
+        self.stages: dict[str, float] = opened["stages"]
         self.about: dict[str, Any] = opened["about"]
 
     def ask(self, do: str, **request: Any) -> Any:
-        """Have something of `edgetube.bench.worker.ORDERS` done; returns its answer.
+        """Send one of `edgetube.bench.worker.ORDERS`; returns its result.
 
         Raises:
             BackendError: the process died.
@@ -198,13 +198,13 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """Who takes part: a name, and how `Process` opens it.
+class Candidate:
+    """One entry of a benchmark: a name, and how `Process` opens it.
 
     Attributes:
-        threads: what the row says, and what `Process` sets in the environment.
+        threads: stated in the row, and set in the environment of the process.
         batch: clips of one call.
-        facts: what the row holds beside the measurements.
+        facts: further columns of the row.
         macs: multiply-accumulates of one clip, to compare with the peak of `precision`.
     """
 
@@ -218,7 +218,7 @@ class Contestant:
     precision: Precision = "fp32"
 
     def start(self) -> Process:
-        """A process of it."""
+        """Open it in a fresh process."""
         return Process(self.name, self.opener, self.given, self.threads)
 
 
@@ -234,9 +234,9 @@ def measure(bundles: Sequence[Bundle], options: Options | None = None, progress:
     options = options or Options()
     if not bundles:
         raise InputError("no bundles to time")
-    contestants = [c for threads in options.threads for c in _contestants(bundles, threads, options)]
+    candidates = [c for threads in options.threads for c in _candidates(bundles, threads, options)]
     best = peaks(options.threads)
-    rows = race(contestants, options, progress)
+    rows = run_interleaved(candidates, options, progress)
     for row in rows:
         _against_peak(row, best)
     return {
@@ -259,8 +259,8 @@ def peaks(threads: Sequence[int | None]) -> list[dict[str, Any]]:
     return found
 
 
-def _contestants(bundles: Sequence[Bundle], threads: int | None, options: Options) -> Iterator[Contestant]:
-    """The PyTorch model if it is wanted, then the bundles, all with one number of threads."""
+def _candidates(bundles: Sequence[Bundle], threads: int | None, options: Options) -> Iterator[Candidate]:
+    """The PyTorch model if asked for, then the bundles, all with the same number of threads."""
     first = bundles[0]
     if options.reference:
         facts: dict[str, Any] = {
@@ -273,44 +273,46 @@ def _contestants(bundles: Sequence[Bundle], threads: int | None, options: Option
         given: dict[str, Any] = {"path": str(first.path), "camera": options.camera_size}
         given["checkpoint"] = first.checkpoint["source"]
         worker = "edgetube.bench.worker:reference"
-        yield Contestant("PyTorch", worker, given, threads, first.batch, facts, first.spec.macs())
+        yield Candidate("PyTorch", worker, given, threads, first.batch, facts, first.spec.macs())
     for bundle in bundles:
         facts = {key: getattr(bundle, key) for key in ("target", "precision", "backend")}
         facts |= {"path": str(bundle.path), "size_mb": bundle.artifact_bytes / 1e6}
-        # What the proof reached where the bundle was made, in case that it cannot be run here.
+        # The status of the proof at export, used if the bundle cannot run here.
         facts["status"] = "built" if bundle.status == "executed" else bundle.status
         given = {"path": str(bundle.path), "camera": options.camera_size}
         given |= {"threads": threads, "device": options.device}
         worker = "edgetube.bench.worker:bundle"
         macs, precision = bundle.spec.macs(), bundle.precision
-        yield Contestant(bundle.name, worker, given, threads, bundle.batch, facts, macs, precision)
+        yield Candidate(bundle.name, worker, given, threads, bundle.batch, facts, macs, precision)
 
 
-def race(contestants: Sequence[Contestant], options: Options, progress: Progress = silent) -> list[dict[str, Any]]:
-    """Start every contestant, warm it up, and time all in turns; one row each, in their order."""
+def run_interleaved(
+    candidates: Sequence[Candidate], options: Options, progress: Progress = silent
+) -> list[dict[str, Any]]:
+    """Start and warm up every candidate, then time them in turns; one row each, in the given order."""
     rows: list[dict[str, Any]] = []
     running: dict[int, Process] = {}
     with ExitStack() as stack:
-        for index, contestant in enumerate(contestants):
-            progress("cold starts", index, len(contestants))
-            row = _blank(contestant)
+        for index, candidate in enumerate(candidates):
+            progress("cold starts", index, len(candidates))
+            row = _blank(candidate)
             rows.append(row)
             try:
-                laps = []
+                starts = []
                 for _ in range(options.starts - 1):
-                    with contestant.start() as process:
-                        laps.append(process.laps)
-                running[index] = process = stack.enter_context(contestant.start())
-                laps.append(process.laps)
+                    with candidate.start() as process:
+                        starts.append(process.stages)
+                running[index] = process = stack.enter_context(candidate.start())
+                starts.append(process.stages)
             except (BackendError, MissingPackageError) as error:
                 row["reason"] = str(error)
                 continue
-            row |= {"status": "executed", "runtime": process.about} | _cold(laps)
+            row |= {"status": "executed", "runtime": process.about} | _cold(starts)
             warmth = process.ask("warm", seconds=options.warm)
             row |= {"peak_mb": warmth.pop("peak_mb"), "warmup": warmth}
-        progress("cold starts", len(contestants), len(contestants))
+        progress("cold starts", len(candidates), len(candidates))
         for index, timed in _turns(running, options, progress).items():
-            rows[index] |= _statistics(timed, contestants[index].batch)
+            rows[index] |= _statistics(timed, candidates[index].batch)
         for done, (index, process) in enumerate(running.items()):
             if options.camera_fps is not None:
                 progress("camera", done, len(running))
@@ -324,7 +326,7 @@ def race(contestants: Sequence[Contestant], options: Options, progress: Progress
 
 @dataclass
 class _Timed:
-    """What the turns of one contestant gave: milliseconds of calls by turn, and of clips that were preprocessed."""
+    """Times of one candidate: milliseconds of its calls by turn, and of the preprocessing of clips."""
 
     blocks: list[list[float]] = field(default_factory=list)
     prepared: list[float] = field(default_factory=list)
@@ -353,22 +355,22 @@ def _turns(running: Mapping[int, Process], options: Options, progress: Progress)
     return {index: of for index, of in timed.items() if of.blocks}
 
 
-def _blank(contestant: Contestant) -> dict[str, Any]:
-    """A row with every key, nothing measured."""
-    row: dict[str, Any] = {"name": contestant.name, "target": None, "status": "built"}
-    row |= {"reason": None, **contestant.facts, "threads": contestant.threads, "batch": contestant.batch}
+def _blank(candidate: Candidate) -> dict[str, Any]:
+    """A row with every key and no measurements."""
+    row: dict[str, Any] = {"name": candidate.name, "target": None, "status": "built"}
+    row |= {"reason": None, **candidate.facts, "threads": candidate.threads, "batch": candidate.batch}
     measured = (
         "p50_ms", "p50_low_ms", "p50_high_ms", "noise", "p10_ms", "p90_ms", "p99_ms", "runs", "turns", "throughput",
         "cold_start_ms", "cold_start", "warmup", "peak_mb", "preprocess_ms", "preprocess_share",
         "energy_mj", "gmacs_per_s", "peak_share", "camera", "runtime",
     )  # fmt: skip
-    macs = None if contestant.macs is None else contestant.macs * contestant.batch
+    macs = None if candidate.macs is None else candidate.macs * candidate.batch
     return row | dict.fromkeys(measured) | {"macs": macs}
 
 
-def _cold(laps: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The start with the median total, whole and by stage."""
-    middle = sorted(laps, key=lambda lap: sum(lap.values()))[len(laps) // 2]
+def _cold(starts: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The cold start with the median total, in total and by stage."""
+    middle = sorted(starts, key=lambda stages: sum(stages.values()))[len(starts) // 2]
     return {"cold_start_ms": sum(middle.values()), "cold_start": {f"{k}_ms": v for k, v in middle.items()}}
 
 
@@ -420,7 +422,7 @@ def _against_peak(row: dict[str, Any], rates: Sequence[Mapping[str, Any]]) -> No
 
 
 def notes(document: Mapping[str, Any]) -> list[str]:
-    """What a reader of the table has to know beside its numbers, one line each."""
+    """Notes under the table, one line each."""
     lines = []
     timed = [row for row in document["bundles"] if row["p50_ms"] is not None]
     if noisy := [row for row in timed if row["noise"] > NOISY]:

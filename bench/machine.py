@@ -1,4 +1,4 @@
-"""What a measurement was made on: it stands beside every number."""
+"""The machine and the versions that a measurement was made on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def describe() -> str:
 
 
 def processor() -> str:
-    """The processor's name and its vector extensions that decide speed, as the system tells them."""
+    """The processor's name, and those of its vector extensions that matter for speed."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor() or platform.machine()

@@ -1,6 +1,6 @@
-"""How fast could this machine multiply? The best rate that any runtime here reaches on one large product of matrices.
+"""The peak rate of this machine: the best that any runtime reaches on one large matrix product.
 
-A model's own rate is read against it. It is no theoretical number: nobody's library reaches that.
+It is measured, not theoretical; the rates of models are compared with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import get_args
 import numpy as np
 
 from edgetube import runtimes
-from edgetube.bench.worker import Lap, Subject
+from edgetube.bench.worker import Benchmarkable, StageTimer
 from edgetube.targets import Precision
 
 OPENER = "edgetube.bench.peak:open_products"
@@ -22,11 +22,11 @@ SIZE = 1024
 """Rows and columns of both matrices: 1.07 GMAC, and the three of them fit into a last-level cache."""
 
 SECONDS, LEAST = 0.4, 5
-"""How long each product is repeated, and how often at least; the fastest call counts."""
+"""Seconds and minimum number of calls of each product; the fastest call counts."""
 
 
-def open_products(lap: Lap, threads: int | None) -> Subject:
-    """Measures when it is opened; `about["peak"]` has a line for each precision that can be computed here."""
+def open_products(stage_timer: StageTimer, threads: int | None) -> Benchmarkable:
+    """Measure on opening; `about["peak"]` has a line for each precision that can be computed here."""
     best: dict[str, tuple[float, str]] = {}
     for precision in get_args(Precision):
         products = runtimes.products(precision, SIZE, threads)
@@ -39,11 +39,11 @@ def open_products(lap: Lap, threads: int | None) -> Subject:
         {"precision": precision, "threads": threads, "gmacs_per_s": gmacs, "by": name}
         for precision, (gmacs, name) in best.items()
     ]
-    return Subject(lambda: None, about={"peak": lines})
+    return Benchmarkable(lambda: None, about={"peak": lines})
 
 
 def rate(product: Callable[[], object]) -> float:
-    """1e9 multiply-accumulates a second of one product of `SIZE`."""
+    """1e9 multiply-accumulates per second of one product of `SIZE`."""
     product()
     taken: list[float] = []
     end = time.perf_counter() + SECONDS

@@ -1,7 +1,7 @@
-"""One contestant in a process of its own: it opens, says how long that took, then runs in the turns that it is given.
+"""The process of one candidate: it opens the candidate, reports the cold start, then runs the orders of its parent.
 
-The parent is `edgetube.bench.latency.Process`. Orders and answers are JSON, one a line; what a vendor's library prints
-goes to stderr. Nothing but the standard library is imported before the clock of the cold start runs.
+The parent is `edgetube.bench.latency.Process`. Orders and results are JSON, one a line; the output of vendors'
+libraries goes to stderr. Only the standard library is imported before the clock of the cold start runs.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from edgetube.runtime import Runtime
     from edgetube.video import Frames
 
-Lap = Callable[[str], None]
-"""Called with the name of the stage of the cold start that has just ended; "" for what is not part of it."""
+StageTimer = Callable[[str], None]
+"""Called at the end of each stage of the cold start with its name; "" for work that does not count."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What a contestant is.
+class Benchmarkable:
+    """An opened candidate: what is timed.
 
     Attributes:
         call: one inference, of a batch that is ready.
         prepare: the preprocessing of one clip, from a camera's frames to what `call` takes; None leaves it out.
-        runtime: for what only a runtime can do, the stream of a camera.
-        about: what runs it, plain JSON.
+        runtime: for the camera stream; None leaves that out.
+        about: versions, device, threads; plain JSON.
     """
 
     call: Callable[[], object]
@@ -47,32 +47,34 @@ class Subject:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def bundle(lap: Lap, path: str, threads: int | None, device: str | None, camera: tuple[int, int]) -> Subject:
+def bundle(
+    stage_timer: StageTimer, path: str, threads: int | None, device: str | None, camera: tuple[int, int]
+) -> Benchmarkable:
     """Open a bundle as a camera app does; `camera` is the (height, width) of the frames that are preprocessed."""
     from edgetube.runtime import Runtime
 
-    lap("import")
+    stage_timer("import")
     rt = Runtime(path, threads=threads, device=device)
-    lap("load")
+    stage_timer("load")
     clips, prepare = _inputs(rt.bundle, camera)
-    lap("")
-    return Subject(lambda: rt(clips), prepare, rt, rt.describe())
+    stage_timer("")
+    return Benchmarkable(lambda: rt(clips), prepare, rt, rt.describe())
 
 
-def reference(lap: Lap, path: str, checkpoint: str, camera: tuple[int, int]) -> Subject:
+def reference(stage_timer: StageTimer, path: str, checkpoint: str, camera: tuple[int, int]) -> Benchmarkable:
     """Open the PyTorch model that a bundle was made from; `OMP_NUM_THREADS` says its threads."""
     from edgetube import bundle as bundles
     from edgetube.model import checkpoints
     from edgetube.runtimes.torch import Reference
 
-    lap("import")
+    stage_timer("import")
     found = bundles.load(path)
     trained = checkpoints.of_bundle(checkpoints.at_source(found, checkpoint))
     model = Reference(trained.model, trained.contract)
-    lap("load")
+    stage_timer("load")
     clips, prepare = _inputs(found, camera)
-    lap("")
-    return Subject(lambda: model(clips), prepare, None, model.describe())
+    stage_timer("")
+    return Benchmarkable(lambda: model(clips), prepare, None, model.describe())
 
 
 def _inputs(found: Bundle, camera: tuple[int, int]) -> tuple[Frames, Callable[[], object]]:
@@ -86,21 +88,21 @@ def _inputs(found: Bundle, camera: tuple[int, int]) -> tuple[Frames, Callable[[]
 
 
 SETTLE = 0.05
-"""Seconds of calls at the start of a turn that are not counted: caches and cores are still the contestant's before."""
+"""Uncounted seconds at the start of a turn: caches and cores still belong to the previous candidate."""
 
 LONG = 1.0
-"""Seconds of a call from which on a turn is one call, and counted: what is left of who ran before is little then."""
+"""If a call takes longer than this, in seconds, a turn is one counted call without settling."""
 
 WINDOW, STEADY = 5, 0.05
 """Warm-up ends when the medians of the last `WINDOW` calls and of the `WINDOW` before differ by less than `STEADY`."""
 
 
-def warm(subject: Subject, seconds: float) -> dict[str, Any]:
-    """Call until the times are steady, at most for `seconds`; how many calls that took, and whether they are."""
+def warm(candidate: Benchmarkable, seconds: float) -> dict[str, Any]:
+    """Call until the times are steady, at most for `seconds`; returns the number of calls, and whether they are."""
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while not (done := steady(taken)) and time.perf_counter() < end:
-        taken.append(_timed(subject.call))
+        taken.append(_timed(candidate.call))
     return {"calls": len(taken), "steady": done, "peak_mb": peak_mb()}
 
 
@@ -112,55 +114,55 @@ def steady(taken: list[float]) -> bool:
     return abs(last - before) < STEADY * before
 
 
-def turn(subject: Subject, seconds: float, least: int) -> dict[str, Any]:
+def turn(candidate: Benchmarkable, seconds: float, least: int) -> dict[str, Any]:
     """Milliseconds of at least `least` calls in about `seconds`; `calls` also counts those to settle."""
     end = time.perf_counter() + SETTLE
-    if (first := _timed(subject.call)) > 1e3 * LONG:
+    if (first := _timed(candidate.call)) > 1e3 * LONG:
         return {"ms": [first], "calls": 1}
     settled = 1
     while time.perf_counter() < end:
-        subject.call()
+        candidate.call()
         settled += 1
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while len(taken) < least or time.perf_counter() < end:
-        taken.append(_timed(subject.call))
+        taken.append(_timed(candidate.call))
     return {"ms": taken, "calls": settled + len(taken)}
 
 
-def prepare(subject: Subject, least: int) -> dict[str, Any]:
+def prepare(candidate: Benchmarkable, least: int) -> dict[str, Any]:
     """Milliseconds of `least` preprocessed clips; the first one is not counted."""
-    if subject.prepare is None:
+    if candidate.prepare is None:
         return {"ms": []}
-    subject.prepare()
-    return {"ms": [_timed(subject.prepare) for _ in range(least)]}
+    candidate.prepare()
+    return {"ms": [_timed(candidate.prepare) for _ in range(least)]}
 
 
-def camera(subject: Subject, **paced: Any) -> dict[str, Any] | None:
+def camera(candidate: Benchmarkable, **paced: Any) -> dict[str, Any] | None:
     """What `edgetube.bench.camera.pace` measures; None for what has no stream."""
     from edgetube.bench import camera as cameras
 
-    return None if subject.runtime is None else cameras.pace(subject.runtime, **paced)
+    return None if candidate.runtime is None else cameras.pace(candidate.runtime, **paced)
 
 
 ORDERS: dict[str, Callable[..., Any]] = {"warm": warm, "turn": turn, "prepare": prepare, "camera": camera}
 
 
 def main() -> None:
-    """Serve one contestant; the first argument says which, see `Process`. The process ends when stdin does."""
+    """Serve the candidate that the first argument describes, see `Process`, until stdin is closed."""
     began = time.monotonic()
     orders: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
     order = json.loads(sys.argv[1])
     answers = _answers()
-    laps = {"start": (began - order["spawned"]) * 1e3}
+    stages = {"start": (began - order["spawned"]) * 1e3}
     mark = time.perf_counter()
 
-    def lap(stage: str) -> None:
+    def stage_timer(stage: str) -> None:
         nonlocal mark
         now = time.perf_counter()
         if stage:
-            laps[stage] = laps.get(stage, 0.0) + (now - mark) * 1e3
+            stages[stage] = stages.get(stage, 0.0) + (now - mark) * 1e3
         mark = time.perf_counter()
 
     def say(answer: Any) -> None:
@@ -169,22 +171,22 @@ def main() -> None:
 
     module, _, function = order["opener"].partition(":")
     try:
-        subject: Subject = getattr(importlib.import_module(module), function)(lap, **order["given"])
-        subject.call()
-        lap("first")
+        candidate: Benchmarkable = getattr(importlib.import_module(module), function)(stage_timer, **order["given"])
+        candidate.call()
+        stage_timer("first")
     except EdgetubeError as error:
         say({"error": str(error), "kind": type(error).__name__})
         return
-    say({"laps": laps, "about": subject.about})
+    say({"stages": stages, "about": candidate.about})
     while True:
         request = json.loads(orders.get())
-        say(ORDERS[request.pop("do")](subject, **request))
+        say(ORDERS[request.pop("do")](candidate, **request))
 
 
 def _listen(orders: SimpleQueue[bytes]) -> None:
-    """Take orders from stdin; its end is the parent's, and the work in hand is of no use any more.
+    """Queue the orders from stdin; end the process when stdin is closed, because the parent is gone.
 
-    Unbuffered: the lock of a buffer that a thread waits for would not let Python end.
+    Unbuffered: a thread that waits with the lock of a buffer would keep Python from exiting.
     """
     with io.FileIO(0, closefd=False) as stdin:
         while line := stdin.readline():
@@ -193,7 +195,7 @@ def _listen(orders: SimpleQueue[bytes]) -> None:
 
 
 def _answers() -> TextIO:
-    """The real stdout; what anybody else prints goes to stderr from now on."""
+    """The real stdout; from now on all other output goes to stderr."""
     private = os.dup(1)
     os.dup2(2, 1)
     return os.fdopen(private, "w", encoding="utf-8")
@@ -206,7 +208,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 def peak_mb() -> float | None:
-    """Largest resident memory of this process so far, 1e6 bytes; None where the system does not tell.
+    """Largest resident memory of this process so far, 1e6 bytes; None where it is unknown.
 
     Not `getrusage` on Linux: its number is inherited from the process that started this one.
     """

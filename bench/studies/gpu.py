@@ -6,7 +6,7 @@
 1. Parity: the built-in model as trt-fp16, trt-int8, rtx-fp16 and rtx-int8 against PyTorch over the built-in evaluation
    set; and the graphs of the trt targets in PyTorch's own kernels on this GPU (`gpu_witness.py`), which shows what
    their float16 and their integer products answer on silicon where TensorRT is not installed.
-2. Latency, contestants in turns and each in a process of its own: PyTorch eager and `torch.compile` in float16, ONNX
+2. Latency, candidates in turns and each in a process of its own: PyTorch eager and `torch.compile` in float16, ONNX
    Runtime's CUDA provider, the four TensorRT bundles, trt-fp16 without its CUDA graph, and the trt graphs in PyTorch,
    as they are and fused by `torch.compile`. Every call begins with uint8 frames in the host's memory and ends with
    logits there. Random weights: a time does not depend on them.
@@ -34,8 +34,8 @@ import numpy as np
 from edgetube import bundle as bundles
 from edgetube import datasets, demo
 from edgetube.bench import latency, machine, parity
-from edgetube.bench.latency import Contestant, Options, Process
-from edgetube.bench.worker import Lap, Subject
+from edgetube.bench.latency import Candidate, Options, Process
+from edgetube.bench.worker import Benchmarkable, StageTimer
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, EdgetubeError, MissingPackageError
 from edgetube.export import pipeline
@@ -52,16 +52,16 @@ CALIBRATION_CLIPS = 8
 """For random weights, whose ranges nobody needs."""
 
 
-# ------------------------------------------------------------------------------------------------------- contestants
+# ------------------------------------------------------------------------------------------------------- candidates
 
 
-def eager(lap: Lap, model: str, batch: int, compiled: str) -> Subject:
+def eager(stage_timer: StageTimer, model: str, batch: int, compiled: str) -> Benchmarkable:
     """The reference model in float16 on the GPU, as it is or through `torch.compile` in the mode `compiled`."""
     import torch
 
     if not torch.cuda.is_available():
         raise BackendError(f"PyTorch {torch.__version__} sees no GPU; install a build of it for CUDA")
-    lap("import")
+    stage_timer("import")
     checkpoint = checkpoints.load(model)
     network = checkpoint.model.half().cuda().eval()
     mean, std = (torch.tensor(v).half().cuda() for v in (checkpoint.contract.mean, checkpoint.contract.std))
@@ -73,13 +73,13 @@ def eager(lap: Lap, model: str, batch: int, compiled: str) -> Subject:
     run = torch.compile(forward, mode=compiled) if compiled else forward
     clips = demo.golden(checkpoint.contract).frames[None].repeat(batch, axis=0)
     pinned = torch.from_numpy(clips).pin_memory()
-    lap("load")
+    stage_timer("load")
 
     def call() -> object:
         with torch.inference_mode():
             return run(pinned.cuda(non_blocking=True)).cpu()
 
-    return Subject(call, about={"torch": torch.__version__, "device": torch.cuda.get_device_name()})
+    return Benchmarkable(call, about={"torch": torch.__version__, "device": torch.cuda.get_device_name()})
 
 
 class KernelByKernel(tensorrt.Session):
@@ -89,16 +89,16 @@ class KernelByKernel(tensorrt.Session):
         return self._enqueue, "none: to compare with"
 
 
-def launched(lap: Lap, path: str) -> Subject:
+def launched(stage_timer: StageTimer, path: str) -> Benchmarkable:
     """A TensorRT bundle without its CUDA graph."""
-    lap("import")
+    stage_timer("import")
     session = KernelByKernel(bundles.load(path))
-    lap("load")
+    stage_timer("load")
     clips = np.repeat(bundles.load(path).golden()[0][:1], session.batch, axis=0)
-    return Subject(lambda: session(clips), about=session.describe())
+    return Benchmarkable(lambda: session(clips), about=session.describe())
 
 
-def limits(lap: Lap, size: int = 8192, copied: int = 1 << 30) -> Subject:
+def limits(stage_timer: StageTimer, size: int = 8192, copied: int = 1 << 30) -> Benchmarkable:
     """What this GPU reaches at best; `about` has `gmacs_per_s` by precision and `gb_per_s`.
 
     Args:
@@ -120,7 +120,7 @@ def limits(lap: Lap, size: int = 8192, copied: int = 1 << 30) -> Subject:
         },
         "gb_per_s": 2 * block.numel() / 1e9 / _best(torch, block.clone),  # read once, written once
     }
-    return Subject(lambda: None, about=found)
+    return Benchmarkable(lambda: None, about=found)
 
 
 def _best(torch: Any, call: Callable[[], object]) -> float:
@@ -163,28 +163,28 @@ def _clips(checkpoint: str, out: Path) -> Path:
     return path
 
 
-def contestants(model: str, batch: int, made: Mapping[str, Bundle], mode: str = "max-autotune") -> list[Contestant]:
-    """Everybody who takes part with one model and batch; `mode` is that of `torch.compile`."""
+def candidates(model: str, batch: int, made: Mapping[str, Bundle], mode: str = "max-autotune") -> list[Candidate]:
+    """The candidates for one model and batch; `mode` is that of `torch.compile`."""
     macs = checkpoints.load(model).spec.macs()
     found = []
     for name, compiled in (("PyTorch eager fp16", ""), ("torch.compile fp16", mode)):
         given: dict[str, Any] = {"model": model, "batch": batch, "compiled": compiled}
         facts = {"model": model, "precision": "fp16"}
-        found.append(Contestant(name, "edgetube.bench.studies.gpu:eager", given, None, batch, facts, macs, "fp16"))
+        found.append(Candidate(name, "edgetube.bench.studies.gpu:eager", given, None, batch, facts, macs, "fp16"))
     for target, bundle in made.items():
         given = {"path": str(bundle.path), "threads": None, "device": None, "camera": CAMERA}
         if target == ORT:
             given["device"] = "cuda"
         facts = {"model": model, "target": target, "precision": bundle.precision}
         about = (None, batch, facts, macs, bundle.precision)
-        found.append(Contestant(target, "edgetube.bench.worker:bundle", given, *about))
+        found.append(Candidate(target, "edgetube.bench.worker:bundle", given, *about))
         if target == "trt-fp16":
             given = {"path": str(bundle.path)}
-            found.append(Contestant(f"{target}, no CUDA graph", "edgetube.bench.studies.gpu:launched", given, *about))
+            found.append(Candidate(f"{target}, no CUDA graph", "edgetube.bench.studies.gpu:launched", given, *about))
         if target.startswith("trt-"):
             for name, fused in ((f"{target}'s graph in PyTorch", False), (f"{target}'s graph, torch.compile", True)):
                 given = {"path": str(bundle.path), "compiled": fused}
-                found.append(Contestant(name, "edgetube.bench.studies.gpu_witness:subject", given, *about))
+                found.append(Candidate(name, "edgetube.bench.studies.gpu_witness:open_graph", given, *about))
     return found
 
 
@@ -264,7 +264,7 @@ def main() -> int:
     parser.add_argument("--bundles", type=Path, help="folder of the built-in model's bundles, exported before")
     parser.add_argument("--compile", default="max-autotune", help="mode of torch.compile")
     parser.add_argument("--clips", type=int, default=504, help="of the evaluation set")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of timing, per contestant")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of timing, per candidate")
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
     args = parser.parse_args()
     if missing((GPU,)):
@@ -289,7 +289,7 @@ def main() -> int:
         for size in args.models.split(","):
             model = "demo" if size == "demo" else f"random:tubevit-{size}"
             for batch in map(int, args.batches.split(",")):
-                rows = _race(model, batch, names, Path(scratch), args.seconds, best, args.compile)
+                rows = _run_interleaved(model, batch, names, Path(scratch), args.seconds, best, args.compile)
                 document["rows"] += rows
                 gain = graph_gain(rows)
                 said = "" if gain is None else f"\n\nThe CUDA graph makes trt-fp16 {gain:.2f}x as fast."
@@ -346,7 +346,7 @@ def _limits() -> dict[str, Any] | None:
         return None
 
 
-def _race(
+def _run_interleaved(
     model: str,
     batch: int,
     names: Sequence[str],
@@ -359,8 +359,7 @@ def _race(
     out = scratch / f"{model.rpartition(':')[2]}.{batch}"
     out.mkdir()
     made, reasons = build(names, model, out, batch)
-    takes_part = contestants(model, batch, made, mode)
-    rows = latency.race(takes_part, Options(seconds=seconds, starts=1))
+    rows = latency.run_interleaved(candidates(model, batch, made, mode), Options(seconds=seconds, starts=1))
     checkpoint = checkpoints.load(model)
     weights = sum(tensor.numel() for tensor in checkpoint.model.parameters())
     clip_bytes = int(np.prod(checkpoint.contract.shape))

@@ -26,7 +26,7 @@ from onnx import helper, numpy_helper
 from edgetube import bundle as bundles
 from edgetube import datasets, metrics
 from edgetube.bench import machine
-from edgetube.bench.worker import Lap, Subject
+from edgetube.bench.worker import Benchmarkable, StageTimer
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, EdgetubeError
 from edgetube.model import checkpoints
@@ -211,14 +211,14 @@ OPERATORS: dict[str, Callable[[list[torch.Tensor], Mapping[str, Any]], Any]] = {
 }
 
 
-def subject(lap: Lap, path: str, device: str = "cuda", compiled: bool = False) -> Subject:
+def open_graph(stage_timer: StageTimer, path: str, device: str = "cuda", compiled: bool = False) -> Benchmarkable:
     """A bundle's graph for a process of `edgetube.bench.latency`."""
-    lap("import")
+    stage_timer("import")
     bundle = bundles.load(path)
     witness = Witness(bundle, device, compiled)
     clips = np.repeat(bundle.golden()[0][:1], bundle.batch, axis=0)
-    lap("load")
-    return Subject(lambda: witness(clips), about=witness.describe())
+    stage_timer("load")
+    return Benchmarkable(lambda: witness(clips), about=witness.describe())
 
 
 def agreement(bundle: Bundle, device: str, clips: int) -> dict[str, Any]:

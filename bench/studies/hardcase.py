@@ -195,7 +195,7 @@ def ours(traced: Graph, seen: Clips, judged: Clips, folder: Path) -> dict[str, P
 
 
 def row(name: str, path: Path, clips: Clips, exact: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-    """What one contestant keeps of the float model's features and accuracy."""
+    """What one candidate keeps of the float model's features and accuracy."""
     logits, features = answers(path, clips)
     known = clips.labels >= 0
     return {
@@ -235,7 +235,7 @@ def text(table: Mapping[str, Any]) -> str:
     ]
     lines += [
         "",
-        "| contestant | SQNR dB | worst cosine | probe top-1 | agreement | p50 ms | MB |",
+        "| candidate | SQNR dB | worst cosine | probe top-1 | agreement | p50 ms | MB |",
         "|---|" + "---|" * 6,
     ]
     for r in table["rows"]:
@@ -247,7 +247,7 @@ def text(table: Mapping[str, Any]) -> str:
 
 
 def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """All contestants on the same clips."""
+    """All candidates on the same clips."""
     model = tube_vit(next((folder / "wheels").rglob("vit_s_focus.onnx")))
     gather = partial(collect, contract=CONTRACT, labels=LABELS, workspace=folder)
     kinds = videos(folder / "wheels", args.calibration), digits(0, args.calibration)

@@ -6,7 +6,7 @@
     python bench/studies/int8.py weights --windows windows.npz [--json docs/int8.json]
     python bench/studies/int8.py memory --checkpoint random:tubevit-b --clips 512 [--json docs/int8.json]
 
-`speed`: latency of one clip, the contestants in turns and each in a process of its own, and what no arrangement of the
+`speed`: latency of one clip, the candidates in turns and each in a process of its own, and what no arrangement of the
 same multiplications could beat: their number over the best rates that any runtime reaches here. The peers quantise the
 graph of our own float bundle on the clips that our calibration sees. `profile`: where the time of what `speed` made
 goes, as each runtime tells it. `accuracy`: the built-in model on labelled clips that no calibration has seen.
@@ -40,9 +40,9 @@ from edgetube import datasets, demo, metrics
 from edgetube import export as exporting
 from edgetube.arrays import DiskArray
 from edgetube.bench import machine, parity
-from edgetube.bench.latency import Contestant, Options, peaks, race
+from edgetube.bench.latency import Candidate, Options, peaks, run_interleaved
 from edgetube.bench.studies.peers import quantisers
-from edgetube.bench.worker import Lap, Subject, peak_mb
+from edgetube.bench.worker import Benchmarkable, StageTimer, peak_mb
 from edgetube.bundle import Bundle
 from edgetube.calibration import calibrate, graphs, numeric
 from edgetube.calibration.clips import Clips, collect
@@ -118,28 +118,28 @@ def quantise(source: Path, calibration: Path, names: list[str], folder: Path, pr
     return found
 
 
-# ------------------------------------------------------------------------------- contestants, in processes of their own
+# ------------------------------------------------------------------------------- candidates, in processes of their own
 
 
-def eager(lap: Lap, checkpoint: str) -> Subject:
+def eager(stage_timer: StageTimer, checkpoint: str) -> Benchmarkable:
     """The reference model."""
-    lap("import")
+    stage_timer("import")
     found = checkpoints.load(checkpoint)
-    return Subject(partial(Reference(found.model, found.contract), demo.golden(found.contract).frames[None]))
+    return Benchmarkable(partial(Reference(found.model, found.contract), demo.golden(found.contract).frames[None]))
 
 
-def peer(lap: Lap, checkpoint: str, path: str) -> Subject:
+def peer(stage_timer: StageTimer, checkpoint: str, path: str) -> Benchmarkable:
     """A peer's file in its runtime."""
-    lap("import")
+    stage_timer("import")
     frames = demo.golden(checkpoints.load(checkpoint).contract).frames
-    return Subject(partial(quantisers.open_model(Path(path), "default"), frames))
+    return Benchmarkable(partial(quantisers.open_model(Path(path), "default"), frames))
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Every contestant on one clip of one checkpoint."""
+    """Every candidate on one clip of one checkpoint."""
     checkpoint, folder = checkpoints.load(args.checkpoint), args.folder
     given = clips(checkpoint, args.clips, folder)
     options = pipeline.Options(calib=given, max_drop=100.0, lowering="gather")
@@ -149,15 +149,15 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     (nncf,) = (name for name in peers if name.startswith(NNCF))
     slow = quantise(sliced, given, [nncf], folder, f"{checkpoint.name}.slice")
     known: dict[str, Any] = {"checkpoint": args.checkpoint}
-    contestants = [Contestant(EAGER, "edgetube.bench.studies.int8:eager", known)]
+    candidates = [Candidate(EAGER, "edgetube.bench.studies.int8:eager", known)]
     for name, bundle in ours.items():
         own = {"path": str(bundle.path), "threads": None, "device": None, "camera": CAMERA}
-        contestants.append(Contestant(name, "edgetube.bench.worker:bundle", own))
+        candidates.append(Candidate(name, "edgetube.bench.worker:bundle", own))
     for name, path in {**peers, NNCF_SLICE: slow[nncf]}.items():
         name = NNCF if name == nncf else name
-        contestants.append(Contestant(name, "edgetube.bench.studies.int8:peer", {**known, "path": str(path)}))
+        candidates.append(Candidate(name, "edgetube.bench.studies.int8:peer", {**known, "path": str(path)}))
     rates = peaks([None])
-    timings = {row["name"]: row for row in race(contestants, Options(seconds=args.seconds, starts=1))}
+    timings = {row["name"]: row for row in run_interleaved(candidates, Options(seconds=args.seconds, starts=1))}
     sizes = {name: bundle.artifact_bytes for name, bundle in ours.items()}
     sizes |= {NNCF if n == nncf else n: quantisers.size(path) for n, path in peers.items()}
     sizes[NNCF_SLICE] = quantisers.size(slow[nncf])
@@ -177,11 +177,11 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 Timings = Mapping[str, Mapping[str, Any]]
-"""Rows of `edgetube.bench.latency.race` by contestant."""
+"""Rows of `edgetube.bench.latency.run_interleaved` by candidate."""
 
 
 def rows(timings: Timings, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
-    """One row for each contestant: its times, the speed against PyTorch eager, and the bytes that it needs."""
+    """One row for each candidate: its times, the speed against PyTorch eager, and the bytes that it needs."""
     eager = timings[EAGER]["p50_ms"]
     return [
         {key: row[key] for key in TIMES} | {"against_eager": eager / row["p50_ms"], "bytes": sizes.get(name)}
@@ -408,7 +408,7 @@ def speed_text(found: Mapping[str, Any]) -> str:
         f"{found['checkpoint']}, clip {tuple(found['clip'])}, {found['linear_gmac']:.1f} GMAC in linears; "
         f"{found['machine']}",
         "",
-        "| contestant | p50 ms | p10 - p90 | against eager | MB |",
+        "| candidate | p50 ms | p10 - p90 | against eager | MB |",
         "|---|---|---|---|---|",
     ]
     for row in found["rows"]:
@@ -515,7 +515,7 @@ def main() -> None:
         if name not in ("accuracy", "weights"):
             command.add_argument("--checkpoint", default="random:tubevit-b")
     speeds, memories = commands.choices["speed"], commands.choices["memory"]
-    speeds.add_argument("--seconds", type=float, default=8.0, help="of timing, per contestant")
+    speeds.add_argument("--seconds", type=float, default=8.0, help="of timing, per candidate")
     memories.add_argument("--stages", type=int, default=3, help="tubes and blocks to calibrate")
     memories.add_argument("--workspace", type=Path, help="folder for what is spooled; the system's own if left out")
     args = parser.parse_args()

@@ -4,7 +4,7 @@
 
 1. The cost of `edgetube export --target onnx-fp32` as a user pays it: seconds and peak memory of a fresh process,
    lowerings proven and timed, artifact proven on 16 clips.
-2. Latency of one clip, contestants in turns in one process: PyTorch eager, ONNX Runtime on the naive export (the
+2. Latency of one clip, candidates in turns in one process: PyTorch eager, ONNX Runtime on the naive export (the
    reference model itself, its Conv3d included, fed with the same uint8 frames), ONNX Runtime on edgetube's bundle.
 """
 
@@ -46,7 +46,7 @@ def export(source: str, out: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="random:tubevit-b")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of timing, per contestant")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of timing, per candidate")
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
     args = parser.parse_args()
     checkpoint = checkpoints.load(args.checkpoint)
@@ -71,7 +71,7 @@ def main() -> None:
     print(
         f"export: {cost['seconds']:.0f} s, {cost['peak_gb']:.1f} GB peak; lowering {bundle.build['lowering']['chosen']}"
     )
-    print("\n| contestant | p50 ms | p10 - p90 | against eager |\n|---|---|---|---|")
+    print("\n| candidate | p50 ms | p10 - p90 | against eager |\n|---|---|---|---|")
     for name, t in timings.items():
         print(f"| {name} | {t.p50_ms:.0f} | {t.p10_ms:.0f} - {t.p90_ms:.0f} | {eager / t.p50_ms:.2f}x |")
     if args.json:

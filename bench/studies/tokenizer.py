@@ -2,7 +2,7 @@
 
     python bench/studies/tokenizer.py [--checkpoint random:tubevit-b] [--threads 2] [--json FILE]
 
-The contestants take turns in blocks of calls. The first calls of a block are not counted: the threads of the
+The candidates take turns in blocks of calls. The first calls of a block are not counted: the threads of the
 runtime that ran before spin on the cores for a while after its last call.
 """
 
@@ -38,7 +38,7 @@ SETTLE = 3
 Call = Callable[[], np.ndarray]
 
 
-def contestants(checkpoint: Checkpoint, frames: np.ndarray, threads: int, folder: Path) -> dict[tuple[str, str], Call]:
+def candidates(checkpoint: Checkpoint, frames: np.ndarray, threads: int, folder: Path) -> dict[tuple[str, str], Call]:
     """(runtime, lowering) -> a call that tokenizes `frames` (1, T, H, W, 3)."""
     modules: dict[str, nn.Module] = {NAIVE: naive.Tokenizer(checkpoint).eval()}
     for lowering in static.LOWERINGS:
@@ -92,7 +92,7 @@ def measure(calls: dict[tuple[str, str], Call], seconds: float, block: int) -> d
 
 
 def rows(calls: dict[tuple[str, str], Call], taken: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
-    """One row per contestant: milliseconds, speed against Conv3d in the same runtime, error against PyTorch's."""
+    """One row per candidate: milliseconds, speed against Conv3d in the same runtime, error against PyTorch's."""
     expected = calls["PyTorch eager", NAIVE]()
     table = []
     for runtime, lowering in sorted(calls):
@@ -117,15 +117,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="random:tubevit-b")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of timing, all contestants together")
-    parser.add_argument("--block", type=int, default=10, help="counted calls before the next contestant's turn")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of timing, all candidates together")
+    parser.add_argument("--block", type=int, default=10, help="counted calls before the next candidate's turn")
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     checkpoint = checkpoints.load(args.checkpoint)
     frames = demo.golden(checkpoint.contract).frames[None]
     with tempfile.TemporaryDirectory() as folder:
-        calls = contestants(checkpoint, frames, args.threads, Path(folder))
+        calls = candidates(checkpoint, frames, args.threads, Path(folder))
         table = rows(calls, measure(calls, args.seconds, args.block))
     print(f"tokenizer of {checkpoint.name}, clip {checkpoint.contract.shape} uint8, batch 1, {args.threads} threads")
     print(describe())

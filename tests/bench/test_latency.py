@@ -19,7 +19,7 @@ from edgetube.errors import BackendError, BundleError, InputError
 from edgetube.targets import missing
 
 
-def test_contestants_take_turns_after_a_warm_up() -> None:
+def test_candidates_take_turns_after_a_warm_up() -> None:
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     timings = interleave(calls, seconds=0.0, minimum=6, warmup=2)
@@ -57,10 +57,10 @@ class TestStatistics:
 
 
 def test_a_long_call_is_a_turn_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = worker.Subject(lambda: time.sleep(0.01))
-    assert len(worker.turn(subject, 0.0, 3)["ms"]) == 3
+    candidate = worker.Benchmarkable(lambda: time.sleep(0.01))
+    assert len(worker.turn(candidate, 0.0, 3)["ms"]) == 3
     monkeypatch.setattr(worker, "LONG", 0.005)
-    found = worker.turn(subject, 1.0, 3)
+    found = worker.turn(candidate, 1.0, 3)
     assert (len(found["ms"]), found["calls"]) == (1, 1)
     assert found["ms"][0] >= 10
 
@@ -145,18 +145,18 @@ class TestDocument:
 
 
 class TestProcesses:
-    def test_contestants_have_the_same_turns(self, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_candidates_have_the_same_turns(self, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(latency, "TURN", 0.02)
         options = latency.Options(threads=(1, 2), seconds=0.1, warm=0.5, starts=1)
         found = [bundles.load(tiny_bundle)]
-        contestants = [c for threads in (1, 2) for c in latency._contestants(found, threads, options)]
-        rows = latency.race(contestants, options)
+        candidates = [c for threads in (1, 2) for c in latency._candidates(found, threads, options)]
+        rows = latency.run_interleaved(candidates, options)
         assert [(row["threads"], row["runtime"]["threads"]) for row in rows] == [(1, 1), (2, 2)]
         assert [row["turns"] for row in rows] == [latency.TURNS] * 2
         assert all(row["runs"] >= latency.TURNS * latency.BLOCK and row["status"] == "executed" for row in rows)
 
     @pytest.mark.slow
-    def test_memory_is_the_contestants_own(self, tiny_bundle: Path) -> None:
+    def test_memory_is_the_candidates_own(self, tiny_bundle: Path) -> None:
         """The kernel hands the parent's peak on to a child through `getrusage`; a gigabyte here must not show there."""
         ballast = np.ones(125_000_000)
         given = {"path": str(tiny_bundle), "threads": 1, "device": None, "camera": (48, 64)}
@@ -172,7 +172,7 @@ class TestProcesses:
         ):
             process.ask("nothing")
 
-    def test_the_errors_of_a_contestant_are_those_of_the_caller(self, tmp_path: Path) -> None:
+    def test_the_errors_of_a_candidate_are_those_of_the_caller(self, tmp_path: Path) -> None:
         given = {"path": str(tmp_path), "threads": 1, "device": None, "camera": (48, 64)}
         with pytest.raises(BundleError, match="is not a bundle"):
             latency.Process("none", "edgetube.bench.worker:bundle", given)

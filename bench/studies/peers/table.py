@@ -3,9 +3,9 @@
     pip install -r bench/studies/peers/requirements.txt
     python bench/studies/peers/table.py --work WORK --json bench/results/peers.json
 
-1. `--step build` makes the files of every contestant, each in a process of its own, and compares its answers on a few
+1. `--step build` makes the files of every recipe, each in a process of its own, and compares its answers on a few
    clips with PyTorch's. One that cannot be made has its last words in the table instead of numbers.
-2. `--step time` times what could be made: a group at a time takes turns, every contestant in its own process.
+2. `--step time` times what could be made: a group at a time takes turns, every recipe in its own process.
 3. `--step write` prints the table, and writes it into `docs/benchmarks.md` when `--json` is given.
 
 Without `--step`, all three. `--only` and `--group` take some of them; what was measured before is kept.
@@ -28,13 +28,13 @@ import numpy as np
 from edgetube import bundle as bundles
 from edgetube import demo, metrics
 from edgetube.bench import latency, machine
-from edgetube.bench.studies.peers.contestants import (
+from edgetube.bench.studies.peers.recipes import (
     CALIBRATION,
     CLIPS,
-    CONTESTANTS,
+    RECIPES,
     SOURCE,
     YARDSTICK,
-    Contestant,
+    Recipe,
     clips,
     eager,
     slug,
@@ -48,7 +48,7 @@ JUDGED, CALIBRATED = 2, 4
 """Clips."""
 
 WARM = 2.0
-"""Seconds of warm-up of a contestant, at most: there are many of them."""
+"""Seconds of warm-up of a recipe, at most: there are many of them."""
 
 EQUAL = 999.0
 """Decibels that stand for no error at all: JSON has no infinity."""
@@ -56,7 +56,7 @@ EQUAL = 999.0
 MISSING = "not measured"
 
 PATIENCE = 1200
-"""Seconds that one contestant may take to be built."""
+"""Seconds that one recipe may take to be built."""
 
 
 def prepare(work: Path, checkpoint: str) -> None:
@@ -80,7 +80,7 @@ def adopt(work: Path, folder: Path) -> None:
 
 
 def build(work: Path, name: str) -> None:
-    """Make one contestant's files and judge its answers; `built.json` says what came of it."""
+    """Make one recipe's files and judge its answers; `built.json` says what came of it."""
     own = work / slug(name)
     own.mkdir(exist_ok=True)
     command = [sys.executable, __file__, "--work", str(work), "--build-one", name]
@@ -104,13 +104,13 @@ def _last(words: list[str]) -> str:
 
 def build_one(work: Path, name: str) -> None:
     """In a process of its own."""
-    contestant, own = CONTESTANTS[name], work / slug(name)
-    if contestant.build is not None:
-        contestant.build(work, own)
-    call = contestant.load(work, own)
+    recipe, own = RECIPES[name], work / slug(name)
+    if recipe.build is not None:
+        recipe.build(work, own)
+    call = recipe.load(work, own)
     logits = np.concatenate([call(clip[None]) for clip in clips(work)])
     found: dict[str, Any] = {"size_mb": _megabytes(own)}
-    if contestant.same:
+    if recipe.same:
         found["sqnr_db"] = min(EQUAL, float(metrics.sqnr(np.load(work / "logits.npy"), logits)))
     (own / "judged.json").write_text(json.dumps(found))
 
@@ -122,15 +122,15 @@ def _megabytes(own: Path) -> float | None:
 
 def measure(work: Path, group: str, seconds: float) -> None:
     """Time one group, with the yardstick in it; `timed-<group>.json` has the rows."""
-    names = [n for n, c in CONTESTANTS.items() if c.group == group and "failed" not in _built(work, n)]
+    names = [n for n, c in RECIPES.items() if c.group == group and "failed" not in _built(work, n)]
     names = list(dict.fromkeys([YARDSTICK, *names]))
-    field = [
-        latency.Contestant(
-            name, "edgetube.bench.studies.peers.contestants:open_contestant", {"name": name, "work": str(work)}
-        )
+    candidates = [
+        latency.Candidate(name, "edgetube.bench.studies.peers.recipes:open_recipe", {"name": name, "work": str(work)})
         for name in names
     ]
-    rows = latency.race(field, latency.Options(seconds=seconds, warm=WARM, starts=1), lambda stage, done, total: None)
+    rows = latency.run_interleaved(
+        candidates, latency.Options(seconds=seconds, warm=WARM, starts=1), lambda stage, done, total: None
+    )
     document = {"group": group, "machine": machine.describe(), "rows": rows}
     (work / f"timed-{slug(group)}.json").write_text(json.dumps(document, indent=1) + "\n")
 
@@ -143,21 +143,21 @@ def _built(work: Path, name: str) -> dict[str, Any]:
 def collect(work: Path) -> dict[str, Any]:
     """All that was measured, as one document."""
     groups = []
-    for group in dict.fromkeys(c.group for c in CONTESTANTS.values()):
+    for group in dict.fromkeys(c.group for c in RECIPES.values()):
         path = work / f"timed-{slug(group)}.json"
         timed = json.loads(path.read_text()) if path.is_file() else {"rows": [], "machine": None}
         times = {row["name"]: row for row in timed["rows"]}
-        names = [n for n, c in CONTESTANTS.items() if c.group == group]
+        names = [n for n, c in RECIPES.items() if c.group == group]
         names = list(dict.fromkeys([YARDSTICK, *names]))
-        rows = [_row(name, CONTESTANTS[name], _built(work, name), times.get(name, {})) for name in names]
+        rows = [_row(name, RECIPES[name], _built(work, name), times.get(name, {})) for name in names]
         groups.append({"group": group, "machine": timed["machine"], "contestants": rows})
-    packages = sorted({p for c in CONTESTANTS.values() for p in c.packages})
+    packages = sorted({p for c in RECIPES.values() for p in c.packages})
     return {"checkpoint": source(work), "versions": {p: _version(p) for p in packages}, "groups": groups}
 
 
-def _row(name: str, contestant: Contestant, built: dict[str, Any], timed: dict[str, Any]) -> dict[str, Any]:
+def _row(name: str, recipe: Recipe, built: dict[str, Any], timed: dict[str, Any]) -> dict[str, Any]:
     keys = ("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "runs", "noise", "throughput", "cold_start_ms")
-    row = {"name": name, "precision": contestant.precision, "latency_only": not contestant.same}
+    row = {"name": name, "precision": recipe.precision, "latency_only": not recipe.same}
     row |= {key: built.get(key) for key in ("failed", "sqnr_db", "size_mb", "build_seconds")}
     row["sqnr_db"] = None if row["sqnr_db"] is None else min(EQUAL, row["sqnr_db"])
     return row | {key: timed.get(key) for key in (*keys, "peak_mb", "reason")}
@@ -176,7 +176,7 @@ def table(document: dict[str, Any]) -> str:
     for group in document["groups"]:
         yardstick = next((r["p50_ms"] for r in group["contestants"] if r["name"] == YARDSTICK), None)
         lines += ["", f"### {group['group'][0].upper()}{group['group'][1:]}", ""]
-        lines += ["| contestant | computes in | p50 ms | 95 % interval | against edgetube onnx-fp32 | SQNR dB | cold start s | memory MB | files MB |"]  # fmt: skip  # noqa: E501
+        lines += ["| candidate | computes in | p50 ms | 95 % interval | against edgetube onnx-fp32 | SQNR dB | cold start s | memory MB | files MB |"]  # fmt: skip  # noqa: E501
         lines += ["|---|---|---|---|---|---|---|---|---|"]
         for row in group["contestants"]:
             lines.append(_line(row, yardstick))
@@ -221,9 +221,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="random:tubevit-b")
     parser.add_argument("--bundles", type=Path, help="folder of exported bundles of the checkpoint; else they are made")
     parser.add_argument("--step", choices=("build", "time", "write"), action="append")
-    parser.add_argument("--only", action="append", help="contestants to build; all that were not built if left out")
+    parser.add_argument("--only", action="append", help="recipes to build; all that were not built if left out")
     parser.add_argument("--group", action="append", help="groups to time; all if left out")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing, per contestant")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing, per candidate")
     parser.add_argument("--json", type=Path, help="write the numbers there, and the table into docs/benchmarks.md")
     parser.add_argument("--build-one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -236,10 +236,10 @@ def main() -> None:
             prepare(args.work, args.checkpoint)
         if args.bundles:
             adopt(args.work, args.bundles)
-        for name in args.only or [n for n in CONTESTANTS if not (args.work / slug(n) / "built.json").is_file()]:
+        for name in args.only or [n for n in RECIPES if not (args.work / slug(n) / "built.json").is_file()]:
             build(args.work, name)
     if "time" in steps:
-        for group in args.group or dict.fromkeys(c.group for c in CONTESTANTS.values()):
+        for group in args.group or dict.fromkeys(c.group for c in RECIPES.values()):
             measure(args.work, group, args.seconds)
     if "write" in steps:
         document = collect(args.work)

@@ -75,13 +75,13 @@ def test_the_table_of_answers(tiny_bundle: Path) -> None:
 
 def test_who_takes_part(tiny_bundle: Path) -> None:
     onnx = bundles.load(tiny_bundle)
-    found = gpu.contestants("random:tubevit-ti", 8, {"onnx-fp16": onnx, "trt-fp16": onnx})
+    found = gpu.candidates("random:tubevit-ti", 8, {"onnx-fp16": onnx, "trt-fp16": onnx})
     names = ["PyTorch eager fp16", "torch.compile fp16", "onnx-fp16", "trt-fp16", "trt-fp16, no CUDA graph", *WITNESS]
-    assert [contestant.name for contestant in found] == names
-    assert {contestant.batch for contestant in found} == {8}
+    assert [candidate.name for candidate in found] == names
+    assert {candidate.batch for candidate in found} == {8}
     assert found[2].given["device"] == "cuda"
-    for contestant in found:
-        module, _, function = contestant.opener.partition(":")
+    for candidate in found:
+        module, _, function = candidate.opener.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
 
 
@@ -95,7 +95,7 @@ def test_what_cannot_be_built_says_why(tmp_path: Path) -> None:
 def test_without_a_gpu_everybody_has_a_row_that_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not targets.missing((targets.GPU,)):
         pytest.skip("this machine has a GPU")
-    rows = gpu._race("demo", 2, (gpu.ORT, "trt-fp16", "no-such-target"), tmp_path, 0.1, LIMITS)
+    rows = gpu._run_interleaved("demo", 2, (gpu.ORT, "trt-fp16", "no-such-target"), tmp_path, 0.1, LIMITS)
     reasons = {row["name"]: row["reason"] for row in rows}
     assert [row["p50_ms"] for row in rows] == [None] * len(rows)
     assert "sees no GPU" in reasons["PyTorch eager fp16"]
@@ -107,7 +107,7 @@ def test_without_a_gpu_everybody_has_a_row_that_says_why(tmp_path: Path, monkeyp
     assert gpu.table(rows).count("not run: ") == 8
 
 
-@pytest.mark.parametrize("opener", [lambda lap: gpu.eager(lap, "demo", 1, compiled=""), gpu.limits])
+@pytest.mark.parametrize("opener", [lambda stage_timer: gpu.eager(stage_timer, "demo", 1, compiled=""), gpu.limits])
 def test_without_a_gpu_the_openers_say_so(opener: Callable[..., Any]) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
@@ -151,15 +151,15 @@ def _on_the_processor(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_on_a_gpu_pytorch_answers_in_float16(torch_gpu: Any) -> None:
-    subject = gpu.eager(lambda stage: None, "demo", 2, compiled="")
-    logits = np.asarray(subject.call())
+    candidate = gpu.eager(lambda stage: None, "demo", 2, compiled="")
+    logits = np.asarray(candidate.call())
     assert logits.shape == (2, 9)
     assert logits.dtype == np.float32
     checkpoint = checkpoints.load("demo")
     clip = demo.golden(checkpoint.contract).frames
     expected = Reference(checkpoint.model, checkpoint.contract)(clip[None])
     np.testing.assert_allclose(logits, expected.repeat(2, axis=0), atol=0.05)
-    assert subject.about["torch"] == torch_gpu.__version__
+    assert candidate.about["torch"] == torch_gpu.__version__
 
 
 def test_on_a_gpu_the_limits_are_measured(torch_gpu: Any) -> None:
@@ -173,10 +173,10 @@ def test_a_session_without_its_cuda_graph_answers_the_same(tiny_checkpoint: Path
         made, reasons = gpu.build(["trt-fp16"], str(tiny_checkpoint), tmp_path, batch=2)
         assert reasons == {}
         bundle = made["trt-fp16"]
-        subject = gpu.launched(lambda stage: None, str(bundle.path))
-        assert subject.about["replay"] == "none: to compare with"
+        candidate = gpu.launched(lambda stage: None, str(bundle.path))
+        assert candidate.about["replay"] == "none: to compare with"
         logits = bundle.golden()[1][0]
-        np.testing.assert_allclose(np.asarray(subject.call()), np.stack([logits, logits]), atol=2e-2)
+        np.testing.assert_allclose(np.asarray(candidate.call()), np.stack([logits, logits]), atol=2e-2)
 
 
 @pytest.mark.slow

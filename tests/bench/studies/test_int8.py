@@ -14,7 +14,7 @@ from edgetube.bench.studies.peers import quantisers
 
 
 def timings(**p50: Any) -> dict[str, dict[str, Any]]:
-    """Timings of all contestants that the goals name, 100 ms where nothing is said."""
+    """Timings of all candidates that the goals name, 100 ms where nothing is said."""
     names = {name for goal in int8.GOALS for name in goal[:2]} - {int8.BEST_ORT}
     names |= {"ORT one", "ORT two"}
     rest = {"p10_ms": 90.0, "p90_ms": 110.0, "noise": 0.01, "runs": 9}
@@ -56,9 +56,9 @@ def test_every_row_has_its_ratio_and_its_size() -> None:
 
 
 def test_eager_opens() -> None:
-    laps: list[str] = []
-    assert np.shape(np.asarray(int8.eager(laps.append, "demo").call())) == (1, 9)
-    assert laps == ["import"]
+    stages: list[str] = []
+    assert np.shape(np.asarray(int8.eager(stages.append, "demo").call())) == (1, 9)
+    assert stages == ["import"]
 
 
 def test_a_table_is_complete() -> None:

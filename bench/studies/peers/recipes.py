@@ -1,9 +1,9 @@
 """The same checkpoint, the way people take it to a CPU today, and the models that they would take instead.
 
-A contestant has an optional `build`, which makes its files in a folder of its own, and a `load`, which gives a call
+A recipe has an optional `build`, which makes its files in a folder of its own, and a `load`, which gives a call
 from frames (1, T, H, W, 3) uint8 to logits (1, classes). Each is what the package's own documentation shows, at the
 package's defaults; threads are left to each runtime. Packages are imported by those who use them: the cold start and
-the memory of a contestant are its own.
+the memory of a recipe are its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from edgetube import Runtime
-from edgetube.bench.worker import Lap, Subject
+from edgetube.bench.worker import Benchmarkable, StageTimer
 
 Frames = np.ndarray
 Call = Callable[[Frames], np.ndarray]
@@ -31,11 +31,11 @@ ONNX, QUANTISED = "model.onnx", "quantised.onnx"
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One line of the table.
+class Recipe:
+    """One line of the table: how to build and open it.
 
     Attributes:
-        group: contestants of one group take turns with one another, in one run.
+        group: recipes of one group take turns with one another, in one run.
         packages: whose versions matter.
         load: (work folder, own folder) -> call.
         build: (work folder, own folder), once, before anything is timed.
@@ -52,7 +52,7 @@ class Contestant:
 
 
 def slug(name: str) -> str:
-    """A contestant's folder."""
+    """The folder of a recipe."""
     return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
 
 
@@ -262,46 +262,42 @@ def first(frames: int, load: Callable[[Path, Path], Call], work: Path, own: Path
 SAME, COMPILED, OTHER = "the same checkpoint", "compiled by PyTorch", "what one would take instead"
 
 
-def of_quantiser(function: str, file: str, loader: Callable[..., Call], *packages: str) -> Contestant:
-    return Contestant(SAME, "int8", packages, partial(loader, file), partial(quantise, function, file))
+def of_quantiser(function: str, file: str, loader: Callable[..., Call], *packages: str) -> Recipe:
+    return Recipe(SAME, "int8", packages, partial(loader, file), partial(quantise, function, file))
 
 
-def of_bundle(target: str, precision: str, *packages: str) -> Contestant:
-    return Contestant(SAME, precision, ("edgetube", *packages), bundle, partial(build_bundle, target))
+def of_bundle(target: str, precision: str, *packages: str) -> Recipe:
+    return Recipe(SAME, precision, ("edgetube", *packages), bundle, partial(build_bundle, target))
 
 
-def of_hugging(name: str, frames: int) -> dict[str, Contestant]:
+def of_hugging(name: str, frames: int) -> dict[str, Recipe]:
     title, packages = f"{name}-B, {frames} frames", ("transformers", "torch")
     alone = partial(first, frames, partial(eager_hugging, name, frames))
     exported, build = partial(first, frames, partial(in_onnxruntime, ONNX)), partial(build_hugging, name, frames)
     return {
-        f"{title}, PyTorch eager": Contestant(OTHER, "fp32", packages, alone, None, False),
-        f"{title}, ONNX Runtime": Contestant(OTHER, "fp32", (*packages, "onnxruntime"), exported, build, False),
+        f"{title}, PyTorch eager": Recipe(OTHER, "fp32", packages, alone, None, False),
+        f"{title}, ONNX Runtime": Recipe(OTHER, "fp32", (*packages, "onnxruntime"), exported, build, False),
     }
 
 
-CONTESTANTS: dict[str, Contestant] = {
-    "PyTorch eager": Contestant(SAME, "fp32", ("torch",), eager),
-    "torch.compile": Contestant(COMPILED, "fp32", ("torch",), compiled),
-    "ONNX Runtime, naive export": Contestant(
-        SAME, "fp32", ("onnxruntime",), partial(in_onnxruntime, ONNX), export_naive
-    ),
-    "OpenVINO defaults, naive export": Contestant(
-        SAME, "bf16", ("openvino",), partial(in_openvino, ONNX), export_naive
-    ),
-    "ExecuTorch, XNNPACK": Contestant(SAME, "fp32", ("executorch",), executorch, partial(build_executorch, False)),
-    "LiteRT": Contestant(SAME, "fp32", ("litert-torch", "ai-edge-litert"), litert, partial(build_litert, False)),
+RECIPES: dict[str, Recipe] = {
+    "PyTorch eager": Recipe(SAME, "fp32", ("torch",), eager),
+    "torch.compile": Recipe(COMPILED, "fp32", ("torch",), compiled),
+    "ONNX Runtime, naive export": Recipe(SAME, "fp32", ("onnxruntime",), partial(in_onnxruntime, ONNX), export_naive),
+    "OpenVINO defaults, naive export": Recipe(SAME, "bf16", ("openvino",), partial(in_openvino, ONNX), export_naive),
+    "ExecuTorch, XNNPACK": Recipe(SAME, "fp32", ("executorch",), executorch, partial(build_executorch, False)),
+    "LiteRT": Recipe(SAME, "fp32", ("litert-torch", "ai-edge-litert"), litert, partial(build_litert, False)),
     "edgetube onnx-fp32": of_bundle("onnx-fp32", "fp32", "onnxruntime"),
     "edgetube openvino-fp32": of_bundle("openvino-fp32", "fp32", "openvino"),
     "edgetube openvino-fp16": of_bundle("openvino-fp16", "bf16", "openvino"),
     "ORT quantize_static, defaults": of_quantiser("ort_defaults", QUANTISED, in_onnxruntime, "onnxruntime"),
     "ORT quantize_dynamic": of_quantiser("ort_dynamic", QUANTISED, in_onnxruntime, "onnxruntime"),
     "NNCF, OpenVINO defaults": of_quantiser("nncf_transformer", "quantised.xml", in_openvino, "nncf", "openvino"),
-    "torchao int8 dynamic, torch.compile": Contestant(COMPILED, "int8", ("torchao", "torch"), torchao_int8),
-    "ExecuTorch, XNNPACK int8": Contestant(
+    "torchao int8 dynamic, torch.compile": Recipe(COMPILED, "int8", ("torchao", "torch"), torchao_int8),
+    "ExecuTorch, XNNPACK int8": Recipe(
         SAME, "int8", ("executorch", "torchao"), executorch, partial(build_executorch, True)
     ),
-    "LiteRT int8 dynamic": Contestant(
+    "LiteRT int8 dynamic": Recipe(
         SAME, "int8", ("litert-torch", "ai-edge-litert"), litert, partial(build_litert, True)
     ),
     "edgetube onnx-int8": of_bundle("onnx-int8", "int8", "onnxruntime"),
@@ -315,11 +311,11 @@ YARDSTICK = "edgetube onnx-fp32"
 """It takes part in every group, so that groups can be compared."""
 
 
-def open_contestant(lap: Lap, name: str, work: str) -> Subject:
-    """For `edgetube.bench.latency.Process`: a contestant, to be timed on one clip."""
-    lap("import")
-    call = CONTESTANTS[name].load(Path(work), Path(work) / slug(name))
-    lap("load")
+def open_recipe(stage_timer: StageTimer, name: str, work: str) -> Benchmarkable:
+    """For `edgetube.bench.latency.Process`: a recipe, to be timed on one clip."""
+    stage_timer("import")
+    call = RECIPES[name].load(Path(work), Path(work) / slug(name))
+    stage_timer("load")
     frames = clips(Path(work))[:1]
-    lap("")
-    return Subject(lambda: call(frames))
+    stage_timer("")
+    return Benchmarkable(lambda: call(frames))
