@@ -234,7 +234,7 @@ def measure(
 
 def _probed(models: ModelSet, source: ClipSet, measured: Sequence[Measured], progress: Progress) -> Iterator[Measured]:
     """The same with the results of `edgetube.bench.probe`, which runs on a few of the clips in this process."""
-    clips = [clip.frames for clip in source.sample(probing.CLIPS).clips(models.contract)]
+    clips = [clip.frames for clip in source.sample(probing.ORDER_CLIPS).clips(models.contract)]
     with OpenedModels(models) as opened:
         for one, found in zip(measured, probing.probe(opened, clips, progress), strict=True):
             yield replace(one, probe=found)

@@ -20,7 +20,7 @@ from edgetube.progress import Progress, silent
 from edgetube.runtimes.base import Logits
 from edgetube.video import Frames
 
-CLIPS, LAYER_CLIPS = 6, 2
+ORDER_CLIPS, LAYER_CLIPS = 6, 2
 """Clips whose order is changed, and clips that layers are looked at on."""
 
 MOVES = 1e-3
@@ -65,12 +65,12 @@ def probe(opened: OpenedModels, clips: Sequence[Frames], progress: Progress = si
         clips: (T, H, W, 3) uint8 each; the first few are used.
     """
     models = opened.model_set.models
-    shown = [form for clip in clips[:CLIPS] for form in (clip, *reordered(clip))]
+    shown = [form for clip in clips[:ORDER_CLIPS] for form in (clip, *reordered(clip))]
     answers = []
     for index, model in enumerate(models):
         progress(f"{model.name}: order", 0, 1)
         backend = opened.backend(index)
-        answers.append([backend(clip[None])[0] for clip in shown] if len(shown) > len(clips[:CLIPS]) else [])
+        answers.append([backend(clip[None])[0] for clip in shown] if len(shown) > len(clips[:ORDER_CLIPS]) else [])
         progress(f"{model.name}: order", 1, 1)
     curves = _curves(opened, clips[:LAYER_CLIPS], progress)
     return tuple(

@@ -34,8 +34,8 @@ TEMPLATE = "report.html.j2"
 KEPT = "report"
 """The folder beside the bundles where the documents are kept."""
 
-CLIPS, FRAMES = 6, 8
-"""Of the worst clips, and frames of each."""
+WORST_CLIPS, FRAMES = 6, 8
+"""Worst clips to show, and frames of each."""
 
 VISIBLE = 0.01
 """Difference of a probability from which on the page, which shows whole per cents, has something to show."""
@@ -177,7 +177,7 @@ def assemble(
         if _is_reference(row, parity):
             row["top1"] = parity["bundles"][0]["top1_reference"]
     rows.sort(key=lambda row: (row["target"] is not None, row["p50_ms"] is None, row["p50_ms"] or 0.0, row["name"]))
-    worst = list(dict.fromkeys(clip["name"] for clip in _worst(parity)))[:CLIPS]
+    worst = list(dict.fromkeys(clip["name"] for clip in _worst(parity)))[:WORST_CLIPS]
     return Report(parity, bench, tuple(rows), {name: strip(name, FRAMES) for name in worst}, tuple(commands))
 
 

@@ -74,7 +74,7 @@ def collect(
         InputError: no clips, a label that the model does not know, clips without any content, or more than
             `MAX_UNREADABLE_SHARE` of them cannot be read.
     """
-    items = sorted(source.known(labels).items, key=lambda item: item.name)
+    items = sorted(source.check_labels(labels).items, key=lambda item: item.name)
     if not items:
         raise InputError("there are no clips to calibrate on; INT8 needs real ones: give --calib a folder of videos")
     if len({item.name for item in items}) < len(items):

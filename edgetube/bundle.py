@@ -38,7 +38,7 @@ SCHEMA = 1
 MANIFEST = "edgetube.json"
 GOLDEN = "golden.npz"
 CALIBRATION = "calibration.json"
-CLIPS = "calibration.npy"
+CALIBRATION_CLIPS = "calibration.npy"
 SHA256 = "[0-9a-f]{64}"
 
 
@@ -94,7 +94,8 @@ class Bundle:
     @property
     def artifact_bytes(self) -> int:
         """Size of the raw artifact on disk, external weight files included."""
-        return sum(record.bytes for name, record in self.files.items() if name not in (GOLDEN, CALIBRATION, CLIPS))
+        others = (GOLDEN, CALIBRATION, CALIBRATION_CLIPS)
+        return sum(record.bytes for name, record in self.files.items() if name not in others)
 
     @property
     def artifact_files(self) -> tuple[str, ...]:

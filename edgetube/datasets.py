@@ -95,8 +95,8 @@ class ClipSet:
         dealt = [item for dealing in rounds for item in dealing if item is not None]
         return replace(self, items=tuple(dealt[:count]))
 
-    def known(self, labels: tuple[str, ...]) -> ClipSet:
-        """The set itself, after a check that a model with these labels can be asked about it.
+    def check_labels(self, labels: tuple[str, ...]) -> ClipSet:
+        """Check that a model with these labels has every label of the set, and return the set.
 
         Raises:
             InputError: a clip has a label that the model does not know.

@@ -41,7 +41,7 @@ MOST_PARAMETERS = 1 << 28
 """Of one tube: a gigabyte of float32."""
 
 
-def _known(cls: type[T], data: Mapping[str, Any]) -> dict[str, Any]:
+def _check_fields(cls: type[T], data: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of `data`, which may come from a file: all that `cls` needs, and nothing that it does not have."""
     known = fields(cls)  # type: ignore[arg-type]
     needed = [f.name for f in known if f.default is MISSING and f.default_factory is MISSING]
@@ -146,7 +146,7 @@ class TubeSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TubeSpec:
         with _refused():
-            return cls(**_known(cls, data))
+            return cls(**_check_fields(cls, data))
 
 
 PAPER_TUBES = (
@@ -319,8 +319,8 @@ class ModelSpec:
         """Width of the MLP's hidden layer."""
         return int(self.width * self.mlp_ratio)
 
-    def at(self, frames: int | None = None, size: tuple[int, int] | None = None) -> ModelSpec:
-        """The same model on another clip. Stored position tables belong to one clip shape only.
+    def with_clip(self, frames: int | None = None, size: tuple[int, int] | None = None) -> ModelSpec:
+        """The same model for another clip shape. Stored position tables belong to one clip shape only.
 
         Raises:
             SpecError: a tube does not fit, or the positions are stored.
@@ -352,7 +352,7 @@ class ModelSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
         with _refused():
-            data = _known(cls, data)
+            data = _check_fields(cls, data)
             tubes = strict.items(data["tubes"], "tubes", 1, MOST_TUBES)
             return cls(**data | {"tubes": tuple(TubeSpec.from_json(tube) for tube in tubes)})
 
@@ -455,7 +455,7 @@ class InputContract:
     def is_image(self) -> bool:
         return self.frames == 1
 
-    def at(self, frames: int | None = None, size: tuple[int, int] | None = None) -> InputContract:
+    def with_clip(self, frames: int | None = None, size: tuple[int, int] | None = None) -> InputContract:
         """The same preprocessing for another clip shape."""
         height, width = size or (self.height, self.width)
         return replace(self, frames=self.frames if frames is None else frames, height=height, width=width)
@@ -466,7 +466,7 @@ class InputContract:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> InputContract:
         with _refused():
-            return cls(**_known(cls, data))
+            return cls(**_check_fields(cls, data))
 
 
 @dataclass(frozen=True)
@@ -495,6 +495,6 @@ class Prediction:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Prediction:
         with _refused():
-            data = _known(cls, data)
+            data = _check_fields(cls, data)
             logits = strict.items(data["logits"], "logits", 1, MOST_CLASSES)
             return cls(**data | {"logits": tuple(strict.number(value, "logits") for value in logits)})

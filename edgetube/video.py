@@ -133,7 +133,7 @@ def frames(source: Source) -> Iterator[tuple[float, Frames]]:
     Raises:
         InputError: the source cannot be opened or decoded, ends before its time, or stays silent for `TIMEOUT` s.
     """
-    with _open(_known(source)) as reader:
+    with _open(_parse_source(source)) as reader:
         empty = True
         for seconds, frame in reader.frames():
             empty = False
@@ -148,7 +148,7 @@ def rate(source: Source) -> float:
     Raises:
         InputError: the source cannot be opened.
     """
-    with _open(_known(source)) as reader:
+    with _open(_parse_source(source)) as reader:
         return reader.rate
 
 
@@ -173,20 +173,20 @@ def search(source: Source, contract: InputContract | None = None) -> tuple[list[
     Raises:
         InputError: nothing is found.
     """
-    known = _known(source)
-    if not isinstance(known, Path) or known.is_file():
-        return [known], ""
-    if known.is_dir():
+    parsed = _parse_source(source)
+    if not isinstance(parsed, Path) or parsed.is_file():
+        return [parsed], ""
+    if parsed.is_dir():
         wanted = VIDEOS if contract and not contract.is_image else VIDEOS | IMAGES
-        found = listing.walk(known, wanted)
-        return list(found.required(known, wanted)), found.note(known)
-    if known.exists():
-        raise InputError(f"{known} is neither a file nor a folder: a pipe or a device cannot be read")
+        found = listing.walk(parsed, wanted)
+        return list(found.required(parsed, wanted)), found.note(parsed)
+    if parsed.exists():
+        raise InputError(f"{parsed} is neither a file nor a folder: a pipe or a device cannot be read")
     # `Path.glob` has no patterns that are absolute.
-    matches = sorted(glob.glob(str(known), recursive=True))  # noqa: PTH207
+    matches = sorted(glob.glob(str(parsed), recursive=True))  # noqa: PTH207
     files = [p for p in map(Path, matches) if p.is_file()]
     if not files:
-        raise InputError(f"there is no file, folder or match for {known}")
+        raise InputError(f"there is no file, folder or match for {parsed}")
     return list(files), ""
 
 
@@ -245,7 +245,7 @@ class _Address:
     """The local file, or None for what is live."""
 
 
-def _known(source: Source) -> Source:
+def _parse_source(source: Source) -> Source:
     """A source with digits as a camera's number and everything that is no URL as a path.
 
     Raises:

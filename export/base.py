@@ -49,7 +49,7 @@ class CalibrationRequest:
 
     Attributes:
         tensors: names of further tensors whose ranges go into the table.
-        clips: number of calibration clips in the bundle, in `edgetube.bundle.CLIPS`: (N, T, H, W, 3) uint8.
+        clips: number of calibration clips in the bundle, in `edgetube.bundle.CALIBRATION_CLIPS`: (N, T, H, W, 3) uint8.
     """
 
     tensors: tuple[str, ...] = ()

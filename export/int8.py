@@ -67,7 +67,7 @@ def sources(checkpoint: Checkpoint, given: Path | None) -> tuple[ClipSet, ClipSe
         InputError: no clips were given and the built-in ones do not fit the model.
     """
     if given is not None:
-        source = datasets.load(given, checkpoint.contract).known(checkpoint.labels)
+        source = datasets.load(given, checkpoint.contract).check_labels(checkpoint.labels)
     elif set(demo.LABELS) <= set(checkpoint.labels) or checkpoint.source.startswith("random:"):
         source = datasets.built_in_calibration(CALIBRATION_CLIPS + JUDGING_CLIPS, checkpoint.labels)
     else:

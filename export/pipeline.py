@@ -126,7 +126,7 @@ def export_models(
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else checkpoints.load(checkpoint)
     if options.head:
         loaded = loaded.select(options.head)
-    loaded = loaded.at(1 if options.image else options.frames, options.size)
+    loaded = loaded.with_clip(1 if options.image else options.frames, options.size)
     progress("load checkpoint", 1, 1)
     if any(target.precision == "int8" for target in chosen):
         int8.sources(loaded, options.calib)
@@ -198,7 +198,7 @@ class ExportSession:
         scales = int8.integer_format(target).dtype
         table = replace(table, ranges={**table.ranges, **self._observe(request.tensors, calibrated, scales)})
         if request.clips:
-            np.save(folder / bundles.CLIPS, self._calibration_clips[0].first(request.clips))
+            np.save(folder / bundles.CALIBRATION_CLIPS, self._calibration_clips[0].first(request.clips))
         bundle, built = self._build(folder, target, equalised, table)
         unread = {name: why for clips in self._calibration_clips for name, why in clips.unread.items()}
         report = {**calibrated.report, "notes": [*calibrated.report["notes"], *built.notes], "unread": unread}
@@ -238,7 +238,11 @@ class ExportSession:
                 int8.Candidate(
                     each,
                     stack.enter_context(runtimes.open_bundle(each)),
-                    sum(f.stat().st_size for f in each.path.rglob("*") if f.is_file() and f.name != bundles.CLIPS),
+                    sum(
+                        f.stat().st_size
+                        for f in each.path.rglob("*")
+                        if f.is_file() and f.name != bundles.CALIBRATION_CLIPS
+                    ),
                 )
                 for each in (bundle, plain)
             )
@@ -372,7 +376,7 @@ class ExportSession:
         """A function that traces the graph for one image with the same weights; None if the model takes no images."""
         if self.checkpoint.spec.is_image or not self.checkpoint.spec.accepts_images:
             return None
-        return partial(self._trace, self.checkpoint.at(1, None), lowering, self.options.batch)
+        return partial(self._trace, self.checkpoint.with_clip(1, None), lowering, self.options.batch)
 
     def _input_moments(self, graph: Graph) -> dict[str, Moments]:
         """Input moments of the linears on rendered clips, so that no calibration clips are needed. Computed once."""
@@ -419,9 +423,9 @@ class ExportSession:
         """Clips for frame order and layer errors: of the proof, or with `judged` some of the judging clips."""
         if judged not in self._probes:
             if judged:
-                some = list(islice(self._calibration_clips[1].frames, probe.CLIPS))
+                some = list(islice(self._calibration_clips[1].frames, probe.ORDER_CLIPS))
             else:
-                some = [clip.frames for clip in self.clips if clip.name != "noise"][: probe.CLIPS]
+                some = [clip.frames for clip in self.clips if clip.name != "noise"][: probe.ORDER_CLIPS]
             self._probes[judged] = some, proof.FrameOrderProbe.of(self.model, some)
         return self._probes[judged]
 
@@ -438,7 +442,7 @@ class ExportSession:
 
     def _prove_image(self, bundle: Bundle, target: Target) -> Bundle:
         """The proof of an artifact that also takes images, on the first frames of the same clips."""
-        checkpoint = self.checkpoint.at(1, None)
+        checkpoint = self.checkpoint.with_clip(1, None)
         images = [replace(clip, frames=clip.frames[:1]) for clip in self.clips]
         part = replace(bundle, spec=checkpoint.spec, contract=checkpoint.contract)
         reference = parity.answer(Reference(checkpoint.model, checkpoint.contract), images, checkpoint.labels)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgetube import demo, metrics
 from edgetube.bench import layers, parity, probe
@@ -18,12 +17,10 @@ from edgetube.bench.probe import Probe
 from edgetube.bundle import Bundle
 from edgetube.errors import ParityError
 from edgetube.model.checkpoints import Checkpoint
-from edgetube.runtimes.base import Backend
+from edgetube.runtimes.base import Backend, Logits
 from edgetube.runtimes.torch import Reference
 from edgetube.targets import Precision, Target
 from edgetube.video import Clip, Frames
-
-Logits = npt.NDArray[np.float32]
 
 PROOF_CLIPS = 16
 """Clips of the proof: one of noise, the others rendered from photographs."""

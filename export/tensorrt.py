@@ -214,7 +214,7 @@ def shorter(spec: ModelSpec) -> str:
     shortest = max(spec.tubes[i].minimum()[0] for i in spec.active)
     if shortest >= spec.frames or spec.positions == "stored":
         return ""
-    preset = spec.at(shortest)
+    preset = spec.with_clip(shortest)
     if preset.tokens > FUSED_TOKENS:
         return ""
     return (

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from edgetube import arrays, cache, cuda, strict
-from edgetube.bundle import CLIPS, Bundle, sha256
+from edgetube.bundle import CALIBRATION_CLIPS, Bundle, sha256
 from edgetube.errors import BackendError, BundleError, FormatError, InputError
 from edgetube.files import atomic_write
 from edgetube.runtimes.base import Backend, Interface, Logits
@@ -396,8 +396,8 @@ def calibrator(
     if settings.legacy != "int8":
         return None
     base = cast(Any, trt.api.IInt8EntropyCalibrator2)
-    clips = arrays.open_arrays(folder / CLIPS)[""]
-    key = f"{sha256(folder / LEGACY)}{sha256(folder / CLIPS)}{trt.version}"
+    clips = arrays.open_arrays(folder / CALIBRATION_CLIPS)[""]
+    key = f"{sha256(folder / LEGACY)}{sha256(folder / CALIBRATION_CLIPS)}{trt.version}"
     kept = cache.folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.calibration"
 
     class Calibrator(base):  # type: ignore[misc, valid-type]
@@ -757,7 +757,7 @@ def build_here(
         began = time.monotonic()
         LOGGER.warning("building the engine of %s for %s (%s; %s)", bundle.name, gpu.name, incompatibility, reason)
         if settings.legacy == "int8":
-            bundle.file(CLIPS)
+            bundle.file(CALIBRATION_CLIPS)
         legacy = calibrator(trt, bundle.path, settings, gpu, bundle.batch)
         path.write_bytes(build(trt, source, settings, _Report(), legacy, timing_cache()))
         LOGGER.warning("built in %.0f s; kept in %s", time.monotonic() - began, path.parent)
@@ -794,7 +794,7 @@ def _readable(settings: Settings) -> dict[str, Any]:
 
 def graph_hash(bundle: Bundle, source: str) -> str:
     """Of the graph and of weights that lie beside it, and of the clips that it is calibrated on here."""
-    files = sorted([*bundle.path.glob(f"{source}*"), *bundle.path.glob(CLIPS)])
+    files = sorted([*bundle.path.glob(f"{source}*"), *bundle.path.glob(CALIBRATION_CLIPS)])
     return " ".join(bundle.files[f.name].sha256 if f.name in bundle.files else sha256(f) for f in files)
 
 

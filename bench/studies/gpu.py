@@ -48,8 +48,8 @@ ORT = "onnx-fp16"
 TARGETS = ("trt-fp16", "trt-int8", "rtx-fp16", "rtx-int8")
 CAMERA = (480, 640)
 BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
-CALIBRATION_CLIPS = 8
-"""For random weights, whose ranges nobody needs."""
+CALIBRATION_COUNT = 8
+"""Clips to calibrate random weights on, whose ranges do not matter."""
 
 
 # ------------------------------------------------------------------------------------------------------- candidates
@@ -159,7 +159,7 @@ def build(names: Iterable[str], checkpoint: str, out: Path, batch: int = 1) -> t
 def _clips(checkpoint: str, out: Path) -> Path:
     contract = checkpoints.load(checkpoint).contract
     path = out / "clips.npy"
-    np.save(path, np.stack([clip.frames for clip in demo.scenes(contract, CALIBRATION_CLIPS)]))
+    np.save(path, np.stack([clip.frames for clip in demo.scenes(contract, CALIBRATION_COUNT)]))
     return path
 
 

@@ -619,7 +619,7 @@ def write_videos(folder: Path) -> None:
 
 def write_picture(path: Path) -> None:
     """One clip a class of the evaluation set, six of its frames from left to right, as a PNG."""
-    rows = [clip.frames[::3] for clip in demo.evaluation(CONTRACT.at(size=(72, 72)), len(LABELS))]
+    rows = [clip.frames[::3] for clip in demo.evaluation(CONTRACT.with_clip(size=(72, 72)), len(LABELS))]
     pixels = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
     with av.open(str(path), "w", format="image2") as container:
         stream = container.add_stream("png", rate=1, options={"compression_level": "9", "pred": "mixed"})

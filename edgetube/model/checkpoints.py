@@ -50,16 +50,16 @@ class Checkpoint:
     def spec(self) -> ModelSpec:
         return self.model.spec
 
-    def at(self, frames: int | None = None, size: tuple[int, int] | None = None) -> Checkpoint:
+    def with_clip(self, frames: int | None = None, size: tuple[int, int] | None = None) -> Checkpoint:
         """The same weights on another clip shape (`frames=1`: the image model).
 
         Raises:
             SpecError: a tube does not fit, or the positions are stored for one shape.
         """
-        spec = self.spec.at(frames, size)
+        spec = self.spec.with_clip(frames, size)
         if spec == self.spec:
             return self
-        return replace(self, model=_moved(self.model, spec), contract=self.contract.at(frames, size))
+        return replace(self, model=_moved(self.model, spec), contract=self.contract.with_clip(frames, size))
 
     def select(self, head: str) -> Checkpoint:
         """The same model with one of its classifiers alone.
@@ -109,7 +109,7 @@ def of_bundle(bundle: Bundle) -> Checkpoint:
         ) from error
     if checkpoint.digest != digest:
         raise CheckpointError(f"{bundle.path} was made from other weights than {source} holds now; {remedy}")
-    return checkpoint.select(bundle.spec.classifiers[0][0]).at(bundle.spec.frames, bundle.spec.size)
+    return checkpoint.select(bundle.spec.classifiers[0][0]).with_clip(bundle.spec.frames, bundle.spec.size)
 
 
 def locate(bundle: Bundle, where: str | Path) -> Bundle:

@@ -179,7 +179,7 @@ class TubeViT(nn.Module):
             if x.shape[2] == self.spec.frames:
                 return self.spec
             if x.shape[2] == 1 and self.spec.accepts_images:
-                return self.spec.at(frames=1)
+                return self.spec.with_clip(frames=1)
         expected = ("B", self.spec.channels, *self.spec.clip)
         raise InputError(
             f"the model takes clips {expected}, or images as T = 1 when it has a 2-D tube; given {tuple(x.shape)}"

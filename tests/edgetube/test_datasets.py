@@ -263,10 +263,10 @@ def test_the_built_in_sets_are_those_of_the_demo() -> None:
 
 
 def test_labels_of_another_model_are_refused() -> None:
-    known = unread(["1", "2"], ["a", None]).known(("a",))
+    known = unread(["1", "2"], ["a", None]).check_labels(("a",))
     assert known.count == 2
     with pytest.raises(InputError, match="among them 'z'"):
-        unread(["1"], ["z"]).known(("a",))
+        unread(["1"], ["z"]).check_labels(("a",))
 
 
 def test_an_item_is_found_by_its_name(clips: npt.NDArray[np.uint8], tmp_path: Path) -> None:

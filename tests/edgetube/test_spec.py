@@ -108,7 +108,7 @@ class TestTokens:
             assert tube.tokens(tuple(v - (i == axis) for i, v in enumerate(low))) == 0
 
     def test_without_its_first_tubes_a_model_is_an_image_model(self) -> None:
-        image = named("tubevit-ti").at(frames=1)
+        image = named("tubevit-ti").with_clip(frames=1)
         assert (image.is_image, image.active, image.grids) == (True, (3,), ((1, 14, 14),))
 
     @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ class TestArithmetic:
     def test_tokenizer_and_image(self) -> None:
         spec = named("tubevit-b")
         assert spec.tokenizer_macs() / 1e9 == pytest.approx(0.45, rel=0.02)
-        assert spec.at(frames=1).macs() / 1e9 == pytest.approx(17.4, rel=0.02)
+        assert spec.with_clip(frames=1).macs() / 1e9 == pytest.approx(17.4, rel=0.02)
 
     def test_space_to_depth_costs_the_same(self) -> None:
         assert named("tubevit-b-s2d").macs() == named("tubevit-b").macs()
@@ -243,16 +243,16 @@ class TestRefusals:
 
     def test_zero_frames_are_not_taken_for_the_model_s_own(self) -> None:
         with pytest.raises(SpecError, match="frames is 0"):
-            SMALL.at(frames=0)
+            SMALL.with_clip(frames=0)
         with pytest.raises(SpecError, match="frames is 0; expected an integer, 1 to 65536"):
-            InputContract(4, 16, 16).at(frames=0)
+            InputContract(4, 16, 16).with_clip(frames=0)
 
     def test_stored_positions_belong_to_one_clip(self) -> None:
         stored = replace(SMALL, positions="stored")
-        assert stored.at(frames=4) == stored
+        assert stored.with_clip(frames=4) == stored
         assert not stored.accepts_images
         with pytest.raises(SpecError, match=r"positions for clip \(4, 16, 16\); it cannot run on \(6, 16, 16\)"):
-            stored.at(frames=6)
+            stored.with_clip(frames=6)
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -345,5 +345,5 @@ def test_the_named_sizes() -> None:
 
 def test_the_same_preprocessing_for_another_clip() -> None:
     contract = InputContract(8, 64, 80, fps=15.0, mean=(0.1, 0.2, 0.3))
-    assert contract.at(frames=16, size=(32, 48)) == replace(contract, frames=16, height=32, width=48)
-    assert contract.at() == contract
+    assert contract.with_clip(frames=16, size=(32, 48)) == replace(contract, frames=16, height=32, width=48)
+    assert contract.with_clip() == contract

@@ -32,7 +32,7 @@ SPECS = {
     "paper": BASE,
     "gates": ModelSpec(PAPER_TUBES_S2D, 32, (64, 64), 24, 2, 2, (("motion", 5),), kernel=(8, 8, 8), gates=(0, 1)),
     "mean": ModelSpec((TubeSpec((2, 8, 8), (2, 8, 8)),), 5, (20, 24), 24, 1, 2, (("motion", 5),), pool="mean"),
-    "image": BASE.at(frames=1),
+    "image": BASE.with_clip(frames=1),
 }
 
 

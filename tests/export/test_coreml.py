@@ -45,7 +45,7 @@ def traced(checkpoint: Checkpoint) -> Callable[..., Graph]:
 
     def trace(lowering: str = "gather", batch: int = 1, image: bool = False) -> Any:
         if (lowering, batch, image) not in known:
-            part = checkpoint.at(1, None) if image else checkpoint
+            part = checkpoint.with_clip(1, None) if image else checkpoint
             module = static.StaticTubeViT(part.model, part.contract, lowering, batch=batch)
             graph = canonical.trace(module, part.spec, part.contract, batch)
             companion = None if image else lambda: trace(lowering, batch, image=True)
@@ -370,9 +370,9 @@ def test_video_and_image_share_their_weights(
 
     package = mlpackage.load(folders["both"] / "model.mlpackage")
     assert (set(package.functions), package.default) == ({"video", "image"}, "video")
-    positions = 2 * checkpoint.spec.at(frames=1).tokens * checkpoint.spec.width  # float16, the image's own
+    positions = 2 * checkpoint.spec.with_clip(frames=1).tokens * checkpoint.spec.width  # float16, the image's own
     assert weights(folders["both"]) - weights(folders["one"]) < 2 * positions + 1024
-    image = checkpoint.at(1, None)
+    image = checkpoint.with_clip(1, None)
     expected = Reference(image.model, image.contract)(clips[:1, :1])
     assert error(evaluate(folders["both"], traced(), clips[:1, :1], "image"), expected) < FP16.tolerance
     assert error(evaluate(folders["both"], traced(), clips[:1], "video"), reference[:1]) < FP16.tolerance
@@ -645,7 +645,7 @@ def test_each_function_knows_the_moments_of_its_own_inputs(
     options = pipeline.Options(settings={"functions": "video+image", "deployment": "iOS18"})
     pipeline.export_model("coreml-w8", tiny_checkpoint, tmp_path, options)
     graph = built[0].image() if frames else built[0]
-    part = checkpoint.at(frames, None)
+    part = checkpoint.with_clip(frames, None)
     first: Any = part.model.blocks[0]
     rendered = demo.scenes(part.contract, pipeline.MOMENT_CLIPS)
     read: list[npt.NDArray[np.float32]] = []

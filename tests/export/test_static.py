@@ -235,7 +235,7 @@ def test_refusals_say_what_would_do() -> None:
     with pytest.raises(SpecError, match=r"no lowering is called 'conv3d'; there are gather, slice, conv2d"):
         static.StaticTokenizer(model, contract, "conv3d")
     with pytest.raises(SpecError, match=r"the input is \(16, 64, 64\) but the model takes clips \(32, 64, 64\)"):
-        static.StaticTokenizer(model, contract.at(16))
+        static.StaticTokenizer(model, contract.with_clip(16))
     with pytest.raises(SpecError, match=r"no classifier is called 'c'; the model has a, b"):
         static.StaticTubeViT(model, contract, head="c")
     with pytest.raises(SpecError, match=r"batch is 0; expected >= 1"):

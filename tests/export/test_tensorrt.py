@@ -158,7 +158,7 @@ class TestAttention:
         share = named("tubevit-b", frames=20).macs() / spec.macs()
         assert 0.6 < share < 0.8
         assert f"sees 20 of 32 frames and does {share:.0%} of the multiplications" in refusal
-        assert exporter.attention_refusal(spec.at(20)) == ""
+        assert exporter.attention_refusal(spec.with_clip(20)) == ""
 
     def test_the_export_says_so_without_being_asked(self) -> None:
         note = exporter.attention_note(named("tubevit-ti"))
@@ -216,10 +216,10 @@ class TestLegacy:
         np.testing.assert_allclose(after, before, atol=1e-5)
 
     def test_the_bundle_carries_graph_clips_and_ranges(self, legacy_bundle: Bundle) -> None:
-        clips = np.load(legacy_bundle.path / bundles.CLIPS)
+        clips = np.load(legacy_bundle.path / bundles.CALIBRATION_CLIPS)
         assert clips.shape == (12, *legacy_bundle.contract.shape)  # all there are
         assert clips.dtype == np.uint8
-        assert {runtime.LEGACY, exporter.CACHE, bundles.CLIPS} <= set(legacy_bundle.files)
+        assert {runtime.LEGACY, exporter.CACHE, bundles.CALIBRATION_CLIPS} <= set(legacy_bundle.files)
         assert any(
             note.startswith("legacy: the proof is of the typed graph") for note in legacy_bundle.build["int8"]["notes"]
         )
@@ -369,7 +369,7 @@ def real_graphs(tmp_path_factory: pytest.TempPathFactory, rng_of_module: np.rand
         key = name, precision, frames, attention
         if key in made:
             return made[key]
-        checkpoint = checkpoints.load(name).at(frames, None)
+        checkpoint = checkpoints.load(name).with_clip(frames, None)
         model, table = traced(checkpoint).model, None
         if precision == "int8":
             clip = rng_of_module.integers(0, 256, (1, *checkpoint.contract.shape), np.uint8)

@@ -109,7 +109,7 @@ def test_a_system_without_plans_predicts_all_the_same(
 
 
 def test_the_function_that_takes_the_clips_is_chosen(vendor: Any, bundle: Bundle, rng: np.random.Generator) -> None:
-    image = replace(bundle, spec=bundle.spec.at(frames=1), contract=bundle.contract.at(1))
+    image = replace(bundle, spec=bundle.spec.with_clip(frames=1), contract=bundle.contract.with_clip(1))
     frames = rng.integers(0, 256, (1, *image.contract.shape), np.uint8)
     with coreml.Session(image) as backend:
         assert backend.function == "image"

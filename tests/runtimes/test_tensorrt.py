@@ -495,7 +495,7 @@ class TestLegacy:
     ) -> None:
         monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
         clips = rng.integers(0, 256, (5, 2, 4, 4, 3), np.uint8)
-        np.save(tmp_path / bundles.CLIPS, clips)
+        np.save(tmp_path / bundles.CALIBRATION_CLIPS, clips)
         (tmp_path / runtime.LEGACY).write_bytes(b"graph")
         gpu = HostStream(0)
 
@@ -516,7 +516,7 @@ class TestLegacy:
             assert make().read_calibration_cache() == b"TRT-8601-EntropyCalibration2"
             assert make("10.3.0").read_calibration_cache() is None
             clips[0, 0, 0, 0, 0] += 1
-            np.save(tmp_path / bundles.CLIPS, clips)
+            np.save(tmp_path / bundles.CALIBRATION_CLIPS, clips)
             assert make().read_calibration_cache() is None
 
     @pytest.mark.parametrize("precision", ["", "fp16"])

@@ -80,7 +80,7 @@ def test_any_shape(frames: int, size: tuple[int, int]) -> None:
 
 
 def test_another_size_shows_the_same_move() -> None:
-    large = next(itertools.islice(demo.evaluation(SMALL.at(size=(128, 128)), 2), 1, 2)).frames
+    large = next(itertools.islice(demo.evaluation(SMALL.with_clip(size=(128, 128)), 2), 1, 2)).frames
     small = demo.golden(SMALL).frames
     shrunk = large.reshape(16, 64, 2, 64, 2, 3).mean(axis=(2, 4))
     assert np.abs(shrunk - small).mean() < 8

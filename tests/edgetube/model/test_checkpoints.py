@@ -195,18 +195,18 @@ class TestWhereACheckpointIs:
 
 class TestOtherClipsAndClassifiers:
     def test_another_clip_takes_the_same_weights(self, clips: torch.Tensor, checkpoint: Checkpoint) -> None:
-        longer = checkpoint.at(frames=6, size=(32, 24))
+        longer = checkpoint.with_clip(frames=6, size=(32, 24))
         assert longer.spec.clip == (6, 32, 24)
         assert longer.contract == replace(CONTRACT, frames=6, height=32)
         for key, value in checkpoint.model.state_dict().items():
             torch.testing.assert_close(longer.model.state_dict()[key], value, atol=0, rtol=0)
-        assert checkpoint.at(frames=4) is checkpoint
-        image = checkpoint.at(frames=1)
+        assert checkpoint.with_clip(frames=4) is checkpoint
+        image = checkpoint.with_clip(frames=1)
         torch.testing.assert_close(image.model(clips[:, :, :1]), checkpoint.model(clips[:, :, :1]))
 
     def test_a_clip_that_does_not_fit_is_refused(self, checkpoint: Checkpoint) -> None:
         with pytest.raises(SpecError, match=r"tube 0 .* height is 8, minimum 16"):
-            checkpoint.at(size=(8, 24))
+            checkpoint.with_clip(size=(8, 24))
 
     def test_one_classifier_of_several(self, clips: torch.Tensor, checkpoint: Checkpoint) -> None:
         place = checkpoint.select("place")
@@ -401,7 +401,7 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=r"positions is \(5, 24\), expected \(11, 24\)"):
             checkpoints.load(rewrite(path, positions=torch.zeros(5, 24)))
         with pytest.raises(SpecError, match="stores its positions"):
-            checkpoints.load(checkpoints.save(replace(checkpoint, model=model), path)).at(frames=6)
+            checkpoints.load(checkpoints.save(replace(checkpoint, model=model), path)).with_clip(frames=6)
 
 
 @pytest.mark.skipif(not demo.WEIGHTS.is_file(), reason="the built-in model is not trained yet")

@@ -86,7 +86,7 @@ def test_channels_that_six_does_not_divide_are_untouched(width: int) -> None:
 
 def test_an_image_has_the_positions_of_the_first_frame() -> None:
     video = named("tubevit-ti", 32, (64, 64), classes=2)
-    image = video.at(frames=1)
+    image = video.with_clip(frames=1)
     np.testing.assert_array_equal(positions.table(image), positions.table(video)[-image.tokens :])
     assert set(positions.centres(PAPER_TUBES[3], image.grids[0])[:, 0]) == {0.0}
 

@@ -249,7 +249,7 @@ class TestImages:
         assert not torch.allclose(logits, model(clips), atol=1e-3)
 
     def test_the_image_form_with_the_same_weights_agrees(self) -> None:
-        model, image = model_of(SMALL), TubeViT(SMALL.at(frames=1)).eval()
+        model, image = model_of(SMALL), TubeViT(SMALL.with_clip(frames=1)).eval()
         image.load_state_dict(model.state_dict())
         x = clips_of(SMALL)[:, :, :1]
         torch.testing.assert_close(image(x), model(x))
