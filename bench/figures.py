@@ -1,7 +1,7 @@
-"""The drawings of the report: SVG that takes its colours and letters from the page around it.
+"""The figures of the report: SVG with the fonts and colours of the page around it.
 
-Every drawing exists twice, for a wide and for a narrow page, so that letters never shrink. Colours are those of the
-page's style sheet (`report.html.j2`), so one file serves light and dark.
+Each figure is drawn for a wide and for a narrow page, so that its text does not shrink. Colours are variables of the
+page's style sheet (`report.html.j2`), for light and dark mode.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SIGNS = {"fp32": "●", "fp16": "■", "int8": "▲", "w8": "◆", "w4": "⬟"}
 DASHES = {"fp32": "-", "fp16": (0, (5, 1.5)), "int8": (0, (2, 1)), "w8": (0, (1, 1)), "w4": (0, (4, 1, 1, 1))}
 
 WIDE, NARROW = 10.2, 3.7
-"""Inches of a drawing; the page shows about 100 pixels an inch."""
+"""Width of a figure in inches; the page shows about 100 pixels per inch."""
 
 ABOVE = 0.42
 """Inches above the axes of quality over latency, for the names of points that are near 100 %."""
@@ -48,7 +48,7 @@ Draw = Callable[["Figure", bool], None]
 
 @dataclass(frozen=True)
 class Style:
-    """How one bundle looks in every drawing: a colour for its runtime, a marker and a dash for its precision."""
+    """The style of one bundle in all figures: a colour for its runtime, a marker and a dash for its precision."""
 
     colour: str
     marker: str
@@ -74,7 +74,7 @@ def family(row: Row) -> str:
 
 
 def pareto(rows: Sequence[Row], quality: str, title: str) -> str:
-    """Quality over latency; a line joins the bundles that no other one beats in both."""
+    """Quality over latency; a line joins the Pareto-optimal bundles."""
     look = styles(rows)
     points = [row for row in rows if row["p50_ms"] is not None and row[quality] is not None]
 
@@ -105,7 +105,7 @@ def pareto(rows: Sequence[Row], quality: str, title: str) -> str:
 
 
 def front(rows: Sequence[Row], quality: str) -> list[tuple[float, float]]:
-    """(milliseconds, per cent) of what no other row beats in both, fastest first."""
+    """(milliseconds, per cent) of the Pareto-optimal rows, fastest first."""
     known = [row for row in rows if row["p50_ms"] is not None and row[quality] is not None]
     return sorted({(row["p50_ms"], 100 * row[quality]) for row in known if _unbeaten(row, known, quality)})
 
@@ -119,7 +119,7 @@ def _unbeaten(row: Row, rows: Sequence[Row], quality: str) -> bool:
 
 
 def sizes(rows: Sequence[Row]) -> str:
-    """Megabytes of every artifact."""
+    """The size of every artifact, MB."""
     look = styles(rows)
     known = [row for row in rows if row["target"] and row["size_mb"] is not None]
 
@@ -143,7 +143,7 @@ def sizes(rows: Sequence[Row]) -> str:
 
 
 def heat(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
-    """Share of equal answers for every pair; the more they differ, the stronger the colour."""
+    """Agreement of every pair; the less they agree, the stronger the colour."""
     count = len(names)
     reach = max(1 - min(map(min, matrix)), 0.02)
     left = 0.078 * max(map(len, names)) + 0.1
@@ -224,7 +224,7 @@ def _group(layer: str) -> str:
 
 
 def both(draw: Draw, high: float, high_narrow: float, label: str, width: float = WIDE) -> str:
-    """The drawing for wide pages and the one for narrow pages; the style sheet shows one of them."""
+    """The figure for wide and for narrow pages; the style sheet shows one of them."""
     wide, narrow = _svg(draw, width, high, True, label), _svg(draw, NARROW, high_narrow, False, label)
     return f'<div class="wide" style="max-width: {100 * width:.0f}px">{wide}</div><div class="narrow">{narrow}</div>'
 
@@ -248,7 +248,7 @@ def _svg(draw: Draw, width: float, height: float, wide: bool, label: str) -> str
 
 
 def _inline(text: str, label: str) -> str:
-    """What matplotlib wrote, as a part of an HTML page in its colours and letters."""
+    """Convert matplotlib's SVG to a part of an HTML page with the page's fonts and colours."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px; font-family: var(--font)", text)
@@ -287,7 +287,7 @@ def _log_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names above points, moved up or down until none covers another or a point; a moved one is joined.
+    """Label points; labels move up or down until none overlaps another or a point; a line joins a moved one.
 
     There is room for them `ABOVE` the axes.
     """

@@ -1,8 +1,7 @@
-"""Where did it go wrong? The error of every layer of an artifact, against the same layer of its reference.
+"""The error of every layer of an artifact against the same layer of its reference.
 
-Layers are found by their names: a tensor of the canonical graph is called after the module that gives it out
-(`blocks.3.attn.qkv`), and artifacts keep these names. A few tensors are looked at a time; sums of squares are all that
-is kept of them.
+Layers are matched by name: a tensor of the canonical graph has the name of the module that outputs it
+(`blocks.3.attn.qkv`), and artifacts keep these names. A few tensors are read at a time; only sums of squares are kept.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ from edgetube.video import Frames
 
 Array = npt.NDArray[np.float32]
 View = Callable[[str, Array], Array]
-"""(layer, tensor) -> the part of it, or the form, in which two models can be compared."""
+"""(layer, tensor) -> the part or form of the tensor that can be compared between two models."""
 
 TOKENS = "tubes"
-"""What the canonical graph calls the embedded tokens."""
+"""The name of the embedded tokens in the canonical graph."""
 
 TOGETHER = 6
-"""Tensors that are looked at in one pass."""
+"""Tensors that are read in one pass."""
 
 VISIBLE, JUMP = 45.0, 8.0
 """An error jumps at a layer whose SQNR is below `VISIBLE` dB and `JUMP` dB below that of every layer before it.
 
-Half precision stays above 60 dB and int8 steps of a weight leave about 40 dB, so layers that are merely rounded are
-not named; see `docs/parity.md` for what sound and broken artifacts were measured at."""
+Half precision stays above 60 dB and int8 weights reach about 40 dB, so layers with rounding errors only are not named;
+`docs/parity.md` has measurements of correct and broken artifacts."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,9 @@ class Curve:
 
     Attributes:
         name: of the bundle.
-        clips: how many were looked at.
-        curve: empty when the backend shows no layers.
-        note: why, then.
+        clips: how many were used.
+        curve: empty if the backend cannot return layers.
+        note: the reason for an empty curve.
     """
 
     name: str
@@ -105,7 +104,7 @@ def names(spec: ModelSpec) -> tuple[str, ...]:
 
 
 def landmarks(spec: ModelSpec) -> tuple[str, ...]:
-    """The layers that every form of an artifact has, whatever was folded or fused: tokens, blocks, logits."""
+    """The layers that remain after any folding and fusion: tokens, blocks, logits."""
     return (TOKENS, *(f"blocks.{i}" for i in range(spec.depth)), "logits")
 
 
@@ -116,7 +115,7 @@ EXPECTED: Mapping[Precision, tuple[float, float]] = {
     "int8": (38.0, 38.0),
     "w4": (45.0, 33.0),
 }
-"""SQNR of the tokens, and of the blocks, from which the landmarks of a precision are as good as they need to be, dB."""
+"""Sufficient SQNR of the tokens, and of the blocks, by precision, dB; only drops below it count."""
 
 
 def drops(curve: Sequence[Layer], expected: Sequence[float] = (VISIBLE, VISIBLE)) -> list[tuple[str, float]]:
@@ -130,12 +129,12 @@ def drops(curve: Sequence[Layer], expected: Sequence[float] = (VISIBLE, VISIBLE)
 
 
 def first_jump(curve: Sequence[Layer]) -> str | None:
-    """The first layer whose error is out of proportion to all that comes before it; None if there is none."""
+    """The first layer whose SQNR drops by more than `JUMP`; None if there is none."""
     return next((layer for layer, drop in drops(curve) if drop > JUMP), None)
 
 
 def largest_drop(curve: Curve, precision: Precision) -> tuple[str, float] | None:
-    """The largest of `drops` for what a precision is expected to reach; None without layers."""
+    """The largest of `drops` below the `EXPECTED` SQNR of a precision; None without layers."""
     return max(drops(curve.curve, EXPECTED[precision]), key=lambda found: found[1], default=None)
 
 
@@ -150,11 +149,11 @@ def curves(
     """The layers of bundles against those of their reference, on all clips of `source`: a few are enough.
 
     Args:
-        reference: a bundle whose layers are the true ones; None takes the PyTorch model.
+        reference: a bundle to compare with; None takes the PyTorch model.
 
     Raises:
         InputError: no clips, or bundles that do not belong together.
-        BackendError: the reference bundle's backend shows no layers, or a runtime refuses.
+        BackendError: the reference bundle's backend cannot return layers, or a runtime fails.
     """
     models = model_set.of_bundles(compared, reference, threads)
     clips = [clip.frames for clip in source.clips(models.contract)]
@@ -174,7 +173,7 @@ def of_opened(
         wanted: of `names`.
 
     Raises:
-        BackendError: the reference bundle's backend shows no layers, or a runtime refuses.
+        BackendError: the reference bundle's backend cannot return layers, or a runtime fails.
     """
     first, *rest = opened.model_set.models
     truth, reference = opened.backend(0), first.bundle if isinstance(first, Artifact) else None
@@ -203,7 +202,7 @@ def curve(
     """The layers of one opened artifact.
 
     Args:
-        truth: the reference, which shows the layers `wanted`.
+        truth: the reference, which can return the layers `wanted`.
         stated: turns the reference's tensors into those of an artifact, see `as_exported`.
         reference: the bundle that `truth` runs, if it runs one.
     """
@@ -247,7 +246,7 @@ def _is_equalised(*some: Bundle | None) -> bool:
 
 
 def _comparable(shown: Sequence[str], *some: Bundle | None) -> list[str]:
-    """Layers that hold the same numbers on both sides: equalisation scales what LayerNorm and the values give out."""
+    """Layers with the same values on both sides: equalisation scales the outputs of LayerNorm and the values."""
     scaled = {"norm1", "norm2", "context"} if _is_equalised(*some) else set()
     return [name for name in shown if name.rpartition(".")[2] not in scaled]
 
@@ -257,12 +256,12 @@ def _plain(layer: str, value: Array) -> Array:
 
 
 def _without_values(layer: str, value: Array) -> Array:
-    """Queries and keys of qkv (B, N, 3 D), which equalisation leaves alone; other layers as they are."""
+    """Queries and keys of qkv (B, N, 3 D), which equalisation does not change; other layers unchanged."""
     return value[..., : 2 * value.shape[-1] // 3] if layer.endswith(".qkv") else value
 
 
 def as_exported(model: TubeViT, spec: ModelSpec) -> View:
-    """What exported graphs have folded into a module of the trained model: positions, and the queries' scale."""
+    """Apply to the trained model's tensors what exported graphs fold into them: positions, and the queries' scale."""
     table = model.positions.detach().numpy()
     scale = np.ones(3 * spec.width, np.float32)
     scale[: spec.width] = (spec.width / spec.heads) ** -0.5

@@ -1,9 +1,8 @@
-"""What answers alone do not show: whether an artifact sees the order of the frames, and where its error begins.
+"""Two checks that logits alone do not cover: sensitivity to the order of frames, and the error of each layer.
 
-A model may be robust enough to give the same class, and nearly the same logits, on wrong pixels. So two more things are
-looked at on a few clips. The frames of a clip are reversed and shuffled: the artifact's logits have to move as the
-reference's do. And the tokens and the output of every block are compared: the error may grow from layer to layer, but
-not jump.
+A robust model may give the same class, and nearly the same logits, on wrong pixels. So two more checks run on a few
+clips. The frames of a clip are reversed and shuffled: the artifact's logits must change as the reference's do. The
+tokens and the output of every block are compared: the error may grow from layer to layer, but not jump.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from edgetube.runtimes.base import Logits
 from edgetube.video import Frames
 
 ORDER_CLIPS, LAYER_CLIPS = 6, 2
-"""Clips whose order is changed, and clips that layers are looked at on."""
+"""Clips of the order check, and of the layer check."""
 
 MOVES = 1e-3
-"""A reference that moves by less than this share of its logits' energy does not care for order."""
+"""The reference is insensitive to order if its logits change by less than this share of their energy."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found of one artifact.
+    """The results of one artifact.
 
     Attributes:
         order_agreement: `edgetube.metrics.moves_alike` of the reversed and shuffled clips; None for single images and
-            for a reference that does not care for order.
-        jump: (layer, dB) of the largest `edgetube.bench.layers.drops`; None where the runtime shows no layers.
+            for a reference that is insensitive to order.
+        jump: (layer, dB) of the largest `edgetube.bench.layers.drops`; None where the runtime cannot return layers.
     """
 
     order_agreement: float | None = None
@@ -42,7 +41,7 @@ class Probe:
 
 
 def reordered(frames: Frames) -> list[Frames]:
-    """A clip (T, H, W, 3) backwards, and with its frames shuffled, always in the same way; nothing for an image."""
+    """A clip (T, H, W, 3) reversed, and shuffled by a fixed permutation; empty for an image."""
     if len(frames) < 2:
         return []
     shuffled = np.random.default_rng(0).permutation(len(frames))
@@ -50,7 +49,7 @@ def reordered(frames: Frames) -> list[Frames]:
 
 
 def order_agreement(reference: Sequence[Logits], answers: Sequence[Logits]) -> float | None:
-    """From logits (classes,) of a clip and of its `reordered` forms, three after three."""
+    """`moves_alike` of logits (classes,), given for each clip and its two `reordered` forms in turn."""
     first, second = (np.stack(each).reshape(len(each) // 3, 3, -1).astype(np.float64) for each in (reference, answers))
     moved = first[:, 1:] - first[:, :1]
     if not (moved**2).sum() > MOVES * (first**2).sum():
@@ -83,7 +82,7 @@ def probe(opened: OpenedModels, clips: Sequence[Frames], progress: Progress = si
 
 
 def _curves(opened: OpenedModels, clips: Sequence[Frames], progress: Progress) -> tuple[layers.Curve, ...]:
-    """The landmarks of each bundle; empty curves where the reference shows no layers."""
+    """The landmarks of each bundle; empty curves where the reference cannot return layers."""
     wanted = layers.landmarks(opened.model_set.models[0].bundle.spec)
     if not opened.backend(0).layers(wanted):
         return tuple(layers.Curve(model.name, 0, ()) for model in opened.model_set.models[1:])

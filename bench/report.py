@@ -1,7 +1,7 @@
-"""One HTML page about all bundles of a folder: are they right, are they fast, what do they cost. No network needed.
+"""One self-contained HTML page about all bundles of a folder: accuracy, latency and cost.
 
-The page is drawn from two documents, those of `edgetube parity --json` and `edgetube bench --json`. They are kept
-beside the bundles and used again as long as nothing that they depend on has changed.
+The page is made from the documents of `edgetube parity --json` and `edgetube bench --json`. They are cached beside the
+bundles until anything that they depend on changes.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 SCHEMA = 1
 TEMPLATE = "report.html.j2"
 KEPT = "report"
-"""The folder beside the bundles where the documents are kept."""
+"""The folder of the cached documents, beside the bundles."""
 
 WORST_CLIPS, FRAMES = 6, 8
 """Worst clips to show, and frames of each."""
 
 VISIBLE = 0.01
-"""Difference of a probability from which on the page, which shows whole per cents, has something to show."""
+"""Smallest difference of probabilities that is visible on the page, which shows whole per cents."""
 
 LAYER_CLIPS = 4
 
@@ -70,9 +70,9 @@ def find(folder: Path) -> list[Bundle]:
 
 
 def kept(folder: Path, name: str, found: Sequence[Bundle], how: Mapping[str, Any], make: Callable[[], Document]) -> Any:
-    """The document `name` about these bundles: the one that was kept if it is still true, else a new one.
+    """The document `name` of these bundles: the cached one if it is valid, else a new one.
 
-    It is true while the bundles' files, the options `how`, the machine and the installed packages are the same.
+    It is valid while the bundles' files, the options `how`, the machine and the installed packages are the same.
     """
     path = folder / KEPT / f"{name}.json"
     files = [(b.name, sorted((name, record.sha256) for name, record in b.files.items())) for b in found]
@@ -90,13 +90,13 @@ def kept(folder: Path, name: str, found: Sequence[Bundle], how: Mapping[str, Any
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page says.
+    """The contents of the page.
 
     Attributes:
         parity, bench: the documents, with one entry for each bundle.
         rows: one for each bundle and for the PyTorch model if it was timed; see `docs/report.md`.
         strips: frames (n, H, W, 3) uint8 of the worst clips by their names.
-        commands: what made the report, line by line.
+        commands: the command lines that made the report.
     """
 
     parity: Document
@@ -119,11 +119,11 @@ def make(
     command: str,
     progress: Progress = silent,
 ) -> Report:
-    """Measure bundles, or take what was kept of them, and join it.
+    """Measure bundles, or take cached measurements, and join them.
 
     Args:
-        folder: where the documents are kept.
-        command: what the page says that it was made by.
+        folder: of the bundles and the cached documents.
+        command: the command line, shown on the page.
 
     Raises:
         InputError: no clips, or clips that do not fit the bundles.
@@ -162,8 +162,8 @@ def assemble(
     """Join the two documents.
 
     Args:
-        strip: gives so many frames of the clip of that name.
-        commands: what made the report.
+        strip: (name, count) -> frames of a clip.
+        commands: the command lines that made the report.
     """
     times = {row["name"]: row for row in bench["bundles"]}
     names = [row["name"] for row in (*bench["bundles"], *parity["bundles"]) if row["target"]]
@@ -182,7 +182,7 @@ def assemble(
 
 
 def _common(names: Sequence[str]) -> str:
-    """The checkpoint's name with its dot, which all bundles' names begin with; nothing where they do not."""
+    """The checkpoint's name and a dot, if all bundles' names begin with it; else empty."""
     start = names[0].rpartition(".")[0] + "." if names else ""
     return start if all(name.startswith(start) for name in names) else ""
 
@@ -201,7 +201,7 @@ def _row(proof: Document, timed: Document, gates: Sequence[Document], common: st
 
 
 def _ratio(eager: Document | None, row: Document) -> float | None:
-    """How many times as fast as the PyTorch model a row is; None where noise is larger than the ratio can bear."""
+    """Speed-up of a row over the PyTorch model; None where the noise is too large for a ratio."""
     if eager is None or not row["p50_ms"] or max(eager["noise"], row["noise"]) > latency.NOISY:
         return None
     ratio = float(eager["p50_ms"] / row["p50_ms"])
@@ -217,7 +217,7 @@ def _worst(parity: Document) -> list[Document]:
 
 
 def _differs(clip: Document) -> bool:
-    """Whether a reader sees a difference: another class, or another percentage of the same one."""
+    """Whether the page shows a difference: another class, or another percentage of the same class."""
     apart = abs(clip["bundle"]["score"] - clip["reference"]["score"])
     return bool(clip["flipped"]) or apart >= VISIBLE
 
@@ -242,12 +242,12 @@ def headline(report: Report) -> str:
 
 
 def _lowest(row: Document) -> float:
-    """Milliseconds of a call that the noise allows."""
+    """The lower bound of a row's median latency, ms."""
     return float(row["p50_ms"] * (1 - row["noise"]))
 
 
 def html(report: Report) -> str:
-    """The page: one file, without a script and without anything to load."""
+    """The page: one file without scripts or external resources."""
     jinja2 = need("jinja2", "report")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -296,12 +296,12 @@ def html(report: Report) -> str:
 
 
 def _is_reference(row: Document, parity: Document) -> bool:
-    """Whether a row is of what the bundles were held against."""
+    """Whether a row is that of the reference."""
     return row["target"] is None and row["backend"] == parity["reference"]["runtime"] and bool(parity["bundles"])
 
 
 def jpeg(frames: Frames, height: int = 120) -> str:
-    """Frames side by side as a `data:` address of one JPEG."""
+    """Frames side by side as a `data:` URL of one JPEG."""
     images = need("PIL.Image", "report")
     width = round(frames.shape[2] * height / frames.shape[1])
     sheet = images.new("RGB", (width * len(frames), height))
@@ -330,12 +330,12 @@ def markdown(report: Report) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share as per cent; a dash where there is none."""
+    """A share as per cent; a dash for None."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
 def number(value: float | None) -> str:
-    """Three digits, no exponent for what people measure; a dash where there is none."""
+    """Three significant digits, without an exponent in the usual range; a dash for None."""
     if value is None:
         return "–"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -345,7 +345,7 @@ def save(text: str, path: Path) -> Path:
     """Write the page.
 
     Raises:
-        InputError: the disk refuses.
+        InputError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Parity over a long video: a window slides over it, and what counts is when the answer changes.
+"""Parity over a long video with a sliding window: when do the predicted classes change?
 
-Beside the clip-by-clip numbers: how often each model changes its mind, how late it notices what the reference notices,
-and whether the stream itself is sound, for dropped or repeated frames explain many a flip.
+In addition to the metrics of each window: how often each model's class changes, how late it follows the reference, and
+the health of the stream, because dropped or repeated frames explain some of the changes.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 GAP = 1.5
-"""An interval between two frames that is so many usual ones long has lost a frame."""
+"""A frame is missing where an interval is longer than this multiple of the median interval."""
 
 STILL, MOVING, AROUND = 0.1, 0.5, 12
-"""A frame is a repeated one when it changes by less than `STILL` of what is usual among the `AROUND` frames on either
-side, and those do move: by `MOVING` grey levels in the mean."""
+"""A frame is a duplicate if it changes by at most `STILL` of the median change of the `AROUND` frames on either side,
+which is at least `MOVING` grey levels."""
 
 STEP = 8
-"""Every so many pixels of a frame are looked at to see whether it changed."""
+"""Stride of the pixels that are compared to see whether a frame changed."""
 
 ENDS = 4
-"""The rate of the first and of the last such part of the video are compared to see a drift."""
+"""The drift compares the rates of the first and the last of this many parts of the video."""
 
 
 # --------------------------------------------------------------------------------------------------------------- stream
@@ -55,7 +55,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Health:
-    """What a stream of frames went through.
+    """Defects of a stream of frames.
 
     Attributes:
         frames, seconds: how many came, and from the first timestamp to the last.
@@ -76,7 +76,7 @@ class Health:
 
 
 class Watch:
-    """Lets frames through and keeps two numbers of each: when it came and how much it changed."""
+    """Passes frames on and records the time and the change of each."""
 
     def __init__(self, frames: Iterable[TimedFrame]) -> None:
         self.frames = frames
@@ -94,12 +94,12 @@ class Watch:
             yield seconds, frame
 
     def health(self) -> Health:
-        """What is known when all frames have passed."""
+        """The health of the stream, after all frames have passed."""
         return health(np.array(self.times), np.array(self.changes))
 
 
 def health(times: Floats, changes: Floats) -> Health:
-    """The state of a stream.
+    """The health of a stream.
 
     Args:
         times: (N,) seconds of each frame.
@@ -126,7 +126,7 @@ def health(times: Floats, changes: Floats) -> Health:
 
 
 def _repeated(changes: Floats) -> int:
-    """Frames that stand still where their neighbours move."""
+    """Number of frames that do not change while their neighbours do."""
     around = np.pad(changes, AROUND, mode="reflect" if len(changes) > AROUND else "edge")
     usual = np.median(np.lib.stride_tricks.sliding_window_view(around, 2 * AROUND + 1), axis=1)
     return int(((usual >= MOVING) & (changes <= STILL * usual)).sum())
@@ -137,7 +137,7 @@ def _repeated(changes: Floats) -> int:
 
 @dataclass(frozen=True)
 class Steadiness:
-    """How one model's answer moves over the windows of a video, against the reference's.
+    """How one model's class changes over the windows of a video, compared with the reference's.
 
     Attributes:
         name: of the bundle.
@@ -145,8 +145,8 @@ class Steadiness:
         flip_rate: share of steps from one window to the next at which the class changes.
         onsets: how often it changes.
         missed: changes of the reference to a class that this model does not give while the reference does.
-        onset_delay_mean_s, onset_delay_max_s: seconds by which it follows the reference's changes, those that it does
-            not miss; negative where it leads. None without a change.
+        onset_delay_mean_s, onset_delay_max_s: delay in seconds of its changes behind the reference's, without missed
+            ones; negative where it leads. None without a change.
     """
 
     name: str
@@ -195,10 +195,10 @@ class Watched:
     """Bundles and their reference over the windows of one video.
 
     Attributes:
-        comparison: window by window, as for any clips.
+        comparison: of the windows as clips.
         windows: the windows, to be read again.
         hop: frames, at the contract's rate, between two of them.
-        stream: what the video went through.
+        stream: health of the video.
         reference_flip_rate, reference_onsets: of the reference.
         bundles: one a bundle, in the order given.
     """
@@ -233,7 +233,7 @@ def watch(
     worst: int = parity.WORST,
     progress: Progress = silent,
 ) -> Watched:
-    """Slide a window over a video file and ask the reference and every bundle about each.
+    """Run the reference and every bundle on a window that slides over a video file.
 
     Frames are resampled to the contract's rate as `Runtime.stream` does it. A few windows are in memory at a time.
 

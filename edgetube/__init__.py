@@ -1,4 +1,4 @@
-"""edgetube: a trained sparse-tube video transformer on the camera, with the measured proof that it answers the same.
+"""edgetube: export a trained sparse-tube video transformer to a device, with measured proof that it answers the same.
 
 >>> import edgetube
 >>> bundle = edgetube.export_model("onnx-fp32")          # checkpoint -> bundle, proven   (needs edgetube[export])

@@ -76,8 +76,8 @@ def _covers(prediction: Prediction, seconds: float) -> bool:
 def annotate(frame: Frame, prediction: Prediction | None) -> Frame:
     """A copy of a frame with a prediction along its lower edge; without a prediction, just a copy.
 
-    The letters grow with the frame and are never smaller than can be read: text that does not fit is made smaller,
-    then cut short with an ellipsis, and where there is no room for the second column it is left out.
+    The font size follows the frame and stays legible: text that does not fit is shrunk, then cut with an ellipsis, and
+    the second column is left out where there is no room for it.
 
     Args:
         frame: (H, W, 3) uint8 RGB.

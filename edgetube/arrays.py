@@ -23,7 +23,7 @@ from edgetube.errors import FormatError
 from edgetube.strict import shown
 
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-"""Of NumPy's file format by version; the third is for names of fields that are not ASCII."""
+"""Readers of the header of NumPy's file format, by version; version 3 is for field names outside ASCII."""
 
 
 class RowArray(Protocol):
@@ -114,11 +114,11 @@ class NpyArray:
 def open_arrays(file: Path) -> dict[str, RowArray]:
     """The arrays of a `.npz` file by name, or that of a `.npy` file under "".
 
-    Those that are compressed, or not in C order, are read at once.
+    Arrays that are compressed or not in C order are read into memory.
 
     Raises:
         OSError: the file cannot be read.
-        FormatError: it is damaged or truncated, or holds something else than numbers and texts.
+        FormatError: the file is damaged or truncated, or holds other types than numbers and strings.
     """
     with _readable(file), file.open("rb") as opened:
         if file.suffix.lower() == ".npy":
@@ -140,13 +140,13 @@ def open_arrays(file: Path) -> dict[str, RowArray]:
 
 
 def read_arrays(file: Path, wanted: Mapping[str, tuple[tuple[int, ...], npt.DTypeLike]]) -> dict[str, np.ndarray]:
-    """The arrays of a `.npz` file that has those of `wanted`, of their shapes and types, and no others.
+    """Read the arrays of a `.npz` file, which must be those of `wanted`, by name, shape and type.
 
-    No more is decompressed than they take.
+    At most the size of these arrays is decompressed.
 
     Raises:
         OSError: the file cannot be read.
-        FormatError: it is damaged, or holds something else.
+        FormatError: the file is damaged, or holds other arrays.
     """
     with _readable(file), zipfile.ZipFile(file) as archive:
         members = _members(archive)
@@ -174,7 +174,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 def _member(
     archive: zipfile.ZipFile, member: zipfile.ZipInfo, wanted: tuple[tuple[int, ...], npt.DTypeLike] | None = None
 ) -> np.ndarray:
-    """The array of one member, which has to be of the wanted shape and type if they are given."""
+    """Read the array of one member; check its shape and type if `wanted` is given."""
     with archive.open(member) as opened:
         header = _header(opened)
         if wanted is not None and (header.shape, header.dtype) != (wanted[0], np.dtype(wanted[1])):
@@ -192,7 +192,7 @@ def _member(
 
 @dataclass(frozen=True)
 class _Header:
-    """What the header of an array in NumPy's format says."""
+    """The header of an array in NumPy's format."""
 
     shape: tuple[int, ...]
     fortran: bool
@@ -203,14 +203,14 @@ class _Header:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def check(self, there: int) -> None:
-        """That exactly its bytes are there."""
+        """Check that `there` bytes are exactly the size of the array."""
         if there != self.bytes:
             what = f"{self.bytes - there} bytes too short" if there < self.bytes else "longer than its header says"
             raise FormatError(f"it is {what}")
 
 
 def _header(opened: IO[bytes]) -> _Header:
-    """The header at the place where `opened` is; numbers and texts only."""
+    """Read the header at the current position; numbers and strings only."""
     version = np.lib.format.read_magic(opened)
     if version not in HEADERS:
         raise FormatError(f"it is of version {version} of NumPy's format")
@@ -221,7 +221,7 @@ def _header(opened: IO[bytes]) -> _Header:
 
 
 def _array(file: Path, opened: BinaryIO, end: int) -> RowArray:
-    """The array at the place where `opened` is, whose bytes go to `end`."""
+    """The array at the current position of `opened`, whose bytes end at `end`."""
     header = _header(opened)
     header.check(end - opened.tell())
     if header.shape and not header.fortran:
@@ -232,7 +232,7 @@ def _array(file: Path, opened: BinaryIO, end: int) -> RowArray:
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
-    """What NumPy and zipfile raise of a damaged file, as one error."""
+    """Turn what NumPy and zipfile raise on a damaged file into `FormatError`."""
     try:
         yield
     except FormatError as error:
@@ -250,4 +250,4 @@ DAMAGES = (
     EOFError, IndexError, KeyError, NotImplementedError, OverflowError, RecursionError, RuntimeError,
     SyntaxError, TypeError, ValueError,
 )  # fmt: skip
-"""A header is a Python literal, and a damaged one fails in any way that a literal can."""
+"""What NumPy and zipfile raise on damaged files; a header is a Python literal and fails in many ways."""

@@ -1,4 +1,4 @@
-"""A bundle: one folder with an artifact, all that is needed to run it, and the proof that it answers right.
+"""A bundle: a folder with an artifact, all that is needed to run it, and the measured proof of its accuracy.
 
 ::
 
@@ -8,7 +8,7 @@
         calibration.json  the table of an INT8 artifact: ranges, scales, what stayed float and why
         golden.npz        clips (frames, K x T x H x W x 3 uint8) and the reference's answers (logits, K x classes)
 
-A bundle appears under its name only when it is complete: it is written to a folder beside, then renamed.
+A bundle is written to a temporary folder beside its destination and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What the manifest says. See the module's text for the folder, `docs/bundle.md` for the format.
+    """A parsed manifest. The module docstring describes the folder, `docs/bundle.md` the format.
 
     Attributes:
         path: the folder.
         name: `<checkpoint>.<target>`.
-        target, precision, backend: what it is made for, what it computes in, and which runtime opens it.
+        target, precision, backend: what the artifact is built for, what it computes in, which backend opens it.
         spec, contract, labels: the model, its input, and the class names in the order of the logits.
         batch: clips per call of the artifact; static.
         artifact: file or folder name of the raw artifact.
-        status: how far the artifact was proven where it was made.
+        status: how the artifact was verified at export.
         checkpoint: {"name", "source", "sha256"} of the weights.
-        build: what the exporter chose and measured.
-        parity: what the proof measured against the reference.
-        versions: of the tools that made it.
+        build: choices and measurements of the exporter.
+        parity: measurements of the proof against the reference.
+        versions: of the tools at export.
         files: relative POSIX path -> size and hash.
     """
 
@@ -99,11 +99,11 @@ class Bundle:
 
     @property
     def artifact_files(self) -> tuple[str, ...]:
-        """Those of `files` that are the artifact, or lie in its folder."""
+        """The entries of `files` that belong to the artifact."""
         return tuple(name for name in self.files if name == self.artifact or name.startswith(f"{self.artifact}/"))
 
     def file(self, name: str) -> Path:
-        """The path of a file that the manifest lists, so that it is hashed; while a bundle is made nothing is listed.
+        """The path of a file that the manifest lists, and that `verify` therefore hashes; any file during an export.
 
         Raises:
             BundleError: the manifest does not list it.
@@ -117,7 +117,7 @@ class Bundle:
     def golden(self) -> tuple[Frames, npt.NDArray[np.float32]]:
         """The golden clips (K, T, H, W, 3) uint8 and the reference's logits for them (K, classes) float32.
 
-        Bundles of older versions have one clip, and nothing that says for which manifest it was made.
+        Bundles of older versions have one clip and no digest of the manifest that it belongs to.
 
         Raises:
             BundleError: the file is missing, does not fit the manifest, or was made for another input, other labels or
@@ -162,10 +162,10 @@ class Bundle:
         return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).digest()
 
     def verify(self) -> None:
-        """Hash every file.
+        """Hash every file and compare with the manifest.
 
         Raises:
-            BundleError: a file is missing, or is not the one that was proven.
+            BundleError: a file is missing, or was changed since the export.
         """
         for found in self.path.glob(f"{self.artifact}*"):  # the artifact, what lies beside it, what lies in it
             for part in found.rglob("*") if found.is_dir() else [found]:
@@ -240,20 +240,20 @@ FIELDS = (
     "name", "target", "precision", "backend", "status", "artifact", "batch", "labels", "input", "model", "checkpoint",
     "build", "parity", "versions", "files",
 )  # fmt: skip
-"""Of the manifest, beside its schema; all of them are needed."""
+"""Required fields of the manifest, besides its schema."""
 
 NAME = r"\w[\w.-]*"
-"""What a bundle, a target and a backend may be called: their names become names of files."""
+"""Valid names of bundles, targets and backends: they become file names."""
 
 MOST_BATCH = 1 << 12
 MOST_FILES, MOST_GOLDEN = 1 << 16, 64
 
 
 def _parse(path: Path, data: dict[str, Any]) -> Bundle:
-    """The manifest, every field in its type and within its bounds.
+    """Parse a manifest; every field has its type and is within its bounds.
 
     Raises:
-        FormatError, SpecError: it is not one, or contradicts itself.
+        FormatError, SpecError: it does not follow the format, or contradicts itself.
     """
     strict.record(data, "the manifest", ("schema", *FIELDS), ())
     bundle = Bundle(
@@ -277,10 +277,10 @@ def _parse(path: Path, data: dict[str, Any]) -> Bundle:
 
 
 def parse_labels(value: Any, where: str) -> tuple[str, ...]:
-    """Class names: at least one, none twice.
+    """Parse class names: at least one, no duplicates.
 
     Raises:
-        FormatError: something else.
+        FormatError: the value is not such a list.
     """
     labels = tuple(strict.text(label, where, most=1000) for label in strict.items(value, where, 1, MOST_CLASSES))
     if len(set(labels)) < len(labels):
@@ -296,7 +296,7 @@ def _parse_checkpoint(value: Any) -> dict[str, str]:
 
 
 def _parse_build(value: Any) -> dict[str, Any]:
-    """The free record of the exporter; what edgetube itself shows of it has its type."""
+    """Parse the exporter's record: free-form, but fields that edgetube reads are type-checked."""
     build = strict.record(value, "build")
     for key in ("lowering", "graph", "int8", "integers", "layers", "settings", "engine"):
         if key in build:
@@ -317,7 +317,7 @@ def _parse_build(value: Any) -> dict[str, Any]:
 
 
 def _parse_parity(value: Any, where: str) -> dict[str, Any]:
-    """What the proof measured: numbers, texts, null, and records of such, by name."""
+    """Parse the measurements of the proof: numbers, strings, null, and objects of these, by name."""
     for key, entry in strict.record(value, where).items():
         strict.text(key, f"a name in {where}", NAME)
         if isinstance(entry, dict):
@@ -330,7 +330,7 @@ def _parse_parity(value: Any, where: str) -> dict[str, Any]:
 
 
 def _parse_proof(value: Any) -> dict[str, Any]:
-    """The whole of `parity`."""
+    """Parse `parity`."""
     proof = _parse_parity(value, "parity")
     if "golden" in proof:
         golden = strict.record(proof["golden"], "parity.golden", ("clips", "min_sqnr"))
@@ -362,10 +362,10 @@ def _parse_files(value: Any) -> dict[str, FileRecord]:
 
 
 def _check_consistency(bundle: Bundle) -> None:
-    """That what the manifest says in two places is the same.
+    """Check that fields of the manifest agree with one another.
 
     Raises:
-        FormatError: it is not.
+        FormatError: they do not.
     """
     name, classes = bundle.spec.classifiers[0]
     if len(bundle.labels) != classes:
@@ -409,11 +409,11 @@ def save_golden(bundle: Bundle, frames: Frames, logits: npt.NDArray[np.float32])
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write a bundle in; it becomes `out` when the block ends well, else it is removed.
+    """A temporary folder to write a bundle in; renamed to `out` on success, deleted on error.
 
-    An older bundle at `out` is replaced only then, in one step where the system can; a folder that is no bundle is
-    never touched. What exports that were killed left beside `out` is cleaned up first. Needs the package filelock,
-    which `edgetube[export]` brings.
+    An older bundle at `out` is replaced only then, atomically where the system can; a folder that is not a bundle is
+    never touched. Leftovers of killed exports beside `out` are cleaned up first. Needs the package filelock, which is
+    part of `edgetube[export]`.
 
     Raises:
         BundleError: `out` exists and is not a bundle, or the disk refuses.
@@ -446,7 +446,7 @@ def staging(out: Path) -> Iterator[Path]:
 
 
 STAGED, ASIDE = ".staging", ".old"
-"""Suffixes of a bundle that is being written, and of one that is being replaced; beside them lies a locked `.lock`."""
+"""Suffixes of a bundle being written and of one being replaced; each has a locked `.lock` file beside it."""
 
 
 def _publish(folder: Path, out: Path) -> None:
@@ -466,9 +466,9 @@ def _publish(folder: Path, out: Path) -> None:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what exports that did not end left in a folder; a bundle that one was about to replace gets its name back.
+    """Remove leftovers of killed exports from a folder; a bundle that one was about to replace gets its name back.
 
-    Whether an export still runs is known by its lock, which the system drops when a process ends, however it ends.
+    The lock of an export tells whether it still runs: the system releases it when the process ends.
     """
     from filelock import FileLock, Timeout
 

@@ -1,7 +1,7 @@
-"""Files that are slow to make and belong to one machine: made once, kept, and made anew when what they hang on changes.
+"""A cache of files that are slow to build and specific to this machine, valid until any part of their key changes.
 
-An entry is a file `<name>.<digest of its key><suffix>` with its key beside it as JSON. Processes that want the same
-entry at once wait for the first one to make it.
+An entry is a file `<name>.<digest of its key><suffix>` with its key beside it as JSON. One process builds an entry,
+others that need it wait.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Entry:
 
     Attributes:
         path: the file.
-        reason: why it was made just now, for people; empty when it was there.
+        reason: why it was built just now, for messages; empty if it was cached.
     """
 
     path: Path
@@ -46,14 +46,14 @@ def folder() -> Path:
 def make_once(
     name: str, suffix: str, key: Mapping[str, str], make: Callable[[Path, str], None], refused: str = ""
 ) -> Entry:
-    """The cached file for `key`, made by `make(path, reason)` when it is not there or is damaged.
+    """The cached file for `key`; `make(path, reason)` builds it if it is missing or damaged.
 
     Args:
-        name: what a person would call it; entries of one name differ in their key.
+        name: for file names and messages; entries of one name differ in their key.
         suffix: of the file, `.engine`.
-        key: everything that the file depends on, in words that a person reads: {"TensorRT": "10.3.0", "GPU": ...}.
-        refused: sha256 of a file of this entry that cannot be used, whatever its hash says; it is made anew.
-        make: writes the file at the path that it is given, or raises. The reason says which part of the key changed.
+        key: all that the file depends on, readable: {"TensorRT": "10.3.0", "GPU": ...}.
+        refused: sha256 of a cached file that turned out to be unusable; it is built again.
+        make: writes the file to the given path, or raises. The reason says which part of the key changed.
 
     Raises:
         BackendError: the folder cannot be written.
@@ -78,7 +78,7 @@ def make_once(
 
 
 def _reason(path: Path, record: Path, name: str, suffix: str, key: Mapping[str, str], refused: str) -> str:
-    """Why the entry has to be made; empty when it is there and whole."""
+    """Why the entry has to be built; empty if it is cached and intact."""
     if path.is_file():
         known = _read(record)
         if known is not None and known["sha256"] == sha256(path):
@@ -104,7 +104,7 @@ def _read(record: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock; the system drops it when the process ends, however it ends."""
+    """Hold a file's lock; the system releases it when the process ends."""
     with path.open("a+b") as file:
         _lock(file)
         try:

@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. A person gets a table, a program gets --json and exit codes."""
+"""The command line. Each command parses its options, calls one function and prints a table or, with --json, JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 MANY = 1_000_000
-"""More clips, frames or predictions than this are a slip of the pen."""
+"""Largest number of clips, frames or predictions; more are taken for a typing error."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Device = Annotated[str | None, typer.Option(help="Device, as the backend names it: cpu, cuda, ...")]
@@ -47,7 +47,7 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; the runtime choo
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run the command line; what a user can cause is one line and an exit code, a fault of ours keeps its traceback.
+    """Run the command line; user errors are one line and an exit code, bugs keep their traceback.
 
     Exit codes: 0 done, 1 a gate failed, 2 bad input or environment, 128 + a signal's number when one ended it.
     """
@@ -89,7 +89,7 @@ def _run(argv: list[str]) -> int:
 
 
 UsageError: Any = typer.BadParameter.__bases__[0]
-"""What typer raises for options and arguments that it cannot read; its own module of it differs between versions."""
+"""What typer raises for options and arguments that it cannot read; the module differs between versions."""
 
 
 def _usage(error: Any) -> str:
@@ -526,14 +526,14 @@ def _within(least: int, most: int, **options: int | None) -> None:
 
 
 def _finite(**options: float | None) -> None:
-    """Refuse an option that is no number or infinite."""
+    """Refuse an option that is NaN or infinite."""
     for name, value in options.items():
         if value is not None and not math.isfinite(value):
             raise InputError(f"--{name.replace('_', '-')} is {value}; expected a number")
 
 
 def _runner(workers: int, ray: str | None) -> Any:
-    """Where the clips of a comparison are worked on."""
+    """Where the jobs of a comparison run."""
     places = need("edgetube.bench.workers", "export")
     if ray:
         if workers > 1:

@@ -1,7 +1,7 @@
 """One CUDA stream with its memory: through pycuda or, where that cannot be built, through cuda-python.
 
-Both libraries are thin; what they share is said once here. Addresses and stream handles are plain integers, because
-that is what TensorRT takes. CUDA graphs go straight to the driver: pycuda does not know them.
+Both libraries are thin wrappers of the driver. Addresses and stream handles are plain integers, as TensorRT takes them.
+CUDA graphs use the driver directly, because pycuda has none.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Stream(ABC):
-    """A stream of one GPU, and the memory that its work needs.
+    """A stream of one GPU, with its buffers.
 
     Every method that touches the GPU is called inside `current()`, from any thread, one thread at a time.
 
     Attributes:
         library: which package talks to the driver.
         name, capability, driver: of the GPU ("NVIDIA RTX A2000"), its compute capability ("8.6"), and the CUDA version
-            that its driver brings ("12.4").
+            of its driver ("12.4").
         handle: of the stream.
     """
 
@@ -43,7 +43,7 @@ class Stream(ABC):
 
     @abstractmethod
     def current(self) -> Any:
-        """Context manager: the GPU is this thread's; errors of the library become `BackendError`."""
+        """Context manager: make the GPU current in this thread; errors of the library become `BackendError`."""
 
     @abstractmethod
     def device(self, size: int) -> int:
@@ -51,7 +51,7 @@ class Stream(ABC):
 
     @abstractmethod
     def pinned(self, size: int) -> Bytes:
-        """New page-locked bytes of the host, which the GPU copies without the processor's help."""
+        """New page-locked host memory, for asynchronous copies."""
 
     @abstractmethod
     def upload(self, address: int, host: Bytes) -> None:
@@ -63,23 +63,23 @@ class Stream(ABC):
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait for all that was queued."""
+        """Wait for all queued work."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back stream and memory; called once, outside of `current()`."""
+        """Free the stream and its memory; called once, outside of `current()`."""
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Record what `work` queues on this stream, to be replayed with one call.
+        """Capture what `work` queues on this stream as a CUDA graph.
 
         Raises:
-            BackendError: something in it cannot be recorded.
+            BackendError: an operation cannot be captured.
         """
         return Graph(self.handle, work)
 
 
 class Graph:
-    """A recorded piece of work on a stream."""
+    """A captured CUDA graph of a stream."""
 
     def __init__(self, stream: int, work: Callable[[], None]) -> None:
         self._cuda, self._stream = _driver(), ctypes.c_void_p(stream)
@@ -97,11 +97,11 @@ class Graph:
         _check(made, "instantiate a CUDA graph")
 
     def __call__(self) -> None:
-        """Queue all of it."""
+        """Launch it on the stream."""
         _check(self._cuda.cuGraphLaunch(self._run, self._stream), "launch a CUDA graph")
 
     def close(self) -> None:
-        """Forget the recording."""
+        """Free the graph."""
         self._cuda.cuGraphExecDestroy(self._run)
         self._cuda.cuGraphDestroy(self._graph)
 
@@ -262,7 +262,7 @@ def open_stream(index: int, extra: str) -> Stream:
 
     Raises:
         MissingPackageError: neither pycuda nor cuda-python is installed.
-        BackendError: no driver, no such GPU; says what the library said.
+        BackendError: no driver or no such GPU; with the library's message.
     """
     for module, stream in LIBRARIES.items():
         if installed(module):

@@ -30,10 +30,10 @@ from edgetube.video import Clip
 
 @dataclass(frozen=True)
 class Item:
-    """One clip that has not been read yet.
+    """A clip that has not been read yet.
 
     Attributes:
-        name: unique in its set; what sampling goes by.
+        name: unique in its set; the sample depends on it.
         label: the true class, or None.
         read: the clip for a contract, with that name and label.
         version: changes when the clip does: size and time of last change of its file.
@@ -47,13 +47,13 @@ class Item:
 
 @dataclass(frozen=True)
 class ClipSet:
-    """Clips that can be made again for any contract, any number of times, in one order.
+    """An ordered set of clips, each of which can be read for any contract, repeatedly.
 
     Attributes:
         name: for tables and reports.
         items: the clips, unread.
-        source: the absolute path that it came from, from which `load` makes it again; None for the built-in clips.
-        notes: what a person should know about the set, in words: files of a folder that were left out.
+        source: the absolute path that `load` takes to read the set again; None for the built-in clips.
+        notes: messages about the set, such as files of a folder that were skipped.
     """
 
     name: str
@@ -83,10 +83,10 @@ class ClipSet:
         return found
 
     def sample(self, count: int, seed: int = 0) -> ClipSet:
-        """`count` of the clips (all when there are fewer), the classes as equal as they can be.
+        """A stratified sample of `count` clips (all if there are fewer).
 
-        Which ones depends on the names and the seed alone, not on the order of the set; any first part of a larger
-        sample is a smaller one.
+        It depends on the names and the seed only, not on the order of the set; a smaller sample is a prefix of a larger
+        one.
         """
         groups: dict[str, list[Item]] = defaultdict(list)
         for item in sorted(self.items, key=lambda item: (_draw(item.name, seed), item.name)):
@@ -140,13 +140,13 @@ def _render(name: str, photos: tuple[str, ...], index: int, labelled: bool, cont
 
 
 def load(source: str | Path, contract: InputContract | None = None) -> ClipSet:
-    """A set from whatever `source` is: a folder, a `.csv` manifest, or one `.npy` or `.npz` file.
+    """Load a set from a folder, a `.csv` manifest, or one `.npy` or `.npz` file.
 
     Args:
-        contract: of the model that is asked; still images of a folder are left out when it takes several frames.
+        contract: of the model; still images of a folder are skipped if it takes several frames.
 
     Raises:
-        InputError: no such thing, or it holds no clips.
+        InputError: the source does not exist, or holds no clips.
     """
     given, path = str(source), Path(source).absolute()
     if path.is_dir():
@@ -167,7 +167,7 @@ def load(source: str | Path, contract: InputContract | None = None) -> ClipSet:
 def folder(path: Path, contract: InputContract | None = None) -> ClipSet:
     """Every video, image and array file below `path`; a file's folder is its label, except at the top.
 
-    Links are followed, hidden files are passed over; other files are counted in the set's notes.
+    Links are followed, hidden files are skipped; other files are counted in the set's notes.
 
     Args:
         contract: as for `load`.
@@ -272,7 +272,7 @@ def _text(path: Path) -> str:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether there is a file; a name that the system refuses, too long for one, is none."""
+    """Whether the file exists; False for a name that the system refuses, such as one that is too long."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -283,7 +283,7 @@ _SAVE_AS = "save the file as UTF-8 (in Excel: CSV UTF-8; for Windows-1252: iconv
 
 
 def _no_file(folder: Path, given: str) -> str:
-    """What to say when a manifest names a file that is not there; names one that is spelt nearly the same."""
+    """The message for a file of a manifest that does not exist; suggests one with a similar name."""
     if os.path.isdir(folder / given):  # noqa: PTH112  # which is False for every name that the system refuses
         return f"{given!r} is a folder; expected a file"
     said = f"there is no file {shown(repr(given))}"
@@ -299,7 +299,7 @@ def _no_file(folder: Path, given: str) -> str:
 
 
 def _seconds(text: str | None, where: str) -> float | None:
-    """The start that a manifest's row gives, if any."""
+    """The start in a row of a manifest, or None."""
     if not text:
         return None
     try:
@@ -341,7 +341,7 @@ def _read_video(file: Path, name: str, label: str | None, start: float | None, c
 
 
 def _arrays(file: Path, name: str, label: str | None) -> list[Item]:
-    """The clips of one array file: one of rank 4, or as many as the first axis of rank 5 says."""
+    """The clips of one array file: one clip for rank 4, N clips for rank 5."""
     version = _version(file)
     stored = _open_arrays(file, version)
     frames, labels = stored["frames"], stored.get("labels")

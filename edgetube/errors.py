@@ -1,4 +1,4 @@
-"""Everything that edgetube raises on purpose.
+"""The exceptions of edgetube.
 
 ::
 
@@ -24,12 +24,12 @@ import unicodedata
 
 
 class EdgetubeError(Exception):
-    """Base of all errors raised on purpose; the CLI prints it as one line and exits with `exit_code`."""
+    """Base class of edgetube's errors; the CLI prints it as one line and exits with `exit_code`."""
 
     exit_code = 2
 
     def __str__(self) -> str:
-        """The message as one line that is safe on a terminal, whatever it repeats of files, names and vendors."""
+        """The message as one line, with control characters escaped."""
         return printable(_BREAK.sub(" ", super().__str__()))
 
 
@@ -75,7 +75,7 @@ class ParityError(EdgetubeError):
 
 
 def of_system(error: Exception) -> str:
-    """One line for what the machine refuses wherever it happens: OSError, MemoryError, RecursionError, EOFError."""
+    """The message, in one line, of an OSError, MemoryError, RecursionError or EOFError."""
     if isinstance(error, MemoryError):
         said = f" ({error})" if str(error) else ""
         return f"this machine has not enough memory for it{said}; close other programs, or give less at a time"
@@ -88,17 +88,17 @@ def of_system(error: Exception) -> str:
 
 
 _ESCAPED = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
-"""Unicode categories that a terminal acts on instead of showing: controls, directions, surrogates, line ends."""
+"""Unicode categories that a terminal interprets instead of showing: controls, directions, surrogates, line ends."""
 
 _JOINERS = frozenset("\u200c\u200d")
-"""Format characters that words and emoji are written with."""
+"""Format characters that are part of words and emoji."""
 
 
 def printable(text: object) -> str:
-    """`str(text)` in one line that is safe on a terminal: every character that is not shown as itself is escaped.
+    """`str(text)` as one line that is safe on a terminal: characters that a terminal interprets are escaped.
 
-    For names and messages that come from elsewhere: file names, manifests, checkpoints, vendors' errors. A byte of a
-    file name that is not valid UTF-8 (a surrogate escape) becomes `\\xNN`.
+    For untrusted text: file names, manifests, checkpoints, vendors' errors. A byte of a file name that is not valid
+    UTF-8 (a surrogate escape) becomes `\\xNN`.
     """
     plain = str(text)
     return plain if plain.isprintable() else "".join(map(_escape, plain))

@@ -1,6 +1,6 @@
-"""Files that other processes may read while they are written: a reader sees the old file or the new one, never a part.
+"""Atomic writes: a reader sees the old file or the new one, never a part.
 
-The new file is written under a name of its own in the same folder, flushed to the disk, and renamed.
+The new file is written under a temporary name in the same folder, flushed to disk, and renamed.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PREFIX = ".edgetube-"
-"""How names of unfinished files begin; hidden, so that no listing of clips or bundles takes them for finished ones."""
+"""Prefix of unfinished files; it hides them from listings of clips and bundles."""
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, for a function that writes to a path; it replaces `path` when the block ends.
+    """A temporary path beside `path`, which replaces `path` on success and is deleted on error.
 
-    The temporary name has the suffix of `path`, because some writers choose their format by it. When the block raises,
-    the temporary file is removed and `path` is as it was.
+    It has the suffix of `path`, because some writers choose their format by it.
 
     Raises:
-        OSError: the file system refuses; `path` is as it was.
+        OSError: the write fails; `path` is unchanged.
     """
     path = Path(path)
     part = path.with_name(f"{PREFIX}{os.getpid()}-{secrets.token_hex(6)}{path.suffix}")
@@ -40,12 +39,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> Path:
-    """Write a whole file, text as UTF-8 with the line ends that it has; returns the path.
+    """Write a whole file, text as UTF-8 without translation of line ends; returns the path.
 
-    What UTF-8 cannot express, bytes of file names that are not text, is escaped.
+    Surrogates, which stand for bytes of file names that are not valid UTF-8, are escaped.
 
     Raises:
-        OSError: the file system refuses; an older file at `path` is as it was.
+        OSError: the write fails; an older file at `path` is unchanged.
     """
     path = Path(path)
     with replacing(path) as part:
@@ -54,7 +53,7 @@ def atomic_write(path: str | Path, data: str | bytes) -> Path:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two names of one file system in one step; False where the system cannot, and then nothing has changed."""
+    """Swap two paths of one file system atomically; False, without any change, where the system cannot."""
     name = {"linux": "renameat2", "darwin": "renameatx_np"}.get(sys.platform)
     swap = getattr(ctypes.CDLL(None), name, None) if name else None
     if swap is None:
@@ -65,7 +64,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file below a folder to the disk."""
+    """Flush every file below a folder to disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("r+b") as file:
@@ -73,7 +72,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk, so that a rename in it outlives a power cut; nothing on Windows."""
+    """Flush a folder's entries to disk, so that a rename in it survives a power cut; does nothing on Windows."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Is this bundle whole, and does it still answer right on this machine? What `edgetube doctor` prints."""
+"""Checks that a bundle is intact and accurate on this machine: `edgetube doctor`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgetube.runtime import Runtime
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what was looked at, whether it holds, and what was found (or the error)."""
+    """One check: its subject, whether it passed, and what was found (or the error)."""
 
     name: str
     ok: bool
@@ -22,7 +22,7 @@ class Check:
 
 
 def examine(path: str | Path, device: str | None = None, key: Path | None = None) -> list[Check]:
-    """Check manifest, files, artifact and the golden clip's answer; stops at the first that fails.
+    """Check manifest, files, artifact and the golden clip's answer; stops at the first failure.
 
     Args:
         key: file with a public key of minisign; the manifest's signature is then checked before anything else.

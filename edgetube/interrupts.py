@@ -19,10 +19,10 @@ from typing import Any
 from typing_extensions import Self
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Those that this system has."""
+"""Signals that end a command, as far as this system has them."""
 
 PATIENCE_S = 2.0
-"""While cleaning up takes no longer than this, further signals do not disturb it; a later one ends the process."""
+"""Seconds of clean-up during which further signals are ignored; a later one ends the process."""
 
 _current: Handled | None = None
 
@@ -30,8 +30,8 @@ _current: Handled | None = None
 class Handled:
     """A block in which the first of `SIGNALS` raises KeyboardInterrupt; outside the main thread it changes nothing.
 
-    Libraries swallow or wrap what is raised inside of them. Once a signal has come, `check` raises again, and the block
-    ends with KeyboardInterrupt whatever else it would have ended with.
+    Libraries may swallow or wrap exceptions. After a signal, `check` raises again, and the block ends with
+    KeyboardInterrupt in any case.
 
     Attributes:
         received: the first signal that came, or None.
@@ -47,7 +47,7 @@ class Handled:
 
     @property
     def exit_code(self) -> int:
-        """What the process ends with: Ctrl-C's code where no other signal was seen."""
+        """The exit code of the process; that of Ctrl-C if no other signal was received."""
         return 128 + (self.received or int(signal.SIGINT))
 
     def __enter__(self) -> Self:
@@ -78,28 +78,28 @@ class Handled:
             os._exit(self.exit_code)
 
     def _unraisable(self, error: Any) -> None:
-        """Python drops what is raised in a finaliser or in a C callback; `check` raises it again."""
+        """Python drops exceptions from finalisers and C callbacks; `check` raises them again."""
         if not isinstance(error.exc_value, KeyboardInterrupt):
             self._hook(error)
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt if a signal has come that a library swallowed: for functions that are called often."""
+    """Raise KeyboardInterrupt if a library swallowed it; called in loops."""
     if _current is not None and _current.received is not None:
         raise KeyboardInterrupt
 
 
 def leave_at_once() -> None:
-    """From now on the first of `SIGNALS` ends the process: while there is nothing to clean up."""
+    """From now on the first of `SIGNALS` ends the process at once: there is nothing to clean up."""
     _install(_leave)
 
 
 @contextmanager
 def kept_from_children() -> Iterator[None]:
-    """For starting processes that do not get a terminal's Ctrl-C: their parent ends them.
+    """Start processes in the block that ignore the terminal's Ctrl-C; their parent ends them.
 
-    Signals wait for the end of the block, so that no process is left half started. The mask, which a process inherits,
-    is not enough for that: another thread may take the signal.
+    Signals are deferred to the end of the block, so that no process is left half started. The signal mask, which
+    children inherit, does not suffice: another thread may take the signal.
     """
     handled = _current if threading.current_thread() is threading.main_thread() else None
     before = None
@@ -119,7 +119,7 @@ def kept_from_children() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """In a process of multiprocessing: end when the parent does, however that ends."""
+    """In a process of multiprocessing: end when the parent ends."""
     import multiprocessing
 
     parent = multiprocessing.parent_process()

@@ -1,4 +1,4 @@
-"""Which files of a folder are clips: the one walker, and the one list of suffixes."""
+"""Finds the clips in a folder, by suffix."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ VIDEOS = _suffixes(
     "hevc ism ismv ivf jxl lrv m1v m2t m2ts m2v m4v mj2 mjpeg mjpg mk3d mkv mov mp4 mp4v mpe mpeg mpg mpv mts mxf nsv "
     "nut nuv obu ogm ogv psp qt rm rmvb roq tod trp ts ty viv vob vro vvc webm wmv wtv xvid y4m"
 )
-"""Video containers and raw video streams that FFmpeg reads; suffixes that are mostly sound or text are left out."""
+"""Video containers and raw streams that FFmpeg reads, except suffixes that are mostly audio or text."""
 
 IMAGES = _suffixes("avif bmp jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm qoi tif tiff webp")
-"""Still images. A folder is searched for these suffixes; a file that is named outright may have any."""
+"""Still images. Folders are searched for these suffixes; a file that is given by name may have any."""
 
 ARRAYS = frozenset((".npy", ".npz"))
-"""Files of frames: `.npy` is one array, `.npz` has `frames` or `clips`, and may have `labels`."""
+"""Arrays of frames: `.npy` holds one array, `.npz` has `frames` or `clips`, and may have `labels`."""
 
 SYSTEM = frozenset(("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"))
-"""Folders that a system keeps beside a user's files; passed over like hidden ones."""
+"""System folders among a user's files; skipped like hidden ones."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Listing:
     """What was found in a folder.
 
     Attributes:
-        files: those with a wanted suffix, in the order of their paths. A broken link is one of them, so that it is
-            missed by whoever reads it and not silently.
+        files: those with a wanted suffix, in the order of their paths. Broken links are included, so that
+            reading them fails instead of skipping them silently.
         foreign: how many other files there are, by suffix; hidden ones are not counted.
     """
 
@@ -48,7 +48,7 @@ class Listing:
         """The files.
 
         Raises:
-            InputError: there are none; says which there are and what would be one.
+            InputError: there are none; lists the suffixes found and those that are read.
         """
         if not self.files:
             note = self.note(folder) or "it is empty"
@@ -56,7 +56,7 @@ class Listing:
         return self.files
 
     def note(self, folder: Path) -> str:
-        """One line about the files that were left out; empty when there are none."""
+        """One line about the skipped files; empty if there are none."""
         if not self.foreign:
             return ""
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.foreign.most_common(6))
@@ -68,7 +68,7 @@ class Listing:
 def walk(folder: Path, wanted: Collection[str]) -> Listing:
     """Search `folder` and the folders in it, links included, for files with one of the suffixes `wanted` (lower case).
 
-    Files and folders whose name begins with a dot, and those of `SYSTEM`, are passed over.
+    Hidden files and folders, and those of `SYSTEM`, are skipped.
 
     Raises:
         InputError: a link that leads back into a folder that holds it, or a folder that cannot be read.

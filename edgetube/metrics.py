@@ -1,4 +1,4 @@
-"""How alike two sets of answers are: plain numpy, one definition for every table, gate and report."""
+"""Metrics of logits in plain numpy: the one definition for every table, gate and report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def top_k(logits: Array, labels: npt.NDArray[np.integer], k: int = 1) -> float:
 
 
 def margins(logits: Array) -> Array:
-    """How sure each row (N, classes) is: largest minus second largest logit (N,); infinite for a single class."""
+    """Largest minus second largest logit (N,) of each row (N, classes); infinite for a single class."""
     if logits.shape[1] == 1:
         return np.full(len(logits), np.inf)
     best = np.partition(logits, -2, axis=1)
@@ -72,13 +72,13 @@ def max_abs_error(a: Array, b: Array) -> float:
 
 
 def moves_alike(reference: Array, value: Array) -> float | None:
-    """How alike two models' answers move when their input is changed: 1 - sum (ref - value)^2 / (2 sum ref^2).
+    """How similarly two models react to a change of their input: 1 - sum (ref - value)^2 / (2 sum ref^2).
 
-    Both are differences of logits (N, classes). 1 where they are equal; the cosine between them where they are equally
-    large, and less where they are not.
+    Both are differences of logits (N, classes). The result is 1 where they are equal, their cosine where they have
+    equal norms, and less elsewhere.
 
     Returns:
-        None where the reference hardly moves: there is nothing to compare with.
+        None where the reference does not change: there is nothing to compare with.
     """
     signal, noise = energies(reference, value)
     return None if signal == 0 else 1 - noise / (2 * signal)

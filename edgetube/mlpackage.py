@@ -1,8 +1,7 @@
 """Reads a saved `.mlpackage` with nothing but numpy: manifest, protobuf, weight file.
 
-Written from the published format (`Model.proto`, `MIL.proto`, the layout of `weight.bin`) and from nothing that writes
-such packages, so that it can stand as a witness for them. What it finds is data: evaluating it is the business of a
-backend.
+Written from the published format (`Model.proto`, `MIL.proto`, the layout of `weight.bin`), independently of any code
+that writes such packages, so that it can check them. It only parses: `edgetube.runtimes.mil` evaluates.
 """
 
 from __future__ import annotations
@@ -68,14 +67,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class Ref:
-    """The name of a value that another operation makes."""
+    """The name of another operation's output."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Function:
-    """A function of a program: its inputs by name, its operations in order, the names of its outputs."""
+    """A function of a program: inputs by name, operations in order, names of outputs."""
 
     inputs: Mapping[str, TensorType]
     operations: tuple[Operation, ...]
@@ -84,7 +83,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Package:
-    """What a package says.
+    """A parsed package.
 
     Attributes:
         path: the folder.

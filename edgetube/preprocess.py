@@ -1,7 +1,7 @@
-"""The one executor of `InputContract`: which frames are taken, and how they become the clip that a graph takes.
+"""Preprocessing as `InputContract` describes it: samples frames, then resizes and crops them to the graph's input.
 
-Files, cameras, arrays, calibration and benchmark all come through here, so that all of them see the same bytes.
-The definition, with its formulas and its oracles, is in `docs/preprocessing.md`.
+Files, cameras, arrays, calibration and benchmarks all use this module, so that all of them get the same bytes.
+The definition, with formulas and independent oracles, is in `docs/preprocessing.md`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ Frames = npt.NDArray[np.uint8]
 """RGB frames, (T, H, W, 3) uint8."""
 
 TOLERANCE = 1e-3
-"""Seconds by which a frame may be late and still count: containers round timestamps, many to milliseconds."""
+"""Seconds by which a frame may be late: containers round timestamps, many to milliseconds."""
 
 SLOWEST, FASTEST = 1e-6, 1e6
 """Frames per second that a source may have."""
 
 LATEST = 1e11
-"""Seconds that a clock may show: 3000 years, whatever it counts from; sums with 1 / fps are still exact to 1e-4."""
+"""Largest timestamp in seconds: 3000 years; sums with 1 / fps are still exact to 1e-4."""
 
 ONE = 1 << 16
-"""Filter weights are integers that sum to this, see `_weights`."""
+"""The sum of the integer filter weights, see `_weights`."""
 
 BLOCK = 4
-"""Output rows (or columns) per matrix product: few, because a wide block is mostly the zeros outside its band."""
+"""Output rows (or columns) per matrix product: few, because a wide block is mostly zeros outside its band."""
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 def number(value: object, name: str, expected: str) -> float:
-    """A finite number that a caller gave, as a float.
+    """Check and convert a caller's finite number to float.
 
     Raises:
         InputError: text, a bool, None, an array, infinity or no number at all.
@@ -61,10 +61,10 @@ def number(value: object, name: str, expected: str) -> float:
 
 
 def frame_rate(value: object, name: str = "fps") -> float:
-    """A rate in frames per second that a caller gave.
+    """Check a caller's frame rate.
 
     Raises:
-        InputError: not a number, or outside of what a camera can do.
+        InputError: not a number, or out of range.
     """
     expected = f"frames per second from {SLOWEST:g} to {FASTEST:g}"
     found = number(value, name, expected)
@@ -74,10 +74,10 @@ def frame_rate(value: object, name: str = "fps") -> float:
 
 
 def seconds(value: object, name: str) -> float:
-    """A time in seconds that a caller gave.
+    """Check a caller's time in seconds.
 
     Raises:
-        InputError: not a number, or one that no clock shows in seconds.
+        InputError: not a number, or out of range.
     """
     found = number(value, name, "seconds")
     if abs(found) > LATEST:
@@ -86,7 +86,7 @@ def seconds(value: object, name: str) -> float:
 
 
 def window(contract: InputContract, duration: float, rate: float, start: float | None = None) -> float:
-    """The second at which the clip begins.
+    """The start of the clip in seconds.
 
     Args:
         duration: seconds of the source.
@@ -147,7 +147,7 @@ def resample(
 
 
 def _due(start: float | None, fps: float | None, count: int) -> float:
-    """The time of frame `count`; without a rate it is not known until that frame comes."""
+    """The time of frame `count`; without a rate it is unknown until that frame arrives."""
     return (start or 0.0) + count / fps if fps else math.inf
 
 
@@ -162,7 +162,7 @@ def pick(timed: Iterable[tuple[float, T]], contract: InputContract, start: float
 def sample(
     count: int, source_fps: float | None, contract: InputContract, start: float | None = None
 ) -> npt.NDArray[np.intp]:
-    """Which of `count` frames make the clip.
+    """Indices of the frames of the clip, of `count` frames.
 
     Args:
         count: frames that there are.
@@ -307,10 +307,10 @@ def spatial(frames: Frames, contract: InputContract) -> Frames:
 
 
 def _array(given: object, what: str) -> npt.NDArray[Any]:
-    """What a caller gave as an array.
+    """Convert a caller's frames to an array.
 
     Raises:
-        InputError: nothing, the pair that OpenCV's `read` gives, or what is no array.
+        InputError: None, the pair that OpenCV's `read` returns, or not an array.
     """
     if given is None:
         raise InputError(f"{what}: None; expected an array: a camera that gives None has lost its picture")
@@ -327,10 +327,10 @@ def _array(given: object, what: str) -> npt.NDArray[Any]:
 
 
 def _pixels(given: object, expected: str, what: str) -> Frames:
-    """Pixels that a caller gave, (..., H, W, 3) uint8; the one door for arrays.
+    """Check a caller's pixels, (..., H, W, 3) uint8.
 
     Raises:
-        InputError: no array, another dtype, or a last axis that is not RGB.
+        InputError: not an array, another dtype, or a last axis that is not RGB.
     """
     frames = _array(given, what)
     if frames.dtype != np.uint8:
@@ -345,7 +345,7 @@ def _pixels(given: object, expected: str, what: str) -> Frames:
 
 
 def _colours_last(shape: tuple[int, ...]) -> str:
-    """How pixels of a wrong shape become (..., H, W, 3)."""
+    """Advice for pixels of a wrong shape: how to make them (..., H, W, 3)."""
     if len(shape) >= 3 and shape[-3] == 3:
         return "move the colours last, numpy.moveaxis(frames, -3, -1)"
     if len(shape) >= 3 and shape[-1] == 4:
@@ -356,17 +356,17 @@ def _colours_last(shape: tuple[int, ...]) -> str:
 
 
 def frame(given: object, what: str = "the frame") -> Frames:
-    """One frame that a caller gave, as a copy: a camera may fill its buffer again.
+    """Check and copy a caller's frame: a camera may reuse its buffer.
 
     Args:
         given: (H, W, 3) uint8 RGB, any strides.
-        what: how errors name it.
+        what: its name in errors.
 
     Returns:
         (H, W, 3) uint8, C-contiguous.
 
     Raises:
-        InputError: what `prepare` refuses, too.
+        InputError: as `prepare` raises.
     """
     expected = "(height, width, 3)"
     pixels = _pixels(given, expected, what)
@@ -384,7 +384,7 @@ def _not_empty(pixels: Frames, what: str) -> Frames:
 def prepare(
     frames: npt.ArrayLike, contract: InputContract, source_fps: float | None = None, start: float | None = None
 ) -> Frames:
-    """Frames of any number and size -> the clip that the contract describes. Only sampled frames are resized.
+    """Convert frames of any number and size to the clip of the contract. Only sampled frames are resized.
 
     Args:
         frames: (N, H0, W0, 3) uint8 RGB, any strides; one image (H0, W0, 3) when the contract takes images.
@@ -410,7 +410,7 @@ def prepare(
 
 
 def check(clips: npt.ArrayLike, contract: InputContract) -> Frames:
-    """Clips that are already what the graph takes, checked once and made contiguous.
+    """Check clips that are already preprocessed, and make them contiguous.
 
     Args:
         clips: (T, H, W, 3) or (B, T, H, W, 3) uint8 RGB, any strides; (H, W, 3) too when the contract takes images.
@@ -419,7 +419,7 @@ def check(clips: npt.ArrayLike, contract: InputContract) -> Frames:
         (B, T, H, W, 3) uint8, C-contiguous; a copy only where the strides need one.
 
     Raises:
-        InputError: wrong dtype or shape, with what was given and what was expected.
+        InputError: wrong dtype or shape; says what was given and what was expected.
     """
     expected = f"{contract.shape} or a batch of such clips (B, {', '.join(map(str, contract.shape))})"
     pixels = _pixels(clips, expected, "the clip")

@@ -1,4 +1,4 @@
-"""How long work tells a person where it is, without knowing who listens."""
+"""Progress callbacks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """Listen to nothing: the default of every function that takes a `progress`."""
+    """Does nothing; the default `progress`."""
 
 
 def track(items: Iterable[T], stage: str, total: int, progress: Progress) -> Iterator[T]:

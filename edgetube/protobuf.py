@@ -1,4 +1,4 @@
-"""Reads the wire format of protobuf with nothing but Python: fields by number, contents as they stand."""
+"""A reader of protobuf's wire format in plain Python: fields by number, contents undecoded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Fields: TypeAlias = "dict[int, list[int | memoryview]]"
 
 
 def parse(data: int | memoryview) -> Fields:
-    """The fields of a message: number -> values, integers or bytes as they stand. Nothing is copied.
+    """The fields of a message: number -> values, integers or undecoded bytes. Nothing is copied.
 
     Raises:
         ValueError: not a message.
@@ -38,7 +38,7 @@ def parse(data: int | memoryview) -> Fields:
 
 
 def varint(data: memoryview, position: int) -> tuple[int, int]:
-    """The integer that begins at `position`, and where it ends."""
+    """The varint at `position`, and its end."""
     value = shift = 0
     while True:
         byte = data[position]
@@ -50,10 +50,10 @@ def varint(data: memoryview, position: int) -> tuple[int, int]:
 
 
 def message(value: int | memoryview) -> memoryview:
-    """The bytes of a field that holds a message or text.
+    """The bytes of a length-delimited field.
 
     Raises:
-        ValueError: it is a number.
+        ValueError: the field is a number.
     """
     if isinstance(value, int):
         raise ValueError("a number where a message was expected")
@@ -61,12 +61,12 @@ def message(value: int | memoryview) -> memoryview:
 
 
 def field(number: int, content: bytes) -> bytes:
-    """A field that holds a message or text, as it is written."""
+    """Encode a length-delimited field."""
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
 def number(number: int, value: int) -> bytes:
-    """A field that holds a number that is not negative, as it is written."""
+    """Encode a field with a non-negative integer."""
     return _varint(number << 3) + _varint(value)
 
 

@@ -1,4 +1,4 @@
-"""What a camera app embeds: open a bundle, show it frames, read the answer."""
+"""The runtime that an application embeds: opens a bundle and classifies frames."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Runtime:
     """One opened bundle. Thread-safe; a context manager.
 
     `close` waits for calls of other threads and refuses later ones. Pickled, for a process that multiprocessing spawns,
-    it is the bundle's path and the options: the copy opens the bundle anew. A forked process has to open its own.
+    it is the bundle's path and the options: the copy opens the bundle again. A forked process has to open its own.
 
     Args:
         bundle: the bundle's folder, or a loaded `Bundle`.
@@ -43,7 +43,7 @@ class Runtime:
         verify: hash the bundle's files first (about a second per gigabyte).
 
     Raises:
-        BundleError: no bundle, a newer schema, or files that are not the ones that were proven.
+        BundleError: no bundle, a newer schema, or files that were changed since the export.
         MissingPackageError: the backend's package is not installed.
         BackendError: the vendor's runtime refuses the artifact.
 
@@ -74,7 +74,7 @@ class Runtime:
 
     @property
     def contract(self) -> InputContract:
-        """The input that the model expects."""
+        """The model's input."""
         return self.bundle.contract
 
     @property
@@ -160,14 +160,14 @@ class Runtime:
         return (self._predict(clip, top_k, arrived) for arrived, clip in clips)
 
     def check(self) -> float:
-        """Run the golden clips on this device; the largest logit error against the reference.
+        """Run the golden clips on this device; returns the largest logit error against the reference.
 
-        The manifest says how large the errors may be together: what was proven, and what the target's arithmetic may
-        differ by between machines (`docs/bundle.md`).
+        The manifest has the limit of the errors: those of the proof, and what the target's arithmetic may differ by
+        between machines (`docs/bundle.md`).
 
         Raises:
-            BundleError: the manifest is not the one that the clips were made for.
-            ParityError: this device answers differently than the machine that proved the bundle.
+            BundleError: the golden clips belong to another manifest.
+            ParityError: the errors are larger than the manifest allows.
         """
         frames, reference = self.bundle.golden()
         logits = np.concatenate([self(clip[None]) for clip in frames])
@@ -183,7 +183,7 @@ class Runtime:
         return error
 
     def _check_largest(self, error: float, largest: float) -> None:
-        """The bound of bundles whose manifest has no other: twice the proven error, and a thousandth."""
+        """The limit for older bundles: twice the error of the proof, and a thousandth of the largest logit."""
         proven = float(cast(float, self.bundle.parity.get("max_abs_error", 0.0)))
         if not error <= (allowed := 2 * proven + GOLDEN_SLACK * max(1.0, largest)):
             raise ParityError(
@@ -192,7 +192,7 @@ class Runtime:
             )
 
     def describe(self) -> dict[str, Any]:
-        """What runs the artifact: versions, device, threads; plain JSON."""
+        """Versions, device and threads; plain JSON."""
         return self._backend.describe()
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""Who made a bundle: signatures of its manifest in the format of minisign (Ed25519), which `minisign` itself reads.
+"""Signatures of bundles in the format of minisign (Ed25519).
 
-The manifest holds the hash of every other file, so that one signature, `edgetube.json.minisig`, is about all of them.
+The manifest holds the hash of every other file, so that one signature, `edgetube.json.minisig`, covers all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgetube.targets import need
 SIGNATURE = f"{MANIFEST}.minisig"
 
 MOST = 1 << 14
-"""Bytes of a key or signature."""
+"""Largest file of a key or signature, in bytes."""
 
 
 def sign(bundle: str | Path, key: str | Path, password: Callable[[], str]) -> Path:
@@ -51,9 +51,9 @@ def sign(bundle: str | Path, key: str | Path, password: Callable[[], str]) -> Pa
 
 
 def check(bundle: str | Path, key: str | Path) -> str:
-    """That the owner of a key has signed a bundle's manifest; gives the key's number.
+    """Check a manifest's signature against a public key; returns the key's id.
 
-    The files are as the manifest says only if `edgetube.bundle.load` has hashed them, too.
+    This does not hash the other files: `edgetube.bundle.load` does.
 
     Args:
         bundle: its folder.

@@ -1,7 +1,7 @@
-"""What the weights do not say: the model's geometry and the pixels that it expects.
+"""The model's geometry and the contract of its input.
 
-All types are frozen, validated when made, and survive a round trip through JSON
-(`X.from_json(x.to_json()) == x`). Nothing here needs more than the standard library.
+All types are frozen, validated on construction, and survive a round trip through JSON
+(`X.from_json(x.to_json()) == x`). Only the standard library is needed.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ T = TypeVar("T")
 
 
 LARGEST = 1 << 16
-"""Most voxels along an axis, and most channels of a layer: what no model has, and what arithmetic on a damaged file
-must not begin with."""
+"""Largest number of voxels along an axis, and of channels of a layer: far beyond any model, a guard against damaged
+files."""
 
 MOST_BLOCKS = 1 << 10
 MOST_TOKENS = 1 << 16
 MOST_CLASSES = 1 << 20
 MOST_TUBES = 64
 MOST_VOXELS = 1 << 30
-"""Of one clip: a gigabyte of bytes."""
+"""Largest number of voxels of a clip: a gigabyte."""
 
 MOST_PARAMETERS = 1 << 28
-"""Of one tube: a gigabyte of float32."""
+"""Largest number of parameters of a tube: a gigabyte of float32."""
 
 
 def _check_fields(cls: type[T], data: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `data`, which may come from a file: all that `cls` needs, and nothing that it does not have."""
+    """Check that `data` has all required fields of `cls`, and no unknown ones; returns it as a dict."""
     known = fields(cls)  # type: ignore[arg-type]
     needed = [f.name for f in known if f.default is MISSING and f.default_factory is MISSING]
     return dict(strict.record(data, cls.__name__, needed, [f.name for f in known]))
@@ -50,7 +50,7 @@ def _check_fields(cls: type[T], data: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _refused() -> Iterator[None]:
-    """What does not follow the format cannot exist either."""
+    """Turn `FormatError` into `SpecError`."""
     try:
         yield
     except FormatError as error:
@@ -62,7 +62,7 @@ def _integers(value: Any, where: str, count: int, low: int, high: int = LARGEST)
 
 
 def _triple(value: Any, where: str, low: int) -> Triple:
-    """Three integers: 8.5 is refused, not cut to 8."""
+    """Three integers: 8.5 is refused, not truncated to 8."""
     try:
         t, h, w = _integers(value, where, 3, low)
     except FormatError as error:
@@ -228,7 +228,7 @@ class ModelSpec:
         self._check_amount()
 
     def _normalise(self) -> None:
-        """Every field in its own type, within the bounds of what is a model at all."""
+        """Convert every field to its type and check its bounds."""
         tubes = strict.items(self.tubes, "tubes", 1, MOST_TUBES)
         if not all(isinstance(tube, TubeSpec) for tube in tubes):
             raise SpecError("tubes holds something else than a TubeSpec")
@@ -265,7 +265,7 @@ class ModelSpec:
         object.__setattr__(self, "classifiers", found)
 
     def _check_amount(self) -> None:
-        """That nothing which is computed from the geometry alone can exhaust a machine."""
+        """Check that the sizes that follow from the geometry are within bounds."""
         kernels = [tube.kernel for tube in self.tubes] + ([self.kernel] if self.kernel else [])
         amounts = {
             "voxels of a clip": (math.prod(self.clip) * self.channels, MOST_VOXELS),
@@ -392,12 +392,12 @@ FPS = (1e-3, 1e5)
 """Slowest and fastest rate of frames, per second."""
 
 LEAST_STD, MOST_MEAN = 1e-6, 1e6
-"""Of pixels in 0..1; float32 divides by them."""
+"""Bounds of mean and std, of pixels in 0..1: float32 divides by std."""
 
 
 @dataclass(frozen=True)
 class InputContract:
-    """The one description of preprocessing; executed by `edgetube.preprocess` and nowhere else.
+    """The description of preprocessing, which `edgetube.preprocess` executes.
 
     Attributes:
         frames, height, width: the clip that the graph takes.
@@ -471,7 +471,7 @@ class InputContract:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about one clip.
+    """The classification of one clip.
 
     Attributes:
         label, score: the most probable class and its softmax probability.

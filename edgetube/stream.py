@@ -1,4 +1,4 @@
-"""Sliding windows: frames as a camera delivers them become clips as the model wants them."""
+"""Sliding windows: turns a stream of frames into clips for the model."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ TimedFrame = tuple[float, Frames]
 """(seconds, frame (H, W, 3) uint8)."""
 
 MAX_GAP = 10.0
-"""Seconds that a picture is held at most. A clock that leaps further ahead starts the window anew."""
+"""Seconds that a frame is held at most. After a longer gap the window starts again."""
 
 MAX_LATE = 4
-"""Frames in a row that may be out of order. With one more the clock was set back, and the window starts anew."""
+"""Frames in a row that may be out of order. With one more the clock was set back, and the window starts again."""
 
 
 def count_of(value: object, name: str) -> int:
-    """A whole number >= 1 that a caller gave.
+    """Check a caller's integer >= 1.
 
     Raises:
-        InputError: anything else.
+        InputError: it is not one.
     """
     try:
         if isinstance(value, bool | np.bool_):
@@ -45,14 +45,14 @@ def count_of(value: object, name: str) -> int:
 
 
 def timed(frames: Iterable[Any], fps: float | None) -> Iterator[TimedFrame]:
-    """The door for frames of a caller: each is checked, copied, and given a time.
+    """Check and copy a caller's frames, and give each a time.
 
     Args:
         frames: (H, W, 3) uint8 RGB, of which number i is shown at i / fps; or (seconds, frame) tuples.
         fps: frames per second of bare frames; None counts whole seconds.
 
     Raises:
-        InputError: `frames` is no iterable, or a frame or its time cannot be used; says which and why.
+        InputError: `frames` is not iterable, or a frame or its time cannot be used; says which and why.
     """
     rate = 1.0 if fps is None else preprocess.frame_rate(fps)
     try:
@@ -123,7 +123,7 @@ def _windows(frames: Iterable[TimedFrame], contract: InputContract, hop: int) ->
 
 
 def _spans(frames: Iterable[TimedFrame], contract: InputContract) -> Iterator[tuple[int, TimedFrame]]:
-    """Each frame with the number of the span of steady clock that it lies in, without those that are out of order."""
+    """Each frame with the number of its span of steady clock; frames out of order are dropped."""
     span, late, newest = 0, 0, None
     for item in frames:
         now = item[0]

@@ -1,4 +1,4 @@
-"""Reads what somebody else may have written: JSON and its fields, and nothing that is nearly right.
+"""Strict parsing of untrusted JSON: values of a wrong type or form are errors, never converted.
 
 Every function takes `where`, the name of the value in an error message ("model.tubes[0].kernel"), and raises
 `FormatError` with one line: what the value is, and what was expected.
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from edgetube.errors import FormatError, printable
 
 DEPTH = 32
-"""Deepest nesting of lists and objects."""
+"""Largest depth of lists and objects."""
 
 BYTES = 64 << 20
 """Largest JSON file."""
@@ -89,7 +89,7 @@ def _int(digits: str) -> int:
 
 
 def _check(document: Any, where: str) -> None:
-    """That nesting and texts are as `parse_json` says; without recursion, whatever the document."""
+    """Check depth and strings as `parse_json` says; without recursion."""
     level = [document]
     for _ in range(DEPTH):
         following: list[Any] = []
@@ -185,14 +185,14 @@ def path(value: Any, where: str) -> str:
 
 
 def choice(value: Any, where: str, allowed: Collection[str]) -> str:
-    """One of some texts."""
+    """One of some strings."""
     if not isinstance(value, str) or value not in allowed:
         raise FormatError(f"{where} is {_show(value)}; expected one of {', '.join(allowed)}")
     return value
 
 
 DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{digit}" for name in ("com", "lpt") for digit in "0123456789¹²³")}
-"""Names of files that mean devices on Windows, whatever their suffix."""
+"""File names that are devices on Windows, with any suffix."""
 
 
 def _show(value: Any) -> str:

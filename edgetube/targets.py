@@ -1,4 +1,4 @@
-"""What an artifact is made for, and what must be installed to make it and to run it."""
+"""Targets, and what must be installed to build and to run them."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from edgetube.errors import InputError, MissingPackageError
 Precision = Literal["fp32", "fp16", "int8", "w8", "w4"]
 
 Arithmetic = Literal["float32", "float16", "bfloat16"]
-"""What floats are computed in."""
+"""Types of float arithmetic."""
 
 Status = Literal["executed", "emulated", "built", "deferred"]
-"""How far an artifact was proven here: run by its own runtime; evaluated by an independent reader; written and
-checked but not run; to be completed on the device."""
+"""How an artifact was verified: run by its own runtime; evaluated by another backend; built and checked but not run; to
+be completed on the device."""
 
 
 PLATFORMS = {"Linux": "linux", "macOS": "darwin", "Windows": "win32"}
-"""Operating systems that a target may need, as they are called and as `sys.platform` calls them."""
+"""Operating systems that a target may need -> `sys.platform`."""
 
 GPU = "an NVIDIA GPU"
-"""What a target needs when its runtime computes there."""
+"""The need of targets whose runtime computes on a GPU."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What else may be chosen when a target is built: `--set NAME=VALUE`.
+    """An option of a target's build: `--set NAME=VALUE`.
 
     Attributes:
-        name, default: both text; the default is what is built when nothing is said.
-        allowed: the values there are; empty when any text is one.
+        name, default: strings.
+        allowed: the valid values; empty if any string is.
         summary: one line for people.
     """
 
@@ -61,9 +61,9 @@ class Target:
         lowering: the tube lowering where none can be timed.
         tolerance: largest error of a logit, relative to the largest |logit| of the proof (at least 1), that the
             proof accepts; None where the accuracy budget of the calibration decides instead.
-        arithmetic: what floats may be computed in on one device or another; all of these are right.
-        settings: what else may be chosen.
-        chosen: the settings that are not at their default; see `choose`.
+        arithmetic: types that devices may compute floats in; all of them are correct.
+        settings: options of the build.
+        chosen: settings that differ from their default; see `choose`.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Target:
     chosen: Mapping[str, str] = field(default_factory=dict)
 
     def missing(self, needs: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of `needs` that are not here."""
+        """The `needs` that are missing here."""
         return missing(needs)
 
     def setting(self, name: str) -> str:
@@ -92,7 +92,7 @@ class Target:
         """This target with other settings.
 
         Raises:
-            InputError: it has no such setting, or the setting no such value.
+            InputError: there is no such setting, or the value is not allowed.
         """
         known = {setting.name: setting for setting in self.settings}
         for name, value in chosen.items():
@@ -104,7 +104,7 @@ class Target:
 
     @property
     def remedy(self) -> str:
-        """The pip line that makes it possible to build or run this target here; empty where pip cannot bring it."""
+        """The pip command that installs what is missing; empty where pip cannot."""
         for needs in (self.build_needs, self.run_needs):
             absent = self.missing(needs)
             if absent and not any(need in PLATFORMS or need == GPU for need in absent):
@@ -113,10 +113,10 @@ class Target:
 
 
 def choose(chosen: Sequence[Target], settings: Mapping[str, str]) -> list[Target]:
-    """Targets with other settings; each takes those that it has.
+    """Targets with other settings; each takes the settings that it has.
 
     Raises:
-        InputError: a setting that none of them has, or a value that one of them does not take.
+        InputError: none of them has a setting, or a value is not allowed.
     """
     known = dict.fromkeys(setting.name for target in chosen for setting in target.settings)
     if unknown := [name for name in settings if name not in known]:
@@ -129,7 +129,7 @@ def choose(chosen: Sequence[Target], settings: Mapping[str, str]) -> list[Target
 
 
 def missing(needs: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `needs`, modules and conditions, that are not here."""
+    """The `needs`, modules and conditions, that are missing here."""
     return tuple(need.replace("|", " or ") for need in needs if not any(map(_present, need.split("|"))))
 
 
@@ -152,7 +152,7 @@ def installed(module: str) -> bool:
 
 @functools.cache
 def _gpus() -> int:
-    """How many GPUs the driver sees; the driver is asked because packages can be there without one."""
+    """How many GPUs the driver sees; packages may be installed without a GPU."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -167,10 +167,10 @@ def pip_line(extra: str) -> str:
 
 
 def need(module: str, extra: str) -> ModuleType:
-    """Import an optional package, or a module of ours that builds on one.
+    """Import an optional package, or a module of edgetube that needs one.
 
     Raises:
-        MissingPackageError: it is not installed; the message says the pip line.
+        MissingPackageError: it is not installed; the message has the pip command.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""What a person sees on a terminal: progress, tables, one line for each finding. Nothing is computed here."""
+"""Terminal output: progress, tables and messages. Nothing is computed here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PLAIN_S = 10.0
 
 
 def prepare() -> None:
-    """Make stdout and stderr take any text: what their encoding lacks is escaped. Log messages go to stderr."""
+    """Escape characters that the encodings of stdout and stderr lack; send log messages to stderr."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -56,7 +56,7 @@ class _Line(logging.Formatter):
 
 
 def abandon() -> None:
-    """Nobody reads stdout any more: what is left of it goes nowhere, so that Python does not complain at its end."""
+    """After a broken pipe: discard the rest of stdout, so that Python does not report an error at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -105,7 +105,7 @@ class _Plain:
 
 
 def table(*columns: str) -> Table:
-    """An empty table of the house's look."""
+    """An empty table in the common style."""
     found = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
         found.add_column(printable(column), overflow="fold", no_wrap=i == 0)
@@ -113,12 +113,12 @@ def table(*columns: str) -> Table:
 
 
 def add(found: Table, *cells: str | Text) -> None:
-    """Add a row; text is shown as it is, what is styled comes as `Text`."""
+    """Add a row; strings are shown verbatim, `Text` is styled."""
     found.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells))
 
 
 def say(text: str) -> None:
-    """A finding, as it is, in one line."""
+    """Print one line, verbatim."""
     out.print(printable(text), soft_wrap=True)
 
 
@@ -145,12 +145,12 @@ def input_warnings() -> Iterator[None]:
 
 
 def error(text: str) -> None:
-    """Why it ended."""
+    """Print the error that ended the command."""
     _remark("error", "bold red", text)
 
 
 def wrote(path: Path) -> None:
-    """That a file is there now."""
+    """Report a written file."""
     err.print(f"wrote {printable(path)}", soft_wrap=True)
 
 
@@ -159,12 +159,12 @@ def _remark(kind: str, style: str, text: str) -> None:
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
-    """For programs."""
+    """Print a JSON document."""
     print(json.dumps(value, indent=indent), flush=True)  # noqa: T201
 
 
 def targets(known: Iterable[Target]) -> None:
-    """Who can be built and run here, and how to get what is missing."""
+    """The targets that can be built and run here, and how to install what is missing."""
     known = list(known)
     found = table("target", "build here", "run here", "what it is")
     for t in known:
@@ -194,7 +194,7 @@ def exported(made: Sequence[Bundle], rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def checks(found: Iterable[Check]) -> None:
-    """What `edgetube doctor` looked at."""
+    """The checks of `edgetube doctor`."""
     rows = table("check", "", "what was found")
     for check in found:
         add(rows, check.name, Text("ok", "green") if check.ok else Text("failed", "bold red"), check.detail)
@@ -202,7 +202,7 @@ def checks(found: Iterable[Check]) -> None:
 
 
 def bundle(found: Bundle) -> None:
-    """What is in a bundle."""
+    """The contents of a bundle."""
     rows = table("", found.name)
     for key, value in _facts(found):
         add(rows, key, value)
@@ -265,7 +265,7 @@ def _decibels(ratio: float | None) -> str:
 
 
 def bench(document: Mapping[str, Any], notes: Sequence[str]) -> None:
-    """The document of `edgetube bench --json`, and what there is to say about it."""
+    """The document of `edgetube bench --json`, with notes."""
     found = table("bundle", "threads", "p50 ms", "p90", "p99", "clips/s", "prepare", "cold start", "memory", "of peak")
     for row in document["bundles"]:
         if row["p50_ms"] is None:
@@ -301,7 +301,7 @@ def bench(document: Mapping[str, Any], notes: Sequence[str]) -> None:
 
 
 def report(columns: Sequence[str], rows: Sequence[Sequence[str]], headline: str) -> None:
-    """The verdicts of `edgetube report`, and the one sentence."""
+    """The verdicts of `edgetube report`, and its summary."""
     found = table(*columns)
     for row in rows:
         add(found, *row)

@@ -39,7 +39,7 @@ Source: TypeAlias = int | str | Path
 """A camera's index (also as digits), a URL, or a file."""
 
 SET_BACK, MAX_GAP = 0.1, 10.0
-"""Seconds by which a broadcast's clock may go back, and on, between two frames; beyond that its parts were joined."""
+"""Seconds by which a broadcast's clock may jump back or ahead between two frames; beyond that its parts were joined."""
 
 TIMEOUT = 10.0
 """Seconds that a URL or a camera may take to open, and again for each next frame."""
@@ -153,7 +153,7 @@ def rate(source: Source) -> float:
 
 
 def sources(source: Source) -> list[Source]:
-    """What a person's argument stands for: a file, the files of a folder or a glob, a camera, a URL; see `search`.
+    """The sources of a command line argument: a file, the files of a folder or a glob, a camera, a URL; see `search`.
 
     Raises:
         InputError: nothing is found.
@@ -162,13 +162,13 @@ def sources(source: Source) -> list[Source]:
 
 
 def search(source: Source, contract: InputContract | None = None) -> tuple[list[Source], str]:
-    """The sources that an argument stands for, and one line about files of a folder that are left out, or "".
+    """The sources of an argument, and one line about skipped files of a folder, or "".
 
-    A folder is searched through, in sorted order, for the suffixes `VIDEOS` and `IMAGES`; links are followed, hidden
-    files are passed over.
+    A folder is searched, in sorted order, for the suffixes `VIDEOS` and `IMAGES`; links are followed, hidden files are
+    skipped.
 
     Args:
-        contract: of the model that is asked; still images are left out when it takes several frames.
+        contract: of the model; still images are skipped if it takes several frames.
 
     Raises:
         InputError: nothing is found.
@@ -191,7 +191,7 @@ def search(source: Source, contract: InputContract | None = None) -> tuple[list[
 
 
 def check_output(path: str | Path, source: Source | None = None) -> Path:
-    """Where a video can be written; asked before the work, and by `write` itself.
+    """Check that a video can be written to a path; called before the work starts, and by `write`.
 
     Raises:
         InputError: no .mp4, no folder, a folder by that name, or the file of `source` itself.
@@ -211,8 +211,8 @@ def check_output(path: str | Path, source: Source | None = None) -> Path:
 def write(path: str | Path, frames: Iterable[Frames | tuple[float, Frames]], fps: float) -> Path:
     """Encode frames (H, W, 3) uint8 RGB as mp4: H.264 where PyAV has it, else MPEG-4 part 2.
 
-    The file appears when it is complete: it is written beside its place and renamed. Sides that are odd repeat their
-    last row or column, since 4:2:0 chroma needs even ones.
+    The file is written under a temporary name and renamed when complete. Odd sides repeat their last row or column,
+    because 4:2:0 chroma needs even ones.
 
     Args:
         frames: frames, of which number i is shown at i / fps; or (seconds, frame), ascending, as `frames` gives them.
@@ -246,10 +246,10 @@ class _Address:
 
 
 def _parse_source(source: Source) -> Source:
-    """A source with digits as a camera's number and everything that is no URL as a path.
+    """Digits become a camera's index, and text without `://` becomes a path.
 
     Raises:
-        InputError: neither a number, nor text, nor a path.
+        InputError: neither an integer, a string nor a path.
     """
     if isinstance(source, bool) or not isinstance(source, Source):
         raise InputError(f"the source is {source!r:.60}; expected a path, a URL or a camera's index")
@@ -350,7 +350,7 @@ def _camera(index: int) -> _Address:
 
 @contextmanager
 def _vendor_errors(name: object) -> Iterator[None]:
-    """The one place where PyAV's errors become ours."""
+    """Turn PyAV's errors into `InputError`."""
     import av
 
     try:
@@ -391,8 +391,8 @@ def _open(source: Source | _Address) -> Iterator[_Reader]:
 
 
 def _film(streams: Iterable[VideoStream]) -> VideoStream | None:
-    """The stream that a player would show: not a cover, a thumbnail or one tile of a picture; the default one, then
-    the largest, then the first."""
+    """The stream that a player would show: no cover, thumbnail or tile of a picture; the default stream, then the
+    largest, then the first."""
     from av.stream import Disposition
 
     beside = Disposition.still_image | Disposition.timed_thumbnails
@@ -469,7 +469,7 @@ class _Reader:
         return self._is_picture or (self.form in _ANIMATIONS and not self.live and self._scan()[0] == 1)
 
     def check_picture(self) -> None:
-        """Refuse what would be taken for the whole picture or animation although it is not.
+        """Refuse pictures and animations that are incomplete.
 
         Raises:
             InputError: a picture or an animation without its end, or a HEIF picture in tiles, each of them a stream.
@@ -485,7 +485,7 @@ class _Reader:
             raise InputError(f"{self.address.name} is cut off or damaged: copy or record it again")
 
     def declared(self) -> float | None:
-        """Seconds that the header promises, of the video or else the longest stream; None where it does not say."""
+        """The duration in the header, of the video or else the longest stream, in seconds; None where it has none."""
         if self.form not in _HEADED:
             return None
         if self.form == _AVI and self.stream.frames:  # slots; its duration is a guess where the index was cut off
@@ -553,7 +553,7 @@ class _Reader:
             yield from fresh.frames()
 
     def _again(self) -> AbstractContextManager[_Reader]:
-        """The same file from its beginning."""
+        """Reopen the file at its beginning."""
         assert self.address.path is not None, "a live source has no beginning"
         return _open(_file(self.address.path))
 

@@ -1,11 +1,11 @@
-"""One file a backend. The folder is the registry; a backend is imported only when it is asked for.
+"""The backends, one module each. The folder is the registry; a backend is imported only when it is needed.
 
-A backend says in `RUNS` which targets are its own, by the first part of their names: ("onnx",) for onnx-fp32. One that
-has no `RUNS` opens no bundle that names it.
+`RUNS` lists the targets of a backend by the first part of their names: ("onnx",) for onnx-fp32. A backend without
+`RUNS` opens no bundles.
 
-A backend whose runtime exists on some machines only says so in `NEEDS` (where its targets differ, by the first part of
-their names), and may name another backend that evaluates its artifacts anywhere in `EMULATOR`. Its file must import
-without what it needs. With a function `product` it takes part in measuring how fast a machine can multiply.
+A backend whose runtime is not available on every machine lists its needs in `NEEDS` (by the first part of the target's
+name if they differ), and may name in `EMULATOR` another backend that evaluates its artifacts on any machine. Its module
+must import without those needs. A function `product` lets it take part in measuring the machine's peak rate.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from edgetube.runtimes.base import Backend, Interface, Shape
 from edgetube.targets import missing
 
 EMULATED: Literal["emulated"] = "emulated"
-"""The device of every artifact that another backend evaluates, wherever it was made to run."""
+"""The device name of artifacts that another backend evaluates."""
 
 
 def names() -> frozenset[str]:
-    """Names of the backends: the files of this folder."""
+    """Names of the backends: the modules of this folder."""
     return frozenset(m.name for m in pkgutil.iter_modules(__path__)) - {"base"}
 
 
 MAX_THREADS = max(64, 8 * (os.cpu_count() or 1))
-"""More threads than this make any call slower, and thousands of them exhaust the machine."""
+"""Largest number of threads: more make any call slower, and thousands exhaust the machine."""
 
 
 def check_threads(threads: int | None) -> None:
-    """That a number of CPU threads is one that this machine can bear.
+    """Check a number of CPU threads.
 
     Raises:
         InputError: it is below 1 or above `MAX_THREADS`.
@@ -47,12 +47,12 @@ def check_threads(threads: int | None) -> None:
 
 
 def open_bundle(bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> Backend:
-    """Open a bundle's artifact with the backend that its manifest names, or on `EMULATED` with that one's emulator.
+    """Open a bundle's artifact with the backend in its manifest, or, on device `EMULATED`, with the backend's emulator.
 
     Raises:
-        BundleError: this version has no such backend, the backend does not run such targets, or the artifact takes or
-            gives something else than the manifest says.
-        InputError: `device` is `EMULATED` and nothing emulates the backend, or so many threads cannot be.
+        BundleError: there is no such backend, it does not run the target, or the shapes of the artifact's input or
+            output differ from the manifest.
+        InputError: `device` is `EMULATED` and the backend has no emulator, or `threads` is out of range.
         MissingPackageError: the vendor's package is not installed.
         BackendError: the vendor's runtime refuses the artifact or the device.
     """
@@ -87,12 +87,12 @@ def open_bundle(bundle: Bundle, *, threads: int | None = None, device: str | Non
 
 
 def _check_interface(bundle: Bundle, stated: Interface | None) -> None:
-    """That an artifact takes and gives what the manifest says.
+    """Check the shapes of an artifact's input and output against the manifest.
 
-    A part of a model, which is opened to be timed, gives tokens instead of logits; it is in no manifest.
+    The tokenizer alone, which exports open to time it, outputs tokens instead of logits and has no manifest.
 
     Raises:
-        BundleError: it does not.
+        BundleError: they differ.
     """
     if stated is None:
         return
@@ -110,7 +110,7 @@ def _shapes(shapes: tuple[Shape, ...]) -> str:
 
 
 def proof_device(target: str, backend: str) -> str | None:
-    """Where a target's artifacts are proven here: None for its own device, `EMULATED` where there is none here."""
+    """The device of a target's proof on this machine: None for its own device, `EMULATED` where that is missing."""
     needs, emulator = _stated(backend, "NEEDS"), _stated(backend, "EMULATOR")
     if isinstance(needs, Mapping):
         needs = needs[target.partition("-")[0]]
@@ -118,14 +118,14 @@ def proof_device(target: str, backend: str) -> str | None:
 
 
 def products(precision: str, size: int, threads: int | None) -> dict[str, Callable[[], object]]:
-    """By backend, a call that multiplies two matrices (size, size) in a precision; without those that cannot."""
+    """Backend -> a call that multiplies two matrices (size, size) in a precision; backends that cannot are left out."""
     stated = {name: _stated(name, "product") for name in sorted(names())}
     calls = {name: product(precision, size, threads) for name, product in stated.items() if product}
     return {name: call for name, call in calls.items() if call}
 
 
 def _stated(backend: str, attribute: str) -> Any:
-    """What a backend's file says of itself; nothing when it cannot be imported for want of the vendor's package."""
+    """An attribute of a backend's module; None if it is not set, or if the vendor's package is missing."""
     try:
         module = importlib.import_module(f"edgetube.runtimes.{backend}")
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The backend protocol: open, run, close. Inputs are checked here, once, so that a backend file stays short."""
+"""The base class of backends: open, run, close. It checks inputs, so that backends need not."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ LayerOutputs = dict[str, npt.NDArray[np.float32]]
 Tap = Callable[[Frames], LayerOutputs]
 
 Shape = tuple[int | None, ...]
-"""Of a tensor; None for an axis that is left open."""
+"""The shape of a tensor; None for a dynamic axis."""
 
 
 @dataclass(frozen=True)
 class Interface:
-    """Shapes of an artifact's inputs and outputs, as it states them itself."""
+    """Shapes of an artifact's inputs and outputs, as the artifact states them."""
 
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
@@ -46,7 +46,7 @@ class Backend(ABC):
 
     A subclass opens the artifact in `__init__(bundle, *, threads, device)` and implements `infer` and `release`.
     Several threads may call one backend: calls are serialised unless the subclass says `thread_safe`. It may be closed
-    while they do: calls that have begun end well, later ones are refused. It does not pass to a forked process.
+    meanwhile: calls in progress complete, later ones are refused. It cannot be used in a forked process.
     """
 
     thread_safe: ClassVar[bool] = False
@@ -66,19 +66,19 @@ class Backend(ABC):
         """Logits (batch, classes) float32 of exactly `batch` contiguous clips (batch, T, H, W, 3) uint8."""
 
     def interface(self) -> Interface | None:
-        """What the opened artifact takes and gives; None when it does not say."""
+        """Shapes of the opened artifact; None if it does not state them."""
         return None
 
     def describe(self) -> dict[str, Any]:
-        """What runs it: versions, device, threads; plain JSON."""
+        """Versions, device and threads; plain JSON."""
         return {}
 
     def layers(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Those of `names`, tensors of the canonical graph (`blocks.3.attn.qkv`), that `tap` can show; none here."""
+        """The `names`, tensors of the canonical graph (`blocks.3.attn.qkv`), that `tap` can return; none by default."""
         return ()
 
     def tap(self, names: Sequence[str]) -> Tap:
-        """Open the artifact once more so that it shows some of its inner tensors, a few at a time.
+        """Open the artifact again with some inner tensors as outputs, a few at a time.
 
         Args:
             names: of `layers`.
@@ -87,13 +87,13 @@ class Backend(ABC):
             A function: `batch` contiguous clips (batch, T, H, W, 3) uint8 -> float32 tensor by name.
 
         Raises:
-            BackendError: the vendor's runtime shows none, or refuses.
+            BackendError: the vendor's runtime cannot return inner tensors, or fails.
         """
         raise BackendError(f"{type(self).__module__.rpartition('.')[2]} shows no inner tensors")
 
     @abstractmethod
     def release(self) -> None:
-        """Give back what `__init__` took. Called once."""
+        """Free the resources of `__init__`. Called once."""
 
     def __call__(self, clips: npt.ArrayLike) -> Logits:
         """Logits (B, classes) float32 of clips (B, T, H, W, 3) uint8, any strides, any B.
@@ -143,7 +143,7 @@ class Backend(ABC):
                 self._state.notify_all()
 
     def close(self) -> None:
-        """Release the artifact once the calls that have begun have ended; closing twice is fine."""
+        """Release the artifact after calls in progress; closing twice is fine."""
         if os.getpid() != self._process:
             return  # it is the parent's
         with self._state:
@@ -160,14 +160,14 @@ class Backend(ABC):
 
 
 def may_saturate(bundle: Bundle) -> bool:
-    """Whether an INT8 artifact may be computed wrongly on x86 without VNNI, whose sums of two products have 16 bits.
+    """Whether an INT8 artifact may overflow on x86 without VNNI, which sums two products in 16 bits.
 
-    The manifest says in `build.integers.saturates` that it cannot; artifacts of older versions say nothing.
+    `build.integers.saturates` in the manifest is false where it cannot; bundles of older versions lack it.
     """
     return bundle.precision == "int8" and integers(bundle).get("saturates") is not False
 
 
 def integers(bundle: Bundle) -> Mapping[str, Any]:
-    """What the manifest says of products of integers; nothing where it says it in no form that is known."""
+    """`build.integers` of the manifest; empty where it is missing or of another type."""
     stated = bundle.build.get("integers")
     return stated if isinstance(stated, Mapping) else {}

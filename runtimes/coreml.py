@@ -20,10 +20,10 @@ NEEDS = ("macOS", "coremltools")
 EMULATOR = "mil"
 
 DEVICES = {"all": "ALL", "cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
-"""Devices -> compute units; every choice may fall back to the CPU."""
+"""Device -> compute units; each may fall back to the CPU."""
 
 BUFFERS = 2
-"""Input buffers that take turns: Core ML may hold the one of the last prediction."""
+"""Input buffers, used in turn: Core ML may still hold that of the last prediction."""
 
 
 class Session(Backend):
@@ -31,7 +31,7 @@ class Session(Backend):
 
     Args:
         bundle: a bundle whose artifact is a `.mlpackage`.
-        threads: Core ML chooses; None is the only value.
+        threads: None only; Core ML chooses.
         device: "all" (default), "cpu", "gpu" or "ane".
 
     Raises:

@@ -1,9 +1,9 @@
-"""Evaluates the ML program of a saved `.mlpackage` on any machine: an independent witness, not a fast runtime.
+"""A reference evaluator of ML programs: runs a saved `.mlpackage` on any machine, slowly.
 
-It reads what was written to disk (`edgetube.mlpackage`: protobuf and weight file, no vendor code) and computes every
-operation in numpy. What the program calls float16 is computed in float32 and rounded to float16, one rounding an
-operation; that is how the real hardware is documented to accumulate, but its order of sums is its own, and so the
-results are labelled `emulated`. An overflow of float16 is an error that names the operation.
+It reads the files on disk (`edgetube.mlpackage`: protobuf and weight file, no vendor code) and computes every operation
+in numpy. float16 operations are computed in float32 and rounded to float16 once; the hardware is documented to
+accumulate like that, but sums in another order, so the results are labelled `emulated`. An overflow of float16 is an
+error that names the operation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 Inputs = Mapping[str, Any]
 
 DTYPES = {"fp16": np.float32, "fp32": np.float32, "int8": np.int8, "uint8": np.uint8, "int32": np.int32}
-"""How a type is held here: float16 numbers lie in float32 arrays, which BLAS multiplies."""
+"""numpy types that hold a program's types: float16 is held in float32 arrays, which BLAS multiplies."""
 
 
 class Session(Backend):
@@ -36,7 +36,7 @@ class Session(Backend):
 
     Args:
         bundle: a bundle whose artifact is a `.mlpackage`; of several functions, the one that takes its clips runs.
-        threads, device: there is nothing to choose; numpy's own threads, the CPU.
+        threads, device: ignored; numpy uses its own threads on the CPU.
 
     Raises:
         BundleError: the package cannot be read, or has an operation that is not known here.
@@ -67,7 +67,7 @@ class Session(Backend):
         return tuple(name for name in names if mlpackage.label(name) in made)
 
     def tap(self, names: Sequence[str]) -> Tap:
-        """Tokens that lie as (B, D, 1, N) in the program are given as (B, N, D)."""
+        """Tokens, (B, D, 1, N) in the program, are returned as (B, N, D)."""
         (given,) = self.program.function.inputs
         wanted = {mlpackage.label(name): name for name in names}
 
@@ -103,7 +103,7 @@ def function_for(package: Package, shape: tuple[int, ...]) -> str:
 
 
 def interface_of(function: mlpackage.Function) -> Interface:
-    """What a function takes, and the answer that it gives for every clip beside the label of the best class."""
+    """The shapes of a function's input and of its logits; its other output is the label of the best class."""
     types = {name: kind for operation in function.operations for name, kind in operation.outputs}
     answers = [types[name].shape for name in ("logits", "tokens") if name in function.outputs and name in types]
     return Interface(tuple(kind.shape for kind in function.inputs.values()), tuple(answers))
@@ -138,7 +138,7 @@ class Program:
         self.last = self._last_uses()
 
     def _last_uses(self) -> dict[str, int]:
-        """The step after which a value is not needed any more."""
+        """Value -> the last step that uses it."""
         last: dict[str, int] = {}
         for step, operation in enumerate(self.steps):
             last.update((ref.name, step) for refs in operation.inputs.values() for ref in refs if isinstance(ref, Ref))
@@ -164,7 +164,7 @@ class Program:
         return {name: values[name] for name in (*self.function.outputs, *keep)}
 
     def evaluate(self, operation: Operation, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values that one operation makes, held and rounded as their types say."""
+        """The outputs of one operation, rounded to their types."""
         arguments = {key: self._argument(key, value, values) for key, value in operation.inputs.items()}
         if operation.kind == "const":
             return {operation.outputs[0][0]: arguments["val"]}
@@ -222,7 +222,7 @@ def round_to_fp16(x: Array) -> Array:
 
 
 CHUNK = 1 << 15
-"""Numbers that are rounded at a time: they stay in a core's cache."""
+"""Numbers that are rounded at a time: they fit in a core's cache."""
 
 HALF_MAX, HALF_TINY = np.float32(65504), np.float32(2.0**-14)
 
@@ -468,7 +468,7 @@ MOVES: dict[str, Callable[[Inputs], Any]] = {
     "squeeze": _squeeze,
     "transpose": _transpose,
 }
-"""Operations that compute nothing: there is nothing to round."""
+"""Operations that only move data: their outputs need no rounding."""
 
 OPERATIONS: dict[str, Callable[[Inputs], Any]] = {
     **MOVES,

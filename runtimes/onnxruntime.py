@@ -1,4 +1,4 @@
-"""ONNX Runtime: the runtime that every edgetube install has."""
+"""The ONNX Runtime backend, which every install has."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ AS_THEY_STAND = "session.disable_quant_qdq"
 class Session(Backend):
     """An ONNX file in one inference session.
 
-    INT8 artifacts whose sums would saturate on this processor are computed in another form, or refused. Q/DQ pairs of
-    another backend's artifact, which is emulated here, are computed as they stand.
+    INT8 artifacts whose sums would saturate on this processor run with other kernels, or are refused. Q/DQ pairs of
+    another backend's artifact, which is emulated here, are not fused.
 
     Args:
         bundle: a bundle whose artifact is an ONNX file with one input and one output.
@@ -121,14 +121,14 @@ ValueInfoProto.name. A device has no `onnx` package."""
 
 
 def _tensors(path: Path) -> set[str]:
-    """Names of the tensors that the nodes of a file make."""
+    """Names of the outputs of all nodes of a file."""
     (graph,) = protobuf.parse(memoryview(path.read_bytes()))[GRAPH]
     nodes = protobuf.parse(graph).get(NODE, [])
     return {str(name, "utf-8") for n in nodes for name in map(protobuf.message, protobuf.parse(n).get(NODE_OUTPUT, []))}
 
 
 def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
-    """A file whose graph gives out more tensors; their types are inferred when it is opened.
+    """Add tensors to the outputs of a file's graph; their types are inferred when it is opened.
 
     Messages that follow one another are merged by whoever reads them, and their repeated fields appended: that is how
     protobuf is defined, so the outputs are written behind the file as they are.
@@ -148,7 +148,7 @@ def _options(threads: int | None = None, entries: Mapping[str, str] | None = Non
 
 
 def _open(model: Path | bytes, options: ort.SessionOptions, provider: str, what: str) -> ort.InferenceSession:
-    """A session on the provider that was asked for, and on no other in its place.
+    """A session on the given provider, without fallback to another.
 
     Raises:
         BackendError: the provider cannot be used here, or ONNX Runtime refuses the model.
@@ -164,7 +164,7 @@ def _open(model: Path | bytes, options: ort.SessionOptions, provider: str, what:
 
 
 def _entries(bundle: Bundle) -> dict[str, str]:
-    """Session options with which a bundle's products of integers are exact on this processor.
+    """Session options that make a bundle's integer products exact on this processor.
 
     Raises:
         BackendError: there are none.
@@ -208,7 +208,7 @@ def _integers(weight: npt.NDArray[np.int8]) -> bytes:
 
 
 def optimise(source: Path, optimised: Path) -> Path:
-    """Write the graph that a session really runs, after ONNX Runtime's own rewriting; returns `optimised`."""
+    """Write the graph as ONNX Runtime optimises it for execution; returns `optimised`."""
     options = _options()
     options.optimized_model_filepath = str(optimised)
     _open(source, options, PROVIDERS["cpu"], f"cannot open {source}")
@@ -216,7 +216,7 @@ def optimise(source: Path, optimised: Path) -> Path:
 
 
 def evaluate(model: bytes) -> Callable[[Mapping[str, npt.NDArray[Any]]], list[npt.NDArray[np.float32]]]:
-    """Open any ONNX graph on the CPU: feeds by input name -> its outputs. Q/DQ pairs are computed as they stand."""
+    """Open any ONNX graph on the CPU: feeds by input name -> its outputs. Q/DQ pairs are not fused."""
     options = _options(entries={AS_THEY_STAND: "1", "session.intra_op.allow_spinning": "0"})
     session = _open(model, options, PROVIDERS["cpu"], "cannot open a graph")
     outputs = [output.name for output in session.get_outputs()]

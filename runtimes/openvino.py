@@ -1,4 +1,4 @@
-"""OpenVINO: CPUs, GPUs and NPUs of one vendor, and every other x86 or ARM CPU."""
+"""The OpenVINO backend: x86 and ARM CPUs, and Intel's GPUs and NPUs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edgetube.video import Frames
 
 @contextmanager
 def _absent(module: str) -> Iterator[None]:
-    """As if a package that nobody has imported yet were not installed."""
+    """In the block a package that is not imported yet seems not to be installed."""
     hidden = module not in sys.modules
     if hidden:
         sys.modules[module] = None  # type: ignore[assignment]  # what `import` documents for this
@@ -40,12 +40,12 @@ __all__ = ["Session", "compile_model", "core", "ov"]  # `ov` for whoever needs O
 RUNS = ("openvino",)
 
 CAPABILITY = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
-"""What OpenVINO calls a device's ability to compute in a type."""
+"""OpenVINO's names of device capabilities, by type."""
 
 
 @functools.cache
 def core() -> ov.Core:
-    """The one `ov.Core` of this process; whoever needs OpenVINO takes this one.
+    """The only `ov.Core` of this process.
 
     Its CPU plugin gives the thread that first needs it a stack for signal handlers (`sigaltstack`, Linux), and unmaps
     that stack when the core is deleted. Cores that are not deleted in the reverse order, or by another thread, leave

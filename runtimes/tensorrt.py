@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT for RTX: one family of APIs, and the module's name is a parameter.
+"""The backend of TensorRT and TensorRT for RTX, which share an API.
 
-A bundle holds the strongly typed ONNX graph and perhaps an engine. An engine belongs to one version of the SDK and one
-kind of GPU: where the bundle's does not fit, the device builds its own on the first load and keeps it.
+A bundle holds the strongly typed ONNX graph, and may hold an engine. An engine runs on one version of the SDK and one
+kind of GPU: where the bundle's engine does not run, the device builds one on first load and caches it.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("edgetube")
 
 RELEVANT_LINES = 6
-"""How many of the SDK's last warnings and errors an error of ours repeats."""
+"""Number of the SDK's last warnings and errors in a `BackendError`."""
 
 
 class Vendor(Protocol):
-    """What is used of `tensorrt` and of `tensorrt_rtx`, typed as the stubs of TensorRT have it."""
+    """The parts of `tensorrt` and `tensorrt_rtx` that are used, with the types of TensorRT's stubs."""
 
     __version__: str
     Builder: type[tensorrt.Builder]
@@ -66,7 +66,7 @@ class Vendor(Protocol):
 
 @dataclass(frozen=True)
 class Family:
-    """One of the two SDKs: its module, the pip extra that brings it, and what people call it."""
+    """One of the two SDKs: its module, its pip extra, and its name."""
 
     module: str
     extra: str
@@ -76,7 +76,7 @@ class Family:
 EMULATOR = "onnxruntime"
 
 LEGACY = "legacy.onnx"
-"""In the bundle: the graph for TensorRT 8.6 to 10 without typed networks."""
+"""File in the bundle: the graph for networks without types, TensorRT 8.6 to 10."""
 
 FAMILIES = {
     "trt": Family("tensorrt", "tensorrt", "TensorRT"),
@@ -91,10 +91,10 @@ NEEDS = {name: (family.module, "|".join(cuda.LIBRARIES), GPU) for name, family i
 
 @dataclass(frozen=True)
 class Settings:
-    """How an engine is built; the exporter writes it to the manifest and the device reads it there.
+    """How an engine is built; written to the manifest at export, and read on the device.
 
     Attributes:
-        workspace_mb: most scratch memory of a kernel; None leaves it to the SDK.
+        workspace_mb: largest scratch memory of a kernel; None leaves it to the SDK.
         version_compatible: the engine also runs on later minor versions (TensorRT).
         hardware_compatible: "ampere" for every GPU from Ampere on, "same" for every GPU of one compute capability,
             "" for this GPU alone (TensorRT).
@@ -139,7 +139,7 @@ class Settings:
 
 
 LEVELS = {"ampere": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
-"""What `hardware_compatible` is called in `HardwareCompatibilityLevel`."""
+"""`hardware_compatible` -> name in `HardwareCompatibilityLevel`."""
 
 
 def _capabilities(value: Any) -> tuple[str, ...]:
@@ -148,7 +148,7 @@ def _capabilities(value: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """What the manifest says of the engine that a bundle brings.
+    """The manifest's record of the bundle's engine.
 
     Attributes:
         file: in the bundle.
@@ -156,7 +156,7 @@ class EngineRecord:
         version_compatible: newer minor versions run it, too.
         capabilities: compute capabilities that run it; empty where that is not what it was built for.
         gpu: the one GPU that runs it; empty for several.
-        platform: the system that it was built on; empty in bundles that do not say it.
+        platform: the system that it was built on; empty in older bundles.
     """
 
     file: str
@@ -187,14 +187,14 @@ VERSION = r"\d+\.\d+[\w.+-]*"
 
 
 def system() -> str:
-    """What engines cannot leave: "linux-x86_64"."""
+    """The platform that an engine is bound to: "linux-x86_64"."""
     return f"{sys.platform}-{platform.machine().lower()}"
 
 
 class Sdk:
-    """A loaded SDK and what it said.
+    """A loaded SDK and its log.
 
-    Both SDKs have one logger per process, so there is one object of this class per SDK.
+    Each SDK has one logger per process, so there is one object of this class per SDK.
     """
 
     def __init__(self, family: Family) -> None:
@@ -209,11 +209,11 @@ class Sdk:
         return str(self.api.__version__)
 
     def error(self, what: str) -> BackendError:
-        """An error that says what failed and what the SDK said last."""
+        """An error with what failed and the SDK's last messages."""
         return BackendError(f"{self.family.title} {self.version}: {what}: {self.words()}")
 
     def words(self) -> str:
-        """What the SDK said last, in one line; it is forgotten then."""
+        """The SDK's last messages in one line; clears them."""
         said = "; ".join(" ".join(line.split()) for line in self.lines) or "it said nothing"
         self.lines.clear()
         return said
@@ -253,16 +253,16 @@ def build(
     calibrator: tensorrt.IInt8Calibrator | None = None,
     timing_cache: Path | None = None,
 ) -> bytes:
-    """The engine of an ONNX file, as the vendor's own tools open it.
+    """Build the engine of an ONNX file, serialised as the vendor's tools read it.
 
     Args:
         onnx: the file, strongly typed unless the settings say legacy; weights may lie beside it.
         on_progress: called with (phase, step, steps) while the SDK works.
         calibrator: of a legacy int8 network.
-        timing_cache: this machine's file of kernel timings, to begin with and to keep; None for none.
+        timing_cache: this machine's file of kernel timings, read and updated; None for none.
 
     Raises:
-        BackendError: the parser refuses a node, or the builder fails; with the SDK's words.
+        BackendError: the parser refuses a node, or the builder fails; with the SDK's messages.
     """
     builder, network, parser = parse(trt, onnx, typed=not settings.legacy)
     config = builder.create_builder_config()
@@ -289,10 +289,10 @@ def build(
 def parse(
     trt: Sdk, onnx: Path, typed: bool = True
 ) -> tuple[tensorrt.Builder, tensorrt.INetworkDefinition, tensorrt.OnnxParser]:
-    """What the SDK's own parser understands of a file; the parser owns the weights and has to live on.
+    """Parse an ONNX file with the SDK; the parser owns the weights and must be kept alive.
 
     Args:
-        typed: every tensor keeps the type that the file says; only TensorRT 8.6 to 10 know networks without types.
+        typed: every tensor keeps its type in the file; only TensorRT 8.6 to 10 have networks without types.
 
     Raises:
         BackendError: it refuses a node; says which and why.
@@ -307,7 +307,7 @@ def parse(
 
 
 def _strongly_typed(trt: Sdk) -> int:
-    """The flag that every tensor keeps the type that the graph says; a matter of course where it is gone."""
+    """The flag of strongly typed networks; 0 in versions that removed it because it is the default."""
     flag = getattr(trt.api.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     if flag is None and int(trt.version.split(".")[0]) in (8, 9) and trt.family is FAMILIES["trt"]:
         raise BackendError(
@@ -379,7 +379,7 @@ def _configure_legacy(
 
 
 def _moves_integers(trt: Sdk, layer: tensorrt.ILayer) -> bool:
-    """Whether a layer's values are shapes, indices, bytes or constants, which have no precision to choose."""
+    """Whether a layer's outputs are shapes, indices, bytes or constants, whose precision cannot be set."""
     floats = (trt.api.float32, trt.api.float16)
     outputs = [layer.get_output(i).dtype for i in range(layer.num_outputs)]
     return layer.type == trt.api.LayerType.CONSTANT or not all(kind in floats for kind in outputs)
@@ -390,7 +390,7 @@ def calibrator(
 ) -> tensorrt.IInt8Calibrator | None:
     """TensorRT's own calibrator over the clips in a bundle's folder; None where the settings need none.
 
-    What it finds is kept on this machine for the same graph, clips and version of TensorRT, and for nothing else.
+    Its results are cached on this machine, by graph, clips and version of TensorRT.
     Called inside `gpu.current()`; its buffers live as long as the stream.
     """
     if settings.legacy != "int8":
@@ -430,7 +430,7 @@ def calibrator(
 
 
 def _target_capabilities(trt: Sdk, config: Any, capabilities: tuple[str, ...]) -> None:
-    """TensorRT for RTX compiles for named GPUs; nothing of this is in TensorRT's stubs."""
+    """Set the compute capabilities that TensorRT for RTX builds for; the stubs of TensorRT lack this API."""
     known = cast(Any, trt.api).ComputeCapability.__members__
     names = [f"SM{capability}" for capability in capabilities] or ["CURRENT"]
     if unknown := [name for name in names if name not in known]:
@@ -469,16 +469,16 @@ def _monitor(trt: Sdk, on_progress: Callable[[str, int, int], None] | None) -> t
 
 
 TIMING_CACHE = "EDGETUBE_TIMING_CACHE"
-"""Environment variable with this machine's file of kernel timings."""
+"""Environment variable with the path of this machine's file of kernel timings."""
 
 
 def timing_cache() -> Path | None:
-    """This machine's file of kernel timings, if its owner wants one; no bundle can choose it."""
+    """This machine's file of kernel timings, from the environment; None if unset. A bundle cannot set it."""
     return Path(chosen).absolute() if (chosen := os.environ.get(TIMING_CACHE)) else None
 
 
 def _load_timings(config: tensorrt.IBuilderConfig, path: Path | None) -> tensorrt.ITimingCache | None:
-    """The timings in a file, or new ones where there are none, or those of another device or version."""
+    """Kernel timings from a file; empty ones if it is missing, or of another device or version."""
     if path is None:
         return None
     try:
@@ -500,7 +500,7 @@ TYPES = {"int8": "int8", "half": "fp16", "fp16": "fp16", "float": "fp32", "fp32"
 
 
 def summarize_engine_layers(information: str) -> dict[str, Any]:
-    """What an engine really does, from the one-line form of the SDK's layer information.
+    """Count an engine's kernels by type, from the one-line form of the SDK's layer information.
 
     Returns:
         kernels; gemms and attention, which are fused kernels (type of their first input -> how many), reformats
@@ -536,9 +536,9 @@ def summarize_engine_layers(information: str) -> dict[str, Any]:
 
 
 def _datatype(tensors: str, dequantises: bool) -> str:
-    """What a product multiplies: the type of the first tensor that its kernel reads.
+    """The type in which a product is computed: that of the first tensor that its kernel reads.
 
-    A fused kernel that casts before it multiplies reads integers and multiplies what they stand for.
+    A fused kernel that casts before it multiplies reads integers and multiplies floats.
     """
     types = [_short(word) for word in DATATYPE.findall(tensors)] or ["unknown"]
     return next((t for t in types if t != "int8"), "float") if dequantises else types[0]
@@ -549,7 +549,7 @@ def _short(word: str) -> str:
 
 
 def _product(line: str) -> str:
-    """The ONNX node of a product, of all the nodes that were fused into its kernel."""
+    """The ONNX node of the product among the nodes that were fused into a kernel."""
     nodes: list[str] = re.findall(r"\[ONNX Layer: (\S+?)\]", line)
     return next((node for node in nodes if "matmul" in node), nodes[0] if nodes else "")
 
@@ -559,13 +559,13 @@ class Session(Backend):
 
     Args:
         bundle: a `trt-*` or `rtx-*` bundle.
-        threads: of no use here: the GPU does the work.
+        threads: ignored; the GPU computes.
         device: "cuda" (default) or "cuda:1".
 
     Raises:
         InputError: the device is no GPU's name.
         MissingPackageError: the SDK, or both pycuda and cuda-python, are not installed.
-        BackendError: no driver, no such GPU, or the SDK refuses; with its last words.
+        BackendError: no driver, no such GPU, or the SDK fails; with its last messages.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
@@ -610,7 +610,7 @@ class Session(Backend):
         return cast("tensorrt.ICudaEngine | None", runtime.deserialize_cuda_engine(plan))
 
     def _allocate(self) -> None:
-        """Buffers for the one input and the one output, on both sides, for good."""
+        """Allocate host and device buffers of the input and the output."""
         self.host: dict[str, cuda.Bytes] = {}
         self.address: dict[str, int] = {}
         for i in range(self.engine.num_io_tensors):
@@ -637,7 +637,7 @@ class Session(Backend):
         self.stream.download(self.host[self.output], self.address[self.output])
 
     def _record(self) -> tuple[Callable[[], None], str]:
-        """One call of a CUDA graph instead of some hundred launches, or the launches, and why."""
+        """A call that replays a CUDA graph, or else launches the kernels one by one; and the reason."""
         try:
             graph = self.stream.capture(self._enqueue)
         except BackendError as error:
@@ -681,7 +681,7 @@ class Session(Backend):
 
 
 class _Compiled:
-    """Kernels that TensorRT for RTX compiles on the first call, kept for the next process; elsewhere nothing."""
+    """The cache of kernels that TensorRT for RTX compiles on the first call; unused with TensorRT."""
 
     def __init__(self, trt: Sdk, path: Path) -> None:
         self.just_in_time = trt.family is FAMILIES["rtx"]
@@ -714,10 +714,10 @@ class _Compiled:
 
 
 def read_build(bundle: Bundle) -> tuple[Settings, EngineRecord | None]:
-    """What the manifest says of how the engine is built, and of the one that the bundle brings, if it brings one.
+    """The manifest's build settings, and its record of the bundle's engine or None.
 
     Raises:
-        BundleError: it says something else.
+        BundleError: they do not follow the format.
     """
     try:
         settings = Settings.from_json(bundle.build["settings"])
@@ -733,7 +733,7 @@ JUST_BUILT = "built here:"
 def find_engine(
     trt: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings, record: EngineRecord | None
 ) -> tuple[bytes, str]:
-    """The engine to run on `gpu`: the bundle's where it fits, else the cache's, else a new one; and which it is."""
+    """The engine for `gpu`: that of the bundle if it runs, else the cached one, else a new one; and its origin."""
     incompatibility = engine_incompatibility(record, trt, gpu) if record else "the bundle has no engine"
     if record and not incompatibility:
         return bundle.file(record.file).read_bytes(), "the bundle's"
@@ -743,11 +743,11 @@ def find_engine(
 def build_here(
     trt: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings, incompatibility: str, refused: str = ""
 ) -> tuple[bytes, str]:
-    """The engine that this machine builds, or has built and kept, and why.
+    """Build the engine on this machine, or take it from the cache; returns it with its origin.
 
     Args:
-        incompatibility: why the bundle's engine, or the kept one, is not used.
-        refused: sha256 of an engine that does not open; if that is the kept one, it is built anew.
+        incompatibility: why the bundle's engine, or the cached one, is not used.
+        refused: sha256 of an engine that does not open; if that is the cached one, it is built again.
     """
     settings = replace(settings, capabilities=())
     source = bundle.file(settings.source)
@@ -770,13 +770,13 @@ def build_here(
 
 
 def kernels_path(trt: Sdk, bundle: Bundle, gpu: cuda.Stream, plan: bytes) -> Path:
-    """Where the kernels that are compiled for an engine are kept: they hang on all that is in the name's digest."""
+    """The cache file of the kernels that are compiled for an engine; its name has the digest of the key."""
     key = json.dumps([_digest(plan), trt.version, gpu.name, gpu.capability, gpu.driver, system()])
     return cache.folder() / f"{bundle.name}.{_digest(key.encode())}.jit"
 
 
 def engine_key(trt: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings) -> dict[str, str]:
-    """All that a built engine hangs on."""
+    """The cache key of an engine: all that it depends on."""
     return {
         "graph": graph_hash(bundle, settings.source),
         trt.family.title: trt.version,
@@ -787,19 +787,19 @@ def engine_key(trt: Sdk, bundle: Bundle, gpu: cuda.Stream, settings: Settings) -
 
 
 def _readable(settings: Settings) -> dict[str, Any]:
-    """The settings without a line for every layer."""
+    """The settings, with a digest in place of the list of layers."""
     layers = repr(settings.layers).encode() if settings.layers else b""
     return settings.to_json() | {"layers": layers and _digest(layers)}
 
 
 def graph_hash(bundle: Bundle, source: str) -> str:
-    """Of the graph and of weights that lie beside it, and of the clips that it is calibrated on here."""
+    """Hash of the graph, of weight files beside it, and of the calibration clips."""
     files = sorted([*bundle.path.glob(f"{source}*"), *bundle.path.glob(CALIBRATION_CLIPS)])
     return " ".join(bundle.files[f.name].sha256 if f.name in bundle.files else sha256(f) for f in files)
 
 
 def engine_incompatibility(record: EngineRecord, trt: Sdk, gpu: cuda.Stream) -> str:
-    """Why the bundle's engine cannot run here, naming both sides; empty when it can."""
+    """Why the bundle's engine cannot run here; empty if it can."""
     if record.version != trt.version and not (record.version_compatible and _newer(trt.version, record.version)):
         return f"the bundle's engine is for {trt.family.title} {record.version}, here is {trt.version}"
     if record.capabilities and gpu.capability.replace(".", "") not in record.capabilities:
@@ -814,13 +814,13 @@ def engine_incompatibility(record: EngineRecord, trt: Sdk, gpu: cuda.Stream) -> 
 
 
 def _newer(here: str, built: str) -> bool:
-    """Whether `here` runs what `built` made to travel: newer versions of the same major do, older ones do not."""
+    """Whether version `here` runs version-compatible engines of `built`: the same major version, and not older."""
     mine, other = ([int(part) for part in re.findall(r"\d+", version)[:4]] for version in (here, built))
     return mine[0] == other[0] and mine >= other
 
 
 class _Report:
-    """The SDK's progress as log lines, one every few seconds: a build has thousands of steps, and can take minutes."""
+    """Logs the SDK's progress every few seconds: a build has thousands of steps and can take minutes."""
 
     EVERY = 2.0
 

@@ -1,4 +1,4 @@
-"""The reference as a backend: PyTorch, float32, the pixels of the one contract. Everything is measured against it."""
+"""The reference backend: the trained model in PyTorch, float32. Artifacts are compared with it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Reference(Backend):
         return tuple(name for name in names if name in modules or name == LOGITS)
 
     def tap(self, names: Sequence[str]) -> Tap:
-        """What modules give out, by their names; `logits` is what the model does. Values as the model has them."""
+        """The outputs of modules by name, as the model computes them; `logits` is the model's output."""
         modules = dict(self.model.named_modules())
 
         def show(clips: Frames) -> LayerOutputs:
@@ -67,7 +67,7 @@ class Reference(Backend):
 
 
 LOGITS = "logits"
-"""What the canonical graph calls the model's own output."""
+"""The name of the model's output in the canonical graph."""
 
 
 def normalise(frames: torch.Tensor, contract: InputContract) -> torch.Tensor:

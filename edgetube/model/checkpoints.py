@@ -1,4 +1,4 @@
-"""Trained weights in, trained weights out: safetensors whose header says what the tensors do not."""
+"""Reads and writes checkpoints: safetensors files with the model's geometry, input and labels in the header."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ HEADER = "edgetube"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A reference model with all that is needed to feed it and to read its answers.
+    """A reference model with its preprocessing and labels.
 
     Attributes:
         name: short name for file names and tables.
         model: the model in eval mode, float32, on the CPU.
         contract: the preprocessing that it was trained with.
         labels: class names of the first classifier.
-        digest: sha256 of the weights' file, or of the seed for random weights.
+        digest: sha256 of the weights' file, or of the seed of random weights.
         other_labels: class names of further classifiers, by classifier.
-        source: where it was loaded from (an absolute path, `demo` or `random:NAME`), for a bundle to say.
+        source: where it was loaded from (an absolute path, `demo` or `random:NAME`); goes into the manifest.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Checkpoint:
         return self.model.spec
 
     def with_clip(self, frames: int | None = None, size: tuple[int, int] | None = None) -> Checkpoint:
-        """The same weights on another clip shape (`frames=1`: the image model).
+        """The same weights for another clip shape (`frames=1`: the image model).
 
         Raises:
             SpecError: a tube does not fit, or the positions are stored for one shape.
@@ -80,7 +80,7 @@ def load(source: str | Path = "demo") -> Checkpoint:
 
     Raises:
         InputError: there is no such file.
-        CheckpointError: the file is not one of ours, or tensors are missing, superfluous or misshapen.
+        CheckpointError: the file has no such header, or tensors are missing, superfluous or of a wrong shape.
         SpecError: the architecture's name is unknown.
     """
     if source == "demo":
@@ -97,7 +97,7 @@ def of_bundle(bundle: Bundle) -> Checkpoint:
     """The checkpoint that a bundle was made from, at the bundle's clip shape and with its classifier.
 
     Raises:
-        CheckpointError: it is not where it was, or other weights are there.
+        CheckpointError: it was moved, deleted or changed.
     """
     source, digest = bundle.checkpoint["source"], bundle.checkpoint["sha256"]
     remedy = f"give --checkpoint FILE_OR_FOLDER with the file whose sha256 is {digest[:16]}..., or export it again"
@@ -115,10 +115,10 @@ def of_bundle(bundle: Bundle) -> Checkpoint:
 def locate(bundle: Bundle, where: str | Path) -> Bundle:
     """The bundle with its checkpoint found at `where`: a file, or a folder whose .safetensors files are hashed.
 
-    A checkpoint is known by its sha256, not by its name.
+    A checkpoint is identified by its sha256, not by its name.
 
     Raises:
-        CheckpointError: it is not there.
+        CheckpointError: it was not found.
     """
     where, digest = Path(where).absolute(), bundle.checkpoint["sha256"]
     files = sorted(where.rglob("*.safetensors")) if where.is_dir() else [where]
@@ -132,7 +132,7 @@ def locate(bundle: Bundle, where: str | Path) -> Bundle:
 
 
 def at_source(bundle: Bundle, source: str) -> Bundle:
-    """The bundle with another place of its checkpoint."""
+    """The bundle with another source of its checkpoint."""
     return replace(bundle, checkpoint={**bundle.checkpoint, "source": source})
 
 
@@ -151,7 +151,7 @@ def save(checkpoint: Checkpoint, path: str | Path) -> Path:
     """Write `checkpoint` to a safetensors file, beside the target first and then renamed; returns the path.
 
     Raises:
-        CheckpointError: its model is not a TubeViT but something around one.
+        CheckpointError: the model is not a TubeViT but a wrapper of one.
     """
     path = Path(path)
     if not isinstance(checkpoint.model, TubeViT):
@@ -172,7 +172,7 @@ def save(checkpoint: Checkpoint, path: str | Path) -> Path:
 
 
 def _read(path: Path) -> Checkpoint:
-    """A checkpoint from a file; what its headers say is checked before anything is made of it."""
+    """Read a checkpoint; its headers are checked before anything is allocated."""
     if not path.is_file():
         what = "a folder is" if path.is_dir() else "no checkpoint"
         raise InputError(f"{what} at {path}; give a .safetensors file, demo, or random:NAME")
@@ -216,7 +216,7 @@ MAGIC = {
 
 
 def _foreign(path: Path) -> str:
-    """What a file is, when it begins as no safetensors file does; empty otherwise."""
+    """What a file is if it is not safetensors, by its first bytes; empty otherwise."""
     with path.open("rb") as file:
         first = file.read(32)
     return next((what for magic, what in MAGIC.items() if first.startswith(magic)), "") if first[8:9] != b"{" else ""
@@ -231,10 +231,10 @@ class _Header:
 
 
 def _header(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> _Header:
-    """What the header of ours says, checked against itself.
+    """Parse edgetube's header and check its consistency.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or contradicts itself.
+        CheckpointError: it is missing, damaged, or contradicts itself.
     """
     if HEADER not in metadata:
         hint = _wrapped(names)
@@ -268,11 +268,11 @@ WRAPPERS = {
     "module.": "DataParallel or DistributedDataParallel wraps the model; save model.module",
     "model.": "a training module (of Lightning, for example) wraps the model; save its model",
 }
-"""What tensors' names begin with when not the model but something around it was saved."""
+"""Prefixes of tensor names when a wrapper of the model was saved."""
 
 
 def _wrapped(names: Iterable[str]) -> str:
-    """Why all names have a prefix, and what to do; empty when they have none."""
+    """Advice where all names have a prefix of a wrapper; empty where they have none."""
     names = list(names)
     return next(
         (f"all tensors are {prefix}*: {why}" for prefix, why in WRAPPERS.items() if _all_begin(names, prefix)), ""
@@ -284,10 +284,10 @@ def _all_begin(names: Sequence[str], prefix: str) -> bool:
 
 
 def _compare(path: Path, spec: ModelSpec, given: Mapping[str, tuple[int, ...]]) -> None:
-    """That the tensors are the spec's, every one of them: a silently random tokenizer is the classic failure.
+    """Check that the tensors are exactly those of the spec, so that no layer silently keeps random weights.
 
     Raises:
-        CheckpointError: one is missing, unknown or misshapen.
+        CheckpointError: a tensor is missing, unknown or of a wrong shape.
     """
     wanted = shapes(spec)
     if hint := _wrapped(given):
@@ -311,7 +311,7 @@ def _check_types(path: Path, types: Mapping[str, str]) -> None:
 
 
 FLOATS = ("F32", "F16", "BF16", "F64")
-"""What safetensors calls the types of weights."""
+"""Types of weights, as safetensors names them."""
 
 
 def _moved(model: TubeViT, spec: ModelSpec) -> TubeViT:

@@ -1,4 +1,4 @@
-"""The fixed position embedding (TubeViT, equations 3-7): a function of where a tube looks, nothing learned."""
+"""The fixed position embedding (TubeViT, equations 3-7): a function of the tubes' centres, without learned weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The reference: a sparse-tube video transformer in PyTorch, one file, nothing clever.
+"""The reference model: a sparse-tube video transformer in plain PyTorch.
 
 "Rethinking Video ViTs: Sparse Video Tubes for Joint Image and Video Learning" (Piergiovanni, Kuo, Angelova,
-CVPR 2023). This is what a user trains and what every artifact is measured against; speed is the business of
-`edgetube.export.static`. Letters: B clips, T frames, H, W pixels, C colours, N tokens, D width.
+CVPR 2023). Users train this model, and every artifact is compared with it; `edgetube.export.static` is the fast form.
+Letters: B clips, T frames, H, W pixels, C colours, N tokens, D width.
 """
 
 from __future__ import annotations
