@@ -49,7 +49,7 @@ REFERENCE = "reference"
 """What the reference is called in the matrix of agreement."""
 
 WORST = 8
-"""Clips that are named when nobody says how many."""
+"""Default number of worst clips to name."""
 
 
 @dataclass(frozen=True)
@@ -465,7 +465,7 @@ class Gates:
     max_layer_jump: float | None = None
 
     def check_data(self, source: ClipSet) -> None:
-        """That the clips can answer what is asked, before they are shown to anybody.
+        """Check, before any model runs, that the clips have what the gates need.
 
         Raises:
             InputError: a gate on accuracy, and clips without labels.
@@ -507,7 +507,7 @@ DEFAULTS = Gates(
     min_order_agreement=ORDER_AGREEMENT,
     max_layer_jump=layers.JUMP,
 )
-"""What `edgetube parity` asks for when nobody says otherwise."""
+"""The gates of `edgetube parity` by default."""
 
 
 def _sqnr_limit(bundle: Bundle, limits: Mapping[Precision, float]) -> float:

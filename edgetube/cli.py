@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         caught, code, text = error, error.exit_code, str(error)
     except UsageError as error:
         caught, code, text = error, 2, _usage(error)
-    except BrokenPipeError:  # whoever reads our output has seen enough
+    except BrokenPipeError:  # the reader of our output closed it
         terminal.abandon()
         sys.exit(128 + 13)
     except (OSError, MemoryError, RecursionError, EOFError) as error:

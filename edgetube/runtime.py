@@ -140,7 +140,7 @@ class Runtime:
         Yields:
             A prediction each time `hop` new frames have come, from the first full clip on; a source that ends
             before its first full clip gives one, with its last frame repeated. Where the clock leaps by more than
-            10 s, or back, the window starts anew (an `InputWarning`).
+            10 s, or back, the window starts again (an `InputWarning`).
 
         Raises:
             InputError: a source, a frame, its time or an option that cannot be used; says why. Options are checked

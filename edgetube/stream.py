@@ -88,7 +88,7 @@ def windows(
 
     A contract with a rate needs a steady clock. A frame that is earlier than one before it is left out. Where the
     clock leaps by more than `MAX_GAP` seconds, or is set back (more than `MAX_LATE` such frames in a row), the window
-    starts anew: no clip holds frames of both sides. The first leap is an `InputWarning`.
+    starts again: no clip holds frames of both sides. The first leap is an `InputWarning`.
 
     Args:
         frames: (seconds, frame); a frame must not change afterwards.

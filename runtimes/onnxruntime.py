@@ -130,8 +130,8 @@ def _tensors(path: Path) -> set[str]:
 def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
     """Add tensors to the outputs of a file's graph; their types are inferred when it is opened.
 
-    Messages that follow one another are merged by whoever reads them, and their repeated fields appended: that is how
-    protobuf is defined, so the outputs are written behind the file as they are.
+    A protobuf reader merges concatenated messages and appends their repeated fields, so the outputs are appended to the
+    file.
     """
     values = (protobuf.field(VALUE_NAME, name.encode()) for name in names)
     added = b"".join(protobuf.field(GRAPH_OUTPUT, value) for value in values)

@@ -35,7 +35,7 @@ def _absent(module: str) -> Iterator[None]:
 with _absent("openvino_telemetry"):  # else importing openvino reports the import to its vendor
     import openvino as ov
 
-__all__ = ["Session", "compile_model", "core", "ov"]  # `ov` for whoever needs OpenVINO as quiet as it is here
+__all__ = ["Session", "compile_model", "core", "ov"]  # `ov`: OpenVINO, imported with its warnings silenced
 
 RUNS = ("openvino",)
 

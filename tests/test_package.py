@@ -1,4 +1,4 @@
-"""What the package promises as a whole: its public names, a light import, closed rooms, and what is in the wheel."""
+"""What the package promises as a whole: its public names, a light import, closed packages, and what is in the wheel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import edgetube
 from edgetube import export, runtimes
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("edgetube", "export", "runtimes", "calibration", "bench")
+PACKAGES = ("edgetube", "export", "runtimes", "calibration", "bench")
 
 PUBLIC = [
     "BackendError",
@@ -66,7 +66,7 @@ def run(code: str) -> str:
 def sources() -> list[Path]:
     """The modules that are installed, as they lie in the repository: all but `bench/studies/`."""
     studies = ROOT / "bench" / "studies"
-    return [path for room in ROOMS for path in (ROOT / room).rglob("*.py") if studies not in path.parents]
+    return [path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if studies not in path.parents]
 
 
 class TestNames:
@@ -145,7 +145,7 @@ def backends_named_in(path: Path) -> set[str]:
     return {vendor for vendor in VENDORS if vendor in text}
 
 
-class TestRooms:
+class TestPackages:
     def test_a_backend_is_named_by_its_own_two_files_only(self) -> None:
         """A backend's file may name another vendor, as ONNX Runtime names its execution providers."""
         others = [path for path in sources() if not (path.parts[-2] in ("export", "runtimes") and path.stem in VENDORS)]
@@ -175,7 +175,7 @@ class TestRooms:
                 elif isinstance(node, ast.ImportFrom):
                     assert node.level == 0, f"{path}: a relative import"
                     roots.add(str(node.module).partition(".")[0])
-            assert not roots & set(ROOMS[1:]), path
+            assert not roots & set(PACKAGES[1:]), path
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ class TestDistributions:
         assert any(name.startswith("edgetube/demo/photos/") for name in names[0])
 
     def test_the_sdist_has_tests_documents_and_scripts(self, names: tuple[set[str], set[str]]) -> None:
-        folders = [*ROOMS, "tests", "docs", ".ci"]
+        folders = [*PACKAGES, "tests", "docs", ".ci"]
         files = [
             p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file() and p.parts[-2] != "__pycache__"
         ]

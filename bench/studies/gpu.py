@@ -14,7 +14,7 @@
    work is the model's multiplications, the traffic its weights once and its clips once, so both shares are lower
    bounds of what the GPU does.
 
-What cannot run here has a row that says why. Without a GPU nothing is measured and the exit code is 2.
+A candidate that cannot run here has a row with the reason. Without a GPU nothing is measured; the exit code is 2.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def eager(stage_timer: StageTimer, model: str, batch: int, compiled: str) -> Ben
 
 
 class KernelByKernel(tensorrt.Session):
-    """A session that launches its kernels one by one, to see what the CUDA graph brings."""
+    """A session without a CUDA graph, to measure the graph's gain."""
 
     def _record(self) -> tuple[Callable[[], None], str]:
         return self._enqueue, "none: to compare with"
@@ -331,7 +331,7 @@ def witness_table(found: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _save(document: Mapping[str, Any], path: Path | None) -> None:
-    """Keep what is measured so far: a lease can end."""
+    """Save the measurements so far."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(document, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Run a TensorRT bundle's graph on a GPU with PyTorch's kernels: what its Q/DQ says, on silicon, without TensorRT.
+"""A reference evaluator of TensorRT bundles: runs the Q/DQ graph on a GPU with PyTorch's kernels, without TensorRT.
 
     python bench/studies/gpu_witness.py BUNDLE [--device cuda|cpu] [--clips 504]
 

@@ -1,4 +1,4 @@
-"""Is INT8 worth it on this machine? edgetube's bundles against their float siblings and against other quantisers.
+"""Speed and accuracy of INT8 on this machine: edgetube's bundles, their float baselines, and other quantisers.
 
     python bench/studies/int8.py speed --checkpoint random:tubevit-b --folder out/int8 [--json docs/int8.json]
     python bench/studies/int8.py profile --checkpoint random:tubevit-b --folder out/int8 [--json docs/int8.json]
@@ -73,7 +73,7 @@ GOALS = (
 
 CAMERA = (480, 640)
 TIMES = ("name", "p50_ms", "p10_ms", "p90_ms", "noise", "runs")
-"""What is kept of a row."""
+"""The columns that are kept."""
 
 
 # ------------------------------------------------------------------------------------------------------------ making

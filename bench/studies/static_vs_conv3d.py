@@ -1,4 +1,4 @@
-"""What the static rewrite brings over the model as it was trained, on this machine.
+"""The static rewrite against the model as it was trained, on this machine.
 
     python bench/studies/static_vs_conv3d.py [--checkpoint random:tubevit-b] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""Base models of `transformers` with random weights behind the same uint8 frames: what one would use instead."""
+"""Base models of `transformers` with random weights and the same uint8 input, as alternatives to a TubeViT."""
 
 from __future__ import annotations
 

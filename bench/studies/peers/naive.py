@@ -1,4 +1,4 @@
-"""The export that people do by hand: `torch.onnx.export` of the reference model, its Conv3d included."""
+"""The naive export: `torch.onnx.export` of the reference model with its Conv3d."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other people's INT8 quantisers on the same graph and the same clips, each as its documentation says.
+"""Other tools' INT8 quantisers on the same graph and clips, each used as its documentation says.
 
 Each takes a float ONNX graph with one input `frames` (1, T, H, W, 3) uint8, calibration clips, and the file to write.
 """

@@ -1,4 +1,4 @@
-"""The same checkpoint, the way people take it to a CPU today, and the models that they would take instead.
+"""Other tools that run the same checkpoint on a CPU, and other models that could be used instead.
 
 A recipe has an optional `build`, which makes its files in a folder of its own, and a `load`, which gives a call
 from frames (1, T, H, W, 3) uint8 to logits (1, classes). Each is what the package's own documentation shows, at the
@@ -25,7 +25,7 @@ Frames = np.ndarray
 Call = Callable[[Frames], np.ndarray]
 
 SOURCE, CLIPS, CALIBRATION = "source.json", "clips.npy", "calibration.npy"
-"""In the work folder: the checkpoint's name, clips to judge on and to time with, clips to calibrate with."""
+"""In the work folder: the checkpoint's name, clips to compare and to time with, clips to calibrate with."""
 
 ONNX, QUANTISED = "model.onnx", "quantised.onnx"
 
@@ -202,7 +202,7 @@ def build_litert(quantised: bool, work: Path, own: Path) -> None:
 
 
 def litert(work: Path, own: Path) -> Call:
-    """The interpreter has one thread by default, which nobody would keep: it gets all cores."""
+    """With all cores; the interpreter's default is one thread."""
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(own / "model.tflite"), num_threads=os.cpu_count())
@@ -252,7 +252,7 @@ def eager_hugging(name: str, frames: int, work: Path, own: Path) -> Call:
 
 
 def first(frames: int, load: Callable[[Path, Path], Call], work: Path, own: Path) -> Call:
-    """A call that looks at the first `frames` frames only."""
+    """A call on the first `frames` frames only."""
     call = load(work, own)
     return lambda clip: call(np.ascontiguousarray(clip[:, :frames]))
 
@@ -305,10 +305,10 @@ RECIPES: dict[str, Recipe] = {
     **of_hugging("VideoMAE", 16),
     **of_hugging("Vivit", 32),
 }
-"""All of them, in the order of the table."""
+"""All recipes, in the order of the table."""
 
 YARDSTICK = "edgetube onnx-fp32"
-"""It takes part in every group, so that groups can be compared."""
+"""The recipe that runs in every group, so that groups can be compared."""
 
 
 def open_recipe(stage_timer: StageTimer, name: str, work: str) -> Benchmarkable:

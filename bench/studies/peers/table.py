@@ -1,4 +1,4 @@
-"""The same checkpoint, the way people do it today: one table.
+"""The comparison with other tools, on one checkpoint: one table.
 
     pip install -r bench/studies/peers/requirements.txt
     python bench/studies/peers/table.py --work WORK --json bench/results/peers.json
@@ -51,7 +51,7 @@ WARM = 2.0
 """Seconds of warm-up of a recipe, at most: there are many of them."""
 
 EQUAL = 999.0
-"""Decibels that stand for no error at all: JSON has no infinity."""
+"""Decibels that stand for infinity, which JSON lacks."""
 
 MISSING = "not measured"
 
@@ -80,7 +80,7 @@ def adopt(work: Path, folder: Path) -> None:
 
 
 def build(work: Path, name: str) -> None:
-    """Make one recipe's files and judge its answers; `built.json` says what came of it."""
+    """Build one recipe's files and compare its logits; the result is in `built.json`."""
     own = work / slug(name)
     own.mkdir(exist_ok=True)
     command = [sys.executable, __file__, "--work", str(work), "--build-one", name]
@@ -97,7 +97,7 @@ def build(work: Path, name: str) -> None:
 
 
 def _last(words: list[str]) -> str:
-    """The line that says what went wrong: the last one that names an error."""
+    """The last line that names an error."""
     named = [line.strip() for line in words if "Error" in line.split(":")[0]]
     return (named or words or ["it said nothing"])[-1][:160]
 
@@ -141,7 +141,7 @@ def _built(work: Path, name: str) -> dict[str, Any]:
 
 
 def collect(work: Path) -> dict[str, Any]:
-    """All that was measured, as one document."""
+    """All measurements, as one document."""
     groups = []
     for group in dict.fromkeys(c.group for c in RECIPES.values()):
         path = work / f"timed-{slug(group)}.json"
