@@ -28,8 +28,8 @@ from edgetube.terminal import out, print_json, progress
 
 app = typer.Typer(
     name="edgetube",
-    help="Take a trained sparse-tube video transformer to the camera, with the measured proof that it still answers "
-    "the same. Start with: edgetube export --target onnx-fp32",
+    help="Export a trained sparse-tube video transformer to a device, with measured proof that it still answers the "
+    "same. Start with: edgetube export --target onnx-fp32",
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -41,7 +41,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs inst
 Device = Annotated[str | None, typer.Option(help="Device, as the backend names it: cpu, cuda, ...")]
 Weights = Annotated[
     Path | None,
-    typer.Option("--checkpoint", help="File or folder that has the bundles' checkpoint, when it is not where it was."),
+    typer.Option("--checkpoint", help="File or folder of the bundles' checkpoint, if it was moved."),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the runtime chooses when left out.")]
 
@@ -341,21 +341,19 @@ def parity(
         float | None, typer.Option(help="Gate: SQNR of the logits, dB; what the bundle's precision allows if left out.")
     ] = None,
     min_order_agreement: Annotated[
-        float, typer.Option(help="Gate: how alike reversed and shuffled clips move the two, up to 1.")
+        float, typer.Option(help="Gate: similarity of the logits' changes on reversed and shuffled clips, up to 1.")
     ] = 0.99,
     max_layer_jump: Annotated[
         float, typer.Option(help="Gate: dB by which the error of a block may exceed that of all before it.")
     ] = 8.0,
     layers: Annotated[bool, typer.Option("--layers", help="Also compare layer by layer.")] = False,
-    layer_clips: Annotated[int, typer.Option(help="Clips that --layers looks at.")] = 4,
+    layer_clips: Annotated[int, typer.Option(help="Clips for --layers.")] = 4,
     watch: Annotated[
         Path | None, typer.Option("--video", help="Slide a window over this video instead of reading clips.")
     ] = None,
     hop: Annotated[int | None, typer.Option(help="Frames between two windows of --video.")] = None,
     worst: Annotated[int, typer.Option(help="How many of the worst clips are named in --json.")] = 8,
-    resume: Annotated[
-        Path | None, typer.Option(help="Keep answers in this file, and go on from those that are in it.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Cache logits in this file, and resume from it.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that share the clips.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Use the Ray cluster at this address (auto: this machine's).")] = None,
     threads: Threads = None,
@@ -417,15 +415,15 @@ def parity(
 
 @app.command()
 def bench(
-    bundle: Annotated[list[Path], typer.Argument(help="Bundles; they take turns, each in a process of its own.")],
+    bundle: Annotated[list[Path], typer.Argument(help="Bundles; timed in turns, each in its own process.")],
     threads: Annotated[
         str | None, typer.Option(help="CPU threads, a row for each: 1,2,4; the runtime chooses when left out.")
     ] = None,
     device: Device = None,
-    seconds: Annotated[float, typer.Option(help="Counted calls of each row.")] = 5.0,
+    seconds: Annotated[float, typer.Option(help="Seconds of timed calls per row.")] = 5.0,
     starts: Annotated[int, typer.Option(help="Cold starts of each row.")] = 3,
     camera_fps: Annotated[
-        float | None, typer.Option(help="Also pace each bundle by a camera of so many frames per second.")
+        float | None, typer.Option(help="Also run each bundle behind a camera at this frame rate.")
     ] = None,
     camera_size: Annotated[str, typer.Option(help="Height and width of the camera's frames.")] = "480x640",
     camera_seconds: Annotated[float, typer.Option(help="How long the camera runs.")] = 10.0,
@@ -464,9 +462,9 @@ def report_command(
     clips: Annotated[int, typer.Option(help="How many of the built-in clips.")] = 126,
     checkpoint: Weights = None,
     min_agreement: Annotated[float, typer.Option(help="Gate: share of clips with the same answer.")] = 0.98,
-    seconds: Annotated[float, typer.Option(help="Counted calls of each bundle.")] = 3.0,
+    seconds: Annotated[float, typer.Option(help="Seconds of timed calls per bundle.")] = 3.0,
     camera_fps: Annotated[
-        float | None, typer.Option(help="Also pace each bundle by a camera of so many frames per second.")
+        float | None, typer.Option(help="Also run each bundle behind a camera at this frame rate.")
     ] = None,
     threads: Threads = None,
     as_json: Json = False,

@@ -266,7 +266,9 @@ def _decibels(ratio: float | None) -> str:
 
 def bench(document: Mapping[str, Any], notes: Sequence[str]) -> None:
     """The document of `edgetube bench --json`, with notes."""
-    found = table("bundle", "threads", "p50 ms", "p90", "p99", "clips/s", "prepare", "cold start", "memory", "of peak")
+    found = table(
+        "bundle", "threads", "p50 ms", "p90", "p99", "clips/s", "prepare", "cold start", "memory", "share of peak"
+    )
     for row in document["bundles"]:
         if row["p50_ms"] is None:
             add(found, row["name"], row["status"])

@@ -358,7 +358,7 @@ def _vendor_errors(name: object) -> Iterator[None]:
     except (av.ExitError, av.TimeoutError) as error:
         raise InputError(f"{name} did not answer within {TIMEOUT:g} s; is it on, and can it be reached?") from error
     except (av.InvalidDataError, av.EOFError) as error:
-        raise InputError(f"{name} cannot be decoded: it is no video, or the file was cut off") from error
+        raise InputError(f"{name} cannot be decoded: it is not a video, or the file was cut off") from error
     except av.FFmpegError as error:
         raise InputError(f"{name} cannot be used: {error.strerror}") from error
 

@@ -138,10 +138,10 @@ class TestRows:
         for row in parity["bundles"]:
             row |= {"top1": None, "top1_reference": None, "drop": None, "worst": []}
         text = report.html(report.assemble(parity, bench, strip))
-        assert "Right and fast" not in text
+        assert "Accuracy and latency" not in text
         assert "Where the error comes from" not in text
         assert "The worst clips" not in text
-        assert "Who agrees with whom" in text
+        assert "Agreement between targets" in text
 
 
 class TestPage:

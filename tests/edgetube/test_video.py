@@ -416,7 +416,11 @@ JUNK = np.random.default_rng(0).bytes(5000)
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("text.mp4", b"this is no video\n" * 40, "text.mp4 cannot be decoded: it is no video, or the file was cut off"),
+        (
+            "text.mp4",
+            b"this is no video\n" * 40,
+            "text.mp4 cannot be decoded: it is not a video, or the file was cut off",
+        ),
         ("noise.mp4", JUNK, "noise.mp4 cannot be decoded"),
         ("noise.jpg", JUNK, "noise.jpg (cannot be decoded|has no video|holds no frame|is cut off)"),
         ("notes.txt", b"hello\n" * 100, "notes.txt has no video in it"),
@@ -480,7 +484,7 @@ def test_damaged_bytes_are_pictures_or_one_line(
 def test_index_at_the_end_is_missing(clips: dict[str, Path], tmp_path: Path) -> None:
     path = cut(clips["cfr.mp4"], tmp_path / "cut.mp4", 0.8)
     with pytest.raises(
-        InputError, match=r"cut.mp4 (cannot be decoded: it is no video, or the file was cut off|has no)"
+        InputError, match=r"cut.mp4 (cannot be decoded: it is not a video, or the file was cut off|has no)"
     ):
         video.load(path, contract())
 
