@@ -253,16 +253,16 @@ class _Jobs:
             return
         missing: list[Job] = []
         for job in self._all():
-            known = self._known(job, self.answer_cache)
-            asked = tuple(model for model in job.models if model not in known.logits)
+            cached = self._cached(job, self.answer_cache)
+            asked = tuple(model for model in job.models if model not in cached.logits)
             if asked:
                 missing.append(Job(job.positions, job.items, asked))
             else:
-                yield job, known
+                yield job, cached
         for job, result in run(self.model_set, missing):
             self._keep(job, result, self.answer_cache)
             whole = Job(job.positions, job.items, tuple(range(len(self.model_set.models))))
-            rest = self._known(whole, self.answer_cache)
+            rest = self._cached(whole, self.answer_cache)
             yield whole, JobResult(result.labels, {**rest.logits, **result.logits})
 
     def _all(self) -> Iterator[Job]:
@@ -271,7 +271,7 @@ class _Jobs:
             items = self.source.items[start : start + size]
             yield Job(tuple(range(start, start + len(items))), items, all_models)
 
-    def _known(self, job: Job, answer_cache: AnswerCache) -> JobResult:
+    def _cached(self, job: Job, answer_cache: AnswerCache) -> JobResult:
         """What the cache has: the models whose logits it holds for every clip of the job."""
         clips = [clip_key(item, self.model_set.contract) for item in job.items]
         labels: dict[str, str | None] = {}
