@@ -213,7 +213,7 @@ def test_parity_of_the_built_in_clips_and_its_gate(
     assert "agreement is 1, --min-agreement asks for at least 1.1" in " ".join(err.split())
 
 
-def test_parity_for_people_with_layers_and_a_journal(
+def test_parity_for_people_with_layers_and_an_answer_cache(
     edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, tmp_path: Path
 ) -> None:
     answer_cache = tmp_path / "answers"
