@@ -1,6 +1,6 @@
 """Export of checkpoints to bundles. Importing this package is cheap: only its modules import torch.
 
-A backend is two files of one name: `export/<name>.py` builds artifacts and `runtimes/<name>.py` runs them.
+A backend is two modules or packages of one name: that in `export/` builds artifacts and that in `runtimes/` runs them.
 """
 
 from __future__ import annotations

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 from edgetube import cuda
 from edgetube.errors import InputError
 from edgetube.export.base import Built, CalibrationRequest
-from edgetube.runtimes import tensorrt as runtime
-from edgetube.runtimes.tensorrt import Sdk, Settings
+from edgetube.runtimes.tensorrt import NEEDS as RUN_NEEDS
+from edgetube.runtimes.tensorrt import build as builder
+from edgetube.runtimes.tensorrt.build import LEGACY, Settings
+from edgetube.runtimes.tensorrt.layers import summarize_engine_layers
+from edgetube.runtimes.tensorrt.sdk import FAMILIES, Sdk, load_sdk, system
 from edgetube.targets import Precision, Setting, Target, installed
 
 if TYPE_CHECKING:
@@ -83,8 +86,8 @@ def _target(name: str, summary: str, tolerance: float | None) -> Target:
         backend="tensorrt",
         summary=summary,
         build_needs=RTX_NEEDS if rtx else NEEDS,
-        run_needs=runtime.NEEDS[family],
-        extra=runtime.FAMILIES[family].extra,
+        run_needs=RUN_NEEDS[family],
+        extra=FAMILIES[family].extra,
         tolerance=tolerance,
         arithmetic=("float32",) if precision == "fp32" else ("float16",),
         settings=SETTINGS[family] + ((ATTENTION,) if precision == "int8" else ()),
@@ -142,7 +145,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     canonical.save(typed, folder / "model.onnx")
     if chosen.legacy:
         chosen = replace(chosen, layers=layer_precisions(plain, chosen.legacy, table))
-        canonical.save(rewrite.opset_17(rewrite.cast_first(plain)), folder / runtime.LEGACY)
+        canonical.save(rewrite.opset_17(rewrite.cast_first(plain)), folder / LEGACY)
         if table is not None:
             notes.append(LEGACY_NOTE)
     details: dict[str, Any] = {
@@ -248,10 +251,10 @@ def _engine(folder: Path, chosen: Settings, target: Target, batch: int) -> dict[
     """Build the engine beside the graph; its record for the manifest, empty when none can be built here."""
     family = target.name.partition("-")[0]
     if family == "rtx":
-        return _write(runtime.sdk(family), folder, chosen, None, batch)
+        return _write(load_sdk(family), folder, chosen, None, batch)
     if target.missing(target.run_needs):
         return {}
-    trt = runtime.sdk(family)
+    trt = load_sdk(family)
     gpu = cuda.open_stream(0, trt.family.extra)
     try:
         with gpu.current():
@@ -264,8 +267,8 @@ def _write(
     trt: Sdk, folder: Path, chosen: Settings, gpu: cuda.Stream | None, batch: int, timings: Path | None = None
 ) -> dict[str, Any]:
     engine = folder / "model.engine"
-    calibrator = runtime.calibrator(trt, folder, chosen, gpu, batch) if gpu is not None else None
-    plan = runtime.build(trt, folder / chosen.source, chosen, calibrator=calibrator, timing_cache=timings)
+    calibrator = builder.calibrator(trt, folder, chosen, gpu, batch) if gpu is not None else None
+    plan = builder.build(trt, folder / chosen.source, chosen, calibrator=calibrator, timing_cache=timings)
     engine.write_bytes(plan)
     capabilities = list(chosen.capabilities)
     if gpu is not None and chosen.hardware_compatible == "same":
@@ -276,15 +279,15 @@ def _write(
         "version_compatible": chosen.version_compatible,
         "capabilities": capabilities,
         "gpu": "" if gpu is None or chosen.hardware_compatible else gpu.name,
-        "platform": "" if gpu is None else runtime.system(),
+        "platform": "" if gpu is None else system(),
     }
-    return {"engine": record, "layers": runtime.summarize_engine_layers(trt.layers)}
+    return {"engine": record, "layers": summarize_engine_layers(trt.layers)}
 
 
 def timing_cache(target: Target) -> Path | None:
     """This machine's timing cache: the setting, else that of the environment."""
     chosen = target.setting("timing-cache")
-    return Path(chosen).absolute() if chosen else runtime.timing_cache()
+    return Path(chosen).absolute() if chosen else builder.timing_cache()
 
 
 def fell_back(layers: Mapping[str, Any], table: CalibrationTable) -> list[str]:
@@ -295,10 +298,10 @@ def fell_back(layers: Mapping[str, Any], table: CalibrationTable) -> list[str]:
 
 def _validate(path: Path) -> dict[str, Any]:
     """Parse the graph with TensorRT for RTX, if installed: its parser needs no GPU."""
-    if not installed(runtime.FAMILIES["rtx"].module):
+    if not installed(FAMILIES["rtx"].module):
         return {"parsed_by": None}
-    trt = runtime.sdk("rtx")
-    runtime.parse(trt, path)
+    trt = load_sdk("rtx")
+    builder.parse(trt, path)
     return {"parsed_by": f"{trt.family.title} {trt.version}"}
 
 

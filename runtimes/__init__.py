@@ -1,4 +1,4 @@
-"""The backends, one module each. The folder is the registry; a backend is imported only when it is needed.
+"""The backends, one module or package each. The folder is the registry; a backend is imported only when it is needed.
 
 `RUNS` lists the targets of a backend by the first part of their names: ("onnx",) for onnx-fp32. A backend without
 `RUNS` opens no bundles.
@@ -26,7 +26,7 @@ EMULATED: Literal["emulated"] = "emulated"
 
 
 def names() -> frozenset[str]:
-    """Names of the backends: the modules of this folder."""
+    """Names of the backends: the modules and packages of this folder."""
     return frozenset(m.name for m in pkgutil.iter_modules(__path__)) - {"base"}
 
 

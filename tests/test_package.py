@@ -53,7 +53,7 @@ HEAVY = {
 }
 
 VENDORS = {"onnxruntime", "openvino", "tensorrt", "coreml"}
-"""What a backend's file is called; the vendor's packages have names that begin with it."""
+"""What a backend's file or folder is called; the vendor's packages have names that begin with it."""
 
 NOT_SOURCE = (".git", ".venv", "build", "dist", "out", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
 
@@ -145,10 +145,22 @@ def backends_named_in(path: Path) -> set[str]:
     return {vendor for vendor in VENDORS if vendor in text}
 
 
+def is_a_backend_s(path: Path) -> bool:
+    """Whether a file is, or lies in, a backend's own file or folder in `export/` or `runtimes/`."""
+    folder, name = path.relative_to(ROOT).parts[:2]
+    return folder in ("export", "runtimes") and name.removesuffix(".py") in VENDORS
+
+
+def modules_in(folder: str) -> set[str]:
+    """Names of the modules and packages that lie in a folder of the repository."""
+    files = {path.stem for path in (ROOT / folder).glob("*.py")}
+    return files | {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")}
+
+
 class TestPackages:
-    def test_a_backend_is_named_by_its_own_two_files_only(self) -> None:
+    def test_a_backend_is_named_by_its_own_files_only(self) -> None:
         """A backend's file may name another vendor, as ONNX Runtime names its execution providers."""
-        others = [path for path in sources() if not (path.parts[-2] in ("export", "runtimes") and path.stem in VENDORS)]
+        others = [path for path in sources() if not is_a_backend_s(path)]
         named = {path.relative_to(ROOT).as_posix(): backends_named_in(path) for path in others}
         assert {path: sorted(vendors) for path, vendors in named.items() if vendors} == {}
 
@@ -160,8 +172,8 @@ class TestPackages:
             assert len(backends_named_in(tmp_path / "stranger.py")) == 1, line
 
     def test_the_folders_are_the_registry(self) -> None:
-        exporters = {p.stem for p in (ROOT / "export").glob("*.py")}
-        assert runtimes.names() == {p.stem for p in (ROOT / "runtimes").glob("*.py")} - {"__init__", "base"}
+        exporters = modules_in("export")
+        assert runtimes.names() == modules_in("runtimes") - {"__init__", "base"}
         assert {target.backend for target in export.targets().values()} == exporters & runtimes.names() != set()
         assert all(name == target.name for name, target in export.targets().items())
 

@@ -31,7 +31,10 @@ from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.model.tubevit import TubeViT
-from edgetube.runtimes import tensorrt as runtime
+from edgetube.runtimes.tensorrt.build import LEGACY, Settings, parse
+from edgetube.runtimes.tensorrt.build import build as build_engine
+from edgetube.runtimes.tensorrt.layers import summarize_engine_layers
+from edgetube.runtimes.tensorrt.sdk import load_sdk
 from edgetube.spec import InputContract, ModelSpec, TubeSpec, named
 from edgetube.targets import Target, installed
 
@@ -104,7 +107,7 @@ class TestSettings:
         graph = "legacy" if "legacy" in settings else "model"
         assert line.startswith(f"{tool} --onnx={graph}.onnx --saveEngine=model.engine ")
         assert f" {words} " in f"{line} "
-        assert runtime.Settings.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
+        assert Settings.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
 
     @pytest.mark.parametrize(
         ("target", "settings", "message"),
@@ -199,9 +202,9 @@ class TestAttention:
         assert ranges["blocks.1.attn.q"].symmetric == table.ranges["blocks.1.attn.q"].symmetric
         assert bundle.parity["max_abs_error"] < 0.1 * max(1, bundle.parity["max_abs_logit"])
         if installed("tensorrt_rtx"):
-            sdk = runtime.sdk("rtx")
-            runtime.build(sdk, bundle.artifact_path, runtime.Settings(capabilities=("89",)))
-            assert runtime.summarize_engine_layers(sdk.layers)["attention"] == {"int8": 2}
+            sdk = load_sdk("rtx")
+            build_engine(sdk, bundle.artifact_path, Settings(capabilities=("89",)))
+            assert summarize_engine_layers(sdk.layers)["attention"] == {"int8": 2}
 
 
 class TestLegacy:
@@ -219,16 +222,16 @@ class TestLegacy:
         clips = np.load(legacy_bundle.path / bundles.CALIBRATION_CLIPS)
         assert clips.shape == (12, *legacy_bundle.contract.shape)  # all there are
         assert clips.dtype == np.uint8
-        assert {runtime.LEGACY, exporter.CACHE, bundles.CALIBRATION_CLIPS} <= set(legacy_bundle.files)
+        assert {LEGACY, exporter.CACHE, bundles.CALIBRATION_CLIPS} <= set(legacy_bundle.files)
         assert any(
             note.startswith("legacy: the proof is of the typed graph") for note in legacy_bundle.build["int8"]["notes"]
         )
-        settings = runtime.Settings.from_json(legacy_bundle.build["settings"])
+        settings = Settings.from_json(legacy_bundle.build["settings"])
         assert (settings.legacy, settings.source) == ("int8", "legacy.onnx")
 
     def test_layer_norm_and_softmax_are_fp32_the_linears_int8_and_the_rest_fp16(self, legacy_bundle: Bundle) -> None:
-        layers = dict(runtime.Settings.from_json(legacy_bundle.build["settings"]).layers)
-        old = onnx.load(legacy_bundle.path / runtime.LEGACY)
+        layers = dict(Settings.from_json(legacy_bundle.build["settings"]).layers)
+        old = onnx.load(legacy_bundle.path / LEGACY)
         assert set(layers) - {"*"} <= {node.name for node in old.graph.node}
         assert layers["*"] == "fp16"
         assert layers["blocks.0.norm1"] == layers["blocks.1.attn.softmax"] == "fp32"
@@ -241,7 +244,7 @@ class TestLegacy:
 
     def test_a_real_parser_takes_it(self, legacy_bundle: Bundle) -> None:
         pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
-        _, network, parser = runtime.parse(runtime.sdk("rtx"), legacy_bundle.path / runtime.LEGACY)
+        _, network, parser = parse(load_sdk("rtx"), legacy_bundle.path / LEGACY)
         names = {network.get_layer(i).name for i in range(network.num_layers)}
         assert set(dict(legacy_bundle.build["settings"]["layers"])) - {"*"} <= names
         del parser
@@ -249,7 +252,7 @@ class TestLegacy:
     def test_an_sdk_without_calibrators_says_what_to_do(self, legacy_bundle: Bundle) -> None:
         pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
         with pytest.raises(BackendError, match=r"knows typed networks only; .*legacy=yes.*export without it"):
-            runtime.build(runtime.sdk("rtx"), legacy_bundle.path / runtime.LEGACY, runtime.Settings(legacy="int8"))
+            build_engine(load_sdk("rtx"), legacy_bundle.path / LEGACY, Settings(legacy="int8"))
 
 
 @pytest.fixture(scope="module")
@@ -285,10 +288,10 @@ class TestForReal:
     """The vendor's parser and builder."""
 
     def test_the_parser_takes_every_lowering_in_both_precisions(self, graph: Graph, tmp_path: Path) -> None:
-        sdk = runtime.sdk("rtx")
+        sdk = load_sdk("rtx")
         for model in (graph.model, canonical.convert_to_fp16(graph.model)):
             canonical.save(rewrite.cast_first(model), tmp_path / "model.onnx")
-            _, network, parser = runtime.parse(sdk, tmp_path / "model.onnx")
+            _, network, parser = parse(sdk, tmp_path / "model.onnx")
             assert network.num_layers > 100
             assert [network.get_input(i).dtype for i in range(network.num_inputs)] == [cast(Any, sdk.api).uint8]
             assert network.get_output(0).dtype == sdk.api.float32
@@ -298,13 +301,13 @@ class TestForReal:
         """Why `cast_first` is there; when this fails, a newer parser can do without it."""
         canonical.save(graph.model, tmp_path / "model.onnx")
         with pytest.raises(BackendError, match=r"the parser refuses model\.onnx at tubes\.\S+ \(Reshape\): .*UInt8"):
-            runtime.build(runtime.sdk("rtx"), tmp_path / "model.onnx", runtime.Settings(capabilities=("86",)))
+            build_engine(load_sdk("rtx"), tmp_path / "model.onnx", Settings(capabilities=("86",)))
 
     def test_engines_of_three_generations_and_what_is_in_them(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
         bundle = pipeline.export_model("rtx-fp16", tiny_checkpoint, tmp_path, GATHER)
         assert bundle.status in ("emulated", "executed")
         assert bundle.build["engine"]["capabilities"] == ["86", "89", "120"]
-        assert bundle.build["engine"]["version"] == runtime.sdk("rtx").version
+        assert bundle.build["engine"]["version"] == load_sdk("rtx").version
         assert set(bundle.files) == {"model.onnx", "model.engine", "golden.npz"}
         assert (bundle.path / "model.engine").read_bytes().startswith(b"vtrt")
         layers = bundle.build["layers"]
@@ -321,7 +324,7 @@ class TestForReal:
     def test_a_broken_file_is_one_line(self, tmp_path: Path) -> None:
         (tmp_path / "model.onnx").write_bytes(b"not a model")
         with pytest.raises(BackendError, match=r"TensorRT for RTX 1\..*: the parser refuses model\.onnx") as caught:
-            runtime.parse(runtime.sdk("rtx"), tmp_path / "model.onnx")
+            parse(load_sdk("rtx"), tmp_path / "model.onnx")
         assert "\n" not in str(caught.value)
 
     @pytest.mark.slow
@@ -332,11 +335,11 @@ class TestForReal:
         self, checkpoint: str, precision: str, capability: str, real_graphs: Callable[..., Any]
     ) -> None:
         real = real_graphs(checkpoint, precision)
-        sdk = runtime.sdk("rtx")
-        plan = runtime.build(sdk, real.path, runtime.Settings(capabilities=(capability,)))
+        sdk = load_sdk("rtx")
+        plan = build_engine(sdk, real.path, Settings(capabilities=(capability,)))
         assert plan.startswith(b"vtrt")
         assert len(plan) > real.path.stat().st_size * 0.9
-        layers = runtime.summarize_engine_layers(sdk.layers)
+        layers = summarize_engine_layers(sdk.layers)
         assert layers["attention"] == {"fp16": real.depth}
         if precision == "fp16":
             assert set(layers["gemms"]) == {"fp16"}
@@ -352,12 +355,10 @@ class TestForReal:
     ) -> None:
         """When the longer one becomes one kernel too, a newer builder can do without the rule."""
         real = real_graphs("random:tubevit-ti", "int8", frames, attention=True)
-        sdk = runtime.sdk("rtx")
-        runtime.build(sdk, real.path, runtime.Settings(capabilities=("89",)))
+        sdk = load_sdk("rtx")
+        build_engine(sdk, real.path, Settings(capabilities=("89",)))
         assert real.tokens == tokens
-        assert runtime.summarize_engine_layers(sdk.layers)["attention"] == (
-            {"int8": real.depth} if tokens <= 512 else {}
-        )
+        assert summarize_engine_layers(sdk.layers)["attention"] == ({"int8": real.depth} if tokens <= 512 else {})
 
 
 @pytest.fixture(scope="module")

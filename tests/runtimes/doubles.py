@@ -22,7 +22,9 @@ import pytest
 
 from edgetube import cuda, targets
 from edgetube.errors import BackendError
-from edgetube.runtimes import tensorrt as runtime
+from edgetube.runtimes.tensorrt import build as builder
+from edgetube.runtimes.tensorrt.build import Settings
+from edgetube.runtimes.tensorrt.sdk import FAMILIES, Sdk, load_sdk
 
 Work = Callable[[], object]
 
@@ -233,16 +235,16 @@ class Machine:
     patch: pytest.MonkeyPatch
     trt: Any = None
     stream: dict[str, Any] = field(default_factory=dict)
-    builds: list[tuple[str, runtime.Settings]] = field(default_factory=list)
+    builds: list[tuple[str, Settings]] = field(default_factory=list)
     opened: list[HostStream] = field(default_factory=list)
     timing_caches: list[Path | None] = field(default_factory=list)
 
     def use(self, **changes: Any) -> None:
         """Install another SDK, see `vendor`."""
         self.trt = vendor(**changes)
-        for family in runtime.FAMILIES.values():
+        for family in FAMILIES.values():
             self.patch.setitem(sys.modules, family.module, self.trt)
-        runtime.sdk.cache_clear()
+        load_sdk.cache_clear()
 
     def open_stream(self, index: int, extra: str) -> HostStream:
         """In the place of `cuda.open_stream`."""
@@ -251,14 +253,14 @@ class Machine:
 
     def build(
         self,
-        sdk: runtime.Sdk,
+        sdk: Sdk,
         path: Path,
-        settings: runtime.Settings,
+        settings: Settings,
         on_progress: object = None,
         calibrator: Any = None,
         timing_cache: Path | None = None,
     ) -> bytes:
-        """In the place of `runtime.build`: the engine is the graph, which says whether it multiplies integers."""
+        """In the place of `build.build`: the engine is the graph, which says whether it multiplies integers."""
         self.builds.append((sdk.version, settings))
         self.timing_caches.append(timing_cache)
         model = onnx.load(path)
@@ -277,9 +279,9 @@ def machine(cache: Path) -> Iterator[Machine]:
         here = Machine(patch)
         patch.setenv("EDGETUBE_CACHE", str(cache))
         patch.setattr(cuda, "open_stream", here.open_stream)
-        patch.setattr(runtime, "build", here.build)
+        patch.setattr(builder, "build", here.build)
         patch.setattr(targets, "_gpus", lambda: 1)
         patch.setitem(sys.modules, "pycuda.driver", _module("pycuda.driver"))
         here.use()
         yield here
-    runtime.sdk.cache_clear()
+    load_sdk.cache_clear()
