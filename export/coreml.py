@@ -92,7 +92,7 @@ def integer_format(target: Target) -> IntegerFormat:
     Apple's processors accumulate integers in more than 16 bits, so weights keep all of their 8 bits.
     """
     from edgetube.calibration.table import IntegerFormat
-    from edgetube.export.canonical import PIXEL_SCALE
+    from edgetube.export.float16 import PIXEL_SCALE
 
     return IntegerFormat("float16", PIXEL_SCALE)
 

@@ -22,7 +22,7 @@ from edgetube.calibration import graphs, numeric
 from edgetube.calibration.graphs import Linear
 from edgetube.calibration.table import CalibrationTable, LinearPlan
 from edgetube.errors import ParityError
-from edgetube.export import canonical
+from edgetube.export.statistics import graph_statistics, tensor_shapes, weight_bytes
 
 DOMAIN = "com.microsoft"
 
@@ -205,7 +205,7 @@ def count_integer_products(model: onnx.ModelProto) -> int:
 
 def integer_macs(model: onnx.ModelProto) -> int:
     """Multiply-accumulates of those MatMuls by constants in one call of a Q/DQ graph."""
-    shapes, producers = canonical.shapes(model), _producers(model.graph.node)
+    shapes, producers = tensor_shapes(model), _producers(model.graph.node)
     constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     found = 0
     for node in model.graph.node:
@@ -295,10 +295,10 @@ def assert_integer_coverage(runtime: str, asked: int, executed: int) -> None:
 
 
 def statistics(plain: onnx.ModelProto, model: onnx.ModelProto) -> dict[str, Any]:
-    """`canonical.statistics` of the float graph, with the operators and bytes of the integer one."""
+    """`graph_statistics` of the float graph, with the operators and bytes of the integer one."""
     operators = Counter(node.op_type for node in model.graph.node)
-    return canonical.statistics(plain) | {
+    return graph_statistics(plain) | {
         "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
         "nodes": len(model.graph.node),
-        "weight_bytes": canonical.size(model),
+        "weight_bytes": weight_bytes(model),
     }

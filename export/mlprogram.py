@@ -18,7 +18,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from edgetube.errors import InputError, SpecError
-from edgetube.export import canonical
+from edgetube.export.float16 import PIXEL_SCALE
+from edgetube.export.statistics import tensor_shapes
 from edgetube.mlpackage import label as label
 
 Array = npt.NDArray[Any]
@@ -68,7 +69,7 @@ class Lowering:
             raise SpecError(
                 f"no translation for the operator {', '.join(unknown)}; there are {', '.join(self.operators())}"
             )
-        self.shapes = canonical.shapes(model)
+        self.shapes = tensor_shapes(model)
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self.uses: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in self.nodes:
@@ -132,7 +133,7 @@ class Lowering:
     def array(self, name: str) -> Array:
         """The values of an initializer; tube weights are multiplied by `PIXEL_SCALE`."""
         array: Array = numpy_helper.to_array(self.constants[name])
-        return array * np.float32(canonical.PIXEL_SCALE) if name in self.scaled else array
+        return array * np.float32(PIXEL_SCALE) if name in self.scaled else array
 
     def integers(self, name: str) -> list[int]:
         return [int(i) for i in self.array(name).reshape(-1)]
@@ -197,7 +198,7 @@ class Lowering:
         x = self.take(node.input[0])
         if width_of(x) == "int32":
             x = self.mb.cast(x=x, dtype="fp16", name=f"{name}_fp16")
-        self.put(node, self.mb.mul(x=x, y=np.float16(1 / canonical.PIXEL_SCALE), name=name))
+        self.put(node, self.mb.mul(x=x, y=np.float16(1 / PIXEL_SCALE), name=name))
 
     def on_Add(self, node: onnx.NodeProto) -> None:
         self._binary(node, "add")
@@ -249,7 +250,7 @@ class Lowering:
 
     def unit(self, node: onnx.NodeProto) -> float:
         """The number that the input of a product is divided by."""
-        return float(canonical.PIXEL_SCALE) if node.input[0] in self.pixels else 1.0
+        return float(PIXEL_SCALE) if node.input[0] in self.pixels else 1.0
 
     def matrix(self, node: onnx.NodeProto, array: Array, width: str) -> Var:
         """The weight of a product: in the target's storage, or float32 where the product is pinned."""

@@ -82,13 +82,15 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
         ParityError: ONNX Runtime would compute a linear in float that the table quantises.
     """
     from edgetube.export import canonical
+    from edgetube.export.float16 import convert_to_fp16
+    from edgetube.export.statistics import graph_statistics
 
     path = folder / "model.onnx"
     if table is not None:
         return _build_int8(graph, path, table, target.setting(CPU.name))
-    model = graph.model if target.precision == "fp32" else canonical.convert_to_fp16(graph.model)
+    model = graph.model if target.precision == "fp32" else convert_to_fp16(graph.model)
     canonical.save(model, path)
-    return Built(path.name, {"graph": canonical.statistics(model)})
+    return Built(path.name, {"graph": graph_statistics(model)})
 
 
 def _build_int8(graph: Graph, path: Path, table: CalibrationTable, cpu: str) -> Built:
@@ -112,13 +114,13 @@ def integer_products(path: Path) -> list[tuple[str, int]]:
     """
     import onnx
 
-    from edgetube.export import canonical
+    from edgetube.export.statistics import tensor_shapes
     from edgetube.runtimes.onnxruntime import optimise
 
     with tempfile.TemporaryDirectory() as folder:
         optimised = onnx.load(optimise(path, Path(folder) / "optimised.onnx"), load_external_data=False)
     depths = {tensor.name: tensor.dims[0] for tensor in optimised.graph.initializer if len(tensor.dims) == 2}
-    shapes = canonical.shapes(optimised)
+    shapes = tensor_shapes(optimised)
     return [
         (node.op_type, depths[matrix] * math.prod(shapes[node.output[0]]))
         for node in optimised.graph.node

@@ -79,13 +79,13 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     Raises:
         ParityError: OpenVINO would compute a linear in float that the table quantises.
     """
-    from edgetube.export import canonical
+    from edgetube.export.statistics import graph_statistics
 
     path, precisions = folder / "model.xml", inference_precision(graph.model, target)
     if table is not None:
         return _build_int8(graph, path, table, precisions)
     convert(graph.model, path, compress=target.precision == "fp16")
-    return Built(path.name, {"graph": canonical.statistics(graph.model), "inference_precision": precisions})
+    return Built(path.name, {"graph": graph_statistics(graph.model), "inference_precision": precisions})
 
 
 def inference_precision(model: onnx.ModelProto, target: Target) -> list[str]:

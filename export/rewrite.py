@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgetube.export import canonical
+from edgetube.export.statistics import byte_casts
 
 
 def cast_first(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -22,7 +23,7 @@ def cast_first(model: onnx.ModelProto) -> onnx.ModelProto:
     result.CopyFrom(model)
     graph = result.graph
     (frames,) = graph.input
-    casts = {node.output[0]: node.input[0] for node in canonical.byte_casts(model)}
+    casts = {node.output[0]: node.input[0] for node in byte_casts(model)}
     width = next(node.attribute[0].i for node in graph.node if node.output[0] in casts)
     first = f"{frames.name}.cast"
     renamed = {frames.name: first} | {new: first if old == frames.name else old for new, old in casts.items()}

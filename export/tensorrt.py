@@ -112,7 +112,7 @@ def integer_format(target: Target) -> IntegerFormat:
     Every GPU accumulates integers in 32 bits, so weights keep all of their 8 bits.
     """
     from edgetube.calibration.table import IntegerFormat
-    from edgetube.export.canonical import PIXEL_SCALE
+    from edgetube.export.float16 import PIXEL_SCALE
 
     return IntegerFormat("float16", PIXEL_SCALE)
 
@@ -129,7 +129,9 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     """
     from edgetube.calibration import graphs
     from edgetube.export import canonical, integer, rewrite
+    from edgetube.export.float16 import convert_to_fp16
     from edgetube.export.quantize import qdq
+    from edgetube.export.statistics import graph_statistics
 
     family = target.name.partition("-")[0]
     chosen = parse_settings(target)
@@ -141,7 +143,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
         if target.setting("attention") != "int8" and (note := attention_note(graph.spec)):
             notes.append(note)
     macs = integer.integer_macs(typed)
-    typed = rewrite.cast_first(typed if target.precision == "fp32" else canonical.convert_to_fp16(typed))
+    typed = rewrite.cast_first(typed if target.precision == "fp32" else convert_to_fp16(typed))
     canonical.save(typed, folder / "model.onnx")
     if chosen.legacy:
         chosen = replace(chosen, layers=layer_precisions(plain, chosen.legacy, table))
@@ -149,7 +151,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
         if table is not None:
             notes.append(LEGACY_NOTE)
     details: dict[str, Any] = {
-        "graph": canonical.statistics(typed),
+        "graph": graph_statistics(typed),
         "settings": chosen.to_json(),
         "command": command(family, chosen),
     }

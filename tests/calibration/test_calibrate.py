@@ -23,7 +23,8 @@ from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator
 from edgetube.calibration.table import ActivationScheme, IntegerFormat
 from edgetube.datasets import ClipSet, built_in_calibration
 from edgetube.errors import ParityError
-from edgetube.export.canonical import PIXEL_SCALE, Graph, convert_to_fp16
+from edgetube.export.canonical import Graph
+from edgetube.export.float16 import PIXEL_SCALE, convert_to_fp16
 from edgetube.export.quantize import apply, qdq
 from edgetube.model.checkpoints import Checkpoint
 

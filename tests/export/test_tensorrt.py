@@ -28,6 +28,7 @@ from edgetube.errors import BackendError, InputError
 from edgetube.export import canonical, pipeline, proof, quantize, rewrite, static
 from edgetube.export import tensorrt as exporter
 from edgetube.export.canonical import Graph
+from edgetube.export.float16 import convert_to_fp16
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.model.tubevit import TubeViT
@@ -60,7 +61,7 @@ class TestCastFirst:
     def test_the_answers_are_the_same_to_the_last_bit(
         self, graph: Graph, precision: str, rng: np.random.Generator
     ) -> None:
-        model = graph.model if precision == "fp32" else canonical.convert_to_fp16(graph.model)
+        model = graph.model if precision == "fp32" else convert_to_fp16(graph.model)
         clips = rng.integers(0, 256, (2, *graph.contract.shape), np.uint8)
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -73,7 +74,7 @@ class TestCastFirst:
         np.testing.assert_array_equal(before, after)
 
     def test_uint8_reaches_one_cast_and_nothing_else(self, graph: Graph) -> None:
-        moved = rewrite.cast_first(canonical.convert_to_fp16(graph.model)).graph
+        moved = rewrite.cast_first(convert_to_fp16(graph.model)).graph
         assert [n.op_type for n in moved.node if "frames" in n.input] == ["Cast"]
         kinds = {v.name: v.type.tensor_type.elem_type for v in [*moved.input, *moved.value_info, *moved.output]}
         assert [name for name, kind in kinds.items() if kind == TensorProto.UINT8] == ["frames"]
@@ -289,7 +290,7 @@ class TestForReal:
 
     def test_the_parser_takes_every_lowering_in_both_precisions(self, graph: Graph, tmp_path: Path) -> None:
         sdk = load_sdk("rtx")
-        for model in (graph.model, canonical.convert_to_fp16(graph.model)):
+        for model in (graph.model, convert_to_fp16(graph.model)):
             canonical.save(rewrite.cast_first(model), tmp_path / "model.onnx")
             _, network, parser = parse(sdk, tmp_path / "model.onnx")
             assert network.num_layers > 100
@@ -377,7 +378,7 @@ def real_graphs(tmp_path_factory: pytest.TempPathFactory, rng_of_module: np.rand
             table = extremes(model, clip, attention)
             model = rewrite.separate_projections(quantize.qdq(model, table))
         path = tmp_path_factory.mktemp("real") / "model.onnx"
-        canonical.save(rewrite.cast_first(canonical.convert_to_fp16(model)), path)
+        canonical.save(rewrite.cast_first(convert_to_fp16(model)), path)
         made[key] = SimpleNamespace(path=path, depth=checkpoint.spec.depth, tokens=checkpoint.spec.tokens, table=table)
         return made[key]
 
@@ -410,7 +411,7 @@ def extremes(model: Any, clip: Any, attention: Any) -> Any:
 
 
 def test_the_graph_keeps_layer_norm_and_softmax_in_fp32(graph: Graph) -> None:
-    model = rewrite.cast_first(canonical.convert_to_fp16(graph.model))
+    model = rewrite.cast_first(convert_to_fp16(graph.model))
     kinds = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
     wide = [n for n in model.graph.node if n.op_type in ("LayerNormalization", "Softmax")]
     assert wide

@@ -1,0 +1,69 @@
+"""Small models, their canonical graphs, and their logits in PyTorch and ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import numpy_helper
+
+from edgetube.export import canonical
+from edgetube.export.canonical import Graph
+from edgetube.export.static import StaticTubeViT
+from edgetube.model.tubevit import TubeViT
+from edgetube.runtimes.torch import normalise
+from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, InputContract, ModelSpec, TubeSpec
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BASE = ModelSpec(PAPER_TUBES, 32, (64, 64), width=24, depth=2, heads=2, classifiers=(("motion", 5), ("other", 3)))
+SPECS = {
+    "paper": BASE,
+    "gates": ModelSpec(PAPER_TUBES_S2D, 32, (64, 64), 24, 2, 2, (("motion", 5),), kernel=(8, 8, 8), gates=(0, 1)),
+    "mean": ModelSpec((TubeSpec((2, 8, 8), (2, 8, 8)),), 5, (20, 24), 24, 1, 2, (("motion", 5),), pool="mean"),
+    "image": BASE.with_clip(frames=1),
+}
+
+
+@cache
+def model_of(name: str) -> tuple[TubeViT, InputContract]:
+    """A model none of whose biases, LayerNorms and gates is neutral."""
+    torch.manual_seed(0)
+    spec = SPECS[name]
+    model = TubeViT(spec).eval()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.ndim < 2):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model, InputContract(spec.frames, *spec.size, mean=MEAN, std=STD)
+
+
+@cache
+def trace(name: str, lowering: str = "gather", batch: int = 1, head: str | None = None) -> Graph:
+    model, contract = model_of(name)
+    return canonical.trace(StaticTubeViT(model, contract, lowering, head, batch), model.spec, contract, batch)
+
+
+def noise(name: str, batch: int = 1) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (batch, *model_of(name)[1].shape), dtype=np.uint8)
+
+
+def reference(name: str, frames: np.ndarray, head: str | None = None) -> np.ndarray:
+    model, contract = model_of(name)
+    with torch.no_grad():
+        return model(normalise(torch.from_numpy(frames), contract), head).numpy()
+
+
+def run(model: onnx.ModelProto, frames: np.ndarray) -> np.ndarray:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"frames": frames})[0]
+
+
+def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def nodes(model: onnx.ModelProto, kind: str) -> Iterator[onnx.NodeProto]:
+    return (node for node in model.graph.node if node.op_type == kind)

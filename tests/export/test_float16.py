@@ -1,0 +1,89 @@
+"""Float16 graphs: like PyTorch, in the range of float16, and without subnormal weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from edgetube.errors import SpecError
+from edgetube.export import canonical
+from edgetube.export.float16 import PIXEL_SCALE, convert_to_fp16
+from edgetube.export.static import LOWERINGS, StaticTubeViT
+from edgetube.export.statistics import weight_bytes
+from edgetube.model.tubevit import TubeViT
+from edgetube.runtimes.torch import normalise
+from tests.export.models import SPECS, constants, model_of, nodes, noise, reference, run, trace
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("name", SPECS)
+def test_half_precision_answers_like_pytorch(name: str, lowering: str) -> None:
+    frames = noise(name)
+    model = convert_to_fp16(trace(name, lowering).model)
+    onnx.checker.check_model(model, full_check=True)
+    answer = run(model, frames)
+    assert answer.dtype == np.float32
+    assert cosine(answer, reference(name, frames)) > 0.9999
+    assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert all(types[n.input[1]] == TensorProto.FLOAT16 for n in nodes(model, "MatMul") if n.input[1] in types)
+    assert weight_bytes(model) < 0.65 * weight_bytes(trace(name, lowering).model)
+
+
+def test_half_precision_in_an_evaluator_that_computes_in_half_precision() -> None:
+    """ONNX Runtime computes half precision in float on most CPUs; numpy does not."""
+    frames = noise("mean")
+    (answer,) = ReferenceEvaluator(convert_to_fp16(trace("mean").model)).run(None, {"frames": frames})
+    assert cosine(np.asarray(answer), reference("mean", frames)) > 0.9995
+
+
+def test_half_precision_keeps_the_range_of_layernorm_and_softmax() -> None:
+    """One channel of 1500, as trained ViTs have: its square is 34 times the largest float16."""
+    spec = SPECS["paper"]
+    model, contract = TubeViT(spec).eval(), model_of("paper")[1]
+    with torch.no_grad():
+        model.get_parameter("blocks.0.mlp.fc2.bias")[3] = 1500.0
+        model.get_parameter("blocks.0.attn.qkv.weight").mul_(6)
+    narrow = convert_to_fp16(canonical.trace(StaticTubeViT(model, contract), spec, contract).model)
+    frames = noise("paper")
+    with torch.no_grad():
+        expected = model(normalise(torch.from_numpy(frames), contract)).numpy()
+    (by_numpy,) = ReferenceEvaluator(narrow).run(None, {"frames": frames})
+    for answer in (run(narrow, frames), np.asarray(by_numpy)):
+        assert cosine(answer, expected) > 0.999
+    types = {value.name: value.type.tensor_type.elem_type for value in narrow.graph.value_info}
+    wide = [node for kind in ("LayerNormalization", "Softmax") for node in nodes(narrow, kind)]
+    assert len(wide) == 5 + 3
+    assert all(types[name] == TensorProto.FLOAT for node in wide for name in [node.input[0], *node.output])
+    assert types["blocks.0"] == types["blocks.1.norm1"] == TensorProto.FLOAT16
+    with np.errstate(over="ignore"):
+        assert np.isinf(np.float16(1500) ** 2)  # what would have happened
+
+
+def test_half_precision_keeps_tube_weights_out_of_the_subnormals() -> None:
+    model = convert_to_fp16(trace("paper").model)
+    values = constants(model)
+    for i in range(4):
+        weight = values[f"tubes.{i}.weight"].astype(np.float64)
+        exact = constants(trace("paper").model)[f"tubes.{i}.weight"].astype(np.float64)
+        assert np.median(abs(exact)) < 2**-11  # unscaled, they would lose digits
+        np.testing.assert_allclose(weight / PIXEL_SCALE, exact, rtol=2**-10, atol=1e-9)
+
+
+def test_half_precision_refuses_what_it_cannot_hold() -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(trace("paper").model)
+    for tensor in model.graph.initializer:
+        if tensor.name == "blocks.1.mlp.fc2.bias":
+            tensor.CopyFrom(numpy_helper.from_array(np.full(24, 7e4, np.float32), tensor.name))
+    with pytest.raises(SpecError, match=r"blocks\.1\.mlp\.fc2\.bias reaches 7e\+04; float16 ends at 65504"):
+        convert_to_fp16(model)
