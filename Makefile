@@ -31,12 +31,12 @@ test: lint ## checks, then the tests that are quick
 	$(PYTEST) -m "not slow and not gpu and not machines"
 
 test-slow: $(VENV)/dev.stamp ## the tests that take longer
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not machines"
 
-test-all: test test-slow ## both
+test-machines: $(VENV)/dev.stamp ## the product on other processors (QEMU), in other Pythons' plain installs, on filmed videos
+	$(PYTEST) -m machines tests/machines
 
-test-machines: $(VENV)/dev.stamp ## the product on other processors (QEMU) and in other Pythons' plain installs; an hour
-	$(BIN)/python -m pytest -m machines --durations=0
+test-all: test test-slow test-machines ## all three
 
 test-gpu: $(VENV)/dev.stamp ## the tests that need an NVIDIA GPU; without one each says why it was skipped
 	$(BIN)/python -m pytest -m gpu

@@ -27,7 +27,7 @@ def test_answers_are_compared_row_by_row(films: SimpleNamespace) -> None:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.machines
 @pytest.mark.parametrize("name", INT8)
 def test_int8_answers_filmed_videos_like_pytorch(
     name: str, films: SimpleNamespace, windows: Path, exported: Callable[..., Path]
