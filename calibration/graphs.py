@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,13 +94,17 @@ def initializers(model: onnx.ModelProto) -> dict[str, npt.NDArray[np.generic]]:
 
 def replace_initializers(model: onnx.ModelProto, values: Mapping[str, Array]) -> onnx.ModelProto:
     """A copy of the graph with new values, of the same shapes, in some initializers."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     for tensor in result.graph.initializer:
         if tensor.name in values:
             new = np.asarray(values[tensor.name], np.float32).reshape(tuple(tensor.dims))
             tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
     return result
+
+
+def producers(nodes: Iterable[onnx.NodeProto]) -> dict[str, onnx.NodeProto]:
+    """The node that produces each tensor."""
+    return {name: node for node in nodes for name in node.output}
 
 
 def linears(model: onnx.ModelProto) -> tuple[Linear, ...]:
@@ -131,15 +136,14 @@ class EqualizationSite:
 
 def insert_equalization_sites(model: onnx.ModelProto, activations: ActivationScheme) -> onnx.ModelProto:
     """The graph with an `EqualizationSite` behind every GELU that a linear reads: gain 1, centre 0."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     graph = result.graph
     known = {value.name: value for value in graph.value_info}
     readers = {linear.activation: linear.node for linear in linears(model)}
     nodes: list[onnx.NodeProto] = []
     moved: dict[str, str] = {}
     for source in model.graph.node:
-        node = _copy(source)
+        node = deepcopy(source)
         if node.input and node.input[0] in moved and node.name == readers[node.input[0]]:
             node.input[0] = moved[node.input[0]]
         nodes.append(node)
@@ -182,10 +186,9 @@ def remove_identity_sites(model: onnx.ModelProto) -> onnx.ModelProto:
             constant = node.output[0].removesuffix(suffix) + CONSTANTS[suffix]
             if node.output[0].endswith(suffix) and constant in node.input and np.all(known[constant] == neutral):
                 identity[node.output[0]] = identity.get(node.input[0], node.input[0])
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     graph = result.graph
-    nodes = [_copy(node) for node in model.graph.node if node.output[0] not in identity]
+    nodes = [deepcopy(node) for node in model.graph.node if node.output[0] not in identity]
     for node in nodes:
         node.input[:] = [identity.get(name, name) for name in node.input]
     used = {name for node in nodes for name in node.input}
@@ -287,8 +290,7 @@ def quantize_activations(
         tensors: range of each tensor to quantise.
         activations: "int8" (zero point 0) or "uint8".
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     graph, readers = result.graph, set(nodes)
     made: set[str] = set()
     ordered: list[onnx.NodeProto] = []
@@ -302,7 +304,7 @@ def quantize_activations(
                 graph.initializer.extend(_qdq_parameters(name, tensors[name], activations))
             node.input[index] = dequantized_name(name)
         ordered.append(node)
-    ordered = [_copy(node) for node in ordered]
+    ordered = [deepcopy(node) for node in ordered]
     del graph.node[:]
     graph.node.extend(ordered)
     return result
@@ -311,12 +313,6 @@ def quantize_activations(
 def dequantized_name(name: str) -> str:
     """The name of an activation behind its Q/DQ pair."""
     return f"{name}.dequantized"
-
-
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    new = onnx.NodeProto()
-    new.CopyFrom(node)
-    return new
 
 
 def _qdq_pair(name: str) -> list[onnx.NodeProto]:
@@ -329,7 +325,7 @@ def _qdq_pair(name: str) -> list[onnx.NodeProto]:
 
 
 def _qdq_parameters(name: str, found: Range, activations: ActivationScheme) -> list[TensorProto]:
-    scale, zero = (found.symmetric, 0) if activations == "int8" else found.asymmetric
+    scale, zero = found.parameters(activations)
     kind = np.int8 if activations == "int8" else np.uint8
     return [
         numpy_helper.from_array(np.array(scale, np.float32), f"{name}.scale"),

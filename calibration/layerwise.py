@@ -301,7 +301,7 @@ class LayerwiseCalibrator:
 
     def _producer(self, linear: Linear) -> Callable[[Equalization, CalibrationState], None] | None:
         """A function that folds an equalisation into the producer of the linear's activation; None where it cannot."""
-        makers = {output: node for node in self.model.graph.node for output in node.output}
+        makers = graphs.producers(self.model.graph.node)
         readers = [node.name for node in self.model.graph.node if linear.activation in node.input]
         maker = makers.get(linear.activation)
         if maker is not None and maker.op_type == "LayerNormalization" and readers == [linear.node]:

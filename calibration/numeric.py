@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetube.calibration.table import INT8_MAX, ActivationScheme, Range, stored_scales
+from edgetube.calibration.table import INT8_MAX, INTEGERS, ActivationScheme, Range, ScaleType, stored_scales
 
 Array = npt.NDArray[np.float32]
 
@@ -33,10 +33,7 @@ class Moments:
 
 def fake_quantize_activations(x: Array, found: Range, activations: ActivationScheme) -> Array:
     """`x` after QuantizeLinear and DequantizeLinear: round half to even, saturate."""
-    if activations == "int8":
-        scale, zero, low, high = found.symmetric, 0, -128, 127
-    else:
-        (scale, zero), low, high = found.asymmetric, 0, 255
+    (scale, zero), (low, high) = found.parameters(activations), INTEGERS[activations]
     q = np.multiply(x, np.float32(1 / scale), dtype=np.float32)
     np.rint(q, out=q)
     np.clip(q, low - zero, high - zero, out=q)
@@ -80,7 +77,10 @@ def bounds(steps: npt.NDArray[np.floating[Any]], safe_pairs: bool) -> Bounds:
 def quantize_weights(
     weight: npt.NDArray[np.floating[Any]], scales: Array, within: Bounds | None = None
 ) -> npt.NDArray[np.int8]:
-    """Symmetric int8 of `weight` (K, N) with a scale per column (N,), the nearest integers within their bounds."""
+    """Symmetric int8 of `weight` (K, N) with a scale per column (N,), the nearest integers within their bounds.
+
+    Any other scales that broadcast with the weight are allowed.
+    """
     low, high = (within.low, within.high) if within else (-INT8_MAX, INT8_MAX)
     return np.asarray(np.clip(np.rint(weight / scales), low, high), np.int8)
 
@@ -203,12 +203,12 @@ def pixel_moments(frames: int, height: int, width: int, colours: int = 3) -> npt
     return 1 + np.kron(np.kron(markov(frames), mixed), np.kron(markov(height), markov(width)))
 
 
-def absmax_scales(weight: Array, safe_pairs: bool = False) -> Array:
-    """Scales (N,) by the largest magnitude of each column: nothing is clipped."""
+def absmax_scales(weight: Array, safe_pairs: bool = False, dtype: ScaleType = "float32") -> Array:
+    """Scales (N,), numbers of `dtype`, by the largest magnitude of each column: nothing is clipped."""
     largest = np.abs(weight).max(axis=0) / np.float32(INT8_MAX)
     if safe_pairs:
         largest = np.maximum(largest, _max_pair_sums(weight) / np.float32(MAX_PAIR_SUM))
-    return stored_scales(largest, "float32", "a weight")
+    return stored_scales(largest, dtype, "a weight")
 
 
 def _max_pair_sums(weight: Array) -> Array:

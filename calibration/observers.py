@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from edgetube.calibration.table import INT8_MAX, ActivationScheme, Range
+from edgetube.calibration.table import INTEGERS, ActivationScheme, Range
 from edgetube.errors import InputError
 
 Array = npt.NDArray[np.float32]
@@ -110,16 +110,14 @@ def _search(seen: Histogram, activations: ActivationScheme, method: str) -> Rang
 
 def _levels(values: npt.NDArray[np.float64], found: Range, activations: ActivationScheme) -> npt.NDArray[np.float64]:
     """The saturated integer of every value, as float64."""
-    if activations == "int8":
-        return np.clip(np.rint(values / found.symmetric), -INT8_MAX - 1, INT8_MAX)
-    scale, zero = found.asymmetric
-    return np.clip(np.rint(values / scale), -zero, 255 - zero)
+    (scale, zero), (low, high) = found.parameters(activations), INTEGERS[activations]
+    return np.clip(np.rint(values / scale), low - zero, high - zero)
 
 
 def _squared_error(
     values: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], found: Range, activations: ActivationScheme
 ) -> float:
-    scale = found.symmetric if activations == "int8" else found.asymmetric[0]
+    scale, _ = found.parameters(activations)
     error = _levels(values, found, activations) * scale - values
     return float(weight @ (error * error))
 

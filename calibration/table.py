@@ -30,6 +30,9 @@ INT8_MAX = 127
 ActivationScheme = Literal["int8", "uint8"]
 """Activation scheme: symmetric int8, or uint8 with a zero point."""
 
+INTEGERS: Mapping[ActivationScheme, tuple[int, int]] = {"int8": (-128, 127), "uint8": (0, 255)}
+"""The smallest and largest integer of an activation."""
+
 ScaleType = Literal["float16", "float32"]
 """The type that a runtime stores scales in."""
 
@@ -106,9 +109,13 @@ class Range:
         scale = _scale((self.high - self.low) / 255)
         return scale, min(255, max(0, round(-self.low / scale)))
 
+    def parameters(self, activations: ActivationScheme) -> tuple[float, int]:
+        """Scale and zero point in a scheme."""
+        return (self.symmetric, 0) if activations == "int8" else self.asymmetric
+
     def stored(self, activations: ActivationScheme, dtype: ScaleType, unit: float = 1.0) -> Range:
         """The nearest range whose scale, divided by `unit`, is a number of `dtype`: see `stored_scales`."""
-        scale = self.symmetric if activations == "int8" else self.asymmetric[0]
+        scale, _ = self.parameters(activations)
         wanted = float(stored_scales(scale / unit, dtype, "an activation")) * unit
         if wanted == scale or self.low == self.high:
             return self

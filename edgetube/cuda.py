@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetube.errors import BackendError, MissingPackageError
-from edgetube.targets import installed, pip_line
+from edgetube.targets import installed, load_libcuda, pip_line
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -108,7 +107,7 @@ class Graph:
 
 def _driver() -> Any:
     try:
-        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        return load_libcuda()
     except OSError as error:
         raise BackendError(f"no NVIDIA driver on this machine ({error}); install the GPU's driver") from error
 

@@ -20,6 +20,7 @@ from edgetube import strict
 from edgetube.errors import BundleError
 from edgetube.protobuf import Fields, parse, varint
 from edgetube.protobuf import message as _bytes
+from edgetube.protobuf import text as _text
 
 Array = npt.NDArray[Any]
 
@@ -284,10 +285,6 @@ def _number(value: int | memoryview) -> int:
     if not isinstance(value, int):
         raise ValueError("a message where a number was expected")
     return value
-
-
-def _text(value: int | memoryview) -> str:
-    return bytes(_bytes(value)).decode("utf-8")
 
 
 def _one(fields: Fields, number: int) -> memoryview:

@@ -1,4 +1,4 @@
-"""A reader of protobuf's wire format in plain Python: fields by number, contents undecoded."""
+"""Protobuf's wire format in plain Python: reads messages as fields by number, and encodes fields."""
 
 from __future__ import annotations
 
@@ -60,9 +60,23 @@ def message(value: int | memoryview) -> memoryview:
     return value
 
 
+def text(value: int | memoryview) -> str:
+    """The text of a string field.
+
+    Raises:
+        ValueError: the field is a number, or not UTF-8.
+    """
+    return str(message(value), "utf-8")
+
+
 def field(number: int, content: bytes) -> bytes:
     """Encode a length-delimited field."""
     return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def text_field(number: int, value: str) -> bytes:
+    """Encode a string field."""
+    return field(number, value.encode())
 
 
 def number(number: int, value: int) -> bytes:

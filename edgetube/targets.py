@@ -150,11 +150,20 @@ def installed(module: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
+def load_libcuda() -> ctypes.CDLL:
+    """The driver's CUDA library.
+
+    Raises:
+        OSError: no NVIDIA driver is installed.
+    """
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
 @functools.cache
 def _gpus() -> int:
     """How many GPUs the driver sees; packages may be installed without a GPU."""
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver = load_libcuda()
     except OSError:
         return 0
     count = ctypes.c_int(0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edgetube.calibration.graphs import producers
 from edgetube.errors import SpecError
 from edgetube.export.canonical import check
 from edgetube.export.statistics import byte_casts, tensor_shapes
@@ -58,7 +60,7 @@ def _pixel_factors(graph: onnx.GraphProto, pixels: set[str]) -> dict[str, float]
 
     Of a quantised weight, the scale grows.
     """
-    makers = {name: node for node in graph.node for name in node.output}
+    makers = producers(graph.node)
     factors: dict[str, float] = {}
     scaled = set(pixels)
     for node in graph.node:
@@ -75,8 +77,7 @@ def _pixel_factors(graph: onnx.GraphProto, pixels: set[str]) -> dict[str, float]
 
 def _fp16_nodes(node: onnx.NodeProto, pixels: set[str], outputs: set[str]) -> list[onnx.NodeProto]:
     """One node in float16, with a Cast wherever the type changes."""
-    new = onnx.NodeProto()
-    new.CopyFrom(node)
+    new = deepcopy(node)
     name = node.output[0]
     if node.op_type in FP32_OPS:
         new.input[0], new.output[0] = f"{name}.input.fp32", f"{name}.fp32"

@@ -61,7 +61,7 @@ class _LinearRewriter:
         self.unsigned_weights = unsigned_weights
         self.plans = {plan.name: plan for plan in table.quantised}
         self.weights = graphs.initializers(model)
-        self.producers = _producers(model.graph.node)
+        self.producers = graphs.producers(model.graph.node)
         self.tensors: dict[str, onnx.TensorProto] = {}
         self.quantised: dict[str, list[str]] = {}
 
@@ -131,7 +131,7 @@ class _LinearRewriter:
 
 def _fuse_attention(nodes: list[NodeProto], weights: Mapping[str, npt.NDArray[np.generic]]) -> list[NodeProto]:
     """Fuse scores, softmax, context and their transposes into one MultiHeadAttention, which never stores the scores."""
-    producers, readers = _producers(nodes), _readers(nodes)
+    producers, readers = graphs.producers(nodes), _readers(nodes)
     gone: set[str] = set()
     fused: dict[str, NodeProto] = {}
     for softmax in nodes:
@@ -181,10 +181,6 @@ def _transposes(node: NodeProto, order: list[int]) -> bool:
     return node.op_type == "Transpose" and list(node.attribute[0].ints) == order
 
 
-def _producers(nodes: Iterable[NodeProto]) -> dict[str, NodeProto]:
-    return {name: node for node in nodes for name in node.output}
-
-
 def _readers(nodes: Iterable[NodeProto]) -> dict[str, list[NodeProto]]:
     found: dict[str, list[NodeProto]] = defaultdict(list)
     for node in nodes:
@@ -205,7 +201,7 @@ def count_integer_products(model: onnx.ModelProto) -> int:
 
 def integer_macs(model: onnx.ModelProto) -> int:
     """Multiply-accumulates of those MatMuls by constants in one call of a Q/DQ graph."""
-    shapes, producers = tensor_shapes(model), _producers(model.graph.node)
+    shapes, producers = tensor_shapes(model), graphs.producers(model.graph.node)
     constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     found = 0
     for node in model.graph.node:
@@ -214,39 +210,6 @@ def integer_macs(model: onnx.ModelProto) -> int:
             depth, *_ = constants.get(sides[1].input[0], (0,))
             found += depth * math.prod(shapes[node.output[0]])
     return found
-
-
-def split_products(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A Q/DQ graph with MatMul, bias and Split replaced by a MatMul and bias for each output of the Split.
-
-    The numbers are the same. A runtime that fuses scale and bias into a MatMul cannot do so across a Split, and would
-    round bare sums of integers to its inference precision.
-    """
-    producers, weights = _producers(model.graph.node), graphs.initializers(model)
-    parts: dict[str, list[NodeProto]] = {}
-    tensors: list[onnx.TensorProto] = []
-    gone: set[str] = set()
-    for split in model.graph.node:
-        if split.op_type != "Split" or (add := producers[split.input[0]]).op_type != "Add":
-            continue
-        product = producers[add.input[0]]
-        if product.op_type != "MatMul" or (scaled := producers[product.input[1]]).op_type != "DequantizeLinear":
-            continue
-        gone |= {add.name, product.name, scaled.name}
-        constants = [*scaled.input, add.input[1]]
-        pieces = [np.split(weights[name], len(split.output), axis=-1) for name in constants]
-        parts[split.name] = []
-        for i, output in enumerate(split.output):
-            names = [f"{name}.{i}" for name in constants]
-            tensors += [numpy_helper.from_array(piece[i].copy(), n) for piece, n in zip(pieces, names, strict=True)]
-            weight, bare = f"{output}.weight", f"{output}.matmul"
-            parts[split.name] += [
-                helper.make_node("DequantizeLinear", names[:3], [weight], name=weight, axis=1),
-                helper.make_node("MatMul", [product.input[0], weight], [bare], name=bare),
-                helper.make_node("Add", [bare, names[3]], [output], name=output),
-            ]
-    nodes = [new for node in model.graph.node if node.name not in gone for new in parts.get(node.name, [node])]
-    return _model(model, nodes, tensors)
 
 
 def _model(source: onnx.ModelProto, nodes: list[NodeProto], tensors: list[onnx.TensorProto]) -> onnx.ModelProto:

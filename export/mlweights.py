@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetube.calibration.numeric import Moments, gptq_quantize, gptq_targets, pixel_moments
+from edgetube.calibration.numeric import (
+    Moments,
+    absmax_scales,
+    gptq_quantize,
+    gptq_targets,
+    pixel_moments,
+    quantize_weights,
+)
 from edgetube.calibration.table import LinearPlan, Range, stored_scales
 from edgetube.export.mlprogram import Weight, label, narrow
 from edgetube.targets import Precision
@@ -143,14 +150,12 @@ class WeightStorage:
 
 def channel_scales(array: Array) -> Array:
     """Symmetric int8 scales (O,) float32 by the largest magnitude of each output channel of (O, ...)."""
-    largest = np.abs(array).reshape(len(array), -1).max(axis=1)
-    return stored_scales(largest / 127, "float16", "a weight")
+    return absmax_scales(array.reshape(len(array), -1).T, dtype="float16")
 
 
 def quantise(array: Array, scales: Array) -> Array:
     """The nearest int8 of each weight (O, ...), with one scale (O,) per channel."""
-    steps = array / scales.reshape(-1, *[1] * (array.ndim - 1))
-    return np.clip(np.rint(steps), -127, 127).astype(np.int8)
+    return quantize_weights(array, scales.reshape(-1, *[1] * (array.ndim - 1)))
 
 
 def palette(array: Array, steps: int = 50) -> Array:

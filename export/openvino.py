@@ -99,9 +99,9 @@ def inference_precision(model: onnx.ModelProto, target: Target) -> list[str]:
 
 
 def _build_int8(graph: Graph, path: Path, table: CalibrationTable, precisions: list[str]) -> Built:
-    from edgetube.export import integer, quantize
+    from edgetube.export import integer, quantize, rewrite
 
-    model = integer.split_products(quantize.qdq(graph.model, table))
+    model = rewrite.separate_projections(quantize.qdq(graph.model, table))
     convert(model, path, compress=False)
     products = integer_products(path, precisions)
     kernels = Counter(kernel for kernel, _ in products)

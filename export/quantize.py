@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -44,18 +45,12 @@ def qdq(
     del graph.initializer[:]
     graph.initializer.extend([*kept, *(tensor for _, tensors in pairs for tensor in tensors)])
     nodes = [node for node, _ in pairs] + list(graph.node)
-    nodes = [_copy(node) for node in nodes]
+    nodes = [deepcopy(node) for node in nodes]
     del graph.node[:]
     graph.node.extend(nodes)
     graph.value_info.extend(_types(model, table, activations or table.activations))
     onnx.checker.check_model(result)
     return result
-
-
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    new = onnx.NodeProto()
-    new.CopyFrom(node)
-    return new
 
 
 def _weight(plan: LinearPlan, weight: npt.NDArray[np.float32]) -> tuple[onnx.NodeProto, list[TensorProto]]:

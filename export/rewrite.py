@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edgetube.calibration import graphs
 from edgetube.export import canonical
 from edgetube.export.statistics import byte_casts
 
@@ -19,8 +21,7 @@ def cast_first(model: onnx.ModelProto) -> onnx.ModelProto:
 
     For parsers that allow no other operator on uint8. Builders fuse the cast into the gather that follows.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     graph = result.graph
     (frames,) = graph.input
     casts = {node.output[0]: node.input[0] for node in byte_casts(model)}
@@ -47,8 +48,7 @@ def opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
 
     LayerNormalization, the newest remaining operator, came with opset 17.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     graph = result.graph
     nodes: list[onnx.NodeProto] = []
     types = list(graph.value_info)
@@ -81,13 +81,13 @@ def opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
 def separate_projections(model: onnx.ModelProto) -> onnx.ModelProto:
     """Replace the split product of queries, keys and values by three products of the same input.
 
-    A builder splits the weight of a split product itself, and then dequantises it on every call and multiplies in
-    float. It multiplies three products in integers, as one kernel.
+    The numbers are the same. TensorRT splits the weight of a split product itself, and then dequantises it on every
+    call and multiplies in float; it multiplies three products in integers, as one kernel. OpenVINO fuses scale and bias
+    into a product, but not across a Split: it would round bare sums of integers to its inference precision.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     graph = result.graph
-    makers = {name: node for node in graph.node for name in node.output}
+    makers = graphs.producers(graph.node)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     gone: set[str] = set()
     put: dict[str, list[onnx.NodeProto]] = {}
@@ -172,7 +172,7 @@ def _with(
     constants: Iterable[TensorProto],
 ) -> onnx.ModelProto:
     """`model` with new contents, checked; the arguments may be parts of it."""
-    nodes, types, constants = [[_copy(m) for m in part] for part in (nodes, types, constants)]
+    nodes, types, constants = deepcopy(list(nodes)), deepcopy(list(types)), deepcopy(list(constants))
     graph = model.graph
     del graph.node[:], graph.value_info[:], graph.initializer[:]
     graph.node.extend(nodes)
@@ -180,10 +180,3 @@ def _with(
     graph.initializer.extend(constants)
     canonical.check(model)
     return model
-
-
-def _copy(message: Any) -> Any:
-    """A copy that stays valid after its list is cleared."""
-    new = type(message)()
-    new.CopyFrom(message)
-    return new

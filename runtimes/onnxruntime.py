@@ -124,7 +124,7 @@ def _tensors(path: Path) -> set[str]:
     """Names of the outputs of all nodes of a file."""
     (graph,) = protobuf.parse(memoryview(path.read_bytes()))[GRAPH]
     nodes = protobuf.parse(graph).get(NODE, [])
-    return {str(name, "utf-8") for n in nodes for name in map(protobuf.message, protobuf.parse(n).get(NODE_OUTPUT, []))}
+    return {protobuf.text(name) for node in nodes for name in protobuf.parse(node).get(NODE_OUTPUT, [])}
 
 
 def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
@@ -133,7 +133,7 @@ def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
     A protobuf reader merges concatenated messages and appends their repeated fields, so the outputs are appended to the
     file.
     """
-    values = (protobuf.field(VALUE_NAME, name.encode()) for name in names)
+    values = (protobuf.text_field(VALUE_NAME, name) for name in names)
     added = b"".join(protobuf.field(GRAPH_OUTPUT, value) for value in values)
     return path.read_bytes() + protobuf.field(GRAPH, added)
 
@@ -256,7 +256,7 @@ def _product(
 
     Written by hand (onnx.proto, field by field): a device has no package for that.
     """
-    text, field, number = _text, protobuf.field, protobuf.number
+    text, field, number = protobuf.text_field, protobuf.field, protobuf.number
     rank = field(2, field(1, b"") * 2)
 
     def value(name: str, dtype: _Type) -> bytes:
@@ -272,10 +272,6 @@ def _product(
     graph += field(11, value("a", left)) + field(12, value("c", result))
     opsets = field(8, text(1, "") + number(2, 17)) + (field(8, text(1, domain) + number(2, 1)) if domain else b"")
     return number(1, 8) + opsets + field(7, graph)
-
-
-def _text(number: int, value: str) -> bytes:
-    return protobuf.field(number, value.encode())
 
 
 def _provider(device: str) -> str:

@@ -35,7 +35,7 @@ from edgetube.calibration import graphs
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.table import ActivationScheme, CalibrationTable
 from edgetube.datasets import ClipSet, Item
-from edgetube.export import canonical, int8, integer, openvino, static
+from edgetube.export import canonical, int8, integer, openvino, rewrite, static
 from edgetube.export.canonical import Graph
 from edgetube.export.quantize import apply, qdq
 from edgetube.model.tubevit import TubeViT
@@ -189,7 +189,7 @@ def ours(traced: Graph, seen: Clips, judged: Clips, folder: Path) -> dict[str, P
     }
     native, pairs, strong = paths.values()
     onnx.save(integer.to_integer_kernels(*made["uint8"]), native)
-    openvino.convert(integer.split_products(qdq(*made["uint8"])), pairs, compress=False)
+    openvino.convert(rewrite.separate_projections(qdq(*made["uint8"])), pairs, compress=False)
     onnx.save(qdq(*made["int8"]), strong)
     return paths
 

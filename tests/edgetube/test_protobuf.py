@@ -43,3 +43,10 @@ def test_what_is_cut_off_or_no_message_is_refused() -> None:
         protobuf.parse(memoryview(b"\x0b"))
     with pytest.raises(ValueError, match="a number where a message was expected"):
         protobuf.message(3)
+
+
+def test_text() -> None:
+    (value,) = protobuf.parse(memoryview(protobuf.text_field(3, "größe")))[3]
+    assert protobuf.text(value) == "größe"
+    with pytest.raises(ValueError, match="a number where a message was expected"):
+        protobuf.text(3)

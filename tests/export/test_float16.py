@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 import onnx
 import pytest
@@ -80,8 +82,7 @@ def test_half_precision_keeps_tube_weights_out_of_the_subnormals() -> None:
 
 
 def test_half_precision_refuses_what_it_cannot_hold() -> None:
-    model = onnx.ModelProto()
-    model.CopyFrom(trace("paper").model)
+    model = deepcopy(trace("paper").model)
     for tensor in model.graph.initializer:
         if tensor.name == "blocks.1.mlp.fc2.bias":
             tensor.CopyFrom(numpy_helper.from_array(np.full(24, 7e4, np.float32), tensor.name))

@@ -15,7 +15,7 @@ from edgetube import calibration, datasets, export
 from edgetube.calibration.clips import collect
 from edgetube.calibration.table import ActivationScheme, CalibrationTable, IntegerFormat
 from edgetube.errors import InputError, ParityError
-from edgetube.export import canonical, integer, onnxruntime, quantize, static
+from edgetube.export import canonical, integer, onnxruntime, quantize, rewrite, static
 from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.runtimes.onnxruntime import evaluate
@@ -104,7 +104,7 @@ def test_what_is_left_over_is_float_and_fused(calibrated: Both) -> None:
 def test_a_product_behind_a_split_becomes_one_for_each_part(calibrated: Both, clips: Any) -> None:
     model, table = calibrated["uint8"]
     pairs = quantize.qdq(model, table)
-    split = integer.split_products(pairs)
+    split = rewrite.separate_projections(pairs)
     assert {node.op_type for node in pairs.graph.node} - {node.op_type for node in split.graph.node} == {"Split"}
     assert integer.count_integer_products(split) == integer.count_integer_products(pairs) + 2 * 2
     np.testing.assert_allclose(logits(split, clips), logits(pairs, clips), atol=1e-5)
@@ -142,7 +142,7 @@ def test_openvino_runs_every_product(calibrated: Both, tmp_path: Path) -> None:
     from edgetube.export import openvino
 
     model, table = calibrated["uint8"]
-    pairs = integer.split_products(quantize.qdq(model, table))
+    pairs = rewrite.separate_projections(quantize.qdq(model, table))
     openvino.convert(pairs, tmp_path / "model.xml", compress=False)
     products = openvino.integer_products(tmp_path / "model.xml", ["bf16", "f32"])
     assert len(products) == integer.count_integer_products(pairs)
