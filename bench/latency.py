@@ -25,8 +25,8 @@ from edgetube import errors, runtimes
 from edgetube.bench import energy, machine, peak
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, EdgetubeError, InputError, MissingPackageError
+from edgetube.precision import Precision
 from edgetube.progress import Progress, silent
-from edgetube.targets import Precision
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Candidate:
     batch: int = 1
     facts: Mapping[str, Any] = field(default_factory=dict)
     macs: int | None = None
-    precision: Precision = "fp32"
+    precision: Precision = Precision.FP32
 
     def start(self) -> Process:
         """Open it in a fresh process."""
@@ -275,7 +275,7 @@ def _candidates(bundles: Sequence[Bundle], threads: int | None, options: Options
         worker = "edgetube.bench.worker:reference"
         yield Candidate("PyTorch", worker, given, threads, first.batch, facts, first.spec.macs())
     for bundle in bundles:
-        facts = {key: getattr(bundle, key) for key in ("target", "precision", "backend")}
+        facts = {key: str(getattr(bundle, key)) for key in ("target", "precision", "backend")}
         facts |= {"path": str(bundle.path), "size_mb": bundle.artifact_bytes / 1e6}
         # The status of the proof at export, used if the bundle cannot run here.
         facts["status"] = "built" if bundle.status == "executed" else bundle.status

@@ -23,10 +23,10 @@ from edgetube.datasets import ClipSet
 from edgetube.errors import BackendError, InputError
 from edgetube.model import checkpoints
 from edgetube.model.tubevit import TubeViT
+from edgetube.precision import Precision
 from edgetube.progress import Progress, silent
 from edgetube.runtimes.base import Backend
 from edgetube.spec import ModelSpec
-from edgetube.targets import Precision
 from edgetube.video import Frames
 
 Array = npt.NDArray[np.float32]
@@ -109,11 +109,11 @@ def landmarks(spec: ModelSpec) -> tuple[str, ...]:
 
 
 EXPECTED: Mapping[Precision, tuple[float, float]] = {
-    "fp32": (80.0, 80.0),
-    "fp16": (45.0, 45.0),
-    "w8": (45.0, 45.0),
-    "int8": (38.0, 38.0),
-    "w4": (45.0, 33.0),
+    Precision.FP32: (80.0, 80.0),
+    Precision.FP16: (45.0, 45.0),
+    Precision.W8: (45.0, 45.0),
+    Precision.W8A8: (38.0, 38.0),
+    Precision.W4: (45.0, 33.0),
 }
 """Sufficient SQNR of the tokens, and of the blocks, by precision, dB; only drops below it count."""
 

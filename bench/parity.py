@@ -22,10 +22,11 @@ from edgetube.bench.probe import Probe
 from edgetube.bundle import Bundle
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
+from edgetube.precision import Precision
 from edgetube.progress import Progress, silent, track
 from edgetube.runtimes.base import Backend, Logits
 from edgetube.spec import InputContract
-from edgetube.targets import Precision, Status
+from edgetube.targets import Status
 from edgetube.video import Clip, Frames
 
 __all__ = [
@@ -127,7 +128,7 @@ class Measured:
         return {
             "name": bundle.name,
             "target": bundle.target,
-            "precision": bundle.precision,
+            "precision": str(bundle.precision),
             "backend": bundle.backend,
             "path": str(bundle.path),
             "bytes": bundle.artifact_bytes,
@@ -425,7 +426,13 @@ class Verdict:
         return f"{self.bundle}: {what} is {self.value:.6g}, --{self.gate} asks for {relation} {self.limit:g}"
 
 
-SQNR: Mapping[Precision, float] = {"fp32": 60.0, "fp16": 40.0, "w8": 40.0, "int8": 35.0, "w4": 28.0}
+SQNR: Mapping[Precision, float] = {
+    Precision.FP32: 60.0,
+    Precision.FP16: 40.0,
+    Precision.W8: 40.0,
+    Precision.W8A8: 35.0,
+    Precision.W4: 28.0,
+}
 """Smallest SQNR of the logits by precision, dB; `docs/parity.md` has what sound and broken artifacts reach."""
 
 SQNR_MARGIN = 6.0

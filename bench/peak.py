@@ -8,13 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
 
 import numpy as np
 
 from edgetube import runtimes
 from edgetube.bench.worker import Benchmarkable, StageTimer
-from edgetube.targets import Precision
+from edgetube.precision import Precision
 
 OPENER = "edgetube.bench.peak:open_products"
 
@@ -27,16 +26,16 @@ SECONDS, LEAST = 0.4, 5
 
 def open_products(stage_timer: StageTimer, threads: int | None) -> Benchmarkable:
     """Measure on opening; `about["peak"]` has a line for each precision that can be computed here."""
-    best: dict[str, tuple[float, str]] = {}
-    for precision in get_args(Precision):
+    best: dict[Precision, tuple[float, str]] = {}
+    for precision in Precision:
         products = runtimes.products(precision, SIZE, threads)
-        if precision == "fp32":
+        if precision is Precision.FP32:
             matrices = np.random.default_rng(0).standard_normal((2, SIZE, SIZE), np.float32)
             products["numpy"] = partial(np.matmul, *matrices)
         if products:
             best[precision] = max((rate(call), name) for name, call in products.items())
     lines = [
-        {"precision": precision, "threads": threads, "gmacs_per_s": gmacs, "by": name}
+        {"precision": str(precision), "threads": threads, "gmacs_per_s": gmacs, "by": name}
         for precision, (gmacs, name) in best.items()
     ]
     return Benchmarkable(lambda: None, about={"peak": lines})

@@ -30,8 +30,9 @@ import numpy.typing as npt
 from edgetube import arrays, strict
 from edgetube.errors import BundleError, FormatError, SpecError
 from edgetube.files import PREFIX, atomic_write, exchange, sync_folder, sync_tree
+from edgetube.precision import PRECISIONS, Precision
 from edgetube.spec import MOST_CLASSES, InputContract, ModelSpec
-from edgetube.targets import Precision, Status
+from edgetube.targets import Status
 from edgetube.video import Frames
 
 SCHEMA = 1
@@ -151,7 +152,7 @@ class Bundle:
         """sha256 (32 bytes) of what the manifest states about artifact and input; the golden clips carry it, too."""
         stated = {
             "target": self.target,
-            "precision": self.precision,
+            "precision": str(self.precision),
             "backend": self.backend,
             "batch": self.batch,
             "labels": list(self.labels),
@@ -190,7 +191,7 @@ class Bundle:
             "schema": SCHEMA,
             "name": self.name,
             "target": self.target,
-            "precision": self.precision,
+            "precision": str(self.precision),
             "backend": self.backend,
             "status": self.status,
             "artifact": self.artifact,
@@ -259,7 +260,7 @@ def _parse(path: Path, data: dict[str, Any]) -> Bundle:
     bundle = Bundle(
         path=path,
         **{key: strict.text(data[key], key, NAME, most=200) for key in ("name", "target", "backend")},
-        precision=cast(Precision, strict.choice(data["precision"], "precision", get_args(Precision))),
+        precision=PRECISIONS[strict.choice(data["precision"], "precision", PRECISIONS)],
         status=cast(Status, strict.choice(data["status"], "status", get_args(Status))),
         spec=ModelSpec.from_json(data["model"]),
         contract=InputContract.from_json(data["input"]),

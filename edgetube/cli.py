@@ -175,7 +175,7 @@ def export_command(
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"--out is {out_dir}, which is a file; expected a folder")
     names = _chosen(target)
-    if "int8" not in {export.target(name).precision for name in names}:
+    if not any(export.target(name).precision.quantises_activations for name in names):
         for option, value in (("calib", calib), ("max-drop", max_drop)):
             if value is not None:
                 raise InputError(

@@ -13,8 +13,7 @@ from types import ModuleType
 from typing import Literal
 
 from edgetube.errors import InputError, MissingPackageError
-
-Precision = Literal["fp32", "fp16", "int8", "w8", "w4"]
+from edgetube.precision import Precision
 
 Arithmetic = Literal["float32", "float16", "bfloat16"]
 """Types of float arithmetic."""

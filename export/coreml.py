@@ -23,6 +23,7 @@ from edgetube import __version__, mlpackage
 from edgetube.errors import InputError
 from edgetube.export.base import Built
 from edgetube.mlpackage import Ref
+from edgetube.precision import Precision
 from edgetube.runtimes.coreml import NEEDS as RUN_NEEDS
 from edgetube.targets import Setting, Target
 
@@ -53,7 +54,7 @@ INT8_SETTINGS = (
 """Older systems do not quantise activations, and ranges calibrated on videos do not fit images."""
 
 
-def _target(precision: Any, summary: str, tolerance: float | None) -> Target:
+def _target(precision: Precision, summary: str, tolerance: float | None) -> Target:
     return Target(
         name=f"coreml-{precision}",
         precision=precision,
@@ -65,15 +66,19 @@ def _target(precision: Any, summary: str, tolerance: float | None) -> Target:
         lowering="conv2d",
         tolerance=tolerance,
         arithmetic=("float16",),
-        settings=INT8_SETTINGS if precision == "int8" else SETTINGS,
+        settings=INT8_SETTINGS if precision.quantises_activations else SETTINGS,
     )
 
 
 TARGETS = (
-    _target("fp16", "float16, for the neural engine and the GPU", 2e-2),
-    _target("w8", "weights in int8, computed in float16: half the size", 5e-2),
-    _target("w4", "weights in 16-entry palettes, computed in float16: a quarter of the size", 0.35),
-    _target("int8", "linears in int8, weights and activations, for A17 Pro, M4 and later; calibrated on clips", None),
+    _target(Precision.FP16, "float16, for the neural engine and the GPU", 2e-2),
+    _target(Precision.W8, "weights in int8, computed in float16: half the size", 5e-2),
+    _target(Precision.W4, "weights in 16-entry palettes, computed in float16: a quarter of the size", 0.35),
+    _target(
+        Precision.W8A8,
+        "linears in int8, weights and activations, for A17 Pro, M4 and later; calibrated on clips",
+        None,
+    ),
 )
 
 

@@ -106,7 +106,7 @@ def float_baseline(target: Target) -> Target:
     """The float target that an INT8 target is measured against: the first that the same runtime declares."""
     declared: tuple[Target, ...] = export.exporter(target.backend).TARGETS
     family = [t for t in declared if t.name.partition("-")[0] == target.name.partition("-")[0]]
-    return next(t for t in family if t.precision in ("fp32", "fp16"))
+    return next(t for t in family if not t.precision.quantises_weights)
 
 
 def macs_share(built: Built, calibrated: Calibrated, batch: int) -> float:

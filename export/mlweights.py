@@ -23,7 +23,7 @@ from edgetube.calibration.numeric import (
 )
 from edgetube.calibration.table import LinearPlan, Range, stored_scales
 from edgetube.export.mlprogram import Weight, label, narrow
-from edgetube.targets import Precision
+from edgetube.precision import Precision
 
 Array = npt.NDArray[Any]
 
@@ -58,7 +58,12 @@ class WeightStorage:
         moments: Callable[[], Mapping[str, Moments]] = dict,
     ) -> None:
         self.mb, self.blocks, self.uint4, self.plans = mb, uint4 is not None, uint4, plans
-        ways = {"fp16": self.fp16, "w8": self.int8, "w4": self.palettized, "int8": self.calibrated_int8}
+        ways = {
+            Precision.FP16: self.fp16,
+            Precision.W8: self.int8,
+            Precision.W4: self.palettized,
+            Precision.W8A8: self.calibrated_int8,
+        }
         self.weight: Weight = ways[precision]
         self.quantised: dict[str, Any] = {}
         self.measure = moments

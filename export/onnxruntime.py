@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetube.export.base import Built
+from edgetube.precision import Precision
 from edgetube.targets import Setting, Target
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ CPU = Setting(
 TARGETS = (
     Target(
         name="onnx-fp32",
-        precision="fp32",
+        precision=Precision.FP32,
         backend="onnxruntime",
         summary="the canonical graph, for ONNX Runtime on any CPU",
         build_needs=NEEDS,
@@ -40,7 +41,7 @@ TARGETS = (
     ),
     Target(
         name="onnx-fp16",
-        precision="fp16",
+        precision=Precision.FP16,
         backend="onnxruntime",
         summary="half the size; LayerNorm and softmax in fp32. For GPUs and ARM: most x86 CPUs compute fp32 faster",
         build_needs=NEEDS,
@@ -50,7 +51,7 @@ TARGETS = (
     ),
     Target(
         name="onnx-int8",
-        precision="int8",
+        precision=Precision.W8A8,
         backend="onnxruntime",
         summary="linears in 8-bit integers, the rest in fp32; calibrated on clips, accuracy budget held",
         build_needs=NEEDS,
@@ -88,7 +89,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     path = folder / "model.onnx"
     if table is not None:
         return _build_int8(graph, path, table, target.setting(CPU.name))
-    model = graph.model if target.precision == "fp32" else convert_to_fp16(graph.model)
+    model = graph.model if target.precision is Precision.FP32 else convert_to_fp16(graph.model)
     canonical.save(model, path)
     return Built(path.name, {"graph": graph_statistics(model)})
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetube.export.base import Built
+from edgetube.precision import Precision
 from edgetube.targets import Target
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ EXTRA = "export,openvino"
 TARGETS = (
     Target(
         name="openvino-fp32",
-        precision="fp32",
+        precision=Precision.FP32,
         backend="openvino",
         summary="the canonical graph for OpenVINO, computed in float32 throughout",
         build_needs=BUILD_NEEDS,
@@ -33,7 +34,7 @@ TARGETS = (
     ),
     Target(
         name="openvino-fp16",
-        precision="fp16",
+        precision=Precision.FP16,
         backend="openvino",
         summary="half the size; computed in float16, or in bfloat16 on CPUs that have only that",
         build_needs=BUILD_NEEDS,
@@ -44,7 +45,7 @@ TARGETS = (
     ),
     Target(
         name="openvino-int8",
-        precision="int8",
+        precision=Precision.W8A8,
         backend="openvino",
         summary="linears in 8-bit integers, the rest in bfloat16 where the CPU has it; within the accuracy budget",
         build_needs=BUILD_NEEDS,
@@ -54,7 +55,11 @@ TARGETS = (
     ),
 )
 
-INFERENCE_PRECISION = {"fp32": ["f32"], "fp16": ["f16", "bf16", "f32"], "int8": ["bf16", "f32"]}
+INFERENCE_PRECISION = {
+    Precision.FP32: ["f32"],
+    Precision.FP16: ["f16", "bf16", "f32"],
+    Precision.W8A8: ["bf16", "f32"],
+}
 """Types that a target's float arithmetic may run in, best first; the backend takes the first that the device has."""
 
 PRODUCTS = ("FullyConnected", "MatMul", "Convolution")
@@ -84,7 +89,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     path, precisions = folder / "model.xml", inference_precision(graph.model, target)
     if table is not None:
         return _build_int8(graph, path, table, precisions)
-    convert(graph.model, path, compress=target.precision == "fp16")
+    convert(graph.model, path, compress=target.precision is Precision.FP16)
     return Built(path.name, {"graph": graph_statistics(graph.model), "inference_precision": precisions})
 
 

@@ -128,7 +128,7 @@ def export_models(
         loaded = loaded.select(options.head)
     loaded = loaded.with_clip(1 if options.image else options.frames, options.size)
     progress("load checkpoint", 1, 1)
-    if any(target.precision == "int8" for target in chosen):
+    if any(target.precision.quantises_activations for target in chosen):
         int8.sources(loaded, options.calib)
     with ExportSession(loaded, options, progress) as session:
         for target in chosen:
@@ -169,7 +169,7 @@ class ExportSession:
         with bundles.staging(destination) as folder:
             lowering = self._choose_lowering(target)
             graph = self._graph(lowering["chosen"])
-            build = self._build_int8 if target.precision == "int8" else self._build
+            build = self._build_int8 if target.precision.quantises_activations else self._build
             bundle, built = build(folder, target, graph)
             bundle = replace(bundle, name=destination.name, build={"lowering": lowering, **bundle.build})
             bundle = self._prove(bundle, target)
@@ -317,7 +317,7 @@ class ExportSession:
 
         An INT8 target takes that of its float baseline: tubes are a small part of the work and move the same bytes.
         """
-        if target.precision == "int8":
+        if target.precision.quantises_activations:
             target = int8.float_baseline(target)
         if target.name not in self._lowerings:
             self._lowerings[target.name] = self._time_lowerings(target)
@@ -411,7 +411,7 @@ class ExportSession:
             return replace(bundle, status="built", parity={"note": note, "golden": self.golden.unmeasured(target)})
         with runtimes.open_bundle(bundle, device=device) as backend:
             measured = parity.compare(self.reference, self._answers(backend, f"{target.name}: proof"))
-            some, ordered = self._probe_clips(target.precision == "int8")
+            some, ordered = self._probe_clips(target.precision.quantises_activations)
             found = Probe(
                 ordered.agreement(backend), proof.largest_layer_jump(self.checkpoint, self.model, backend, bundle, some)
             )

@@ -17,9 +17,10 @@ from edgetube.bench.probe import Probe
 from edgetube.bundle import Bundle
 from edgetube.errors import ParityError
 from edgetube.model.checkpoints import Checkpoint
+from edgetube.precision import Precision
 from edgetube.runtimes.base import Backend, Logits
 from edgetube.runtimes.torch import Reference
-from edgetube.targets import Precision, Target
+from edgetube.targets import Target
 from edgetube.video import Clip, Frames
 
 PROOF_CLIPS = 16
@@ -131,7 +132,7 @@ def gates(precision: Precision) -> Gates:
     ranges. So int8 is checked on the judging clips, in `edgetube.export.int8.check_accuracy`, and 4-bit weights by
     their target's tolerance.
     """
-    exact = precision not in ("int8", "w4")
+    exact = precision.weight_bits >= 8 and not precision.quantises_activations
     return Gates(
         min_sqnr=parity.SQNR[precision] if exact else None,
         min_order_agreement=parity.ORDER_AGREEMENT,
@@ -146,10 +147,10 @@ def check_float_graph(name: str, reference: Logits, logits: Logits) -> None:
         ParityError: they differ, so that later measurements against that graph would be wrong.
     """
     found = metrics.sqnr(reference, logits)
-    if not found >= parity.SQNR["fp32"]:
+    if not found >= (least := parity.SQNR[Precision.FP32]):
         raise ParityError(
             f"{name}: the float graph that calibration starts from does not answer like the reference: its SQNR on "
-            f"{len(logits)} clips is {found:.1f} dB, at least {parity.SQNR['fp32']:g} is expected; nothing was written"
+            f"{len(logits)} clips is {found:.1f} dB, at least {least:g} is expected; nothing was written"
         )
 
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from edgetube import cuda
 from edgetube.errors import InputError
 from edgetube.export.base import Built, CalibrationRequest
+from edgetube.precision import PRECISIONS, Precision
 from edgetube.runtimes.tensorrt import NEEDS as RUN_NEEDS
 from edgetube.runtimes.tensorrt import build as builder
 from edgetube.runtimes.tensorrt.build import LEGACY, Settings
 from edgetube.runtimes.tensorrt.layers import summarize_engine_layers
 from edgetube.runtimes.tensorrt.sdk import FAMILIES, Sdk, load_sdk, system
-from edgetube.targets import Precision, Setting, Target, installed
+from edgetube.targets import Setting, Target, installed
 
 if TYPE_CHECKING:
     import onnx
@@ -78,19 +79,20 @@ LEGACY_CLIPS = 32
 
 
 def _target(name: str, summary: str, tolerance: float | None) -> Target:
-    family, precision = name.split("-")
+    family, _, precision_name = name.partition("-")
+    precision = PRECISIONS[precision_name]
     rtx = family == "rtx"
     return Target(
         name=name,
-        precision=cast(Precision, precision),
+        precision=precision,
         backend="tensorrt",
         summary=summary,
         build_needs=RTX_NEEDS if rtx else NEEDS,
         run_needs=RUN_NEEDS[family],
         extra=FAMILIES[family].extra,
         tolerance=tolerance,
-        arithmetic=("float32",) if precision == "fp32" else ("float16",),
-        settings=SETTINGS[family] + ((ATTENTION,) if precision == "int8" else ()),
+        arithmetic=("float32",) if precision is Precision.FP32 else ("float16",),
+        settings=SETTINGS[family] + ((ATTENTION,) if precision.quantises_activations else ()),
     )
 
 
@@ -143,7 +145,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
         if target.setting("attention") != "int8" and (note := attention_note(graph.spec)):
             notes.append(note)
     macs = integer.integer_macs(typed)
-    typed = rewrite.cast_first(typed if target.precision == "fp32" else convert_to_fp16(typed))
+    typed = rewrite.cast_first(typed if target.precision is Precision.FP32 else convert_to_fp16(typed))
     canonical.save(typed, folder / "model.onnx")
     if chosen.legacy:
         chosen = replace(chosen, layers=layer_precisions(plain, chosen.legacy, table))
@@ -332,7 +334,7 @@ def parse_settings(target: Target) -> Settings:
         workspace_mb=megabytes,
         version_compatible=target.setting("version-compatible") == "yes",
         hardware_compatible="" if hardware == "no" else hardware,
-        legacy=target.precision if target.setting("legacy") == "yes" else "",
+        legacy=str(target.precision) if target.setting("legacy") == "yes" else "",
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from edgetube.bundle import Bundle
 from edgetube.errors import BundleError, InputError
+from edgetube.precision import Precision
 from edgetube.runtimes.base import Backend, Interface, Shape
 from edgetube.targets import missing
 
@@ -117,7 +118,7 @@ def proof_device(target: str, backend: str) -> str | None:
     return EMULATED if emulator and missing(needs) else None
 
 
-def products(precision: str, size: int, threads: int | None) -> dict[str, Callable[[], object]]:
+def products(precision: Precision, size: int, threads: int | None) -> dict[str, Callable[[], object]]:
     """Backend -> a call that multiplies two matrices (size, size) in a precision; backends that cannot are left out."""
     stated = {name: _stated(name, "product") for name in sorted(names())}
     calls = {name: product(precision, size, threads) for name, product in stated.items() if product}

@@ -164,7 +164,7 @@ def may_saturate(bundle: Bundle) -> bool:
 
     `build.integers.saturates` in the manifest is false where it cannot; bundles of older versions lack it.
     """
-    return bundle.precision == "int8" and integers(bundle).get("saturates") is not False
+    return bundle.precision.quantises_activations and integers(bundle).get("saturates") is not False
 
 
 def integers(bundle: Bundle) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from edgetube import protobuf
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
+from edgetube.precision import Precision
 from edgetube.runtimes.base import Backend, Interface, LayerOutputs, Logits, Tap, integers, may_saturate
 from edgetube.video import Frames
 
@@ -228,11 +229,11 @@ def evaluate(model: bytes) -> Callable[[Mapping[str, npt.NDArray[Any]]], list[np
     return call
 
 
-def product(precision: str, size: int, threads: int | None) -> Callable[[], object] | None:
+def product(precision: Precision, size: int, threads: int | None) -> Callable[[], object] | None:
     """A call that multiplies two matrices (size, size) on the CPU, for `runtimes.products`; float32 and int8 only."""
-    kinds: dict[str, tuple[str, _Type, _Type, _Type]] = {
-        "fp32": ("MatMul", np.float32, np.float32, np.float32),
-        "int8": ("MatMulInteger", np.uint8, np.int8, np.int32),
+    kinds: dict[Precision, tuple[str, _Type, _Type, _Type]] = {
+        Precision.FP32: ("MatMul", np.float32, np.float32, np.float32),
+        Precision.W8A8: ("MatMulInteger", np.uint8, np.int8, np.int32),
     }
     if precision not in kinds:
         return None

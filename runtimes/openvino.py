@@ -15,6 +15,7 @@ import numpy.typing as npt
 from edgetube import strict
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
+from edgetube.precision import Precision
 from edgetube.runtimes.base import Backend, Interface, LayerOutputs, Logits, Tap, may_saturate
 from edgetube.video import Frames
 
@@ -155,12 +156,12 @@ def compile_model(
     return core().compile_model(path, name, config)
 
 
-def product(precision: str, size: int, threads: int | None) -> Callable[[], object] | None:
+def product(precision: Precision, size: int, threads: int | None) -> Callable[[], object] | None:
     """A call that multiplies two matrices (size, size) on the CPU, for `runtimes.products`; no weight-only ones.
 
-    "fp16" is computed in bfloat16 where the CPU has that and no float16; None where it has neither.
+    FP16 is computed in bfloat16 where the CPU has that and no float16; None where it has neither.
     """
-    wanted = {"fp32": ["f32"], "fp16": ["f16", "bf16"], "int8": ["f32"]}
+    wanted = {Precision.FP32: ["f32"], Precision.FP16: ["f16", "bf16"], Precision.W8A8: ["f32"]}
     able = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if not any(CAPABILITY[kind] in able for kind in wanted.get(precision, [])):
         return None
@@ -168,7 +169,10 @@ def product(precision: str, size: int, threads: int | None) -> Callable[[], obje
 
     frames = ops.parameter([size, size], np.float32)
     right = ops.constant(np.ones((size, size), np.float32))
-    model = _integers(size, 1) if precision == "int8" else ov.Model([ops.matmul(frames, right, False, True)], [frames])
+    if precision.quantises_activations:
+        model = _integers(size, 1)
+    else:
+        model = ov.Model([ops.matmul(frames, right, False, True)], [frames])
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     config["INFERENCE_PRECISION_HINT"] = next(kind for kind in wanted[precision] if CAPABILITY[kind] in able)
     if threads is not None:

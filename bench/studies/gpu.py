@@ -41,13 +41,13 @@ from edgetube.errors import BackendError, EdgetubeError, MissingPackageError
 from edgetube.export import pipeline
 from edgetube.files import atomic_write
 from edgetube.model import checkpoints
+from edgetube.precision import PRECISIONS, Precision
 from edgetube.runtimes import tensorrt
-from edgetube.targets import GPU, Precision, missing
+from edgetube.targets import GPU, missing
 
 ORT = "onnx-fp16"
 TARGETS = ("trt-fp16", "trt-int8", "rtx-fp16", "rtx-int8")
 CAMERA = (480, 640)
-BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 CALIBRATION_COUNT = 8
 """Clips to calibrate random weights on, whose ranges do not matter."""
 
@@ -170,12 +170,13 @@ def candidates(model: str, batch: int, made: Mapping[str, Bundle], mode: str = "
     for name, compiled in (("PyTorch eager fp16", ""), ("torch.compile fp16", mode)):
         given: dict[str, Any] = {"model": model, "batch": batch, "compiled": compiled}
         facts = {"model": model, "precision": "fp16"}
-        found.append(Candidate(name, "edgetube.bench.studies.gpu:eager", given, None, batch, facts, macs, "fp16"))
+        worker = "edgetube.bench.studies.gpu:eager"
+        found.append(Candidate(name, worker, given, None, batch, facts, macs, Precision.FP16))
     for target, bundle in made.items():
         given = {"path": str(bundle.path), "threads": None, "device": None, "camera": CAMERA}
         if target == ORT:
             given["device"] = "cuda"
-        facts = {"model": model, "target": target, "precision": bundle.precision}
+        facts = {"model": model, "target": target, "precision": str(bundle.precision)}
         about = (None, batch, facts, macs, bundle.precision)
         found.append(Candidate(target, "edgetube.bench.worker:bundle", given, *about))
         if target == "trt-fp16":
@@ -203,7 +204,7 @@ def shares(row: Mapping[str, Any], weights: int, clip_bytes: int, best: Mapping[
     if row["p50_ms"] is None or not best:
         return {"flop_share": None, "bandwidth_share": None}
     seconds = row["p50_ms"] / 1e3
-    moved = weights * BYTES[row["precision"]] + row["batch"] * clip_bytes
+    moved = weights * PRECISIONS[row["precision"]].weight_bits // 8 + row["batch"] * clip_bytes
     return {
         "flop_share": row["macs"] / 1e9 / seconds / best["gmacs_per_s"][row["precision"]],
         "bandwidth_share": moved / 1e9 / seconds / best["gb_per_s"],

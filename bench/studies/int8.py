@@ -52,12 +52,12 @@ from edgetube.export import canonical, integer, pipeline, quantize, static
 from edgetube.export import int8 as exporting_int8
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
+from edgetube.precision import Precision
 from edgetube.runtimes.torch import Reference
-from edgetube.targets import Precision
 
 EAGER, NNCF, NNCF_SLICE, BEST_ORT = "PyTorch eager", "NNCF", "NNCF, slice-based graph", "best ORT recipe"
 TARGETS = ("onnx-fp32", "onnx-int8", "openvino-fp32", "openvino-fp16", "openvino-int8")
-ATTENTION: Mapping[str, Precision] = {"onnx-int8": "fp32", "openvino-int8": "fp16"}
+ATTENTION: Mapping[str, Precision] = {"onnx-int8": Precision.FP32, "openvino-int8": Precision.FP16}
 """Our INT8 targets, and what each computes the products of attention in; "fp16" is what the CPU has of half
 precision, or float32."""
 

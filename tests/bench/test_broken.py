@@ -22,9 +22,9 @@ from edgetube.errors import ParityError
 from edgetube.export import canonical, proof, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
+from edgetube.precision import Precision
 from edgetube.runtime import Runtime
 from edgetube.runtimes.torch import Reference
-from edgetube.targets import Precision
 
 CLIPS = 36
 GATES = parity.DEFAULTS
@@ -33,7 +33,7 @@ GATES = parity.DEFAULTS
 FIRST, PROJ, TUBE = "blocks.1.mlp.fc1", "blocks.2.attn.proj", "tubes.2"
 """The linears that some of them break; they have sound layers before and behind them."""
 
-PRECISIONS: tuple[Precision, ...] = ("int8", "w4")
+PRECISIONS: tuple[Precision, ...] = (Precision.W8A8, Precision.W4)
 
 SMALL = ("frames", "mean45", "proj", "tube")
 """Small faults, which keep at least 99 % of the answers, or the cosine of the worst clip above 0.98."""
@@ -52,8 +52,8 @@ def sound(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     canonical.save(graph.model, folder / "model.onnx")
     checkpoint = {"name": demo.name, "source": demo.source, "sha256": demo.digest}
     bundle = Bundle(
-        folder, "sound", "onnx-fp32", "fp32", "onnxruntime", demo.spec, demo.contract, demo.labels, 1, "model.onnx",
-        checkpoint=checkpoint,
+        folder, "sound", "onnx-fp32", Precision.FP32, "onnxruntime", demo.spec, demo.contract, demo.labels, 1,
+        "model.onnx", checkpoint=checkpoint,
     )  # fmt: skip
     clips = proof.golden_clips(proof.clips(demo, 8))
     reference = Reference(demo.model, demo.contract)
@@ -261,8 +261,8 @@ def test_the_sound_ones_pass(comparison: Comparison, curves: dict[str, Curve], s
     found = {one.bundle.name: one for one in comparison.measured}
     assert [str(verdict) for verdict in GATES.verdicts(found[sound.name]) if not verdict.passed] == []
     one = found["rounded"]  # one linear in int8: as good as int8 has to be, not as float32
-    probe = replace(one.probe, jump=layers.largest_drop(curves["rounded"], "int8"))
-    rounded = replace(one, bundle=replace(one.bundle, precision="int8"), probe=probe)
+    probe = replace(one.probe, jump=layers.largest_drop(curves["rounded"], Precision.W8A8))
+    rounded = replace(one, bundle=replace(one.bundle, precision=Precision.W8A8), probe=probe)
     assert [str(verdict) for verdict in GATES.verdicts(rounded) if not verdict.passed] == []
     assert {verdict.gate for verdict in GATES.verdicts(one) if not verdict.passed} == {"max-layer-jump"}
     assert comparison.measured[0].parity.agreement == 1.0

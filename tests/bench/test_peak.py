@@ -10,15 +10,16 @@ import pytest
 
 from edgetube import runtimes
 from edgetube.bench import peak
+from edgetube.precision import Precision
 
 SIZE = 64
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_every_runtime_multiplies(precision: str) -> None:
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16, Precision.W8A8])
+def test_every_runtime_multiplies(precision: Precision) -> None:
     """Of two matrices of ones, every element is their size."""
     found = runtimes.products(precision, SIZE, 1)
-    assert found or precision == "fp16"
+    assert found or precision is Precision.FP16
     for call in found.values():
         answer: Any = call()
         (value,) = answer.values() if hasattr(answer, "values") else answer
@@ -27,7 +28,7 @@ def test_every_runtime_multiplies(precision: str) -> None:
 
 
 def test_nobody_multiplies_weights_of_four_bits() -> None:
-    assert runtimes.products("w4", SIZE, 1) == {}
+    assert runtimes.products(Precision.W4, SIZE, 1) == {}
 
 
 def test_the_rate_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from edgetube import bundle as bundles
 from edgetube import strict
 from edgetube.bundle import MANIFEST, Bundle
 from edgetube.errors import BundleError
+from edgetube.precision import Precision
 from edgetube.runtime import Runtime
 from edgetube.spec import InputContract, ModelSpec, TubeSpec
 
@@ -33,7 +34,7 @@ def write(out: Path, weights: bytes = b"weights") -> Path:
             path=folder,
             name=out.name,
             target="onnx-fp32",
-            precision="fp32",
+            precision=Precision.FP32,
             backend="onnxruntime",
             spec=SPEC,
             contract=CONTRACT,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from edgetube import targets
+from edgetube.precision import Precision
 
 
 class Driver:
@@ -83,5 +84,5 @@ def test_a_remedy_is_what_pip_can_bring(
     """A pip line brings neither a Mac nor a GPU, and a package that runs on one of these only is of no use without."""
     monkeypatch.setitem(targets.PLATFORMS, "Atlantis", "atlantis")
     monkeypatch.setattr("edgetube.targets.ctypes.CDLL", lambda _: Driver(gpus=0))
-    target = targets.Target("x-fp32", "fp32", "x", "for the test", build, run, extra="beads")
+    target = targets.Target("x-fp32", Precision.FP32, "x", "for the test", build, run, extra="beads")
     assert target.remedy == remedy

@@ -25,6 +25,7 @@ from edgetube.export import canonical, coreml, int8, mlprogram, mlweights, pipel
 from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
+from edgetube.precision import Precision
 from edgetube.runtimes import mil
 from edgetube.runtimes.torch import Reference
 
@@ -540,7 +541,7 @@ def test_a_tube_is_rounded_for_pixels_and_a_linear_to_the_nearest(rng: np.random
         def constexpr_affine_dequantize(self, quantized_data: Any, name: Any, **_: Any) -> None:
             integers[name] = quantized_data
 
-    storage = mlweights.WeightStorage(Builder(), "w8", None, {})
+    storage = mlweights.WeightStorage(Builder(), Precision.W8, None, {})
     tube = rng.normal(size=(8, 2 * 3, 8, 8)).astype(np.float32)
     for name, array in (("tube", tube), ("columns", tube.reshape(8, -1, 1, 1)), ("rows", tube.reshape(8, -1))):
         storage.int8(name, array, 1.0)

@@ -99,7 +99,7 @@ def test_an_install_without_constraints_runs_what_was_exported(
         run([edgetube, "doctor", bundle], tmp_path)
         (line,) = run([edgetube, "run", bundle, video, "--json"], tmp_path).splitlines()
         assert json.loads(line)["label"] == video.stem
-    (name,) = (name for name in bundles if export.target(name).precision == "int8")
+    (name,) = (name for name in bundles if export.target(name).precision.quantises_activations)
     run([python, HERE / "windows.py", "judge", bundles[name], windows], tmp_path)
     try:
         elsewhere = emulation.x86("Haswell", python)

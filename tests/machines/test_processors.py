@@ -68,7 +68,7 @@ def question(
 
     @cache
     def asked(name: str) -> Question:
-        if export.target(name.partition(" ")[0]).precision == "int8":
+        if export.target(name.partition(" ")[0]).precision.quantises_activations:
             return "probe", exported(name), clips, "20"
         return "probe", exported(name, tiny_checkpoint), few, "20"
 

@@ -15,6 +15,7 @@ from edgetube import bundle as bundles
 from edgetube import runtimes
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError
+from edgetube.precision import Precision
 from edgetube.runtimes import onnxruntime
 
 
@@ -63,29 +64,33 @@ def entries(
 def test_an_old_int8_artifact_takes_the_exact_form_or_is_refused(
     plain: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old: dict[str, Any] = {"precision": "int8", "build": {"integers": {"asked": 1, "executed": 1, "cpu": "any"}}}
+    build: dict[str, Any] = {"integers": {"asked": 1, "executed": 1, "cpu": "any"}}
+    old: dict[str, Any] = {"precision": Precision.W8A8, "build": build}
     assert entries(plain, {"": False}, monkeypatch, **old) == {}
     assert entries(plain, SATURATING, monkeypatch, **old) == {onnxruntime.EXACT: "1"}
     builds: tuple[dict[str, Any], ...] = ({}, {"integers": 5}, {"integers": {}}, {"integers": {"saturates": True}})
     for build in builds:
-        assert entries(plain, SATURATING, monkeypatch, precision="int8", build=build) == {onnxruntime.EXACT: "1"}
+        found = entries(plain, SATURATING, monkeypatch, precision=Precision.W8A8, build=build)
+        assert found == {onnxruntime.EXACT: "1"}
     with pytest.raises(BackendError, match=r"sums of its 8-bit products overflow here.*; export it again") as e:
         entries(plain, HELPLESS, monkeypatch, **old)
     assert "\n" not in str(e.value)
     with pytest.raises(BackendError, match="export it again"):  # the exact form has no int8 activations
-        entries(plain, SATURATING, monkeypatch, precision="int8", build={"integers": {"cpu": "arm"}})
+        entries(plain, SATURATING, monkeypatch, precision=Precision.W8A8, build={"integers": {"cpu": "arm"}})
 
 
 def test_an_artifact_that_cannot_saturate_and_one_in_float_are_opened_as_they_are(
     plain: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert entries(plain, HELPLESS, monkeypatch) == {}
-    assert entries(plain, HELPLESS, monkeypatch, precision="int8", build={"integers": {"saturates": False}}) == {}
+    assert (
+        entries(plain, HELPLESS, monkeypatch, precision=Precision.W8A8, build={"integers": {"saturates": False}}) == {}
+    )
 
 
 def test_the_graph_of_another_backend_is_computed_as_it_stands(plain: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """An emulated artifact is not fused into integer kernels, which may saturate."""
-    found = entries(plain, HELPLESS, monkeypatch, precision="int8", backend="other")
+    found = entries(plain, HELPLESS, monkeypatch, precision=Precision.W8A8, backend="other")
     assert found == {onnxruntime.AS_THEY_STAND: "1"}
 
 

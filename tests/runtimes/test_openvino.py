@@ -16,6 +16,7 @@ from edgetube import runtimes
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, BundleError, FormatError, InputError
 from edgetube.export import pipeline
+from edgetube.precision import Precision
 
 pytest.importorskip("openvino")
 
@@ -123,7 +124,7 @@ def test_an_old_int8_artifact_is_refused_where_its_sums_overflow(
     from edgetube.runtimes import openvino
 
     monkeypatch.setattr(openvino, "_saturates", lambda: True)
-    old = replace(exported["fp32"], precision="int8")
+    old = replace(exported["fp32"], precision=Precision.W8A8)
     with pytest.raises(BackendError, match=r"sums of its 8-bit products overflow here; export it again") as e:
         runtimes.open_bundle(old)
     assert "\n" not in str(e.value)

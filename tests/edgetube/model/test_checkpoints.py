@@ -22,6 +22,7 @@ from edgetube.errors import CheckpointError, InputError, SpecError
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.model.tubevit import TubeViT, shapes
+from edgetube.precision import Precision
 from edgetube.spec import InputContract, ModelSpec, TubeSpec, named
 
 SPEC = ModelSpec(
@@ -157,7 +158,7 @@ class TestWhereACheckpointIs:
         made = checkpoints.load(path)
         known = {"name": made.name, "source": made.source, "sha256": made.digest}
         return Bundle(
-            Path("/b"), "b", "onnx-fp32", "fp32", "onnxruntime", SPEC, CONTRACT, LABELS, 1, "m", "built", known
+            Path("/b"), "b", "onnx-fp32", Precision.FP32, "onnxruntime", SPEC, CONTRACT, LABELS, 1, "m", "built", known
         )
 
     def test_names_can_be_those_of_files(self, path: Path) -> None:
