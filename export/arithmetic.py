@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +30,9 @@ SUM_ROUNDOFF: dict[Arithmetic, float] = {"float32": 2.0**-24, "float16": 2.0**-1
 NOISE_DRAWS, MAX_CLIPS = 2, 3
 """Independent draws of the noise, and the most clips that are used."""
 
+PREFIXES = 8
+"""Places in a sum where its partial sum is looked at."""
+
 ROUNDED_MODULES = (Linear, MatMul, Gather, Slice, Conv2d, Pool, StaticBlock, nn.LayerNorm, nn.Softmax, nn.GELU)
 """Modules whose outputs a runtime may round to the target's type."""
 
@@ -43,44 +48,89 @@ def logit_noise(module: StaticTubeViT, clips: Frames, arithmetic: Arithmetic) ->
     """
     clips = clips[:MAX_CLIPS]
     generator = torch.Generator().manual_seed(0)
+    unit, sums = UNIT_ROUNDOFF[arithmetic], SUM_ROUNDOFF[arithmetic]
     with torch.inference_mode():
         exact = _logits(module, clips)
-        with _rounding(module, arithmetic, generator):
-            noise = [float(((_logits(module, clips) - exact) ** 2).sum()) for _ in range(NOISE_DRAWS)]
-    return float(np.mean(noise)) / max(float((exact**2).sum()), float(np.finfo(np.float64).tiny))
+        walks = _walks(module, clips[:1])
+        noise = partial(_add_noise, walks, unit, sums, generator)
+        with _hooked(module, noise):
+            errors = [float(((_logits(module, clips) - exact) ** 2).sum()) for _ in range(NOISE_DRAWS)]
+    return float(np.mean(errors)) / max(float((exact**2).sum()), float(np.finfo(np.float64).tiny))
 
 
 def _logits(module: StaticTubeViT, clips: Frames) -> Tensor:
     return torch.cat([module(torch.from_numpy(clip[None])) for clip in clips]).double()
 
 
+Hook: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...], Tensor], "Tensor | None"]
+
+
 @contextmanager
-def _rounding(module: nn.Module, arithmetic: Arithmetic, generator: torch.Generator) -> Iterator[None]:
-    """Context manager: adds rounding noise to the output of every operator."""
+def _hooked(module: nn.Module, hook: Hook) -> Iterator[None]:
+    """Context manager: calls `hook` after every operator, which may replace its output."""
     with ExitStack() as stack:
         for part in module.modules():
             if isinstance(part, ROUNDED_MODULES):
-                stack.callback(part.register_forward_hook(_noise(arithmetic, generator)).remove)
+                stack.callback(part.register_forward_hook(hook).remove)
         yield
 
 
-def _noise(
-    arithmetic: Arithmetic, generator: torch.Generator
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook that adds rounding noise to a module's output.
+def _add_noise(
+    walks: dict[nn.Module, Tensor],
+    unit: float,
+    sums: float,
+    generator: torch.Generator,
+    part: nn.Module,
+    _: tuple[Tensor, ...],
+    y: Tensor,
+) -> Tensor:
+    """An operator's output with rounding noise.
 
-    A rounding error is uniform: its deviation is u |y| / sqrt(3). A sum of K terms is rounded K times while it grows
-    like a random walk: sum_k (k / K) y^2 u^2 / 3 = K y^2 u^2 / 6.
+    The error of one rounding is uniform: its variance is u^2 y^2 / 3. A sum is rounded each time a product is added,
+    relative to the partial sum s_k that it has then: sum_k u^2 s_k^2 / 3.
     """
-    unit, sums = UNIT_ROUNDOFF[arithmetic], SUM_ROUNDOFF[arithmetic]
+    variance = (unit * y).square() / 3
+    if part in walks:
+        variance = variance + sums**2 / 3 * walks[part]
+    noisy: Tensor = y + variance.sqrt() * torch.randn(y.shape, generator=generator)
+    return noisy
 
-    def hook(part: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        rms = y.square().mean().sqrt()
-        deviation = unit * y.abs() / 3**0.5 + sums * (products_per_sum(part, given) / 6) ** 0.5 * rms
-        noisy: Tensor = y + deviation * torch.randn(y.shape, generator=generator)
-        return noisy
 
-    return hook
+def _walks(module: StaticTubeViT, clips: Frames) -> dict[nn.Module, Tensor]:
+    """For each matrix product, sum_k s_k^2 by output channel: the mean over the rows of these clips."""
+    found: dict[nn.Module, Tensor] = {}
+
+    def look(part: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
+        if count := products_per_sum(part, given):
+            found[part] = count * _mean_square_of_partial_sums(part, given, count)
+
+    with _hooked(module, look):
+        _logits(module, clips)
+    return found
+
+
+def _mean_square_of_partial_sums(part: nn.Module, given: tuple[Tensor, ...], count: int) -> Tensor:
+    """s_k^2 of each output channel, the mean over the rows and over k, which `PREFIXES` places stand for."""
+    ends = sorted({round(count * (i + 0.5) / PREFIXES) for i in range(PREFIXES)})
+    squares = [partial_sums(part, given, end).square().flatten(0, -2).mean(dim=0) for end in ends]
+    return torch.stack(squares).mean(dim=0)
+
+
+def partial_sums(part: nn.Module, given: tuple[Tensor, ...], count: int) -> Tensor:
+    """The output of a matrix product, without its bias, of which only the first `count` products have been added."""
+    if isinstance(part, MatMul):
+        a, b = given
+        return torch.matmul(a[..., :count], b[..., :count, :])
+    assert isinstance(part, Linear | Gather | Slice | Conv2d)
+    weight = part.weight
+    products = weight.flatten(1).T if isinstance(part, Conv2d) else weight  # (K, N)
+    some = torch.cat([products[:count], torch.zeros_like(products[count:])])
+    bias, part.weight = getattr(part, "bias", None), some.T.reshape(weight.shape) if isinstance(part, Conv2d) else some
+    try:
+        y: Tensor = part.forward(*given)
+    finally:
+        part.weight = weight
+    return y if bias is None else y - bias
 
 
 def products_per_sum(part: nn.Module, given: tuple[Tensor, ...]) -> int:

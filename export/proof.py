@@ -33,9 +33,9 @@ GOLDEN_MARGIN = 2.0
 """Factor on the energy of the golden clips' error on another machine. Integer sums are exact, but one value rounded the
 other way changes the rounding in all later layers: an error of the same size, but another error."""
 
-ARITHMETIC_MARGIN = 32.0
-"""Factor on the energy of the simulated arithmetic. On aarch64 (ONNX Runtime under QEMU) the built-in model in float16
-reached 32.5 dB where 44.4 are simulated, a sixteenth: sums of raw pixels cancel more than a random walk does."""
+ARITHMETIC_MARGIN = 3.0
+"""Factor on the energy of the simulated arithmetic, 4.8 dB. On aarch64 (ONNX Runtime under QEMU) the built-in model in
+float16 reached 32.5 dB where 34.9 are simulated: rounding errors of one layer are not independent of the next one's."""
 
 MAX_REQUIRED_SQNR = 80.0
 """Most SQNR of the golden clips, dB, that is ever required; float32 sums in another order stay above it."""
