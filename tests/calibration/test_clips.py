@@ -60,6 +60,14 @@ class TestBadClips:
         with pytest.raises(InputError, match="mine has 2 labels, among them 'jump', which the model does not know"):
             self.collect(hard_checkpoint, tmp_path, noise, ["static", "jump"])
 
+    def test_truth_is_the_place_among_the_models_labels_or_minus_one(
+        self, hard_checkpoint: Checkpoint, tmp_path: Path, rng: np.random.Generator
+    ) -> None:
+        noise = rng.integers(0, 255, (3, *hard_checkpoint.contract.shape), np.uint8)
+        second, first = hard_checkpoint.labels[1], hard_checkpoint.labels[0]
+        found = self.collect(hard_checkpoint, tmp_path, noise, [second, None, first])
+        assert found.labels.tolist() == [1, -1, 0]
+
 
 def test_the_first_clips_are_as_many_as_there_are(tmp_path: Path, rng: np.random.Generator) -> None:
     frames = DiskArray(tmp_path, (3, 2, 4, 4, 3), np.uint8)
