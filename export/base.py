@@ -3,9 +3,9 @@
 ::
 
     TARGETS: tuple[Target, ...]
-    def build(graph: Graph, target: Target, folder: Path) -> Built: ...
+    def build(context: BuildContext) -> Built: ...
 
-For an INT8 target, `build` takes the calibration table as a fourth argument, and the module may define::
+For its INT8 targets, the module may define::
 
     def activation_scheme(target: Target) -> ActivationScheme          # default: int8 without a zero point
     def integer_format(target: Target) -> IntegerFormat                # default: scales in float32, sums are exact
@@ -16,9 +16,43 @@ The module is imported to list the targets, so it imports torch, onnx and the ve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetube.targets import Target
+
+if TYPE_CHECKING:  # they import onnx
+    from edgetube.calibration.numeric import Moments
+    from edgetube.calibration.table import CalibrationTable
+    from edgetube.export.canonical import Graph
+
+
+def no_moments(graph: Graph) -> Mapping[str, Moments]:
+    """For a `BuildContext` that measures nothing."""
+    return {}
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What an exporter builds an artifact of, and what it may ask for.
+
+    Attributes:
+        graph: the canonical graph; of an int8 target, equalised as its table was made.
+        target: with its settings.
+        folder: of the staged bundle; the artifact's files go there.
+        table: of an int8 target: which linears compute in integers, and their scales.
+        image: traces the graph that answers one image with the same weights; None where the model takes none.
+        moments: measures the input moments of each linear of a graph with a bias, by its weight.
+    """
+
+    graph: Graph
+    target: Target
+    folder: Path
+    table: CalibrationTable | None = None
+    image: Callable[[], Graph] | None = None
+    moments: Callable[[Graph], Mapping[str, Moments]] = no_moments
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,7 +28,6 @@ import torch
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer, rewriter
 
-from edgetube.calibration.numeric import Moments
 from edgetube.errors import SpecError
 from edgetube.export.static import StaticTokenizer, StaticTubeViT
 from edgetube.export.statistics import tensor_shapes, weight_bytes
@@ -53,8 +52,6 @@ class Graph:
         spec, contract, batch: of the model.
         lowering: how the tubes are lowered, one of `static.LOWERINGS`.
         labels: class names in the order of the logits; empty where unknown.
-        image: traces the graph that answers one image with the same weights; None where the model takes none.
-        moments: measures the input moments of each linear with a bias, by its weight; empty by default.
     """
 
     model: onnx.ModelProto
@@ -63,8 +60,6 @@ class Graph:
     batch: int
     lowering: str
     labels: tuple[str, ...] = ()
-    image: Callable[[], Graph] | None = field(default=None, compare=False)
-    moments: Callable[[], Mapping[str, Moments]] = field(default=dict, compare=False)
 
 
 def trace(module: StaticTubeViT | StaticTokenizer, spec: ModelSpec, contract: InputContract, batch: int = 1) -> Graph:

@@ -15,13 +15,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from edgetube import __version__, mlpackage
 from edgetube.errors import InputError
-from edgetube.export.base import Built
+from edgetube.export.base import BuildContext, Built
 from edgetube.mlpackage import Ref
 from edgetube.precision import Precision
 from edgetube.runtimes.coreml import NEEDS as RUN_NEEDS
@@ -102,31 +103,28 @@ def integer_format(target: Target) -> IntegerFormat:
     return IntegerFormat("float16", PIXEL_SCALE)
 
 
-def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:
+def build(context: BuildContext) -> Built:
     """Write `model.mlpackage`.
-
-    Args:
-        table: of the int8 target: which linears compute in integers, and their scales.
 
     Raises:
         InputError: settings that exclude each other, a pin that matches nothing, or a table for another graph.
         SpecError: an operator that has no translation, or a number beyond float16.
     """
+    graph, target, path = context.graph, context.target, context.folder / "model.mlpackage"
     both = target.chosen.get("functions") == "video+image"
     if both and target.setting("deployment") != "iOS18":
         raise InputError("functions=video+image needs deployment=iOS18: older systems know one function a package")
-    if both and graph.image is None:
+    if both and context.image is None:
         raise InputError(
             "functions=video+image needs a video model that accepts images: with a 2-D tube, fixed positions"
         )
-    path = folder / "model.mlpackage"
     with _quiet():
-        if both and graph.image is not None:
-            _save_both(graph, _with_shared_weights(graph.image(), graph), target, path)
+        if both and context.image is not None:
+            _save_both(context, context.image(), path)
         else:
-            _save(_convert(graph, target, table), graph, path)
+            _save(_convert(context), graph, path)
     details: dict[str, Any] = {"settings": {s.name: target.setting(s.name) for s in target.settings}}
-    if table is not None:
+    if context.table is not None:
         products = integer_products(path)
         details["integers"] = dict(Counter(operation for operation, _ in products))
         return Built(path.name, details, integer_macs=sum(macs for _, macs in products))
@@ -169,7 +167,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _convert(graph: Graph, target: Target, table: CalibrationTable | None = None) -> Any:
+def _convert(context: BuildContext) -> Any:
     """The package in memory, one function `main`."""
     import coremltools as ct
     from coremltools.converters.mil import Builder as mb
@@ -178,6 +176,7 @@ def _convert(graph: Graph, target: Target, table: CalibrationTable | None = None
     from edgetube.export.mlprogram import Lowering, NeuralEngineLowering
     from edgetube.export.mlweights import WeightStorage
 
+    graph, target = context.graph, context.target
     deployment = getattr(ct.target, target.setting("deployment"))
     lowering = NeuralEngineLowering if target.setting("layout") == "columns" else Lowering
     pins = [pin for pin in target.setting("fp32").split(",") if pin]
@@ -189,7 +188,8 @@ def _convert(graph: Graph, target: Target, table: CalibrationTable | None = None
     with Function({"frames": frames}, opset_version=deployment) as function:
         blocks = target.setting("deployment") == "iOS18"
         uint4 = types.np_uint4_dtype if blocks else None
-        storage = WeightStorage(mb, target.precision, uint4, _plans(graph, table), graph.moments)
+        moments = partial(context.moments, graph)
+        storage = WeightStorage(mb, target.precision, uint4, _plans(graph, context.table), moments)
         translation = lowering(mb, graph.model, storage.weight, pins, storage.activation, storage.corrected_bias)
         narrow = translation.run(function.inputs["frames"])
         answer = mb.cast(x=narrow, dtype="fp32", name=output) if narrow.dtype != types.fp32 else narrow
@@ -232,16 +232,16 @@ def _save(model: Any, graph: Graph, path: Path) -> None:
     model.save(str(path))
 
 
-def _save_both(video: Graph, image: Graph, target: Target, path: Path) -> None:
+def _save_both(context: BuildContext, image: Graph, path: Path) -> None:
     """One package with the functions `video`, the default, and `image`; equal weights are stored once."""
     import coremltools as ct
     from coremltools.models.utils import MultiFunctionDescriptor, save_multifunction
 
     with tempfile.TemporaryDirectory() as folder:
         descriptor = MultiFunctionDescriptor()
-        for name, graph in (("video", video), ("image", image)):
+        for name, part_of in (("video", context), ("image", _with_shared_weights(context, image))):
             part = Path(folder) / f"{name}.mlpackage"
-            _save(_convert(graph, target), graph, part)
+            _save(_convert(part_of), part_of.graph, part)
             descriptor.add_function(str(part), src_function_name="main", target_function_name=name)
         descriptor.default_function_name = "video"
         joined = Path(folder) / "joined.mlpackage"
@@ -254,17 +254,17 @@ def _save_both(video: Graph, image: Graph, target: Target, path: Path) -> None:
         model.save(str(path))
 
 
-def _with_shared_weights(image: Graph, video: Graph) -> Graph:
+def _with_shared_weights(context: BuildContext, image: Graph) -> BuildContext:
     """The image graph with the second moments of the video graph, so that both round and share the same weights.
 
     Its biases are corrected for images.
     """
 
-    def moments() -> dict[str, Moments]:
-        read = video.moments()
-        return {name: replace(found, second=read[name].second) for name, found in image.moments().items()}
+    def moments(graph: Graph) -> dict[str, Moments]:
+        read = context.moments(context.graph)
+        return {name: replace(found, second=read[name].second) for name, found in context.moments(graph).items()}
 
-    return replace(image, moments=moments)
+    return replace(context, graph=image, moments=moments)
 
 
 def _plans(graph: Graph, table: CalibrationTable | None) -> dict[str, tuple[LinearPlan, Range]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetube.export.base import Built
+from edgetube.export.base import BuildContext, Built
 from edgetube.precision import Precision
 from edgetube.targets import Setting, Target
 
@@ -76,7 +76,7 @@ def integer_format(target: Target) -> IntegerFormat:
     return IntegerFormat(safe_pairs=True)
 
 
-def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:
+def build(context: BuildContext) -> Built:
     """Write `model.onnx` (weights beside it in `model.onnx.data` when they exceed protobuf's 2 GB).
 
     Raises:
@@ -86,9 +86,9 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     from edgetube.export.float16 import convert_to_fp16
     from edgetube.export.statistics import graph_statistics
 
-    path = folder / "model.onnx"
-    if table is not None:
-        return _build_int8(graph, path, table, target.setting(CPU.name))
+    graph, target, path = context.graph, context.target, context.folder / "model.onnx"
+    if context.table is not None:
+        return _build_int8(graph, path, context.table, target.setting(CPU.name))
     model = graph.model if target.precision is Precision.FP32 else convert_to_fp16(graph.model)
     canonical.save(model, path)
     return Built(path.name, {"graph": graph_statistics(model)})

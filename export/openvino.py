@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgetube.export.base import Built
+from edgetube.export.base import BuildContext, Built
 from edgetube.precision import Precision
 from edgetube.targets import Target
 
@@ -78,7 +78,7 @@ def integer_format(target: Target) -> IntegerFormat:
     return IntegerFormat(safe_pairs=True)
 
 
-def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:
+def build(context: BuildContext) -> Built:
     """Write `model.xml` and `model.bin`; weights of the fp16 target are float16 in the file, of the int8 target int8.
 
     Raises:
@@ -86,9 +86,10 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     """
     from edgetube.export.statistics import graph_statistics
 
-    path, precisions = folder / "model.xml", inference_precision(graph.model, target)
-    if table is not None:
-        return _build_int8(graph, path, table, precisions)
+    graph, target, path = context.graph, context.target, context.folder / "model.xml"
+    precisions = inference_precision(graph.model, target)
+    if context.table is not None:
+        return _build_int8(graph, path, context.table, precisions)
     convert(graph.model, path, compress=target.precision is Precision.FP16)
     return Built(path.name, {"graph": graph_statistics(graph.model), "inference_precision": precisions})
 

@@ -31,7 +31,7 @@ from edgetube.calibration.numeric import Moments
 from edgetube.calibration.table import ActivationScheme, CalibrationTable, IntegerFormat, Range, ScaleType
 from edgetube.errors import InputError, MissingPackageError, ParityError
 from edgetube.export import arithmetic, canonical, int8, proof, quantize, static
-from edgetube.export.base import Built
+from edgetube.export.base import BuildContext, Built
 from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
@@ -180,10 +180,14 @@ class ExportSession:
             bundles.seal(bundle)
         return bundles.load(destination)
 
-    def _build(self, folder: Path, target: Target, graph: Graph, *table: CalibrationTable) -> tuple[Bundle, Built]:
+    def _build(
+        self, folder: Path, target: Target, graph: Graph, table: CalibrationTable | None = None
+    ) -> tuple[Bundle, Built]:
         """Build the target's artifact in `folder`."""
         self.progress(f"{target.name}: build", 0, 1)
-        built = export.exporter(target.backend).build(graph, target, folder, *table)
+        image = self._image_graph(graph.lowering)
+        context = BuildContext(graph, target, folder, table, image, self._input_moments)
+        built = export.exporter(target.backend).build(context)
         self.progress(f"{target.name}: build", 1, 1)
         return self._describe(folder, target, built), built
 
@@ -343,7 +347,7 @@ class ExportSession:
                 part = Path(folder) / name
                 part.mkdir()
                 graph = self._graph(name, tokenizer_only=True)
-                built = export.exporter(target.backend).build(graph, target, part)
+                built = export.exporter(target.backend).build(BuildContext(graph, target, part))
                 backend = stack.enter_context(runtimes.open_bundle(self._describe(part, target, built)))
                 calls[name] = partial(backend, self.clips[0].frames[None])
             timings = interleave(calls, seconds=0.5)
@@ -361,7 +365,7 @@ class ExportSession:
                 tokenizer = static.StaticTokenizer(checkpoint.model, checkpoint.contract, lowering, batch=batch)
                 graph = canonical.trace(tokenizer, checkpoint.spec, checkpoint.contract, batch)
             else:
-                graph = replace(self._trace(checkpoint, lowering, batch), image=self._image_graph(lowering))
+                graph = self._trace(checkpoint, lowering, batch)
             self._graphs[key] = graph
             self.progress(f"trace {lowering}", 1, 1)
         return self._graphs[key]
@@ -370,7 +374,7 @@ class ExportSession:
         """The graph of the whole model, for clips or images according to the checkpoint."""
         module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering, batch=batch)
         graph = canonical.trace(module, checkpoint.spec, checkpoint.contract, batch)
-        return replace(graph, labels=checkpoint.labels, moments=partial(self._input_moments, graph))
+        return replace(graph, labels=checkpoint.labels)
 
     def _image_graph(self, lowering: str) -> Callable[[], Graph] | None:
         """A function that traces the graph for one image with the same weights; None if the model takes no images."""

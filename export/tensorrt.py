@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetube import cuda
 from edgetube.errors import InputError
-from edgetube.export.base import Built, CalibrationRequest
+from edgetube.export.base import BuildContext, Built, CalibrationRequest
 from edgetube.precision import PRECISIONS, Precision
 from edgetube.runtimes.tensorrt import NEEDS as RUN_NEEDS
 from edgetube.runtimes.tensorrt import build as builder
@@ -119,11 +119,10 @@ def integer_format(target: Target) -> IntegerFormat:
     return IntegerFormat("float16", PIXEL_SCALE)
 
 
-def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | None = None) -> Built:
+def build(context: BuildContext) -> Built:
     """Write `model.onnx` and, where the SDK and the machine allow, `model.engine`.
 
-    Args:
-        table: of an int8 target; Q/DQ is int8 with zero point 0, the only kind that the parser allows.
+    The Q/DQ of an int8 target is int8 with zero point 0, the only kind that the parser allows.
 
     Raises:
         InputError: an unknown or impossible setting.
@@ -135,6 +134,7 @@ def build(graph: Graph, target: Target, folder: Path, table: CalibrationTable | 
     from edgetube.export.quantize import qdq
     from edgetube.export.statistics import graph_statistics
 
+    graph, target, folder, table = context.graph, context.target, context.folder, context.table
     family = target.name.partition("-")[0]
     chosen = parse_settings(target)
     typed = plain = graph.model

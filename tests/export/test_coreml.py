@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from edgetube.calibration.clips import collect
 from edgetube.calibration.table import CalibrationTable, Range
 from edgetube.errors import BundleError, InputError, MissingPackageError, SpecError
 from edgetube.export import canonical, coreml, int8, mlprogram, mlweights, pipeline, proof, quantize, static
+from edgetube.export.base import BuildContext, Built
 from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.precision import Precision
 from edgetube.runtimes import mil
 from edgetube.runtimes.torch import Reference
+from edgetube.targets import Target
 
 ct = pytest.importorskip("coremltools")
 
@@ -49,11 +52,20 @@ def traced(checkpoint: Checkpoint) -> Callable[..., Graph]:
             part = checkpoint.with_clip(1, None) if image else checkpoint
             module = static.StaticTubeViT(part.model, part.contract, lowering, batch=batch)
             graph = canonical.trace(module, part.spec, part.contract, batch)
-            companion = None if image else lambda: trace(lowering, batch, image=True)
-            known[lowering, batch, image] = dataclasses.replace(graph, labels=part.labels, image=companion)
+            known[lowering, batch, image] = dataclasses.replace(graph, labels=part.labels)
         return known[lowering, batch, image]
 
     return trace
+
+
+def build(
+    graph: Graph,
+    target: Target,
+    folder: Path,
+    table: CalibrationTable | None = None,
+    image: Callable[[], Graph] | None = None,
+) -> Built:
+    return coreml.build(BuildContext(graph, target, folder, table, image))
 
 
 def evaluate(folder: Any, graph: Any, clips: npt.NDArray[np.uint8], function: Any = None) -> Any:
@@ -87,7 +99,7 @@ def test_every_lowering_in_every_layout(
     layout: str,
 ) -> None:
     graph = traced(lowering, batch=2)
-    coreml.build(graph, FP16.choose({"layout": layout}), tmp_path)
+    build(graph, FP16.choose({"layout": layout}), tmp_path)
     assert error(evaluate(tmp_path, graph, clips), reference) < FP16.tolerance
 
 
@@ -105,7 +117,7 @@ def test_every_precision_for_every_system(
     monkeypatch.setattr(mlweights, "MIN_COMPRESSED_SIZE", 64)  # the tiny model's weights are all small
     layout = "columns" if deployment == "iOS18" else "rows"
     target = export.target(f"coreml-{precision}").choose({"deployment": deployment, "layout": layout})
-    coreml.build(traced("gather"), target, tmp_path)
+    build(traced("gather"), target, tmp_path)
     package = mlpackage.load(tmp_path / "model.mlpackage")
     assert package.version == {"iOS16": 7, "iOS17": 8, "iOS18": 9}[deployment]
     kinds = {operation.kind for operation in package.functions["main"].operations}
@@ -122,7 +134,7 @@ def test_layouts_compute_the_same(tmp_path: Path, traced: Callable[..., Graph], 
     for layout in ("rows", "columns"):
         folder = tmp_path / layout
         folder.mkdir()
-        coreml.build(traced("conv2d"), FP16.choose({"layout": layout}), folder)
+        build(traced("conv2d"), FP16.choose({"layout": layout}), folder)
         answers.append(evaluate(folder, traced("conv2d"), clips[:1]))
     np.testing.assert_allclose(answers[0], answers[1], atol=5e-3)
     kinds = [o.kind for o in mlpackage.load(tmp_path / "columns" / "model.mlpackage").functions["main"].operations]
@@ -137,7 +149,7 @@ def test_no_tensor_exceeds_rank_5_and_all_types_are_core_mls(tmp_path: Path, tra
         for lowering in static.LOWERINGS:
             folder = tmp_path / f"{layout}-{lowering}"
             folder.mkdir()
-            coreml.build(traced(lowering), FP16.choose({"layout": layout}), folder)
+            build(traced(lowering), FP16.choose({"layout": layout}), folder)
             function = mlpackage.load(folder / "model.mlpackage").functions["main"]
             types = [kind for operation in function.operations for _, kind in operation.outputs]
             assert max(len(kind.shape) for kind in types) <= 5
@@ -147,7 +159,7 @@ def test_no_tensor_exceeds_rank_5_and_all_types_are_core_mls(tmp_path: Path, tra
 def test_frames_may_be_integers(
     tmp_path: Path, traced: Callable[..., Graph], clips: npt.NDArray[np.uint8], reference: npt.NDArray[np.float32]
 ) -> None:
-    coreml.build(traced("slice"), FP16.choose({"input": "int32"}), tmp_path)
+    build(traced("slice"), FP16.choose({"input": "int32"}), tmp_path)
     package = mlpackage.load(tmp_path / "model.mlpackage")
     assert package.functions["main"].inputs["frames"].dtype == "int32"
     assert error(evaluate(tmp_path, traced("slice"), clips[:1]), reference[:1]) < FP16.tolerance
@@ -163,7 +175,7 @@ def test_pinned_tensors_are_computed_in_float32(
 ) -> None:
     pins = ["blocks.*.norm?", "blocks.1.attn.scores", "blocks.0.mlp.fc1", "logits"]
     target = FP16.choose({"fp32": ",".join(pins), "layout": layout})
-    coreml.build(traced("gather"), target, tmp_path)
+    build(traced("gather"), target, tmp_path)
     function = mlpackage.load(tmp_path / "model.mlpackage").functions["main"]
     wide = {name for o in function.operations for name, kind in o.outputs if kind.dtype == "fp32"}
     assert {"blocks_0_norm1", "blocks_1_norm2", "blocks_0_mlp_fc1", "logits"} <= wide
@@ -213,7 +225,7 @@ def test_int8_computes_what_the_table_says(
     graph, table = quantize.apply(calibrated, traced(lowering))
     narrow = {n: r if r.low == 0 else Range(r.low / 4, r.high / 4, r.method) for n, r in table.ranges.items()}
     table = dataclasses.replace(table, ranges=narrow)
-    built = coreml.build(graph, INT8.choose(settings), tmp_path, table)
+    built = build(graph, INT8.choose(settings), tmp_path, table)
     oracle = export.evaluator()(quantize.qdq(graph.model, table, activations="int8"))
     plain = export.evaluator()(graph.model)
     expected = np.concatenate([oracle({"frames": clip[None]})[0] for clip in rendered])
@@ -232,7 +244,7 @@ def test_what_calibration_adds_behind_gelu_does_not_turn_tokens_around(
     for target, given, tables in ((FP16, traced("conv2d"), ()), (INT8, graph, (table,))):
         folder = tmp_path / target.name
         folder.mkdir()
-        coreml.build(given, target.choose({"layout": "columns"}), folder, *tables)
+        build(given, target.choose({"layout": "columns"}), folder, *tables)
         operations = mlpackage.load(folder / "model.mlpackage").functions["main"].operations
         counts.append(sum(o.kind == "transpose" for o in operations))
     assert counts[0] == counts[1]
@@ -243,7 +255,7 @@ def test_int8_weights_and_scales_are_the_tables(
     tmp_path: Path, traced: Callable[..., Graph], calibrated: Calibrated, lowering: str
 ) -> None:
     graph, table = quantize.apply(calibrated, traced(lowering))
-    coreml.build(graph, INT8, tmp_path, table)
+    build(graph, INT8, tmp_path, table)
     operations = mlpackage.load(tmp_path / "model.mlpackage").functions["main"].operations
     found = {o.outputs[0][0]: o.inputs for o in operations if o.kind == "constexpr_affine_dequantize"}
     scales = {o.outputs[0][0]: o.inputs["scale"][0] for o in operations if o.kind == "quantize"}
@@ -265,7 +277,7 @@ def test_int8_weights_and_scales_are_the_tables(
 
 def test_a_pinned_linear_is_not_quantised(tmp_path: Path, traced: Callable[..., Graph], calibrated: Calibrated) -> None:
     graph, table = quantize.apply(calibrated, traced())
-    built = coreml.build(graph, INT8.choose({"fp32": "blocks.0.mlp.fc1,blocks.1.attn.qkv"}), tmp_path, table)
+    built = build(graph, INT8.choose({"fp32": "blocks.0.mlp.fc1,blocks.1.attn.qkv"}), tmp_path, table)
     assert sum(built.details["integers"].values()) == len(table.quantised) - 2
 
 
@@ -274,7 +286,7 @@ def test_a_table_of_another_graph_is_refused(
 ) -> None:
     _, table = quantize.apply(calibrated, traced())
     with pytest.raises(InputError, match="a table does not carry over"):
-        coreml.build(traced(), INT8, tmp_path, table)
+        build(traced(), INT8, tmp_path, table)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +324,7 @@ def test_an_int8_bundle(
 
 def test_a_pin_that_matches_nothing_is_refused(tmp_path: Path, traced: Callable[..., Graph]) -> None:
     with pytest.raises(InputError, match=r"fp32='blocks\.9\.\*' matches no tensor of the graph; it has tubes"):
-        coreml.build(traced(), FP16.choose({"fp32": "blocks.9.*"}), tmp_path)
+        build(traced(), FP16.choose({"fp32": "blocks.9.*"}), tmp_path)
 
 
 def test_an_unknown_operator_is_refused_by_name(tmp_path: Path, traced: Callable[..., Graph]) -> None:
@@ -320,7 +332,7 @@ def test_an_unknown_operator_is_refused_by_name(tmp_path: Path, traced: Callable
     model.CopyFrom(traced().model)
     next(node for node in model.graph.node if node.op_type == "Gelu").op_type = "Mish"
     with pytest.raises(SpecError, match=r"no translation for the operator Mish; there are Add, Cast, Concat"):
-        coreml.build(dataclasses.replace(traced(), model=model), FP16, tmp_path)
+        build(dataclasses.replace(traced(), model=model), FP16, tmp_path)
 
 
 def test_a_weight_beyond_float16_is_refused(tmp_path: Path, traced: Callable[..., Graph]) -> None:
@@ -329,7 +341,7 @@ def test_a_weight_beyond_float16_is_refused(tmp_path: Path, traced: Callable[...
     weight = next(w for w in model.graph.initializer if w.name == "blocks.1.mlp.fc2.weight")
     weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1e8), weight.name))
     with pytest.raises(SpecError, match=r"blocks\.1\.mlp\.fc2\.weight reaches .*float16 ends at 65504"):
-        coreml.build(dataclasses.replace(traced(), model=model), FP16, tmp_path)
+        build(dataclasses.replace(traced(), model=model), FP16, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -346,10 +358,10 @@ def test_impossible_settings_are_refused(settings: dict[str, str], message: str)
 
 def test_two_functions_need_a_system_that_knows_them(tmp_path: Path, traced: Callable[..., Graph]) -> None:
     with pytest.raises(InputError, match="needs deployment=iOS18"):
-        coreml.build(traced(), FP16.choose({"functions": "video+image"}), tmp_path)
+        build(traced(), FP16.choose({"functions": "video+image"}), tmp_path)
     both = FP16.choose({"functions": "video+image", "deployment": "iOS18"})
     with pytest.raises(InputError, match="needs a video model that accepts images"):
-        coreml.build(traced(image=True), both, tmp_path)
+        build(traced(image=True), both, tmp_path)
 
 
 def test_video_and_image_share_their_weights(
@@ -363,7 +375,8 @@ def test_video_and_image_share_their_weights(
     for name, settings in {"one": {}, "both": {"functions": "video+image"}}.items():
         folders[name] = tmp_path / name
         folders[name].mkdir()
-        coreml.build(traced(), FP16.choose({"deployment": "iOS18", **settings}), folders[name])
+        target = FP16.choose({"deployment": "iOS18", **settings})
+        build(traced(), target, folders[name], image=partial(traced, image=True))
 
     def weights(folder: Any) -> Any:
         (file,) = folder.rglob("weight.bin")
@@ -415,7 +428,7 @@ def validate(path: Any) -> Any:
 def test_apples_tools_read_it_and_xcode_has_something_to_show(
     tmp_path: Path, traced: Callable[..., Graph], checkpoint: Checkpoint
 ) -> None:
-    coreml.build(traced(), FP16, tmp_path)
+    build(traced(), FP16, tmp_path)
     path = tmp_path / "model.mlpackage"
     description = validate(path).description
     assert description.input[0].shortDescription.startswith("RGB frames")
@@ -431,7 +444,7 @@ def test_apples_tools_read_it_and_xcode_has_something_to_show(
 def test_the_class_scores_are_the_softmax_of_the_logits(
     tmp_path: Path, traced: Callable[..., Graph], checkpoint: Checkpoint, clips: npt.NDArray[np.uint8]
 ) -> None:
-    coreml.build(traced(), FP16, tmp_path)
+    build(traced(), FP16, tmp_path)
     answers = mil.Program(mlpackage.load(tmp_path / "model.mlpackage"))({"frames": clips[:1]})
     scores = metrics.softmax(answers["logits"][0])
     assert list(answers["label_probs"]) == list(checkpoint.labels)
@@ -441,7 +454,7 @@ def test_the_class_scores_are_the_softmax_of_the_logits(
 
 def test_it_is_quiet(tmp_path: Path, traced: Callable[..., Graph], capfd: pytest.CaptureFixture[str]) -> None:
     both = FP16.choose({"functions": "video+image", "deployment": "iOS18"})
-    coreml.build(traced(), both, tmp_path)
+    build(traced(), both, tmp_path, image=partial(traced, image=True))
     assert capfd.readouterr() == ("", "")
 
 
@@ -638,14 +651,15 @@ def test_each_function_knows_the_moments_of_its_own_inputs(
     """Against PyTorch: what `fc1` reads on the rendered clips, or on the rendered images."""
     built = []
 
-    def spy(graph: Any, *rest: Any, build: Any = coreml.build) -> Any:
-        built.append(graph)
-        return build(graph, *rest)
+    def spy(context: BuildContext, build: Any = coreml.build) -> Any:
+        built.append(context)
+        return build(context)
 
     monkeypatch.setattr(coreml, "build", spy)
     options = pipeline.Options(settings={"functions": "video+image", "deployment": "iOS18"})
     pipeline.export_model("coreml-w8", tiny_checkpoint, tmp_path, options)
-    graph = built[0].image() if frames else built[0]
+    context = built[0]
+    graph = context.image() if frames and context.image else context.graph
     part = checkpoint.with_clip(frames, None)
     first: Any = part.model.blocks[0]
     rendered = demo.scenes(part.contract, pipeline.MOMENT_CLIPS)
@@ -654,7 +668,7 @@ def test_each_function_knows_the_moments_of_its_own_inputs(
     Reference(part.model, part.contract)(np.stack([clip.frames for clip in rendered]))
     hook.remove()
     expected = np.concatenate(read).mean(axis=(0, 1))
-    np.testing.assert_allclose(graph.moments()["blocks.0.mlp.fc1.weight"].mean, expected, atol=1e-4)
+    np.testing.assert_allclose(context.moments(graph)["blocks.0.mlp.fc1.weight"].mean, expected, atol=1e-4)
 
 
 def test_scales_that_float16_does_not_have() -> None:

@@ -17,6 +17,7 @@ from edgetube import export
 from edgetube.errors import InputError, MissingPackageError, ParityError, SpecError
 from edgetube.export import onnxruntime as exporter
 from edgetube.export import pipeline, proof, static
+from edgetube.export.base import BuildContext, Built
 from edgetube.model import checkpoints
 from edgetube.runtimes.torch import Reference
 
@@ -78,13 +79,13 @@ def test_a_wrong_artifact_is_not_published(
 ) -> None:
     right = exporter.build
 
-    def wrong(graph: Any, target: Any, folder: Any) -> Any:
-        built = right(graph, target, folder)
-        model = onnx.load(folder / "model.onnx")
+    def wrong(context: BuildContext) -> Built:
+        built = right(context)
+        model = onnx.load(context.folder / "model.onnx")
         weight = next(w for w in model.graph.initializer if w.name == "blocks.1.mlp.fc2.weight")
         values = onnx.numpy_helper.to_array(weight) * np.float32(1.01)
         weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
-        onnx.save(model, folder / "model.onnx")
+        onnx.save(model, context.folder / "model.onnx")
         return built
 
     monkeypatch.setattr(exporter, "build", wrong)
