@@ -25,7 +25,9 @@ from edgetube.spec import InputContract
 from tests.export.models import SPECS, constants, model_of, nodes, noise, reference, run, trace
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize(
+    "lowering", ["gather", *(pytest.param(n, marks=pytest.mark.slow) for n in LOWERINGS if n != "gather")]
+)
 @pytest.mark.parametrize("name", SPECS)
 def test_onnxruntime_answers_like_pytorch(name: str, lowering: str) -> None:
     frames = noise(name)

@@ -88,6 +88,7 @@ def error(got: Any, reference: npt.NDArray[np.float32]) -> Any:
     return np.abs(got - reference[: len(got)]).max() / max(1, np.abs(reference).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("lowering", static.LOWERINGS)
 def test_every_lowering_in_every_layout(
@@ -103,6 +104,7 @@ def test_every_lowering_in_every_layout(
     assert error(evaluate(tmp_path, graph, clips), reference) < FP16.tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "w8", "w4"])
 @pytest.mark.parametrize("deployment", ["iOS16", "iOS17", "iOS18"])
 def test_every_precision_for_every_system(
@@ -144,6 +146,7 @@ def test_layouts_compute_the_same(tmp_path: Path, traced: Callable[..., Graph], 
     assert kinds.count("linear") == 1  # the classifier
 
 
+@pytest.mark.slow
 def test_no_tensor_exceeds_rank_5_and_all_types_are_core_mls(tmp_path: Path, traced: Callable[..., Graph]) -> None:
     for layout in ("rows", "columns"):
         for lowering in static.LOWERINGS:

@@ -16,6 +16,7 @@ from edgetube.export import openvino as exporter
 from edgetube.runtimes import openvino as runtime
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["gather", "conv2d"])
 def test_convolutions_are_not_computed_in_bfloat16(lowering: str, tmp_path: Path) -> None:
     """On a processor with AMX, OpenVINO's convolutions in bfloat16 miss the built-in model's logits by their size."""

@@ -41,6 +41,7 @@ def calibrated(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory)
     return calibration.calibrate(model, clips, clips, export.evaluator(), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", ["int8", "uint8"])
 def test_only_linears_are_quantised_with_one_pair_a_tensor(
     checkpoint: Checkpoint, calibrated: Calibrated, activations: ActivationScheme

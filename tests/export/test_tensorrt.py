@@ -57,6 +57,7 @@ def graph(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> Graph:
 class TestCastFirst:
     """Moving and casting commute."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
     def test_the_answers_are_the_same_to_the_last_bit(
         self, graph: Graph, precision: str, rng: np.random.Generator

@@ -30,6 +30,7 @@ def test_it_answers_like_onnx_runtime(bundle: Bundle, rng: np.random.Generator) 
     np.testing.assert_allclose(ours, theirs, atol=allowed * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_every_linear_of_the_table_multiplies_integers(bundle: Bundle) -> None:
     with gpu_witness.Witness(bundle, "cpu") as witness:
         assert (witness.program.integer_products > 0) == bundle.precision.quantises_activations
