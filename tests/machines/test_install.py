@@ -26,6 +26,10 @@ ON_ANOTHER = "6"
 """Windows that are answered on an emulated processor without VNNI, where one takes seconds."""
 
 
+SYSTEM_CERTIFICATES = {"UV_SYSTEM_CERTS": "true", "UV_NATIVE_TLS": "true"}
+"""uv trusts whom pip trusts, also behind a company's proxy; two names, by its version."""
+
+
 def interpreter(version: str) -> str:
     """A Python of that version: on the PATH, or one that pyenv keeps. Skips where there is none."""
     kept = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
@@ -54,7 +58,8 @@ def bundles(exported: Callable[..., Path]) -> dict[str, Path]:
 
 def run(command: Sequence[str | Path], folder: Path | None = None) -> str:
     """Standard output of a command; where it fails, its last words are the test's."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder)
+    environment = {**os.environ, **SYSTEM_CERTIFICATES}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, f"{command[1:4]}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
 
