@@ -37,25 +37,30 @@ ROUNDED_MODULES = (Linear, MatMul, Gather, Slice, Conv2d, Pool, StaticBlock, nn.
 """Modules whose outputs a runtime may round to the target's type."""
 
 
-def logit_noise(module: StaticTubeViT, clips: Frames, arithmetic: Arithmetic) -> float:
-    """Energy of the error of the logits under an arithmetic, relative to the energy of the logits.
+class NoiseSimulation:
+    """A model under simulated arithmetics; what does not depend on the arithmetic is computed once.
 
     Args:
         clips: (N, T, H, W, 3) uint8; the first few are used.
-
-    Returns:
-        sum (noisy - exact)^2 / sum exact^2 over the logits of all clips, the mean of `NOISE_DRAWS` draws.
     """
-    clips = clips[:MAX_CLIPS]
-    generator = torch.Generator().manual_seed(0)
-    unit, sums = UNIT_ROUNDOFF[arithmetic], SUM_ROUNDOFF[arithmetic]
-    with torch.inference_mode():
-        exact = _logits(module, clips)
-        walks = _walks(module, clips[:1])
-        noise = partial(_add_noise, walks, unit, sums, generator)
-        with _hooked(module, noise):
-            errors = [float(((_logits(module, clips) - exact) ** 2).sum()) for _ in range(NOISE_DRAWS)]
-    return float(np.mean(errors)) / max(float((exact**2).sum()), float(np.finfo(np.float64).tiny))
+
+    def __init__(self, module: StaticTubeViT, clips: Frames) -> None:
+        self.module, self.clips = module, clips[:MAX_CLIPS]
+        with torch.inference_mode():
+            self.exact = _logits(module, self.clips)
+            self.walks = _walks(module, self.clips[:1])
+
+    def logit_noise(self, arithmetic: Arithmetic) -> float:
+        """Energy of the error of the logits under an arithmetic, relative to the energy of the logits.
+
+        Returns:
+            sum (noisy - exact)^2 / sum exact^2 over the logits of all clips, the mean of `NOISE_DRAWS` draws.
+        """
+        generator = torch.Generator().manual_seed(0)
+        noise = partial(_add_noise, self.walks, UNIT_ROUNDOFF[arithmetic], SUM_ROUNDOFF[arithmetic], generator)
+        with torch.inference_mode(), _hooked(self.module, noise):
+            errors = [float(((_logits(self.module, self.clips) - self.exact) ** 2).sum()) for _ in range(NOISE_DRAWS)]
+        return float(np.mean(errors)) / max(float((self.exact**2).sum()), float(np.finfo(np.float64).tiny))
 
 
 def _logits(module: StaticTubeViT, clips: Frames) -> Tensor:
@@ -122,10 +127,9 @@ def partial_sums(part: nn.Module, given: tuple[Tensor, ...], count: int) -> Tens
         a, b = given
         return torch.matmul(a[..., :count], b[..., :count, :])
     assert isinstance(part, Linear | Gather | Slice | Conv2d)
-    weight = part.weight
-    products = weight.flatten(1).T if isinstance(part, Conv2d) else weight  # (K, N)
-    some = torch.cat([products[:count], torch.zeros_like(products[count:])])
-    bias, part.weight = getattr(part, "bias", None), some.T.reshape(weight.shape) if isinstance(part, Conv2d) else some
+    weight, bias = part.weight, getattr(part, "bias", None)
+    added = torch.arange(products_per_sum(part, given)) < count
+    part.weight = weight * added.reshape(weight.shape[1:] if isinstance(part, Conv2d) else (-1, 1))
     try:
         y: Tensor = part.forward(*given)
     finally:

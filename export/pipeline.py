@@ -434,15 +434,19 @@ class ExportSession:
         return self._probes[judged]
 
     def _logit_noise(self, kind: Arithmetic) -> float:
-        """See `edgetube.export.arithmetic.logit_noise`; that of float32 is negligible."""
+        """See `edgetube.export.arithmetic.NoiseSimulation`; the noise of float32 is negligible."""
         if kind == "float32":
             return 0.0
         if kind not in self._logit_noises:
             self.progress(f"simulate {kind}", 0, 1)
-            module = static.StaticTubeViT(self.checkpoint.model, self.checkpoint.contract)
-            self._logit_noises[kind] = arithmetic.logit_noise(module, self.golden.frames, kind)
+            self._logit_noises[kind] = self._noise_simulation.logit_noise(kind)
             self.progress(f"simulate {kind}", 1, 1)
         return self._logit_noises[kind]
+
+    @cached_property
+    def _noise_simulation(self) -> arithmetic.NoiseSimulation:
+        module = static.StaticTubeViT(self.checkpoint.model, self.checkpoint.contract)
+        return arithmetic.NoiseSimulation(module, self.golden.frames)
 
     def _prove_image(self, bundle: Bundle, target: Target) -> Bundle:
         """The proof of an artifact that also takes images, on the first frames of the same clips."""

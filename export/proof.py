@@ -81,7 +81,7 @@ class Golden:
 
         Args:
             backend: the staged artifact.
-            arithmetic_noise: see `edgetube.export.arithmetic.logit_noise`.
+            arithmetic_noise: see `edgetube.export.arithmetic.NoiseSimulation.logit_noise`.
         """
         proven = metrics.sqnr(self.logits, np.concatenate([backend(clip[None]) for clip in self.frames]))
         allowed = GOLDEN_MARGIN * 10 ** (-proven / 10) + ARITHMETIC_MARGIN * arithmetic_noise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,9 @@ CAPABILITY = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
 """OpenVINO's names of device capabilities, by type."""
 
 
-@functools.cache
+_core_lock = threading.Lock()
+
+
 def core() -> ov.Core:
     """The only `ov.Core` of this process.
 
@@ -53,6 +56,12 @@ def core() -> ov.Core:
     that thread with an unmapped one: the next signal, Ctrl-C among them, ends the process with a segmentation fault or
     overwrites what was mapped there since. A core that lives as long as the process does neither.
     """
+    with _core_lock:  # of two that threads make at the same time, one would be deleted
+        return _make_core()
+
+
+@functools.cache
+def _make_core() -> ov.Core:
     return ov.Core()
 
 

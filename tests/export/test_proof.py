@@ -108,8 +108,8 @@ def test_nor_are_they_beside_the_noise_of_integers(
 def test_float16_may_do_what_it_did_on_arm(demo: Checkpoint) -> None:
     """Computed in float16 on aarch64, the golden clips of the built-in model reached 32.5 dB: that has to pass."""
     clips = proof.golden_clips(proof.clips(demo, 8))
-    module = static.StaticTubeViT(demo.model, demo.contract)
-    ratios = {kind: -10 * np.log10(arithmetic.logit_noise(module, clips, kind)) for kind in arithmetic.UNIT_ROUNDOFF}
+    simulation = arithmetic.NoiseSimulation(static.StaticTubeViT(demo.model, demo.contract), clips)
+    ratios = {kind: -10 * np.log10(simulation.logit_noise(kind)) for kind in arithmetic.UNIT_ROUNDOFF}
     assert 33 < ratios["float16"] < 37
     assert ratios["float16"] - 10 * np.log10(proof.ARITHMETIC_MARGIN) < 32.5 - 0.5
     assert 50 < ratios["bfloat16"] < 58

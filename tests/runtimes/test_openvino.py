@@ -73,6 +73,29 @@ def test_a_signal_finds_its_stack_after_sessions_were_closed(exported: dict[str,
     assert (made.returncode, made.stdout) == (0, "interrupted\n"), made.stderr
 
 
+THREADS = """
+import threading, time
+from edgetube.runtimes import openvino
+
+def slow():
+    made.append(1)
+    time.sleep(0.2)
+    return object()
+
+made, got, openvino.ov.Core = [], [], slow
+threads = [threading.Thread(target=lambda: got.append(openvino.core())) for _ in range(4)]
+for step in (threading.Thread.start, threading.Thread.join):
+    for thread in threads:
+        step(thread)
+print(len(made), len(got), len(set(map(id, got))))
+"""
+
+
+def test_threads_share_one_core() -> None:
+    made = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=False)
+    assert (made.returncode, made.stdout) == (0, "1 4 1\n"), made.stderr
+
+
 def test_threads_and_device_are_said(exported: dict[str, Bundle]) -> None:
     with runtimes.open_bundle(exported["fp32"], threads=1, device="CPU") as backend:
         assert backend.describe()["threads"] == 1
