@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import Self
 
+from edgetube.contract import InputContract
 from edgetube.datasets import Item
 from edgetube.errors import InputError
 from edgetube.runtimes.base import Logits
-from edgetube.spec import InputContract
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS answers (

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from edgetube import preprocess
+from edgetube.contract import InputContract
 from edgetube.runtime import Runtime
-from edgetube.spec import InputContract
 from edgetube.video import Frames
 
 HELD = 4

@@ -21,13 +21,14 @@ from typing_extensions import Self
 from edgetube import runtimes
 from edgetube.bench import machine
 from edgetube.bundle import Bundle
+from edgetube.contract import InputContract
 from edgetube.datasets import Item
 from edgetube.errors import CheckpointError, InputError, printable
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.base import Backend, Logits
 from edgetube.runtimes.torch import Reference
-from edgetube.spec import InputContract, ModelSpec
+from edgetube.spec import ModelSpec
 from edgetube.targets import Status
 from edgetube.video import Clip, Frames
 

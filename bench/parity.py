@@ -20,12 +20,12 @@ from edgetube.bench.compare import ClassRow, ClipMetrics, Parity, Quarter, Worst
 from edgetube.bench.model_set import Artifact, Job, JobResult, ModelSet, OpenedModels
 from edgetube.bench.probe import Probe
 from edgetube.bundle import Bundle
+from edgetube.contract import InputContract
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
 from edgetube.precision import Precision
 from edgetube.progress import Progress, silent, track
 from edgetube.runtimes.base import Backend, Logits
-from edgetube.spec import InputContract
 from edgetube.targets import Status
 from edgetube.video import Clip, Frames
 

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetube.arrays import DiskArray, RowArray
+from edgetube.contract import InputContract
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError
 from edgetube.progress import Progress, silent, track
-from edgetube.spec import InputContract
 from edgetube.video import Frames
 
 MAX_UNREADABLE_SHARE = 0.1

@@ -23,9 +23,10 @@ from edgetube.errors import (
 )
 
 if TYPE_CHECKING:
+    from edgetube.contract import InputContract
     from edgetube.export.pipeline import export_model
     from edgetube.runtime import Runtime
-    from edgetube.spec import InputContract, ModelSpec, Prediction, TubeSpec
+    from edgetube.spec import ModelSpec, Prediction, TubeSpec
 
 __version__ = "0.1.0"
 
@@ -50,7 +51,7 @@ __all__ = [
 
 _LAZY = {
     "Runtime": "edgetube.runtime",
-    "InputContract": "edgetube.spec",
+    "InputContract": "edgetube.contract",
     "ModelSpec": "edgetube.spec",
     "Prediction": "edgetube.spec",
     "TubeSpec": "edgetube.spec",

@@ -28,10 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetube import arrays, strict
+from edgetube.contract import InputContract
 from edgetube.errors import BundleError, FormatError, SpecError
 from edgetube.files import PREFIX, atomic_write, exchange, sync_folder, sync_tree
 from edgetube.precision import PRECISIONS, Precision
-from edgetube.spec import MOST_CLASSES, InputContract, ModelSpec
+from edgetube.spec import MOST_CLASSES, ModelSpec
 from edgetube.targets import Status
 from edgetube.video import Frames
 

@@ -21,9 +21,9 @@ import numpy as np
 
 from edgetube import __version__, arrays, demo, listing, preprocess, video
 from edgetube.arrays import RowArray
+from edgetube.contract import InputContract
 from edgetube.errors import InputError
 from edgetube.listing import ARRAYS, IMAGES, VIDEOS
-from edgetube.spec import InputContract
 from edgetube.strict import shown
 from edgetube.video import Clip
 

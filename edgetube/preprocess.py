@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from edgetube.contract import InputContract
 from edgetube.errors import InputError
-from edgetube.spec import InputContract
 
 Frames = npt.NDArray[np.uint8]
 """RGB frames, (T, H, W, 3) uint8."""

@@ -15,9 +15,10 @@ from typing_extensions import Self
 from edgetube import bundle as bundles
 from edgetube import metrics, preprocess, runtimes, stream, video
 from edgetube.bundle import Bundle
+from edgetube.contract import InputContract
 from edgetube.errors import InputError, ParityError
 from edgetube.runtimes.base import Logits
-from edgetube.spec import InputContract, Prediction
+from edgetube.spec import Prediction
 from edgetube.video import Clip
 
 Source = str | Path | int

@@ -1,4 +1,4 @@
-"""The model's geometry and the contract of its input.
+"""The model's geometry, and what it answers.
 
 All types are frozen, validated on construction, and survive a round trip through JSON
 (`X.from_json(x.to_json()) == x`). Only the standard library is needed.
@@ -7,12 +7,12 @@ All types are frozen, validated on construction, and survive a round trip throug
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from edgetube import strict
+from edgetube.contract import LARGEST, MOST_VOXELS
 from edgetube.errors import FormatError, SpecError
 
 Triple = tuple[int, int, int]
@@ -23,38 +23,12 @@ AXES = ("time", "height", "width")
 Pool = Literal["attention", "mean"]
 Positions = Literal["fixed", "stored"]
 
-T = TypeVar("T")
-
-
-LARGEST = 1 << 16
-"""Largest number of voxels along an axis, and of channels of a layer: far beyond any model, a guard against damaged
-files."""
-
 MOST_BLOCKS = 1 << 10
 MOST_TOKENS = 1 << 16
 MOST_CLASSES = 1 << 20
 MOST_TUBES = 64
-MOST_VOXELS = 1 << 30
-"""Largest number of voxels of a clip: a gigabyte."""
-
 MOST_PARAMETERS = 1 << 28
 """Largest number of parameters of a tube: a gigabyte of float32."""
-
-
-def _check_fields(cls: type[T], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that `data` has all required fields of `cls`, and no unknown ones; returns it as a dict."""
-    known = fields(cls)  # type: ignore[arg-type]
-    needed = [f.name for f in known if f.default is MISSING and f.default_factory is MISSING]
-    return dict(strict.record(data, cls.__name__, needed, [f.name for f in known]))
-
-
-@contextmanager
-def _refused() -> Iterator[None]:
-    """Turn `FormatError` into `SpecError`."""
-    try:
-        yield
-    except FormatError as error:
-        raise SpecError(str(error)) from error
 
 
 def _integers(value: Any, where: str, count: int, low: int, high: int = LARGEST) -> tuple[int, ...]:
@@ -145,8 +119,8 @@ class TubeSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TubeSpec:
-        with _refused():
-            return cls(**_check_fields(cls, data))
+        with strict.spec_errors():
+            return cls(**strict.fields_of(cls, data))
 
 
 PAPER_TUBES = (
@@ -204,7 +178,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not self.tubes:
             raise SpecError("a model needs at least one tube; given none")
-        with _refused():
+        with strict.spec_errors():
             self._normalise()
         if self.width % self.heads:
             raise SpecError(f"width {self.width} is not divisible by {self.heads} attention heads")
@@ -247,7 +221,7 @@ class ModelSpec:
             object.__setattr__(self, name, value)
 
     def _check_classifiers(self) -> None:
-        with _refused():
+        with strict.spec_errors():
             pairs = [strict.items(p, "a classifier", 2, 2) for p in strict.items(self.classifiers, "classifiers")]
             # The names are part of the weights' tensor names, where a dot separates modules.
             found = tuple(
@@ -351,8 +325,8 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
-        with _refused():
-            data = _check_fields(cls, data)
+        with strict.spec_errors():
+            data = strict.fields_of(cls, data)
             tubes = strict.items(data["tubes"], "tubes", 1, MOST_TUBES)
             return cls(**data | {"tubes": tuple(TubeSpec.from_json(tube) for tube in tubes)})
 
@@ -388,87 +362,6 @@ def named(name: str, frames: int = 32, size: tuple[int, int] = (224, 224), class
     )
 
 
-FPS = (1e-3, 1e5)
-"""Slowest and fastest rate of frames, per second."""
-
-LEAST_STD, MOST_MEAN = 1e-6, 1e6
-"""Bounds of mean and std, of pixels in 0..1: float32 divides by std."""
-
-
-@dataclass(frozen=True)
-class InputContract:
-    """The description of preprocessing, which `edgetube.preprocess` executes.
-
-    Attributes:
-        frames, height, width: the clip that the graph takes.
-        resize: how the short side reaches the crop: "short-side" (keeps the aspect ratio, antialiased
-            bilinear) or "stretch" (both sides to the crop's size, aspect ratio not kept).
-        crop: "center", the only crop that is deterministic.
-        mean, std: per channel, of pixels in 0..1; folded into the tube weights at export.
-        sampling: "uniform": frames at a constant rate; a clip that is too short repeats its last frame.
-        fps: the rate that the model was trained at, in frames per second; None takes every frame.
-        layout, dtype, color: what the graph takes; fixed.
-    """
-
-    frames: int
-    height: int
-    width: int
-    fps: float | None = None
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    resize: Literal["short-side", "stretch"] = "short-side"
-    crop: Literal["center"] = "center"
-    sampling: Literal["uniform"] = "uniform"
-    layout: Literal["THWC"] = "THWC"
-    dtype: Literal["uint8"] = "uint8"
-    color: Literal["RGB"] = "RGB"
-
-    def __post_init__(self) -> None:
-        with _refused():
-            self._normalise()
-        if math.prod(self.shape) > MOST_VOXELS:
-            raise SpecError(f"the clip is {self.shape}; this version goes up to {MOST_VOXELS} voxels")
-        choices = {"resize": ("short-side", "stretch"), "crop": ("center",), "sampling": ("uniform",)}
-        choices |= {"layout": ("THWC",), "dtype": ("uint8",), "color": ("RGB",)}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise SpecError(f"input {name} is {getattr(self, name)!r:.60}; this version knows {', '.join(allowed)}")
-
-    def _normalise(self) -> None:
-        found: dict[str, Any] = {
-            name: strict.integer(getattr(self, name), name, 1, LARGEST) for name in ("frames", "height", "width")
-        }
-        if self.fps is not None:
-            found["fps"] = strict.number(self.fps, "fps", *FPS)
-        for name, low in (("mean", -MOST_MEAN), ("std", LEAST_STD)):
-            values = strict.items(getattr(self, name), name, 3, 3)
-            found[name] = tuple(strict.number(value, name, low, MOST_MEAN) for value in values)
-        for name, value in found.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(T, H, W, 3) of one clip."""
-        return self.frames, self.height, self.width, 3
-
-    @property
-    def is_image(self) -> bool:
-        return self.frames == 1
-
-    def with_clip(self, frames: int | None = None, size: tuple[int, int] | None = None) -> InputContract:
-        """The same preprocessing for another clip shape."""
-        height, width = size or (self.height, self.width)
-        return replace(self, frames=self.frames if frames is None else frames, height=height, width=width)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> InputContract:
-        with _refused():
-            return cls(**_check_fields(cls, data))
-
-
 @dataclass(frozen=True)
 class Prediction:
     """The classification of one clip.
@@ -494,7 +387,7 @@ class Prediction:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Prediction:
-        with _refused():
-            data = _check_fields(cls, data)
+        with strict.spec_errors():
+            data = strict.fields_of(cls, data)
             logits = strict.items(data["logits"], "logits", 1, MOST_CLASSES)
             return cls(**data | {"logits": tuple(strict.number(value, "logits") for value in logits)})

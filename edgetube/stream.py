@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from edgetube import preprocess
+from edgetube.contract import InputContract
 from edgetube.errors import InputError, InputWarning
-from edgetube.spec import InputContract
 from edgetube.video import Clip, Frames
 
 TimedFrame = tuple[float, Frames]

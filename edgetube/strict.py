@@ -11,11 +11,15 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from edgetube.errors import FormatError, printable
+from edgetube.errors import FormatError, SpecError, printable
+
+T = TypeVar("T")
 
 DEPTH = 32
 """Largest depth of lists and objects."""
@@ -119,6 +123,22 @@ def record(
         known = ", ".join(sorted({*required, *optional}))
         raise FormatError(f"{where} has no field {printable(unknown[0])}; it has {known}")
     return value
+
+
+def fields_of(cls: type[T], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a dataclass: an object with all its required fields, and no unknown ones."""
+    known = fields(cls)  # type: ignore[arg-type]
+    needed = [f.name for f in known if f.default is MISSING and f.default_factory is MISSING]
+    return dict(record(data, cls.__name__, needed, [f.name for f in known]))
+
+
+@contextmanager
+def spec_errors() -> Iterator[None]:
+    """Turn `FormatError` into `SpecError`, where the values describe a model or its input."""
+    try:
+        yield
+    except FormatError as error:
+        raise SpecError(str(error)) from error
 
 
 def items(value: Any, where: str, least: int = 0, most: int = 1 << 20) -> list[Any]:

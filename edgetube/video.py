@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from edgetube import listing, preprocess
+from edgetube.contract import InputContract
 from edgetube.errors import InputError, InputWarning
 from edgetube.files import replacing
 from edgetube.listing import IMAGES, VIDEOS
 from edgetube.preprocess import TOLERANCE, Frames
-from edgetube.spec import InputContract
 from edgetube.targets import need
 
 if TYPE_CHECKING:  # PyAV takes half as long to import as numpy; `import edgetube` does not wait for it

@@ -28,10 +28,11 @@ import torch
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer, rewriter
 
+from edgetube.contract import InputContract
 from edgetube.errors import SpecError
 from edgetube.export.static import StaticTokenizer, StaticTubeViT
 from edgetube.export.statistics import tensor_shapes, weight_bytes
-from edgetube.spec import InputContract, ModelSpec
+from edgetube.spec import ModelSpec
 
 OPSET = 20
 IR_VERSION = 9

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgetube.contract import InputContract
 from edgetube.errors import SpecError
 from edgetube.model.tubevit import AttentionPool, Block, Tubes, TubeViT, tube_tokens
-from edgetube.spec import InputContract, ModelSpec, Triple, TubeSpec
+from edgetube.spec import ModelSpec, Triple, TubeSpec
 from edgetube.video import Frames
 
 LOWERINGS: tuple[str, ...] = ("gather", "slice", "conv2d")

@@ -16,8 +16,8 @@ from typing_extensions import Self
 
 from edgetube import preprocess
 from edgetube.bundle import Bundle
+from edgetube.contract import InputContract
 from edgetube.errors import BackendError
-from edgetube.spec import InputContract
 from edgetube.targets import Status
 from edgetube.video import Frames
 

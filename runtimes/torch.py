@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgetube.contract import InputContract
 from edgetube.runtimes.base import Backend, LayerOutputs, Logits, Tap
-from edgetube.spec import InputContract
 from edgetube.video import Frames
 
 

@@ -46,9 +46,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from edgetube import demo
+    from edgetube.contract import InputContract
     from edgetube.model import checkpoints
     from edgetube.model.tubevit import TubeViT
-    from edgetube.spec import InputContract, ModelSpec, TubeSpec
+    from edgetube.spec import ModelSpec, TubeSpec
 
     tubes = (TubeSpec((4, 8, 8), (4, 16, 16), space_to_depth=(2, 1, 1)), TubeSpec((1, 16, 16), (8, 16, 16)))
     spec = ModelSpec(tubes, 8, (32, 48), 24, 2, 2, (("motion", len(demo.LABELS)), ("other", 2)))

@@ -28,10 +28,10 @@ from edgetube import arrays, datasets, errors, health, mlpackage, terminal
 from edgetube import bundle as bundles
 from edgetube.calibration import cache
 from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
+from edgetube.contract import InputContract
 from edgetube.errors import EdgetubeError
 from edgetube.model import checkpoints
 from edgetube.runtime import Runtime
-from edgetube.spec import InputContract
 from edgetube.targets import installed
 
 SECONDS, BYTES = 20, 1 << 30

@@ -34,12 +34,13 @@ from edgetube.bench.studies.peers import quantisers
 from edgetube.calibration import graphs
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.table import ActivationScheme, CalibrationTable
+from edgetube.contract import InputContract
 from edgetube.datasets import ClipSet, Item
 from edgetube.export import canonical, int8, integer, openvino, rewrite, static
 from edgetube.export.canonical import Graph
 from edgetube.export.quantize import apply, qdq
 from edgetube.model.tubevit import TubeViT
-from edgetube.spec import InputContract, ModelSpec, TubeSpec
+from edgetube.spec import ModelSpec, TubeSpec
 from edgetube.video import Clip
 
 TENSORRT = "trt-int8"

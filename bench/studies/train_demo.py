@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgetube import demo, video
+from edgetube.contract import InputContract
 from edgetube.demo.moves import DIRECTIONS, LABELS, Move
 from edgetube.demo.render import TEXTURE, Photo, generator, render_clip, texture
 from edgetube.files import atomic_write, replacing
 from edgetube.model import checkpoints, positions
 from edgetube.model.tubevit import TubeViT
-from edgetube.spec import InputContract, ModelSpec, TubeSpec
+from edgetube.spec import ModelSpec, TubeSpec
 from edgetube.video import Clip
 
 SOURCES_HELP = """

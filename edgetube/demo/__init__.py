@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from edgetube.contract import InputContract
 from edgetube.demo.moves import LABELS, Move
 from edgetube.demo.render import Photo, generator, render_clip
-from edgetube.spec import InputContract
 from edgetube.video import Clip
 
 __all__ = [

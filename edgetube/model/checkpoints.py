@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 from edgetube import demo, strict
 from edgetube.bundle import Bundle, parse_labels, sha256
+from edgetube.contract import InputContract
 from edgetube.errors import CheckpointError, FormatError, InputError, SpecError, printable
 from edgetube.files import replacing
 from edgetube.model.tubevit import TubeViT, shapes
-from edgetube.spec import InputContract, ModelSpec, named
+from edgetube.spec import ModelSpec, named
 
 HEADER = "edgetube"
 """Key of the JSON document in the safetensors metadata: {"spec", "input", "labels", "other_labels"}."""

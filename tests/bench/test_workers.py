@@ -16,9 +16,9 @@ import pytest
 from edgetube import bundle as bundles
 from edgetube.bench import model_set, parity, workers
 from edgetube.bundle import Bundle
+from edgetube.contract import InputContract
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import BackendError, InputError
-from edgetube.spec import InputContract
 from edgetube.video import Clip
 
 

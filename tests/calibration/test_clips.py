@@ -11,10 +11,10 @@ import pytest
 
 from edgetube.arrays import DiskArray
 from edgetube.calibration.clips import FEW_CLIPS, Clips, collect
+from edgetube.contract import InputContract
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import InputError
 from edgetube.model.checkpoints import Checkpoint
-from edgetube.spec import InputContract
 from edgetube.video import Clip
 
 

@@ -15,11 +15,12 @@ from edgetube.calibration import calibrate, graphs, input_moments
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.layerwise import ActivationStats
 from edgetube.calibration.table import ActivationScheme, IntegerFormat
+from edgetube.contract import InputContract
 from edgetube.errors import InputError
 from edgetube.export import canonical, integer, static
 from edgetube.export.canonical import Graph
 from edgetube.export.quantize import apply, qdq
-from edgetube.spec import InputContract, ModelSpec, TubeSpec
+from edgetube.spec import ModelSpec, TubeSpec
 
 CONTRACT = InputContract(4, 8, 8, fps=10.0)
 

@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from edgetube import datasets
 from edgetube.calibration import equalize, numeric
 from edgetube.calibration.table import ActivationScheme, Range
-from edgetube.spec import InputContract
+from edgetube.contract import InputContract
 
 
 @pytest.mark.parametrize("activations", ["int8", "uint8"])

@@ -18,10 +18,11 @@ import pytest
 from edgetube import bundle as bundles
 from edgetube import strict
 from edgetube.bundle import MANIFEST, Bundle
+from edgetube.contract import InputContract
 from edgetube.errors import BundleError
 from edgetube.precision import Precision
 from edgetube.runtime import Runtime
-from edgetube.spec import InputContract, ModelSpec, TubeSpec
+from edgetube.spec import ModelSpec, TubeSpec
 
 CONTRACT = InputContract(4, 16, 16, fps=8.0)
 SPEC = ModelSpec((TubeSpec((2, 8, 8), (2, 8, 8)),), 4, (16, 16), 12, 1, 2, (("main", 2),))

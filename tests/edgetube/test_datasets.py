@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pytest
 
 from edgetube import datasets, demo, video
+from edgetube.contract import InputContract
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import InputError
-from edgetube.spec import InputContract
 from edgetube.video import Clip
 
 CONTRACT = InputContract(4, 16, 24, fps=10.0)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from edgetube import listing, video
+from edgetube.contract import InputContract
 from edgetube.errors import InputError
-from edgetube.spec import InputContract
 
 CONTRACT = InputContract(4, 16, 24, fps=10.0)
 

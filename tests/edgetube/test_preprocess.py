@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edgetube import preprocess
+from edgetube.contract import InputContract
 from edgetube.errors import InputError
-from edgetube.spec import InputContract
 
 
 def picture(kind: str, height: int, width: int) -> np.ndarray:

@@ -17,7 +17,6 @@ from edgetube.spec import (
     PAPER_TUBES,
     PAPER_TUBES_S2D,
     SIZES,
-    InputContract,
     ModelSpec,
     Prediction,
     TubeSpec,
@@ -244,8 +243,6 @@ class TestRefusals:
     def test_zero_frames_are_not_taken_for_the_model_s_own(self) -> None:
         with pytest.raises(SpecError, match="frames is 0"):
             SMALL.with_clip(frames=0)
-        with pytest.raises(SpecError, match="frames is 0; expected an integer, 1 to 65536"):
-            InputContract(4, 16, 16).with_clip(frames=0)
 
     def test_stored_positions_belong_to_one_clip(self) -> None:
         stored = replace(SMALL, positions="stored")
@@ -253,29 +250,6 @@ class TestRefusals:
         assert not stored.accepts_images
         with pytest.raises(SpecError, match=r"positions for clip \(4, 16, 16\); it cannot run on \(6, 16, 16\)"):
             stored.with_clip(frames=6)
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"frames": 0}, "frames is 0; expected an integer"),
-            ({"width": True}, "width is True; expected an integer"),
-            ({"height": 16.0}, "height is 16.0; expected an integer"),
-            ({"frames": 1 << 11, "height": 1 << 10, "width": 1 << 10}, "up to 1073741824 voxels"),
-            ({"fps": 0.0}, "fps is 0.0; expected a finite number, 0.001 to 100000"),
-            ({"fps": math.inf}, "fps is inf"),
-            ({"fps": float("nan")}, "fps is nan"),
-            ({"mean": (0.5,)}, "mean has 1 entries; expected 3"),
-            ({"mean": (0.5, math.nan, 0.5)}, "mean is nan; expected a finite number"),
-            ({"mean": ("0.5", 0.5, 0.5)}, "mean is '0.5'; expected a finite number"),
-            ({"std": (1.0, 0.0, 1.0)}, "std is 0.0; expected a finite number, 1e-06"),
-            ({"resize": "letterbox"}, "input resize is 'letterbox'; this version knows short-side, stretch"),
-            ({"crop": "random"}, "input crop is 'random'"),
-            ({"color": "BGR"}, "input color is 'BGR'; this version knows RGB"),
-        ],
-    )
-    def test_an_input_that_cannot_be(self, change: dict[str, Any], message: str) -> None:
-        with pytest.raises(SpecError, match=message):
-            replace(InputContract(4, 16, 16), **change)
 
 
 class TestJson:
@@ -289,31 +263,12 @@ class TestJson:
     def test_model(self, spec: Any) -> None:
         assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
-    @given(
-        st.builds(
-            InputContract,
-            frames=st.integers(1, 64),
-            height=st.integers(1, 512),
-            width=st.integers(1, 512),
-            fps=st.none() | st.floats(0.1, 120),
-            mean=st.tuples(*[st.floats(0, 1)] * 3),
-            std=st.tuples(*[st.floats(0.01, 1)] * 3),
-            resize=st.sampled_from(["short-side", "stretch"]),
-        )
-    )
-    def test_input(self, contract: Any) -> None:
-        assert InputContract.from_json(json.loads(json.dumps(contract.to_json()))) == contract
-
     def test_prediction(self) -> None:
         prediction = Prediction("pan-left", 0.9, {"pan-left": 0.9, "static": 0.1}, (2.5, 0.5), 1.0, 2.0, 3.5)
         assert Prediction.from_json(json.loads(json.dumps(prediction.to_json()))) == prediction
 
-    @pytest.mark.parametrize(
-        "value", [SMALL.tubes[0], SMALL, InputContract(4, 16, 16)], ids=lambda value: type(value).__name__
-    )
-    def test_a_missing_field_and_what_is_no_object_are_refused(
-        self, value: TubeSpec | ModelSpec | InputContract
-    ) -> None:
+    @pytest.mark.parametrize("value", [SMALL.tubes[0], SMALL], ids=lambda value: type(value).__name__)
+    def test_a_missing_field_and_what_is_no_object_are_refused(self, value: TubeSpec | ModelSpec) -> None:
         data = value.to_json()
         first = next(iter(data))
         with pytest.raises(SpecError, match=f"{type(value).__name__} lacks the field {first}"):
@@ -323,12 +278,9 @@ class TestJson:
 
     def test_optional_fields_may_be_left_out(self) -> None:
         assert TubeSpec.from_json({"kernel": [1, 2, 3], "stride": [4, 5, 6]}) == TubeSpec((1, 2, 3), (4, 5, 6))
-        assert InputContract.from_json({"frames": 4, "height": 16, "width": 16}) == InputContract(4, 16, 16)
 
-    @pytest.mark.parametrize(
-        "value", [SMALL.tubes[0], SMALL, InputContract(4, 16, 16)], ids=lambda value: type(value).__name__
-    )
-    def test_an_unknown_field_is_refused_by_name(self, value: TubeSpec | ModelSpec | InputContract) -> None:
+    @pytest.mark.parametrize("value", [SMALL.tubes[0], SMALL], ids=lambda value: type(value).__name__)
+    def test_an_unknown_field_is_refused_by_name(self, value: TubeSpec | ModelSpec) -> None:
         with pytest.raises(SpecError, match=f"{type(value).__name__} has no field dropout; it has "):
             type(value).from_json(value.to_json() | {"dropout": 0.1})
 
@@ -341,9 +293,3 @@ def test_the_named_sizes() -> None:
         "tubevit-l": (1024, 24, 16),
         "tubevit-h": (1280, 32, 16),
     }
-
-
-def test_the_same_preprocessing_for_another_clip() -> None:
-    contract = InputContract(8, 64, 80, fps=15.0, mean=(0.1, 0.2, 0.3))
-    assert contract.with_clip(frames=16, size=(32, 48)) == replace(contract, frames=16, height=32, width=48)
-    assert contract.with_clip() == contract

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgetube import preprocess, stream
+from edgetube.contract import InputContract
 from edgetube.errors import InputError, InputWarning
-from edgetube.spec import InputContract
 from edgetube.video import Clip
 
 

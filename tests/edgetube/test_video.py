@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, ImageSequence
 
 from edgetube import preprocess, video
+from edgetube.contract import InputContract
 from edgetube.errors import InputError, InputWarning, MissingPackageError
-from edgetube.spec import InputContract
 
 SIZE = 64
 BITS = 8

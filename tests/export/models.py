@@ -11,12 +11,13 @@ import onnxruntime as ort
 import torch
 from onnx import numpy_helper
 
+from edgetube.contract import InputContract
 from edgetube.export import canonical
 from edgetube.export.canonical import Graph
 from edgetube.export.static import StaticTubeViT
 from edgetube.model.tubevit import TubeViT
 from edgetube.runtimes.torch import normalise
-from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, InputContract, ModelSpec, TubeSpec
+from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, ModelSpec, TubeSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BASE = ModelSpec(PAPER_TUBES, 32, (64, 64), width=24, depth=2, heads=2, classifiers=(("motion", 5), ("other", 3)))

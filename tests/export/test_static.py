@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from edgetube.contract import InputContract
 from edgetube.errors import SpecError
 from edgetube.export import static
 from edgetube.model.tubevit import TubeViT
 from edgetube.runtimes.torch import normalise
-from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, InputContract, ModelSpec, TubeSpec
+from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, ModelSpec, TubeSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

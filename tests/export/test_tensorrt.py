@@ -24,6 +24,7 @@ from edgetube import demo, export
 from edgetube.bundle import Bundle
 from edgetube.calibration import graphs
 from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
+from edgetube.contract import InputContract
 from edgetube.errors import BackendError, InputError
 from edgetube.export import canonical, pipeline, proof, quantize, rewrite, static
 from edgetube.export import tensorrt as exporter
@@ -36,7 +37,7 @@ from edgetube.runtimes.tensorrt.build import LEGACY, Settings, parse
 from edgetube.runtimes.tensorrt.build import build as build_engine
 from edgetube.runtimes.tensorrt.layers import summarize_engine_layers
 from edgetube.runtimes.tensorrt.sdk import load_sdk
-from edgetube.spec import InputContract, ModelSpec, TubeSpec, named
+from edgetube.spec import ModelSpec, TubeSpec, named
 from edgetube.targets import Target, installed
 
 GATHER = pipeline.Options(lowering="gather")

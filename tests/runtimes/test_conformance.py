@@ -13,12 +13,12 @@ import pytest
 
 from edgetube import bundle as bundles
 from edgetube import demo, export, runtimes
+from edgetube.contract import InputContract
 from edgetube.errors import BackendError, BundleError, InputError
 from edgetube.export import pipeline
 from edgetube.model import checkpoints
 from edgetube.runtimes.base import Backend
 from edgetube.runtimes.torch import Reference
-from edgetube.spec import InputContract
 from edgetube.targets import Target
 
 Opened: TypeAlias = tuple[Backend, Target]

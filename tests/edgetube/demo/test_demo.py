@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgetube import demo
-from edgetube.spec import InputContract
+from edgetube.contract import InputContract
 from edgetube.video import Clip
 
 SMALL = InputContract(frames=16, height=64, width=64, fps=15.0)

@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from edgetube import demo
 from edgetube.bundle import Bundle
+from edgetube.contract import InputContract
 from edgetube.errors import CheckpointError, InputError, SpecError
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.model.tubevit import TubeViT, shapes
 from edgetube.precision import Precision
-from edgetube.spec import InputContract, ModelSpec, TubeSpec, named
+from edgetube.spec import ModelSpec, TubeSpec, named
 
 SPEC = ModelSpec(
     tubes=(TubeSpec((2, 8, 8), (2, 16, 16), space_to_depth=(1, 2, 2)), TubeSpec((1, 8, 8), (4, 8, 8))),
