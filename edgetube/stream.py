@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edgetube import preprocess
+from edgetube import preprocess, resize
 from edgetube.contract import InputContract
 from edgetube.errors import InputError, InputWarning
 from edgetube.video import Clip, Frames
@@ -145,7 +145,7 @@ def ticks(frames: Iterable[TimedFrame], contract: InputContract) -> Iterator[Tim
     shown: Frames | None = None
     for seconds, frame in preprocess.resample(frames, contract.fps):
         if frame is not shown:
-            shown, resized = frame, preprocess.spatial(frame[None], contract)[0]
+            shown, resized = frame, resize.spatial(frame[None], contract)[0]
         yield seconds, resized
 
 

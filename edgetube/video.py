@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
-from edgetube import listing, preprocess
+from edgetube import listing, preprocess, resize
 from edgetube.contract import InputContract
 from edgetube.errors import InputError, InputWarning
 from edgetube.files import replacing
 from edgetube.listing import IMAGES, VIDEOS
-from edgetube.preprocess import TOLERANCE, Frames
+from edgetube.preprocess import TOLERANCE
+from edgetube.resize import Frames
 from edgetube.targets import need
 
 if TYPE_CHECKING:  # PyAV takes half as long to import as numpy; `import edgetube` does not wait for it
@@ -110,7 +111,7 @@ def load(path: str | Path, contract: InputContract, start: float | None = None) 
         previous = None
         for slot, (seconds, frame) in zip(out, preprocess.pick(reader.frames(begin), contract, begin), strict=False):
             if frame is not previous:
-                pixels = preprocess.spatial(_rgb(frame)[None], contract)[0]
+                pixels = resize.spatial(_rgb(frame)[None], contract)[0]
             previous, slot[...] = frame, pixels
             times.append(seconds)
         if not times:
