@@ -117,6 +117,13 @@ class TestKey:
         assert kept.state().choices
         assert Cache(folder, KEY | {name: 3.0}).note is None  # the new key is written down
 
+    def test_another_budget_before_there_is_a_result(self, state: CalibrationState, tmp_path: Path) -> None:
+        """As after Ctrl-C: the stages that are done are kept."""
+        Cache(tmp_path / "c", KEY).save_state(state)
+        kept = Cache(tmp_path / "c", KEY | {"max_drop": 3.0})
+        assert kept.differences == ("max_drop",)
+        assert_same(kept.state(), state)
+
     @pytest.mark.parametrize(
         ("key", "named"),
         [
@@ -260,3 +267,5 @@ def test_waiting_is_a_stage_with_a_beginning_and_an_end(tmp_path: Path) -> None:
 
 def test_folders_above_are_made(tmp_path: Path) -> None:
     assert Cache(tmp_path / "a" / "b" / "c", KEY).folder.is_dir()
+    with open_cache(tmp_path / "d" / "e" / "f", KEY) as kept:
+        assert kept.folder.is_dir()

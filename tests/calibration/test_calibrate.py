@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,49 +93,6 @@ def test_errors_of_tubes_cancel_on_other_clips(calibrator: LayerwiseCalibrator, 
         assert first < second / 4
 
 
-def rows_of(model: onnx.ModelProto, tensor: str, frames: Iterable[Any]) -> npt.NDArray[np.float32]:
-    """All rows of an activation on clips."""
-    call = export.evaluator()(graphs.extract_subgraph(model, [tensor]))
-    seen = [np.asarray(call({"frames": np.asarray(clip)[None]})[0]) for clip in frames]
-    return np.concatenate([x.reshape(-1, x.shape[-1]) for x in seen])
-
-
-def relative_error(
-    rows: npt.NDArray[np.float32],
-    weight: npt.NDArray[Any],
-    scales: npt.NDArray[Any],
-    integers: npt.NDArray[Any],
-    low: float,
-    high: float,
-) -> float:
-    """Of a product with both sides quantised to 8 bits (int8, zero point 0), in float64, by its definition."""
-    scale = max(-low, high) / 127
-    exact = rows.astype(np.float64) @ weight.astype(np.float64)
-    quantised = (np.clip(np.rint(rows / scale), -128, 127) * scale) @ (integers * scales.astype(np.float64))
-    return float(np.square(quantised - exact).sum() / np.square(exact).sum())
-
-
-def test_weights_are_rounded_for_every_token(
-    calibrator: LayerwiseCalibrator, clips: tuple[Clips, Clips], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However few rows are sampled: the Gram matrix is of all of them."""
-    monkeypatch.setattr("edgetube.calibration.layerwise.ROWS", (16, 16))
-    monkeypatch.setattr("edgetube.calibration.layerwise.ROW_VALUES", 1)
-    state = CalibrationState()
-    calibrator.calibrate(state)
-    folded = graphs.replace_initializers(calibrator.model, state.values)
-    for linear in calibrator.linears:
-        if not linear.name.endswith(("fc2", "qkv")):
-            continue
-        rows = rows_of(folded, linear.activation, clips[0].frames).astype(np.float64)
-        weight = np.asarray(graphs.initializers(folded)[linear.weight], np.float32)
-        scales = state.choices[linear.name].scales
-        np.testing.assert_array_equal(scales, numeric.mse_scales(weight, np.float32(np.square(rows).mean(axis=0))))
-        found, expected = state.integers[linear.weight], numeric.gptq_quantize(weight, scales, rows.T @ rows)
-        assert (found != expected).mean() < 0.005  # ties between float32 and float64
-        assert (found != numeric.gptq_quantize(weight, scales, rows[:16].T @ rows[:16])).mean() > 0.02
-
-
 def test_a_nearly_dead_channel_has_a_scale_that_float16_holds(
     hard_graph: Graph, clips: tuple[Clips, Clips], answer: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -159,28 +116,6 @@ def test_a_nearly_dead_channel_has_a_scale_that_float16_holds(
         assert by == pytest.approx(table.ranges[plan.activation].symmetric / unit, rel=1e-6)
     exact = answer(model, clips[1])
     assert metrics.sqnr(exact, answer(typed, clips[1])) > 30
-
-
-def test_errors_are_reported_on_clips_that_nothing_was_chosen_from(
-    hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path
-) -> None:
-    seen, others = clips[0].frames, [clips[1].frames[index] for index in range(3)]
-    calibrator = LayerwiseCalibrator(hard_graph.model, clips[0], export.evaluator(), "int8", tmp_path, held_out=others)
-    state = CalibrationState()
-    calibrator.calibrate(state)
-    folded = graphs.replace_initializers(calibrator.model, state.values)
-    for linear in calibrator.linears:
-        if not linear.in_block:
-            continue
-        choice, integers = state.choices[linear.name], state.integers[linear.weight]
-        for frames, found in ((seen, choice.error), (others, calibrator.held_out_errors[linear.name])):
-            rows, weight = rows_of(folded, linear.activation, frames), graphs.initializers(folded)[linear.weight]
-            by_hand = relative_error(rows, weight, choice.scales, integers, choice.range.low, choice.range.high)
-            assert found == pytest.approx(by_hand, rel=0.02)
-        rows, weight = rows_of(calibrator.model, linear.activation, seen), calibrator.initializers[linear.weight]
-        scales = np.abs(weight).max(axis=0) / 127
-        by_hand = relative_error(rows, weight, scales, np.rint(weight / scales), min(0, rows.min()), rows.max())
-        assert choice.plain_error == pytest.approx(by_hand, rel=0.02)
 
 
 def test_held_out_clips_are_those_that_only_judge(
@@ -374,29 +309,6 @@ def test_the_artifact_computes_what_was_simulated(
     )
 
 
-def test_biases_are_corrected(
-    calibrator: LayerwiseCalibrator, clips: tuple[Clips, Clips], answer: Callable[..., npt.NDArray[np.float32]]
-) -> None:
-    """The mean output of every corrected linear is that of the float graph, on the clips that were seen."""
-    state = CalibrationState()
-    calibrator.calibrate(state)
-    every = frozenset(linear.name for linear in calibrator.linears if linear.in_block)
-    fc2 = "blocks.1.mlp.fc2"
-
-    def drift() -> Any:
-        models = calibrator.fake_quantized(state, every), graphs.replace_initializers(calibrator.model, state.values)
-        q, f = (
-            np.stack([call({"frames": np.asarray(x)[None]})[0] for x in clips[0].frames])
-            for call in (export.evaluator()(graphs.extract_subgraph(m, [fc2])) for m in models)
-        )
-        return np.abs((q - f).mean(axis=(0, 1, 2))).max()
-
-    before = drift()
-    calibrator.correct_biases(state, every)
-    assert drift() < 0.05 * before
-    assert set(state.biases) == {linear.bias for linear in calibrator.linears if linear.in_block}
-
-
 def test_the_order_of_the_clips_does_not_matter(hard_graph: Graph, hard_checkpoint: Checkpoint, tmp_path: Path) -> None:
     c = hard_checkpoint
     source = built_in_calibration(12, c.labels)
@@ -464,60 +376,6 @@ def test_the_ranking_finds_the_linear_that_hurts(
     budget = search.AccuracyBudget(clips[1], answer(calibrator.model, clips[1]), None)
     ranking = search.rank(calibrator, state, budget, frozenset(linear.name for linear in calibrator.linears))
     assert max(ranking, key=lambda name: ranking[name]) == hurt
-
-
-class TestJudge:
-    def budget(self, clips: Clips, max_drop: Any = None, labelled: bool = True) -> Any:
-        logits = np.eye(9, dtype=np.float32)[np.maximum(clips.labels, 0)]
-        if not labelled:
-            clips = type(clips)(clips.name, clips.frames, np.full(18, -1), clips.names, clips.sha256)
-        return search.AccuracyBudget(clips, logits, max_drop), logits
-
-    def test_one_clip_may_change_its_mind(self, clips: tuple[Clips, Clips]) -> None:
-        budget, logits = self.budget(clips[1])
-        other = logits.copy()
-        assert budget.verdict(other).within_budget
-        other[0] = np.roll(other[0], 1)
-        verdict = budget.verdict(other)
-        assert verdict.loss == pytest.approx(100 / 18)
-        assert verdict.within_budget
-        other[1] = np.roll(other[1], 1)
-        assert not budget.verdict(other).within_budget
-        assert budget.verdict(other).top1 == pytest.approx(16 / 18)
-
-    def test_a_budget_that_was_given_is_never_loosened(self, clips: tuple[Clips, Clips]) -> None:
-        """18 clips: one of them is 5.6 points, and 1 point was allowed."""
-        budget, logits = self.budget(clips[1], 1.0)
-        other = logits.copy()
-        assert budget.verdict(other).within_budget
-        other[0] = np.roll(other[0], 1)
-        verdict = budget.verdict(other)
-        assert (verdict.within_budget, verdict.budget) == (False, 1.0)
-
-    @pytest.mark.parametrize(
-        ("max_drop", "says"),
-        [
-            (1.0, "a budget of 1 points can be decided by at least 100 clips; 18 judged, one of which is 5.6 points"),
-            (0.3, "by at least 334 clips"),
-            (0.0, "by no number of clips"),
-            (6.0, ""),
-            (None, ""),
-        ],
-    )
-    def test_how_many_clips_a_budget_takes_is_said(
-        self, clips: tuple[Clips, Clips], max_drop: float | None, says: str
-    ) -> None:
-        budget, _ = self.budget(clips[1], max_drop)
-        assert says in budget.note
-        assert bool(budget.note) == bool(says)
-
-    def test_without_labels_agreement_counts(self, clips: tuple[Clips, Clips]) -> None:
-        budget, logits = self.budget(clips[1], 12.0, labelled=False)
-        other = logits.copy()
-        other[:2] = np.roll(other[:2], 1, axis=1)
-        verdict = budget.verdict(other)
-        assert verdict.top1 is None
-        assert (verdict.within_budget, verdict.agreement) == (True, pytest.approx(16 / 18))
 
 
 class TestCache:
@@ -609,37 +467,10 @@ class TestCache:
         (tmp_path / "c" / "result.safetensors").unlink()
         kept = Cache(tmp_path / "c", key)
         state = kept.state()
-        calibrator = LayerwiseCalibrator(
-            graphs.insert_equalization_sites(hard_graph.model, "uint8"), clips[0], export.evaluator(), "uint8", tmp_path
-        )
-        assert calibrator.matches_model(state)
-        for damaged in damages(state):
-            assert not calibrator.matches_model(damaged)
         state.integers["blocks.0.mlp.fc1.weight"] = np.zeros((3, 3), np.int8)
         kept.save_state(state)
         again, _ = self.run(hard_graph, clips, tmp_path / "c", tmp_path)
         assert again.table == straight.table
-
-
-def damages(state: CalibrationState) -> Iterator[CalibrationState]:
-    """What may be wrong with kept stages, one thing at a time."""
-    one, bias = "blocks.0.mlp.fc1", "blocks.0.mlp.fc1.bias"
-    for field, name, value in (
-        ("values", bias, np.zeros(3, np.float32)),
-        ("values", bias, np.full(96, np.nan, np.float32)),
-        ("values", "of another model", np.zeros(96, np.float32)),
-        ("integers", f"{one}.weight", np.zeros((96, 24), np.int8)),
-        ("integers", f"{one}.weight", np.zeros((24, 96), np.int16)),
-        ("integers", "of another model", np.zeros((24, 96), np.int8)),
-        ("means", one, np.zeros(96, np.float32)),
-        ("means", one, np.full(24, np.inf, np.float32)),
-        ("choices", one, replace(state.choices[one], scales=np.zeros(24, np.float32))),
-        ("choices", one, replace(state.choices[one], scales=np.full(96, np.nan, np.float32))),
-        ("choices", "of another model", state.choices[one]),
-    ):
-        yield replace(state, **{field: {**getattr(state, field), name: value}})
-    for field in ("integers", "means", "choices"):
-        yield replace(state, **{field: {k: v for k, v in getattr(state, field).items() if not k.startswith(one)}})
 
 
 def test_clips_that_judge_what_they_made_are_a_stated_warning(

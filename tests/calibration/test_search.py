@@ -124,6 +124,7 @@ class TestFallback:
         assert found.verdict is HOLDS
         assert tried[0] == frozenset(BLOCKS)
         assert tried[-1] == found.quantised  # biases are those of the result
+        assert len({*tried[:-1]}) == len(tried) - 1  # each takes minutes: no number is tried again
 
     def test_no_more_than_half_of_the_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
         sensitive = {f"blocks.{i}.mlp.fc1": 0.9 - 0.1 * i for i in range(5)}
@@ -176,6 +177,40 @@ class TestVerdict:
         exact = self.answers([1] * len(labels))
         assert AccuracyBudget(clips(labels), exact, None).verdict(exact).budget == budget
 
+    def test_the_first_label_is_a_label(self) -> None:
+        budget = AccuracyBudget(clips([0] * 4), self.answers([0] * 4), None)
+        found = budget.verdict(self.answers([0, 0, 0, 1]))
+        assert (found.labelled, found.top1_float, found.top1) == (True, 1.0, 0.75)
+
+    @pytest.mark.parametrize(("labels", "holds"), [([1] * 18, 1.0), ([-1] * 18, 12.0)])
+    def test_a_budget_that_was_given_is_never_loosened(self, labels: list[int], holds: float) -> None:
+        """18 clips: one of them is 5.6 points, two are 11.1."""
+        budget = AccuracyBudget(clips(labels), self.answers([1] * 18), holds)
+        found = budget.verdict(self.answers([1] * 16 + [0] * 2))
+        assert found.loss == pytest.approx(200 / 18)
+        assert (found.within_budget, found.budget) == (holds == 12, holds)
+
+    @pytest.mark.parametrize(
+        ("max_drop", "says"),
+        [
+            (
+                1.0,
+                "a budget of 1 points can be decided by at least 100 clips; 18 judged, one of which is 5.6 points, so "
+                "none may be lost: give --calib more clips",
+            ),
+            (0.3, "by at least 334 clips"),
+            (0.0, "by no number of clips"),
+            (5.5, "by at least 19 clips"),
+            (6.0, ""),
+            (None, ""),
+        ],
+    )
+    def test_how_many_clips_a_budget_takes_is_said(self, max_drop: float | None, says: str) -> None:
+        note = AccuracyBudget(clips([1] * 18), self.answers([1] * 18), max_drop).note
+        assert says in note
+        assert bool(note) == bool(says)
+        assert AccuracyBudget(clips([1] * 20), self.answers([1] * 20), 5.0).note == ""  # just one clip
+
     def test_exactly_the_budget_holds(self) -> None:
         budget = AccuracyBudget(clips([1] * 1000), self.answers([1] * 1000), None)
         for wrong, holds in ((5, True), (6, False)):
@@ -196,10 +231,17 @@ def test_answers_are_those_to_every_clip_in_its_order(tmp_path: Path) -> None:
 
 
 class RankStub(Stub):
-    """A calibrator whose graphs are the names of what they quantise."""
+    """A calibrator whose graphs are the names of what they quantise, with the clips that each was run on."""
 
     input = "frames"
-    progress = staticmethod(lambda *_: None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.seen: dict[str, list[int]] = {}
+        self.steps: list[tuple[str, int, int]] = []
+
+    def progress(self, *step: Any) -> None:
+        self.steps.append(step)
 
     def fake_quantized(self, state: CalibrationState, quantised: frozenset[str]) -> str:
         assert not state.biases
@@ -207,15 +249,25 @@ class RankStub(Stub):
         return name
 
     def open(self, name: str) -> Any:
-        return lambda feeds: [np.array([[1, int(feeds["frames"].flat[0])]], np.float32) * (1 + 0.1 * int(name))]
+        def call(feeds: dict[str, Any]) -> list[npt.NDArray[np.float32]]:
+            clip = int(feeds["frames"].flat[0])
+            self.seen.setdefault(name, []).append(clip)
+            return [np.array([[1, clip]], np.float32) * (1 + 0.1 * int(name))]
+
+        return call
 
 
-@pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
-def test_the_ranking_is_the_relative_error_of_each_alone(count: int) -> None:
+@pytest.mark.parametrize(("count", "step"), [(1, 1), (15, 1), (16, 1), (17, 1), (31, 1), (32, 2), (40, 2), (50, 3)])
+def test_the_ranking_is_the_relative_error_of_each_alone(count: int, step: int) -> None:
+    """On 16 clips spread evenly, or on all of fewer."""
     frames = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1, 1)
     exact = np.stack([np.ones(count), np.arange(count)], axis=1).astype(np.float32)
     seen = Clips("x", frames, np.zeros(count, int), tuple(map(str, range(count))), "")
-    stub: Any = RankStub(graph({"a": (1, 1, 2)}))
+    ranker = RankStub(graph({"a": (1, 1, 2)}))
+    stub: Any = ranker
     state = CalibrationState(biases={"x": np.array([1], np.float32)})
     found = search.rank(stub, state, AccuracyBudget(seen, exact, None), frozenset({"1", "3"}))
     assert found == {"1": pytest.approx(0.1, rel=1e-5), "3": pytest.approx(0.3, rel=1e-5)}
+    some = [i * step for i in range(min(count, 16))]
+    assert ranker.seen == {"1": some, "3": some}
+    assert ranker.steps == [("rank linears", done, 2) for done in range(3)]
