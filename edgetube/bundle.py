@@ -36,7 +36,9 @@ from edgetube.spec import MOST_CLASSES, ModelSpec
 from edgetube.targets import Status
 from edgetube.video import Frames
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of the manifests written; 1 (readers know it, too) had `mlp_ratio` and `pool` in the model's spec."""
+
 MANIFEST = "edgetube.json"
 GOLDEN = "golden.npz"
 CALIBRATION = "calibration.json"
@@ -223,10 +225,10 @@ def load(path: str | Path, verify: bool = True) -> Bundle:
     try:
         data = strict.record(strict.read_json(manifest), "the manifest", ["schema"])
         schema = strict.integer(data["schema"], "schema", 1, 1 << 31)
-        if schema != SCHEMA:
+        if schema > SCHEMA:
             raise BundleError(
-                f"{path} has bundle schema {schema}; this edgetube reads schema {SCHEMA}: upgrade edgetube or export "
-                "again"
+                f"{path} has bundle schema {schema}; this edgetube reads schemas up to {SCHEMA}: upgrade edgetube or "
+                "export again"
             )
         bundle = _parse(path, data)
     except OSError as error:

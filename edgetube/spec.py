@@ -20,8 +20,10 @@ Triple = tuple[int, int, int]
 
 AXES = ("time", "height", "width")
 
-Pool = Literal["attention", "mean"]
-Positions = Literal["fixed", "stored"]
+Positions = Literal["fixed", "stored", "rotary"]
+PositionResize = Literal["none", "bilinear", "bicubic", "bicubic-antialias"]
+Activation = Literal["gelu", "gelu-tanh", "quick-gelu", "silu"]
+FinalNorm = Literal["tokens", "readout", "none"]
 
 MOST_BLOCKS = 1 << 10
 MOST_TOKENS = 1 << 16
@@ -140,24 +142,120 @@ PAPER_TUBES_S2D = (
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    """A sparse-tube video transformer, everything but its weights.
+class Rotary:
+    """Rotary position embedding: queries and keys are turned by angles that depend on their token's place in the grid.
 
-    `frames == 1` means image input: only the 2-D tubes make tokens then (section 3.1), with the same encoder
-    and the same position function at t = 0.
+    The channels of a head form pairs, partners half a head apart; `head // 2 // len(axes)` pairs belong to each axis,
+    in the order of `axes`, and the pairs that are left over are not turned. Pair j of an axis turns by
+    `c * base ** (-j / pairs)` at coordinate c. Prefix tokens are not turned.
+
+    Attributes:
+        axes: of `AXES`.
+        base: "theta".
+        coordinates: "index" (the place in the token grid), or "centred": 2 pi ((i + 0.5) / n * 2 - 1).
+        frequencies: "pairs": both partners turn by the same angle. "channels": the frequencies run over the channels
+            (2j for the first partner of pair j, 2j + 1 for the second, both modulo the number of pairs), as V-JEPA 2
+            was trained with.
+    """
+
+    axes: tuple[str, ...]
+    base: float = 10000.0
+    coordinates: Literal["index", "centred"] = "index"
+    frequencies: Literal["pairs", "channels"] = "pairs"
+
+    def __post_init__(self) -> None:
+        with strict.spec_errors():
+            given = strict.items(self.axes, "the axes of rotary positions", 1, len(AXES))
+            axes = tuple(strict.text(axis, "an axis of rotary positions", most=20) for axis in given)
+            object.__setattr__(self, "axes", axes)
+            object.__setattr__(self, "base", strict.number(self.base, "the base of rotary positions", 1, 1e12))
+        if not set(axes) <= set(AXES) or len(set(axes)) < len(axes):
+            raise SpecError(f"rotary axes {axes}; expected some of {', '.join(AXES)}, each once")
+        _check_choices(self, "rotary ", coordinates=("index", "centred"), frequencies=("pairs", "channels"))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Rotary:
+        with strict.spec_errors():
+            return cls(**strict.fields_of(cls, data))
+
+
+@dataclass(frozen=True)
+class QueryPool:
+    """A readout by attention of one learned query, with an MLP behind it (V-JEPA 2's pooler, SigLIP's MAP head).
+
+    The query is a constant, so queries times keys is one product of the tokens by a constant (width, heads), and the
+    values are projected after they were weighted. What is added to the attended value (biases, the query itself) is
+    one bias.
+
+    Attributes:
+        heads: of the attention.
+        hidden: width of the MLP behind it: x + mlp(norm(x)).
+        depth: encoder blocks between the final norm and the attention, without positions.
+        norm: whether the tokens pass a LayerNorm of the pool's own first.
+        projection: whether the attended values pass a linear.
+    """
+
+    heads: int
+    hidden: int
+    depth: int = 0
+    norm: bool = False
+    projection: bool = True
+
+    def __post_init__(self) -> None:
+        with strict.spec_errors():
+            for name, low, most in (("heads", 1, LARGEST), ("hidden", 1, 16 * LARGEST), ("depth", 0, MOST_BLOCKS)):
+                value = strict.integer(getattr(self, name), f"{name} of the query pool", low, most)
+                object.__setattr__(self, name, value)
+        for name in ("norm", "projection"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"{name} of the query pool is {getattr(self, name)!r:.60}; expected true or false")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> QueryPool:
+        with strict.spec_errors():
+            return cls(**strict.fields_of(cls, data))
+
+
+QUERY = "query"
+"""The readout by a `QueryPool`."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A video or image transformer fed by tubes, everything but its weights.
+
+    A ViT with dense patches is the case of one tube whose stride is its kernel. `frames == 1` means image input: only
+    the 2-D tubes make tokens then (section 3.1), with the same encoder and the positions of time 0.
 
     Attributes:
         tubes: the tubes, in the order of their tokens.
         frames, size: the clip, T and (H, W) in voxels.
-        width, depth, heads, mlp_ratio: the ViT encoder; `width` is d.
+        width, depth, heads: the ViT encoder; `width` is d.
         classifiers: (name, classes) of each linear head (one per data set in the paper).
+        hidden: width of the MLP's hidden layer; 0, the default, becomes 4 * width.
         channels: colour channels of the clip.
         kernel: the shape of the one shared kernel that is resized trilinearly to every tube
             ("interpolated kernels", section 3.1), or None when each tube has its own.
-        pool: "attention" (softmax over Linear(d, 1) scores, weighted sum) or "mean".
-        positions: "fixed" (equations 3-7 at the tubes' centres) or "stored" (a table in the checkpoint).
+        prefix: number of learned tokens before those of the tubes (class, distillation, register tokens); each is one
+            constant row, its position included.
+        readout: what the classifiers read, one vector of `width` each, concatenated: "attention" (of all tokens:
+            softmax over Linear(d, 1) scores, weighted sum), "mean" (of the tubes' tokens), "prefix.I" (prefix token I),
+            or "query" alone (see `query_pool`).
+        query_pool: of the readout "query".
+        final_norm: where the last LayerNorm is: over the "tokens", over the "readout" (one vector), or "none".
+        final_norm_eps: its epsilon; 0, the default, becomes `norm_eps`.
+        activation: of the MLPs: "gelu" (exact), "gelu-tanh" (its tanh approximation), "quick-gelu"
+            (x sigmoid(1.702 x)), "silu".
+        gated_mlp: the MLP is down(activation(gate(x)) * up(x)), gate and up in one linear, in this order.
+        positions: "fixed" (equations 3-7 at the tubes' centres), "stored" (a table in the checkpoint) or "rotary".
+        position_resize: how a stored table is taken to another size: this filter over height and width, linear in time;
+            "none": it belongs to one clip shape.
+        rotary: of the positions "rotary".
+        embedding_norm: a LayerNorm follows the embedding (prefix tokens, tubes, positions).
         gates: indices of the blocks that add tanh(alpha) * z_0 (section 3.6), alpha learned per block.
-        norm_eps: epsilon of every LayerNorm.
+        norm_eps: epsilon of every other LayerNorm.
+        per_frame: an image model over video: each frame is a sequence of its own, and the logits are the mean over the
+            frames.
     """
 
     tubes: tuple[TubeSpec, ...]
@@ -167,13 +265,23 @@ class ModelSpec:
     depth: int
     heads: int
     classifiers: tuple[tuple[str, int], ...]
-    mlp_ratio: float = 4.0
+    hidden: int = 0
     channels: int = 3
     kernel: Triple | None = None
-    pool: Pool = "attention"
+    prefix: int = 0
+    readout: tuple[str, ...] = ("attention",)
+    query_pool: QueryPool | None = None
+    final_norm: FinalNorm = "tokens"
+    final_norm_eps: float = 0.0
+    activation: Activation = "gelu"
+    gated_mlp: bool = False
     positions: Positions = "fixed"
+    position_resize: PositionResize = "none"
+    rotary: Rotary | None = None
+    embedding_norm: bool = False
     gates: tuple[int, ...] = ()
     norm_eps: float = 1e-6
+    per_frame: bool = False
 
     def __post_init__(self) -> None:
         if not self.tubes:
@@ -182,11 +290,17 @@ class ModelSpec:
             self._normalise()
         if self.width % self.heads:
             raise SpecError(f"width {self.width} is not divisible by {self.heads} attention heads")
-        if not self.hidden >= 1 or not self.norm_eps > 0:
-            raise SpecError(f"mlp_ratio {self.mlp_ratio}, norm_eps {self.norm_eps}; expected both > 0")
-        for name, allowed in (("pool", get_args(Pool)), ("positions", get_args(Positions))):
-            if getattr(self, name) not in allowed:
-                raise SpecError(f"{name} is {getattr(self, name)!r:.60}; this version knows {', '.join(allowed)}")
+        if not self.norm_eps > 0:
+            raise SpecError(f"norm_eps is {self.norm_eps}; expected > 0")
+        _check_choices(
+            self,
+            positions=get_args(Positions),
+            position_resize=get_args(PositionResize),
+            activation=get_args(Activation),
+            final_norm=get_args(FinalNorm),
+        )
+        self._check_readout()
+        self._check_rotary()
         self._check_classifiers()
         for tube in self.tubes:
             if self.width % tube.merge:
@@ -210,15 +324,47 @@ class ModelSpec:
         for name in ("frames", "width", "depth", "heads", "channels"):
             most = MOST_BLOCKS if name == "depth" else LARGEST
             found[name] = strict.integer(getattr(self, name), name, 1, most)
+        found["prefix"] = strict.integer(self.prefix, "prefix", 0, LARGEST)
+        found["hidden"] = strict.integer(self.hidden, "hidden", 0, 1 << 40) or 4 * found["width"]
         found["size"] = _integers(self.size, "size (height, width)", 2, 1)
-        for name in ("mlp_ratio", "norm_eps"):
-            found[name] = strict.number(getattr(self, name), name, 0, LARGEST)
+        found["norm_eps"] = strict.number(self.norm_eps, "norm_eps", 0, LARGEST)
+        found["final_norm_eps"] = strict.number(self.final_norm_eps, "final_norm_eps", 0, LARGEST) or found["norm_eps"]
         if self.kernel is not None:
             found["kernel"] = _triple(self.kernel, "the shared kernel", 1)
         gates = strict.items(self.gates, "gates", 0, MOST_BLOCKS)
         found["gates"] = tuple(strict.integer(gate, "gates", -LARGEST, LARGEST) for gate in gates)
+        found["readout"] = tuple(
+            strict.text(part, "readout", most=20) for part in strict.items(self.readout, "readout", 1, 8)
+        )
+        for name in ("gated_mlp", "embedding_norm", "per_frame"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"{name} is {getattr(self, name)!r:.60}; expected true or false")
         for name, value in found.items():
             object.__setattr__(self, name, value)
+
+    def _check_readout(self) -> None:
+        known = ["attention", "mean", QUERY, *(f"prefix.{i}" for i in range(self.prefix))]
+        if bad := [part for part in self.readout if part not in known]:
+            raise SpecError(f"readout {bad[0]!r:.60}; this model can read {', '.join(known)}")
+        if len(set(self.readout)) < len(self.readout):
+            raise SpecError(f"readout {self.readout} names a part twice")
+        if (QUERY in self.readout) != (self.query_pool is not None) or (self.query_pool and len(self.readout) > 1):
+            raise SpecError(f"readout {self.readout} with query_pool {self.query_pool}; they go together, and alone")
+        if self.query_pool is not None and self.width % self.query_pool.heads:
+            raise SpecError(f"width {self.width} is not divisible by {self.query_pool.heads} heads of the query pool")
+        if self.final_norm == "readout" and len(self.readout) > 1:
+            raise SpecError(f"final_norm 'readout' is over one vector; the readout is {', '.join(self.readout)}")
+
+    def _check_rotary(self) -> None:
+        if (self.positions == "rotary") != (self.rotary is not None):
+            raise SpecError(f"positions are {self.positions!r} and rotary is {self.rotary}; they go together")
+        if self.rotary is None:
+            return
+        if len(self.tubes) > 1:
+            raise SpecError(f"rotary positions need one grid of tokens; the model has {len(self.tubes)} tubes")
+        head = self.width // self.heads
+        if head % 2 or head < 2 * len(self.rotary.axes):
+            raise SpecError(f"heads of {head} channels have no pair for each of the {len(self.rotary.axes)} axes")
 
     def _check_classifiers(self) -> None:
         with strict.spec_errors():
@@ -243,7 +389,7 @@ class ModelSpec:
         kernels = [tube.kernel for tube in self.tubes] + ([self.kernel] if self.kernel else [])
         amounts = {
             "voxels of a clip": (math.prod(self.clip) * self.channels, MOST_VOXELS),
-            "tokens": (self.tokens, MOST_TOKENS),
+            "tokens": (self.sequence, MOST_TOKENS),
             "channels of the MLP": (self.hidden, 16 * LARGEST),
             "parameters of a tube": (self.width * self.channels * max(map(math.prod, kernels)), MOST_PARAMETERS),
         }
@@ -253,7 +399,7 @@ class ModelSpec:
 
     def _must_fit(self, index: int) -> None:
         tube = self.tubes[index]
-        for axis, size, low in zip(AXES, self.clip, tube.minimum(), strict=True):
+        for axis, size, low in zip(AXES, self.encoded, tube.minimum(), strict=True):
             if size < low:
                 raise SpecError(
                     f"tube {index} ({tube}, offset {tube.offset}) does not fit: {axis} is {size}, minimum {low}"
@@ -261,8 +407,13 @@ class ModelSpec:
 
     @property
     def clip(self) -> Triple:
-        """(frames, height, width)."""
+        """(frames, height, width) of the input."""
         return self.frames, *self.size
+
+    @property
+    def encoded(self) -> Triple:
+        """(frames, height, width) of what becomes one sequence of tokens: the clip, or one frame of it."""
+        return 1 if self.per_frame else self.frames, *self.size
 
     @property
     def is_image(self) -> bool:
@@ -271,52 +422,70 @@ class ModelSpec:
     @property
     def accepts_images(self) -> bool:
         """Whether the model has a 2-D tube, so that the same weights also classify one image."""
-        return any(tube.is_2d for tube in self.tubes) and self.positions == "fixed"
+        return any(tube.is_2d for tube in self.tubes)
 
     @property
     def active(self) -> tuple[int, ...]:
         """Indices of the tubes that make tokens: all for a clip, the 2-D ones for an image."""
-        return tuple(i for i, tube in enumerate(self.tubes) if not self.is_image or tube.is_2d)
+        return tuple(i for i, tube in enumerate(self.tubes) if self.encoded[0] > 1 or tube.is_2d)
 
     @property
     def grids(self) -> tuple[Triple, ...]:
         """Token grid (time, height, width) of each active tube."""
-        return tuple(self.tubes[i].grid(self.clip) for i in self.active)
+        return tuple(self.tubes[i].grid(self.encoded) for i in self.active)
 
     @property
     def tokens(self) -> int:
-        """N, the length of the encoder's sequence."""
+        """N, the number of tokens that the tubes make."""
         return sum(math.prod(grid) for grid in self.grids)
 
     @property
-    def hidden(self) -> int:
-        """Width of the MLP's hidden layer."""
-        return int(self.width * self.mlp_ratio)
+    def sequence(self) -> int:
+        """Length of the encoder's sequence: prefix tokens, then those of the tubes."""
+        return self.prefix + self.tokens
+
+    @property
+    def features(self) -> int:
+        """Length of the vector that the classifiers read."""
+        return self.width * len(self.readout)
 
     def with_clip(self, frames: int | None = None, size: tuple[int, int] | None = None) -> ModelSpec:
-        """The same model for another clip shape. Stored position tables belong to one clip shape only.
+        """The same model for another clip shape.
 
         Raises:
-            SpecError: a tube does not fit, or the positions are stored.
+            SpecError: a tube does not fit, or stored positions have no rule for another clip. (An image takes the rows
+                of its own tubes at time 0.)
         """
         new = replace(self, frames=self.frames if frames is None else frames, size=size or self.size)
-        if self.positions == "stored" and new.clip != self.clip:
+        fixed = self.positions == "stored" and self.position_resize == "none"
+        if fixed and new.encoded != self.encoded and not (new.size == self.size and new.is_image):
             raise SpecError(f"this checkpoint stores its positions for clip {self.clip}; it cannot run on {new.clip}")
         return new
 
     def tokenizer_macs(self) -> int:
         """Multiply-accumulates of the tube GEMMs alone."""
-        return sum(
+        return self._sequences * sum(
             math.prod(grid) * self.width * self.channels * math.prod(self.tubes[i].kernel)
             for i, grid in zip(self.active, self.grids, strict=True)
         )
 
+    @property
+    def _sequences(self) -> int:
+        return self.frames if self.per_frame else 1
+
     def macs(self) -> int:
         """Multiply-accumulates of one forward pass: tube GEMMs, linears, attention matmuls, pooling, head."""
-        n, d = self.tokens, self.width
-        block = n * d * (4 * d + 2 * self.hidden) + 2 * n * n * d
-        pool = 2 * n * d if self.pool == "attention" else n * d
-        return self.tokenizer_macs() + self.depth * block + pool + d * self.classifiers[0][1]
+        n, d = self.sequence, self.width
+        block = n * d * (4 * d + (3 if self.gated_mlp else 2) * self.hidden) + 2 * n * n * d
+        encoder = self.depth * block + self._readout_macs()
+        return self.tokenizer_macs() + self._sequences * encoder + self.features * self.classifiers[0][1]
+
+    def _readout_macs(self) -> int:
+        n, d = self.sequence, self.width
+        if (pool := self.query_pool) is not None:
+            block = n * d * (4 * d + 2 * pool.hidden) + 2 * n * n * d
+            return pool.depth * block + 2 * n * d * pool.heads + d * d * (1 + pool.projection) + 2 * d * pool.hidden
+        return sum({"attention": 2 * n * d, "mean": self.tokens * d}.get(part, 0) for part in self.readout)
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
@@ -325,10 +494,40 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
+        """Read a spec of this version, or of the first one, which had `mlp_ratio` and `pool`."""
         with strict.spec_errors():
-            data = strict.fields_of(cls, data)
+            data = strict.fields_of(cls, _second_version(data))
             tubes = strict.items(data["tubes"], "tubes", 1, MOST_TUBES)
-            return cls(**data | {"tubes": tuple(TubeSpec.from_json(tube) for tube in tubes)})
+            data |= {"tubes": tuple(TubeSpec.from_json(tube) for tube in tubes)}
+            for name, part in (("rotary", Rotary), ("query_pool", QueryPool)):
+                if data.get(name) is not None:
+                    data[name] = part.from_json(data[name])
+            return cls(**data)
+
+
+def _second_version(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A spec of the first version with its two fields that are called otherwise now; any other unchanged."""
+    if not isinstance(data, Mapping) or not {"pool", "mlp_ratio"} & data.keys():
+        return data
+    new = {key: value for key, value in data.items() if key not in ("pool", "mlp_ratio")}
+    if "pool" in data:
+        pool = strict.text(data["pool"], "pool", most=60)
+        if pool not in ("attention", "mean"):
+            raise SpecError(f"pool is {pool!r}; this version knows attention, mean")
+        new["readout"] = (pool,)
+    if "mlp_ratio" in data:
+        width = strict.integer(data.get("width"), "width", 1, LARGEST)
+        new["hidden"] = int(width * strict.number(data["mlp_ratio"], "mlp_ratio", 0, LARGEST))
+        if new["hidden"] < 1:
+            raise SpecError(f"mlp_ratio is {data['mlp_ratio']}; expected > 0")
+    return new
+
+
+def _check_choices(spec: Any, prefix: str = "", **choices: tuple[str, ...]) -> None:
+    """Check that each field has one of its values."""
+    for name, allowed in choices.items():
+        if getattr(spec, name) not in allowed:
+            raise SpecError(f"{prefix}{name} is {getattr(spec, name)!r:.60}; this version knows {', '.join(allowed)}")
 
 
 SIZES: dict[str, tuple[int, int, int]] = {

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgetube.export.static import Conv2d, Gather, Linear, MatMul, Pool, Slice, StaticBlock, StaticTubeViT
+from edgetube.export.static import Conv2d, Gather, Linear, MatMul, Pool, Rotate, Slice, StaticBlock, StaticTubeViT
+from edgetube.model.tubevit import Act
 from edgetube.targets import Arithmetic
 from edgetube.video import Frames
 
@@ -33,7 +34,20 @@ NOISE_DRAWS, MAX_CLIPS = 2, 3
 PREFIXES = 8
 """Places in a sum where its partial sum is looked at."""
 
-ROUNDED_MODULES = (Linear, MatMul, Gather, Slice, Conv2d, Pool, StaticBlock, nn.LayerNorm, nn.Softmax, nn.GELU)
+ROUNDED_MODULES = (
+    Linear,
+    MatMul,
+    Gather,
+    Slice,
+    Conv2d,
+    Pool,
+    Rotate,
+    StaticBlock,
+    nn.LayerNorm,
+    nn.Softmax,
+    nn.GELU,
+    Act,
+)
 """Modules whose outputs a runtime may round to the target's type."""
 
 

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from edgetube.contract import InputContract
 from edgetube.errors import SpecError
-from edgetube.model.tubevit import AttentionPool, Block, Tubes, TubeViT, tube_tokens
-from edgetube.spec import ModelSpec, Triple, TubeSpec
+from edgetube.model import tubevit
+from edgetube.model.tubevit import Block, QueryPooler, Tubes, TubeViT, tube_tokens
+from edgetube.spec import QUERY, ModelSpec, Triple, TubeSpec
 from edgetube.video import Frames
 
 LOWERINGS: tuple[str, ...] = ("gather", "slice", "conv2d")
@@ -229,12 +230,14 @@ class StaticTokenizer(nn.Module):
         for i, grid in zip(self.spec.active, self.spec.grids, strict=True):
             tube = self.spec.tubes[i]
             weight, bias = fold(model.tubes.weight(i), model.tubes.biases[i], contract)
-            self.add_module(str(i), _TUBES[lowering](tube, self.spec.clip, weight))
+            self.add_module(str(i), _TUBES[lowering](tube, self.spec.encoded, weight))
             biases.append(bias.repeat(tube.merge).expand(math.prod(grid), -1))
         constant = torch.cat(biases) + model.positions.detach().double()
         self.register_buffer("bias", constant.float())  # (N, D)
 
     def forward(self, frames: Tensor) -> Tensor:
+        if self.spec.per_frame:
+            frames = frames.reshape(-1, *self.spec.encoded, 3)  # (B T, 1, H, W, 3)
         tokens = [tube(frames) for tube in self.children()]  # each (B, n, D)
         return (tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)) + self.bias  # (B, N, D)
 
@@ -283,34 +286,69 @@ class MatMul(nn.Module):
         return torch.matmul(a, b)
 
 
+class Rotate(nn.Module):
+    """Queries or keys turned by their positions, heads split: x cos + (x2 | x1) sin, the first half of sin negated.
+
+    x is (B, h, N, C), or with `columns` (B, h, C, N); x1 and x2 are its halves on C.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, tables: Tensor, columns: bool = False) -> None:
+        """`tables` (2, N, C): cosines and sines."""
+        super().__init__()
+        self.axis = -2 if columns else -1
+        cos, sin = tables.detach().float().clone()
+        sin[:, : sin.shape[1] // 2].neg_()
+        for name, table in (("cos", cos), ("sin", sin)):
+            self.register_buffer(name, (table.T if columns else table).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=self.axis)
+        return x * self.cos + torch.cat([second, first], dim=self.axis) * self.sin
+
+
 class Attention(nn.Module):
     """Joint self-attention without a tensor above rank 4; 1 / sqrt(D / h) is folded into the query weights."""
 
-    def __init__(self, width: int, heads: int, qkv: nn.Linear, proj: nn.Linear) -> None:
+    def __init__(self, width: int, attention: tubevit.Attention, tables: Tensor | None = None) -> None:
         super().__init__()
+        qkv, proj, heads = attention.qkv, attention.proj, attention.heads
         scale = torch.ones(3 * width)
         scale[:width] = (width / heads) ** -0.5
         self.qkv = Linear(qkv.weight * scale[:, None], qkv.bias * scale)
         self.q, self.k, self.v = Heads(heads), Heads(heads, columns=True), Heads(heads)
+        self.turn_q = None if tables is None else Rotate(tables)
+        self.turn_k = None if tables is None else Rotate(tables, columns=True)
         self.scores, self.softmax, self.context = MatMul(), nn.Softmax(dim=-1), MatMul()
         self.proj = Linear(proj.weight, proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).split(x.shape[-1], dim=-1)  # each (B, N, D)
-        weights = self.softmax(self.scores(self.q(q), self.k(k)))  # (B, h, N, N)
+        q, k = self.q(q), self.k(k)  # (B, h, N, D / h), (B, h, D / h, N)
+        if self.turn_q is not None and self.turn_k is not None:
+            q, k = self.turn_q(q), self.turn_k(k)
+        weights = self.softmax(self.scores(q, k))  # (B, h, N, N)
         y = self.context(weights, self.v(v))  # (B, h, N, D / h)
         return self.proj(y.permute(0, 2, 1, 3).reshape(x.shape))  # (B, N, D)
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, linear."""
+    """Linear, activation, linear; gated where the model's is."""
 
-    def __init__(self, fc1: nn.Linear, fc2: nn.Linear) -> None:
+    def __init__(self, mlp: tubevit.Mlp) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2 = Linear(fc1.weight, fc1.bias), nn.GELU(), Linear(fc2.weight, fc2.bias)
+        self.gated = mlp.gated
+        self.fc1, self.fc2 = Linear(mlp.fc1.weight, mlp.fc1.bias), Linear(mlp.fc2.weight, mlp.fc2.bias)
+        approximate = {"gelu": "none", "gelu-tanh": "tanh"}
+        self.act = nn.GELU(approximate[mlp.act.kind]) if mlp.act.kind in approximate else mlp.act
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        if not self.gated:
+            return self.fc2(self.act(self.fc1(x)))
+        gate, up = self.fc1(x).chunk(2, dim=-1)  # each (B, N, hidden)
+        return self.fc2(self.act(gate) * up)
 
 
 class StaticBlock(nn.Module):
@@ -318,18 +356,18 @@ class StaticBlock(nn.Module):
 
     gate: Tensor | None
 
-    def __init__(self, block: Block, spec: ModelSpec) -> None:
+    def __init__(self, block: Block, spec: ModelSpec, tables: Tensor | None = None) -> None:
         super().__init__()
         self.norm1, self.norm2 = block.norm1, block.norm2
-        self.attn = Attention(spec.width, spec.heads, block.attn.qkv, block.attn.proj)
-        self.mlp = Mlp(block.mlp.fc1, block.mlp.fc2)
+        self.attn = Attention(spec.width, block.attn, tables)
+        self.mlp = Mlp(block.mlp)
         gate = None if block.alpha is None else torch.tanh(block.alpha.detach())
         self.register_buffer("gate", gate if gate is not None and gate != 0 else None)
 
-    def forward(self, x: Tensor, z0: Tensor) -> Tensor:
+    def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
         y = x + self.attn(self.norm1(x))  # (B, N, D)
         z = y + self.mlp(self.norm2(y))  # (B, N, D)
-        return z if self.gate is None else z + self.gate * z0  # (B, N, D)
+        return z if self.gate is None or z0 is None else z + self.gate * z0  # (B, N, D)
 
 
 class Pool(nn.Module):
@@ -345,10 +383,75 @@ class Pool(nn.Module):
 
 
 class MeanPool(nn.Module):
-    """Mean of the tokens."""
+    """Mean of the tokens behind the first `prefix`."""
+
+    def __init__(self, prefix: int = 0) -> None:
+        super().__init__()
+        self.prefix = prefix
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean(dim=1)  # (B, D)
+        return (x[:, self.prefix :] if self.prefix else x).mean(dim=1)  # (B, D)
+
+
+class TokenPool(nn.Module):
+    """One token."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.index : self.index + 1].flatten(1)  # (B, D)
+
+
+class QueryPool(nn.Module):
+    """`QueryPooler` with the values of all heads projected by one batched product; h heads, C = D / h."""
+
+    rows: Tensor
+    bias: Tensor
+
+    def __init__(self, pool: QueryPooler, spec: ModelSpec) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(StaticBlock(block, spec) for block in pool.blocks)  # type: ignore[arg-type]
+        self.norm, self.score, self.softmax = pool.norm, Linear(pool.score.weight), nn.Softmax(dim=-1)
+        self.mix, self.value = MatMul(), MatMul()
+        rows = pool.value.weight.detach().float().unflatten(0, (pool.score.out_features, -1))  # (h, C, D)
+        self.register_buffer("rows", rows.transpose(1, 2).contiguous())  # (h, D, C)
+        self.register_buffer("bias", pool.value.bias.detach().float().clone())
+        self.proj = None if pool.proj is None else Linear(pool.proj.weight, pool.proj.bias)
+        self.mlp_norm, self.mlp = pool.mlp_norm, Mlp(pool.mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)  # (B, N, D)
+        z = x if self.norm is None else self.norm(x)  # (B, N, D)
+        weights = self.softmax(self.score(z).transpose(1, 2))  # (B, h, N)
+        mixed = self.mix(weights, z)  # (B, h, D)
+        mixed = mixed.reshape(*mixed.shape[:2], 1, -1)  # (B, h, 1, D)
+        y = self.value(mixed, self.rows).reshape(x.shape[0], -1) + self.bias  # (B, D)
+        y = y if self.proj is None else self.proj(y)  # (B, D)
+        return y + self.mlp(self.mlp_norm(y))  # (B, D)
+
+
+def readout(model: TubeViT, part: str) -> nn.Module:
+    """One part of `spec.readout`: (B, P + N, D) to (B, D)."""
+    pool = model.pool
+    if part == "attention" and pool.score is not None:
+        return Pool(pool.score)
+    if part == QUERY:
+        return QueryPool(pool.query, model.spec)
+    return MeanPool(model.spec.prefix) if part == "mean" else TokenPool(int(part.partition(".")[2]))
+
+
+class Readout(nn.Module):
+    """Several parts, concatenated."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=1)  # (B, F)
 
 
 class StaticTubeViT(nn.Module):
@@ -356,6 +459,7 @@ class StaticTubeViT(nn.Module):
 
     output = "logits"
     positions: Tensor | None
+    prefix: Tensor | None
 
     def __init__(
         self,
@@ -378,20 +482,40 @@ class StaticTubeViT(nn.Module):
             raise SpecError(f"no classifier is called {head!r}; the model has {', '.join(names)}")
         if batch < 1:
             raise SpecError(f"batch is {batch}; expected >= 1")
-        self.blocks = nn.ModuleList(StaticBlock(block, self.spec) for block in model.blocks)  # type: ignore[arg-type]
-        self.norm = model.norm
-        self.pool = Pool(model.pool.score) if isinstance(model.pool, AttentionPool) else MeanPool()
+        self.register_buffer("prefix", None if model.prefix is None else model.prefix.detach().float().clone())
+        self.embedding_norm = model.embedding_norm
+        blocks = [StaticBlock(block, self.spec, model.rotation) for block in model.blocks]  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = None if self.spec.final_norm == "none" else model.norm
+        parts = [readout(model, part) for part in self.spec.readout]
+        self.pool = parts[0] if len(parts) == 1 else Readout(parts)
         chosen = model.classifiers[self.head]
         self.classifiers = nn.ModuleDict({self.head: Linear(chosen.weight, chosen.bias)})  # type: ignore[arg-type]
-        gated = any(block.gate is not None for block in self.blocks)
+        gated = any(block.gate is not None for block in blocks)
         self.register_buffer("positions", model.positions.detach().clone() if gated else None)  # (N, D)
 
     def forward(self, frames: Tensor) -> Tensor:
-        x = self.tubes(frames)  # (B, N, D)
-        z0 = x if self.positions is None else x - self.positions  # (B, N, D), the bare tokens that gates add
+        tokens = x = self.tubes(frames)  # (B, N, D)
+        if self.prefix is not None:
+            x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)  # (B, P + N, D)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)  # (B, P + N, D)
+        z0 = x if self.positions is None else self.bare(tokens, self.positions)  # (B, P + N, D)
         for block in self.blocks:
-            x = block(x, z0)  # (B, N, D)
-        return self.classifiers[self.head](self.pool(self.norm(x)))  # (B, classes)
+            x = block(x, z0)  # (B, P + N, D)
+        last = self.spec.final_norm == "readout"
+        x = x if last or self.norm is None else self.norm(x)  # (B, P + N, D)
+        x = self.pool(x)  # (B, F)
+        x = self.norm(x) if last and self.norm is not None else x  # (B, F)
+        if self.spec.per_frame:
+            x = x.reshape(frames.shape[0], self.spec.frames, -1).mean(dim=1)  # (B, F)
+        return self.classifiers[self.head](x)  # (B, classes)
+
+    def bare(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The tubes' tokens without positions, which gates add; zeros for prefix tokens."""
+        bare = tokens - positions  # (B, N, D)
+        if self.prefix is None:
+            return bare
+        return torch.cat([torch.zeros_like(self.prefix).expand(bare.shape[0], -1, -1), bare], dim=1)  # (B, P + N, D)
 
 
 @dataclass(frozen=True)
@@ -429,8 +553,9 @@ def tokenizer_errors(
     with torch.no_grad():
         exact = copy.deepcopy(model.tubes).double()
         positions = model.positions.double()
-        expected = exact(_pixels(frames, contract)) + positions
-        allowed = _rounding(exact, positions, frames, contract)
+        sequences = frames.reshape(-1, *model.spec.encoded, frames.shape[-1])
+        expected = exact(_pixels(sequences, contract)) + positions
+        allowed = _rounding(exact, positions, sequences, contract)
         errors = {
             name: (StaticTokenizer(model, contract, name)(frames).double() - expected).abs() for name in lowerings
         }

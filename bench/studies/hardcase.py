@@ -64,7 +64,7 @@ def tube_vit(source: Path) -> TubeViT:
     grid = SIZE // 14
     tubes = (TubeSpec((STEP, 14, 14), (STEP, 14, 14)), TubeSpec((1, 14, 14), (FRAMES, SIZE, SIZE)))
     spec = ModelSpec(
-        tubes, FRAMES, (SIZE, SIZE), 384, 12, 6, (("digits", 10),), pool="mean", positions="stored", norm_eps=1e-6
+        tubes, FRAMES, (SIZE, SIZE), 384, 12, 6, (("digits", 10),), readout=("mean",), positions="stored", norm_eps=1e-6
     )
     model = TubeViT(spec).eval()
     state = model.state_dict()

@@ -18,6 +18,7 @@ from edgetube.bundle import Bundle, parse_labels, sha256
 from edgetube.contract import InputContract
 from edgetube.errors import CheckpointError, FormatError, InputError, SpecError, printable
 from edgetube.files import replacing
+from edgetube.model import positions
 from edgetube.model.tubevit import TubeViT, shapes
 from edgetube.spec import ModelSpec, named
 
@@ -319,5 +320,7 @@ def _moved(model: TubeViT, spec: ModelSpec) -> TubeViT:
     """The same weights in a model of another clip shape or with fewer classifiers."""
     moved = TubeViT(spec)
     state = model.state_dict()
+    if spec.positions == "stored":
+        state["positions"] = positions.resized(state["positions"], model.spec, spec)
     moved.load_state_dict({key: state[key] for key in moved.state_dict()})
     return moved.eval()

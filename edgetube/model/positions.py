@@ -1,11 +1,17 @@
-"""The fixed position embedding (TubeViT, equations 3-7): a function of the tubes' centres, without learned weights."""
+"""Positions: the fixed embedding (TubeViT, equations 3-7), rotary tables, and stored tables at another clip shape."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from edgetube.spec import ModelSpec, TubeSpec
+from edgetube.errors import SpecError
+from edgetube.spec import AXES, ModelSpec, Triple, TubeSpec
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -43,3 +49,63 @@ def table(spec: ModelSpec) -> FloatArray:
     """Position embedding of every token of `spec`, in token order: (N, width), float64."""
     points = [centres(spec.tubes[i], grid) for i, grid in zip(spec.active, spec.grids, strict=True)]
     return embed(np.concatenate(points), spec.width)
+
+
+def rotation(spec: ModelSpec) -> FloatArray:
+    """Cosines and sines of the rotary positions of `spec`: (2, P + N, D / heads), float64; see `edgetube.spec.Rotary`.
+
+    Prefix tokens have cosine 1 and sine 0.
+    """
+    rotary, head = spec.rotary, spec.width // spec.heads
+    assert rotary is not None
+    pairs = head // 2 // len(rotary.axes)
+    j = np.arange(pairs)
+    order = (j, j) if rotary.frequencies == "pairs" else (2 * j % pairs, (2 * j + 1) % pairs)
+    (grid,) = spec.grids
+    angles = np.zeros((spec.sequence, 2, head // 2))  # of the first and the second partner of each pair
+    places = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 3)  # (N, 3)
+    for place, name in enumerate(rotary.axes):
+        axis = AXES.index(name)
+        c = places[:, axis, None].astype(np.float64)
+        if rotary.coordinates == "centred":
+            c = 2 * np.pi * ((c + 0.5) / grid[axis] * 2 - 1)
+        for half in (0, 1):
+            angles[spec.prefix :, half, place * pairs : (place + 1) * pairs] = c * rotary.base ** (-order[half] / pairs)
+    flat = angles.reshape(spec.sequence, head)
+    return np.stack([np.cos(flat), np.sin(flat)])
+
+
+def resized(table: Tensor, old: ModelSpec, new: ModelSpec) -> Tensor:
+    """A stored position table (N, D) of the spec `old` for the clip of `new`: (N', D).
+
+    For each tube: over height and width by `new.position_resize`, over time linearly (both with half-pixel centres). A
+    grid that stays as it is keeps its rows exactly; an image takes the rows of its tubes at time 0.
+
+    Raises:
+        SpecError: the grids differ and the table has no rule for another one.
+    """
+    rows, at = {}, 0
+    for i, grid in zip(old.active, old.grids, strict=True):
+        rows[i] = table[at : at + math.prod(grid)].reshape(*grid, -1)
+        at += math.prod(grid)
+    parts = []
+    for i, grid in zip(new.active, new.grids, strict=True):
+        part = rows[i][:1] if new.encoded[0] == 1 else rows[i]
+        parts.append(_resize(part, grid, new).flatten(0, 2))
+    return torch.cat(parts)
+
+
+def _resize(part: Tensor, grid: Triple, spec: ModelSpec) -> Tensor:
+    """One tube's rows (t, h, w, D) at another grid."""
+    if tuple(part.shape[:3]) == grid:
+        return part
+    if spec.position_resize == "none":
+        raise SpecError(f"the stored positions are for a grid {tuple(part.shape[:3])} of tokens, not for {grid}")
+    x = part.permute(0, 3, 1, 2).float()  # (t, D, h, w)
+    if tuple(x.shape[2:]) != grid[1:]:
+        mode, _, antialias = spec.position_resize.partition("-")
+        x = F.interpolate(x, size=grid[1:], mode=mode, align_corners=False, antialias=bool(antialias))
+    if x.shape[0] != grid[0]:
+        series = x.flatten(1).T.unsqueeze(0)  # (1, D h w, t)
+        x = F.interpolate(series, size=grid[0], mode="linear", align_corners=False)[0].T.unflatten(1, x.shape[1:])
+    return x.permute(0, 2, 3, 1)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from edgetube.errors import InputError
 from edgetube.model import positions
-from edgetube.spec import ModelSpec, TubeSpec
+from edgetube.spec import QUERY, Activation, ModelSpec, QueryPool, TubeSpec
 
 
 class Tubes(nn.Module):
@@ -62,8 +62,17 @@ def tube_tokens(x: Tensor, tube: TubeSpec, weight: Tensor, bias: Tensor, grid: t
     return y.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)  # (B, n, S * D/S)
 
 
+def rotate(x: Tensor, tables: Tensor) -> Tensor:
+    """Queries or keys x (..., N, C) turned by their positions: x cos + (-x2 | x1) sin.
+
+    `tables` is (2, N, C): cosines and sines; x1 and x2 are the halves of x on its channels.
+    """
+    first, second = x.chunk(2, dim=-1)  # each (..., N, C / 2)
+    return x * tables[0] + torch.cat([-second, first], dim=-1) * tables[1]  # (..., N, C)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens (joint space-time)."""
+    """Multi-head self-attention over all tokens (joint space-time), with `tables` of rotary positions or without."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -71,67 +80,132 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tables: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
+        if tables is not None:
+            q, k = rotate(q, tables), rotate(k, tables)
         y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D/heads)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
-class Mlp(nn.Module):
-    """Linear, exact GELU, linear."""
+class Act(nn.Module):
+    """The activation of an MLP."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, kind: Activation) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "silu":
+            return F.silu(x)
+        if self.kind == "quick-gelu":
+            return x * torch.sigmoid(1.702 * x)
+        return F.gelu(x, approximate="tanh" if self.kind == "gelu-tanh" else "none")
+
+
+class Mlp(nn.Module):
+    """Linear, activation, linear; a gated one multiplies one half of the first's output, activated, by the other."""
+
+    def __init__(self, width: int, hidden: int, activation: Activation, gated: bool = False) -> None:
+        super().__init__()
+        self.gated = gated
+        self.fc1 = nn.Linear(width, hidden * (2 if gated else 1))
+        self.act = Act(activation)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # (B, N, D)
+        if not self.gated:
+            return self.fc2(self.act(self.fc1(x)))  # (B, N, D)
+        gate, up = self.fc1(x).chunk(2, dim=-1)  # each (B, N, hidden)
+        return self.fc2(self.act(gate) * up)  # (B, N, D)
 
 
 class Block(nn.Module):
     """Pre-LN encoder block; a gated one also adds tanh(alpha) * z_0 (section 3.6, alpha starts at 0)."""
 
-    def __init__(self, spec: ModelSpec, gated: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, activation: Activation, eps: float, gated_mlp: bool, gate: bool
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(spec.width, spec.norm_eps)
-        self.attn = Attention(spec.width, spec.heads)
-        self.norm2 = nn.LayerNorm(spec.width, spec.norm_eps)
-        self.mlp = Mlp(spec.width, spec.hidden)
-        self.alpha = nn.Parameter(torch.zeros(())) if gated else None
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = Mlp(width, hidden, activation, gated_mlp)
+        self.alpha = nn.Parameter(torch.zeros(())) if gate else None
 
-    def forward(self, x: Tensor, z0: Tensor) -> Tensor:
-        y = x + self.attn(self.norm1(x))  # (B, N, D)
+    def forward(self, x: Tensor, z0: Tensor | None = None, tables: Tensor | None = None) -> Tensor:
+        y = x + self.attn(self.norm1(x), tables)  # (B, N, D)
         z = y + self.mlp(self.norm2(y))  # (B, N, D)
-        return z if self.alpha is None else z + torch.tanh(self.alpha) * z0  # (B, N, D)
+        return z if self.alpha is None or z0 is None else z + torch.tanh(self.alpha) * z0  # (B, N, D)
 
 
-class AttentionPool(nn.Module):
-    """Weighted sum of the tokens, weights = softmax over the tokens of Linear(D, 1)."""
+class QueryPooler(nn.Module):
+    """See `edgetube.spec.QueryPool`; heads h, C = D / h.
 
-    def __init__(self, width: int) -> None:
+    `score` holds, for each head, the product of the learned query and the key weights, scaled by C ** -0.5 (a bias of
+    the keys adds the same to every score, and softmax does not see it); the query itself is in the bias that is added
+    last, of `proj` or `value`.
+    """
+
+    def __init__(self, spec: ModelSpec, pool: QueryPool) -> None:
         super().__init__()
-        self.score = nn.Linear(width, 1)
+        d, eps = spec.width, spec.norm_eps
+        self.blocks = nn.ModuleList(
+            Block(d, spec.heads, pool.hidden, spec.activation, eps, gated_mlp=False, gate=False)
+            for _ in range(pool.depth)
+        )
+        self.norm = nn.LayerNorm(d, eps) if pool.norm else None
+        self.score = nn.Linear(d, pool.heads, bias=False)
+        self.value = nn.Linear(d, d)
+        self.proj = nn.Linear(d, d) if pool.projection else None
+        self.mlp_norm = nn.LayerNorm(d, eps)
+        self.mlp = Mlp(d, pool.hidden, spec.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (torch.softmax(self.score(x), dim=1) * x).sum(dim=1)  # (B, D)
+        for block in self.blocks:
+            x = block(x)  # (B, N, D)
+        z = x if self.norm is None else self.norm(x)  # (B, N, D)
+        weights = torch.softmax(self.score(z), dim=1)  # (B, N, h)
+        mixed = weights.transpose(1, 2) @ z  # (B, h, D)
+        rows = self.value.weight.unflatten(0, (weights.shape[2], -1))  # (h, C, D)
+        y = torch.einsum("bhd,hcd->bhc", mixed, rows).flatten(1) + self.value.bias  # (B, D)
+        y = y if self.proj is None else self.proj(y)  # (B, D)
+        return y + self.mlp(self.mlp_norm(y))  # (B, D)
 
 
-class MeanPool(nn.Module):
-    """Mean of the tokens."""
+class Readout(nn.Module):
+    """The vector that the classifiers read: the parts of `spec.readout` of the encoded tokens, concatenated."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.parts, self.prefix = spec.readout, spec.prefix
+        self.score = nn.Linear(spec.width, 1) if "attention" in self.parts else None
+        if spec.query_pool is not None:
+            self.query = QueryPooler(spec, spec.query_pool)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean(dim=1)  # (B, D)
+        found = [self.part(name, x) for name in self.parts]  # each (B, D)
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)  # (B, F)
+
+    def part(self, name: str, x: Tensor) -> Tensor:
+        """One vector (B, D) of the tokens x (B, P + N, D)."""
+        if name == "mean":
+            return x[:, self.prefix :].mean(dim=1)
+        if self.score is not None and name == "attention":
+            return (torch.softmax(self.score(x), dim=1) * x).sum(dim=1)
+        return self.query(x) if name == QUERY else x[:, int(name.partition(".")[2])]
 
 
 class TubeViT(nn.Module):
-    """A sparse-tube video transformer; one model for clips and images.
+    """A video or image transformer fed by tubes; with sparse tubes, one model for clips and images.
 
     `forward` takes normalised float clips (B, C, T, H, W) of the spec's own size, or images as T = 1, and gives
-    logits (B, classes) of the classifier named `head` (the first one by default).
+    logits (B, classes) of the classifier named `head` (the first one by default). P prefix tokens come before the N
+    tokens of the tubes.
     """
 
     positions: Tensor
+    rotation: Tensor | None
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -139,27 +213,60 @@ class TubeViT(nn.Module):
         self.tubes = Tubes(spec)
         stored = spec.positions == "stored"
         self.register_buffer("positions", position_table(spec), persistent=stored)  # (N, D)
-        self.blocks = nn.ModuleList(Block(spec, gated=i in spec.gates) for i in range(spec.depth))
-        self.norm = nn.LayerNorm(spec.width, spec.norm_eps)
-        self.pool = AttentionPool(spec.width) if spec.pool == "attention" else MeanPool()
-        self.classifiers = nn.ModuleDict({name: nn.Linear(spec.width, n) for name, n in spec.classifiers})
+        self.register_buffer("rotation", rotation_tables(spec), persistent=False)  # (2, P + N, D / heads) or None
+        self.prefix = nn.Parameter(torch.zeros(spec.prefix, spec.width)) if spec.prefix else None
+        self.embedding_norm = nn.LayerNorm(spec.width, spec.norm_eps) if spec.embedding_norm else None
+        self.blocks = nn.ModuleList(
+            Block(spec.width, spec.heads, spec.hidden, spec.activation, spec.norm_eps, spec.gated_mlp, i in spec.gates)
+            for i in range(spec.depth)
+        )
+        self.norm = nn.LayerNorm(spec.width, spec.final_norm_eps) if spec.final_norm != "none" else nn.Identity()
+        self.pool = Readout(spec)
+        self.classifiers = nn.ModuleDict({name: nn.Linear(spec.features, n) for name, n in spec.classifiers})
         self.apply(_initialise)
 
     def forward(self, x: Tensor, head: str | None = None) -> Tensor:
-        spec = self.spec_of(x)
-        z0 = self.tubes(x, spec)  # (B, N, D)
-        table = self.positions if spec == self.spec else position_table(spec).to(z0)
-        x = z0 + table  # (B, N, D)
-        return self.classify(self.encode(x, z0), head)  # (B, classes)
+        spec, batch = self.spec_of(x), x.shape[0]
+        if spec.per_frame:
+            x = x.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B T, C, 1, H, W)
+        z0, table, rotation = self.tubes(x, spec), self.positions, self.rotation  # (B, N, D), ...
+        if spec != self.spec:
+            table, rotation = moved_positions(table, self.spec, spec).to(z0), rotation_tables(spec)
+        features = self.features(self.encode(self.embed(z0, table), z0, rotation))  # (B, F)
+        if spec.per_frame:
+            features = features.unflatten(0, (batch, -1)).mean(dim=1)  # (B, F)
+        return self.classifier(head)(features)  # (B, classes)
 
-    def encode(self, x: Tensor, z0: Tensor) -> Tensor:
-        """Encoded tokens (B, N, D) of embedded tokens x (B, N, D); z0 are the bare tube tokens for the gates."""
+    def embed(self, z0: Tensor, table: Tensor) -> Tensor:
+        """The encoder's input (B, P + N, D) of the tubes' tokens z0 (B, N, D) and their position table (N, D)."""
+        x = z0 + table  # (B, N, D)
+        if self.prefix is not None:
+            x = torch.cat([self.prefix.expand(len(x), -1, -1), x], dim=1)  # (B, P + N, D)
+        return x if self.embedding_norm is None else self.embedding_norm(x)  # (B, P + N, D)
+
+    def encode(self, x: Tensor, z0: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """Encoded tokens (B, P + N, D) of embedded tokens x (B, P + N, D); z0 (B, N, D) are the bare tube tokens for
+        the gates."""
+        z0 = F.pad(z0, (0, 0, self.spec.prefix, 0)) if self.spec.gates else z0  # (B, P + N, D)
         for block in self.blocks:
-            x = block(x, z0)  # (B, N, D)
-        return self.norm(x)  # (B, N, D)
+            x = block(x, z0, rotation)  # (B, P + N, D)
+        return self.norm(x) if self.spec.final_norm == "tokens" else x  # (B, P + N, D)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the classifiers read (B, F), of encoded tokens (B, P + N, D)."""
+        y = self.pool(x)  # (B, F)
+        return self.norm(y) if self.spec.final_norm == "readout" else y  # (B, F)
 
     def classify(self, x: Tensor, head: str | None = None) -> Tensor:
-        """Logits (B, classes) of encoded tokens (B, N, D).
+        """Logits (B, classes) of encoded tokens (B, P + N, D).
+
+        Raises:
+            InputError: no classifier is called `head`.
+        """
+        return self.classifier(head)(self.features(x))  # (B, classes)
+
+    def classifier(self, head: str | None = None) -> nn.Module:
+        """The linear called `head`, or the first.
 
         Raises:
             InputError: no classifier is called `head`.
@@ -167,7 +274,7 @@ class TubeViT(nn.Module):
         head = head or self.spec.classifiers[0][0]
         if head not in self.classifiers:
             raise InputError(f"the model has no classifier {head!r}; it has {', '.join(self.classifiers)}")
-        return self.classifiers[head](self.pool(x))  # (B, classes)
+        return self.classifiers[head]
 
     def spec_of(self, x: Tensor) -> ModelSpec:
         """The spec at the clip x (B, C, T, H, W): this model's own, or its image form when T = 1.
@@ -187,29 +294,77 @@ class TubeViT(nn.Module):
 
 
 def position_table(spec: ModelSpec) -> Tensor:
-    """The fixed position table (N, D) in float32; the place for a stored one when the checkpoint has its own."""
+    """The fixed position table (N, D) in float32, where a stored one starts from; zeros where positions are rotary."""
+    if spec.positions == "rotary":
+        return torch.zeros(spec.tokens, spec.width)
     return torch.from_numpy(positions.table(spec)).float()
+
+
+def rotation_tables(spec: ModelSpec) -> Tensor | None:
+    """Cosines and sines (2, P + N, D / heads) of rotary positions; None without them."""
+    return None if spec.rotary is None else torch.from_numpy(positions.rotation(spec)).float()
+
+
+def moved_positions(table: Tensor, old: ModelSpec, new: ModelSpec) -> Tensor:
+    """The position table (N', D) for another clip shape: `spec.position_resize` where it is stored.
+
+    Raises:
+        SpecError: it belongs to one clip shape.
+    """
+    if new.positions != "stored":
+        return position_table(new)
+    return positions.resized(table, old, new)
 
 
 def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of `TubeViT(spec).state_dict()`, without making one."""
-    d, hidden = spec.width, spec.hidden
-    found: dict[str, tuple[int, ...]] = {} if spec.positions == "fixed" else {"positions": (spec.tokens, d)}
+    d = spec.width
+    found: dict[str, tuple[int, ...]] = {"positions": (spec.tokens, d)} if spec.positions == "stored" else {}
+    found |= {"prefix": (spec.prefix, d)} if spec.prefix else {}
     for i, tube in enumerate(spec.tubes):
         found[f"tubes.biases.{i}"] = (d // tube.merge,)
         if spec.kernel is None:
             found[f"tubes.weights.{i}"] = (d // tube.merge, spec.channels, *tube.kernel)
     if spec.kernel is not None:
         found["tubes.kernel"] = (d, spec.channels, *spec.kernel)
-    layers = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (hidden, d), "mlp.fc2": (d, hidden)}
-    linears = {f"blocks.{i}.{name}": shape for i in range(spec.depth) for name, shape in layers.items()}
-    linears |= {f"classifiers.{name}": (classes, d) for name, classes in spec.classifiers}
-    linears |= {"pool.score": (1, d)} if spec.pool == "attention" else {}
-    for name, shape in linears.items():
-        found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    for norm in ("norm", *(f"blocks.{i}.norm{n}" for i in range(spec.depth) for n in (1, 2))):
-        found |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+    for i in range(spec.depth):
+        found |= _block_shapes(f"blocks.{i}", d, spec.hidden, spec.gated_mlp)
+    found |= _norm_shapes("embedding_norm", d) if spec.embedding_norm else {}
+    found |= _norm_shapes("norm", d) if spec.final_norm != "none" else {}
+    found |= _linear_shapes("pool.score", (1, d)) if "attention" in spec.readout else {}
+    found |= _query_pool_shapes("pool.query", d, spec.query_pool) if spec.query_pool else {}
+    for name, classes in spec.classifiers:
+        found |= _linear_shapes(f"classifiers.{name}", (classes, spec.features))
     return found | {f"blocks.{i}.alpha": () for i in spec.gates}
+
+
+def _block_shapes(name: str, d: int, hidden: int, gated_mlp: bool) -> dict[str, tuple[int, ...]]:
+    found = _norm_shapes(f"{name}.norm1", d) | _norm_shapes(f"{name}.norm2", d)
+    linears = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc2": (d, hidden)}
+    linears |= {"mlp.fc1": (hidden * (2 if gated_mlp else 1), d)}
+    for linear, shape in linears.items():
+        found |= _linear_shapes(f"{name}.{linear}", shape)
+    return found
+
+
+def _query_pool_shapes(name: str, d: int, pool: QueryPool) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {f"{name}.score.weight": (pool.heads, d)}
+    for i in range(pool.depth):
+        found |= _block_shapes(f"{name}.blocks.{i}", d, pool.hidden, gated_mlp=False)
+    for norm in ("mlp_norm", *(["norm"] if pool.norm else [])):
+        found |= _norm_shapes(f"{name}.{norm}", d)
+    linears = {"value": (d, d), "mlp.fc1": (pool.hidden, d), "mlp.fc2": (d, pool.hidden)}
+    for linear, shape in (linears | ({"proj": (d, d)} if pool.projection else {})).items():
+        found |= _linear_shapes(f"{name}.{linear}", shape)
+    return found
+
+
+def _linear_shapes(name: str, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def _norm_shapes(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
 def _lecun(weight: Tensor) -> Tensor:
@@ -220,4 +375,5 @@ def _lecun(weight: Tensor) -> Tensor:
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

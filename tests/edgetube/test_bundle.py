@@ -95,8 +95,8 @@ def test_a_missing_file_is_named(out: Path) -> None:
 
 
 def test_a_newer_schema_says_to_upgrade(out: Path) -> None:
-    edit(out, schema=2)
-    with pytest.raises(BundleError, match="schema 2; this edgetube reads schema 1: upgrade"):
+    edit(out, schema=3)
+    with pytest.raises(BundleError, match="schema 3; this edgetube reads schemas up to 2: upgrade"):
         bundles.load(out)
 
 
@@ -505,7 +505,7 @@ def test_the_manifest_as_it_is_written(out: Path) -> None:
     text = (out / MANIFEST).read_text()
     data = json.loads(text)
     assert text == json.dumps(data, indent=2) + "\n"
-    assert (data["schema"], data["name"], data["artifact"], data["batch"]) == (1, "x.onnx-fp32", "model.onnx", 1)
+    assert (data["schema"], data["name"], data["artifact"], data["batch"]) == (2, "x.onnx-fp32", "model.onnx", 1)
     assert (data["status"], data["precision"], data["backend"]) == ("built", "fp32", "onnxruntime")
     assert list(data["files"]) == ["golden.npz", "model.onnx"]
     digest = hashlib.sha256(b"weights").hexdigest()

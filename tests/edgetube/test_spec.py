@@ -19,6 +19,8 @@ from edgetube.spec import (
     SIZES,
     ModelSpec,
     Prediction,
+    QueryPool,
+    Rotary,
     TubeSpec,
     named,
 )
@@ -59,9 +61,9 @@ def models(draw: st.DrawFn) -> ModelSpec:
         depth=depth,
         heads=draw(st.sampled_from([1, 2, 3, 4])),
         classifiers=tuple((name, draw(st.integers(1, 9))) for name in names),
-        mlp_ratio=draw(st.sampled_from([1.0, 2.5, 4.0])),
+        hidden=draw(st.sampled_from([0, 1, 25, 96])),
         kernel=draw(st.none() | triples),
-        pool=draw(st.sampled_from(["attention", "mean"])),
+        readout=draw(st.sampled_from([("attention",), ("mean",), ("attention", "mean")])),
         positions=draw(st.sampled_from(["fixed", "stored"])),
         gates=tuple(draw(st.sets(st.integers(0, depth - 1)))),
         norm_eps=draw(st.sampled_from([1e-6, 1e-5])),
@@ -199,11 +201,23 @@ class TestRefusals:
             ({"size": (16, 0)}, r"size \(height, width\) is 0; expected an integer, 1 to 65536"),
             ({"depth": 0}, "depth is 0"),
             ({"heads": 5}, "width 12 is not divisible by 5 attention heads"),
-            ({"mlp_ratio": 0.0}, "mlp_ratio 0.0"),
-            ({"norm_eps": 0.0}, "norm_eps 0.0"),
+            ({"hidden": -1}, "hidden is -1"),
+            ({"norm_eps": 0.0}, "norm_eps is 0.0; expected > 0"),
             ({"kernel": (0, 8, 8)}, r"shared kernel is \(0, 8, 8\)"),
-            ({"pool": "max"}, "pool is 'max'; this version knows attention, mean"),
-            ({"positions": "learned"}, "positions is 'learned'; this version knows fixed, stored"),
+            ({"readout": ("max",)}, "readout 'max'; this model can read attention, mean, query"),
+            ({"readout": ("prefix.1",), "prefix": 1}, "readout 'prefix.1'; this model can read .*, prefix.0$"),
+            ({"readout": ("mean", "mean")}, "names a part twice"),
+            ({"readout": ("query",)}, "they go together, and alone"),
+            ({"query_pool": QueryPool(2, 8)}, "they go together, and alone"),
+            ({"readout": ("query",), "query_pool": QueryPool(5, 8)}, "not divisible by 5 heads of the query pool"),
+            ({"readout": ("mean", "attention"), "final_norm": "readout"}, "is over one vector"),
+            ({"positions": "learned"}, "positions is 'learned'; this version knows fixed, stored, rotary"),
+            ({"positions": "rotary"}, "rotary is None; they go together"),
+            ({"rotary": Rotary(("time",))}, "positions are 'fixed' .*; they go together"),
+            ({"activation": "relu"}, "activation is 'relu'; this version knows gelu, gelu-tanh, quick-gelu, silu"),
+            ({"final_norm": "head"}, "final_norm is 'head'; this version knows tokens, readout, none"),
+            ({"gated_mlp": 1}, "gated_mlp is 1; expected true or false"),
+            ({"prefix": -1}, "prefix is -1"),
             ({"classifiers": ()}, "expected at least one"),
             ({"classifiers": (("a", 0),)}, "classes of a is 0; expected an integer, 1 to 1048576"),
             ({"classifiers": (("a", 2), ("a", 3))}, "distinct names"),
@@ -211,7 +225,7 @@ class TestRefusals:
             ({"frames": True}, "frames is True; expected an integer"),
             ({"width": 12.0}, "width is 12.0; expected an integer"),
             ({"depth": 10**9}, "depth is 1000000000; expected an integer, 1 to 1024"),
-            ({"mlp_ratio": math.inf}, "mlp_ratio is inf; expected a finite number"),
+            ({"hidden": 2.5}, "hidden is 2.5; expected an integer"),
             ({"norm_eps": math.nan}, "norm_eps is nan; expected a finite number"),
             ({"tubes": [{}]}, "something else than a TubeSpec"),
             ({"kernel": (2, True, 8)}, r"shared kernel is \(2, True, 8\); expected three integers"),
@@ -221,7 +235,7 @@ class TestRefusals:
                 {"frames": 64, "size": (512, 512), "tubes": (TubeSpec((1, 1, 1), (1, 1, 1)),)},
                 "16777216 tokens; this version goes up to 65536",
             ),
-            ({"mlp_ratio": 60000.0, "width": 60000}, "3600000000 channels of the MLP"),
+            ({"hidden": 3600000000, "width": 60000}, "3600000000 channels of the MLP"),
             ({"gates": (0, 0)}, "name a block twice"),
             ({"gates": (1,)}, r"gates \[1\] are outside the 1 blocks"),
             (
@@ -247,9 +261,13 @@ class TestRefusals:
     def test_stored_positions_belong_to_one_clip(self) -> None:
         stored = replace(SMALL, positions="stored")
         assert stored.with_clip(frames=4) == stored
-        assert not stored.accepts_images
+        assert stored.accepts_images  # of its own size: the rows of the 2-D tubes at time 0
+        assert stored.with_clip(frames=1).is_image
+        with pytest.raises(SpecError, match=r"it cannot run on \(1, 20, 16\)"):
+            stored.with_clip(1, (20, 16))
         with pytest.raises(SpecError, match=r"positions for clip \(4, 16, 16\); it cannot run on \(6, 16, 16\)"):
             stored.with_clip(frames=6)
+        assert replace(stored, position_resize="bicubic").with_clip(frames=6).frames == 6
 
 
 class TestJson:

@@ -17,15 +17,77 @@ from edgetube.export.canonical import Graph
 from edgetube.export.static import StaticTubeViT
 from edgetube.model.tubevit import TubeViT
 from edgetube.runtimes.torch import normalise
-from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, ModelSpec, TubeSpec
+from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, ModelSpec, QueryPool, Rotary, TubeSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BASE = ModelSpec(PAPER_TUBES, 32, (64, 64), width=24, depth=2, heads=2, classifiers=(("motion", 5), ("other", 3)))
 SPECS = {
     "paper": BASE,
     "gates": ModelSpec(PAPER_TUBES_S2D, 32, (64, 64), 24, 2, 2, (("motion", 5),), kernel=(8, 8, 8), gates=(0, 1)),
-    "mean": ModelSpec((TubeSpec((2, 8, 8), (2, 8, 8)),), 5, (20, 24), 24, 1, 2, (("motion", 5),), pool="mean"),
+    "mean": ModelSpec((TubeSpec((2, 8, 8), (2, 8, 8)),), 5, (20, 24), 24, 1, 2, (("motion", 5),), readout=("mean",)),
     "image": BASE.with_clip(frames=1),
+    "dense": ModelSpec(
+        (TubeSpec((2, 8, 8), (2, 8, 8)),),
+        4,
+        (16, 24),
+        24,
+        2,
+        2,
+        (("motion", 5),),
+        readout=("mean",),
+        final_norm="readout",
+        final_norm_eps=1e-5,
+        positions="stored",
+        norm_eps=1e-12,
+    ),
+    "class-token": ModelSpec(
+        (TubeSpec((1, 8, 8), (1, 8, 8)),),
+        1,
+        (24, 16),
+        24,
+        2,
+        2,
+        (("motion", 5),),
+        hidden=40,
+        prefix=3,
+        readout=("prefix.0", "mean"),
+        positions="stored",
+        activation="gelu-tanh",
+        embedding_norm=True,
+    ),
+    "rotary": ModelSpec(
+        (TubeSpec((2, 8, 8), (2, 8, 8)),),
+        4,
+        (16, 24),
+        48,
+        2,
+        3,
+        (("motion", 5),),
+        prefix=1,
+        readout=("query",),
+        query_pool=QueryPool(heads=4, hidden=32, depth=1, norm=True, projection=False),
+        positions="rotary",
+        rotary=Rotary(("time", "height", "width"), frequencies="channels"),
+        activation="quick-gelu",
+    ),
+    "gated-mlp": ModelSpec(
+        (TubeSpec((1, 8, 8), (1, 8, 8)),),
+        3,
+        (16, 24),
+        24,
+        2,
+        2,
+        (("motion", 5),),
+        hidden=20,
+        prefix=1,
+        readout=("prefix.0",),
+        positions="rotary",
+        rotary=Rotary(("height", "width"), base=100.0, coordinates="centred"),
+        activation="silu",
+        gated_mlp=True,
+        final_norm="none",
+        per_frame=True,
+    ),
 }
 
 
@@ -36,7 +98,7 @@ def model_of(name: str) -> tuple[TubeViT, InputContract]:
     spec = SPECS[name]
     model = TubeViT(spec).eval()
     with torch.no_grad():
-        for parameter in (p for p in model.parameters() if p.ndim < 2):
+        for parameter in (p for p in model.parameters() if p.ndim < 2 or p is model.prefix):
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model, InputContract(spec.frames, *spec.size, mean=MEAN, std=STD)
 

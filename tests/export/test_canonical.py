@@ -71,7 +71,7 @@ def test_static_and_of_rank_five_at_most(name: str, lowering: str) -> None:
     assert made <= known.keys()
     assert all(len(known[name]) <= 5 and min(known[name]) > 0 for name in made)
     allowed = {"Add", "Cast", "Concat", "Conv", "Gather", "Gelu", "LayerNormalization", "MatMul", "Mul", "ReduceMean"}
-    allowed |= {"Reshape", "Slice", "Softmax", "Split", "Sub", "Transpose", "Unsqueeze"}
+    allowed |= {"Reshape", "Sigmoid", "Slice", "Softmax", "Split", "Sub", "Transpose", "Unsqueeze"}
     assert {node.op_type for node in model.graph.node} <= allowed
     assert all(len(known[node.input[1]]) == 4 for node in nodes(model, "Conv"))  # no Conv3d
     values = constants(model)

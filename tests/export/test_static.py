@@ -62,7 +62,7 @@ SPECS = {
     "odd": spec_of(
         (TubeSpec((3, 5, 7), (2, 9, 6), (1, 2, 3)), TubeSpec((1, 4, 4), (7, 5, 3))), frames=9, size=(37, 41)
     ),
-    "dense": spec_of((TubeSpec((2, 16, 16), (2, 16, 16)),), frames=8, size=(48, 64), pool="mean"),
+    "dense": spec_of((TubeSpec((2, 16, 16), (2, 16, 16)),), frames=8, size=(48, 64), readout=("mean",)),
     "one voxel": spec_of((TubeSpec((1, 1, 1), (1, 1, 1)),), frames=2, size=(3, 4)),
 }
 

@@ -55,10 +55,14 @@ def models(draw: st.DrawFn) -> ModelSpec:
         depth=depth,
         heads=draw(st.sampled_from([1, 2])),
         classifiers=tuple((name, draw(st.integers(1, 4))) for name in heads),
-        mlp_ratio=draw(st.sampled_from([1.0, 2.5])),
+        hidden=draw(st.sampled_from([0, 5])),
         channels=draw(st.integers(1, 3)),
         kernel=draw(st.none() | st.just((2, 4, 4))),
-        pool=draw(st.sampled_from(["attention", "mean"])),
+        prefix=draw(st.integers(0, 2)),
+        readout=draw(st.sampled_from([("attention",), ("mean",), ("attention", "mean")])),
+        activation=draw(st.sampled_from(["gelu", "gelu-tanh", "quick-gelu", "silu"])),
+        gated_mlp=draw(st.booleans()),
+        embedding_norm=draw(st.booleans()),
         positions=draw(st.sampled_from(["fixed", "stored"])),
         gates=tuple(draw(st.lists(st.integers(0, depth - 1), unique=True))),
     )
@@ -90,7 +94,7 @@ def rewrite(path: Path, header: Any = None, drop: Any = (), **tensors: Any) -> P
 class TestRoundTrip:
     @pytest.mark.parametrize(
         "change",
-        [{}, {"kernel": (4, 8, 8)}, {"positions": "stored"}, {"pool": "mean"}, {"gates": ()}],
+        [{}, {"kernel": (4, 8, 8)}, {"positions": "stored"}, {"readout": ("mean",)}, {"gates": ()}],
         ids=lambda change: next(iter(change), "plain"),
     )
     def test_a_loaded_model_is_the_saved_one(

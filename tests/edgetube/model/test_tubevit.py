@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgetube.errors import InputError
-from edgetube.model.tubevit import AttentionPool, Block, MeanPool, Tubes, TubeViT, tube_tokens
+from edgetube.model.tubevit import Readout, Tubes, TubeViT, tube_tokens
 from edgetube.spec import ModelSpec, TubeSpec, named
 
 SMALL = ModelSpec(
@@ -170,7 +170,7 @@ class TestEncoder:
 
     def test_a_gate_adds_tanh_alpha_of_the_bare_tube_tokens(self) -> None:
         plain = model_of(SMALL).blocks[0]
-        gated = Block(replace(SMALL, gates=(0,)), gated=True)
+        gated = TubeViT(replace(SMALL, gates=(0,))).blocks[0]
         assert gated.alpha == 0
         gated.load_state_dict(plain.state_dict() | {"alpha": torch.tensor(0.7)})
         x, z0 = torch.randn(2, 2, 9, 28, generator=torch.Generator().manual_seed(2))
@@ -200,23 +200,27 @@ class TestEncoder:
 
 class TestHead:
     def test_attention_pooling_is_a_softmax_weighted_sum(self) -> None:
-        pool = AttentionPool(6)
-        x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(4))
+        pool = Readout(replace(SMALL, readout=("attention",)))
+        assert pool.score is not None
+        x = torch.randn(2, 5, SMALL.width, generator=torch.Generator().manual_seed(4))
         scores = x @ pool.score.weight[0] + pool.score.bias
         weights = scores.exp() / scores.exp().sum(dim=1, keepdim=True)
         expected = torch.einsum("bn,bnd->bd", weights, x)
         torch.testing.assert_close(pool(x), expected)
-        assert not torch.allclose(pool(x), MeanPool()(x), atol=1e-3)
+        assert not torch.allclose(pool(x), x.mean(dim=1), atol=1e-3)
 
     def test_mean_pooling(self) -> None:
         x = torch.arange(24.0).reshape(2, 3, 4)
-        assert MeanPool()(x).tolist() == [[4, 5, 6, 7], [16, 17, 18, 19]]
+        assert Readout(replace(SMALL, readout=("mean",)))(x).tolist() == [[4, 5, 6, 7], [16, 17, 18, 19]]
 
-    @pytest.mark.parametrize("pool", ["attention", "mean"])
-    def test_each_classifier_is_its_own_linear_layer_on_the_pooled_tokens(
-        self, pool: Literal["attention", "mean"]
-    ) -> None:
-        model = model_of(replace(SMALL, pool=pool))
+    def test_prefix_tokens_are_read_one_by_one_and_not_averaged(self) -> None:
+        x = torch.arange(24.0).reshape(2, 3, 4)
+        spec = replace(SMALL, prefix=2, readout=("prefix.1", "mean"))
+        assert Readout(spec)(x).tolist() == [[4, 5, 6, 7, 8, 9, 10, 11], [16, 17, 18, 19, 20, 21, 22, 23]]
+
+    @pytest.mark.parametrize("part", ["attention", "mean"])
+    def test_each_classifier_is_its_own_linear_layer_on_the_pooled_tokens(self, part: str) -> None:
+        model = model_of(replace(SMALL, readout=(part,)))
         x = clips_of(SMALL)
         z0 = model.tubes(x)
         pooled = model.pool(model.encode(z0 + model.positions, z0))
