@@ -94,7 +94,7 @@ def pace(
         The keys of `camera` in `docs/benchmarking.md`.
     """
     contract = runtime.contract
-    rate = contract.fps or fps
+    rate = contract.rate(fps)
     hop = max(1, contract.frames // 4) if hop is None else hop
     source = Camera(enlarge(runtime.bundle.golden()[0][0], size), fps, seconds + contract.frames / rate, *clock)
     latencies: list[float] = []

@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 from typing_extensions import Self
 
-from edgetube import errors, runtimes
+from edgetube import errors, runtimes, stream
 from edgetube.bench import energy, machine, peak
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, EdgetubeError, InputError, MissingPackageError
@@ -228,12 +228,15 @@ def measure(bundles: Sequence[Bundle], options: Options | None = None, progress:
     A bundle whose runtime is not here has a row with its status and the reason, and no timings.
 
     Raises:
-        InputError: no bundles, or an option that a backend does not take.
+        InputError: no bundles, an option that a backend does not take, or a camera for a model that samples segments.
         BundleError: a bundle that is damaged.
     """
     options = options or Options()
     if not bundles:
         raise InputError("no bundles to time")
+    if options.camera_fps is not None:
+        for bundle in bundles:
+            stream.check(bundle.contract)
     candidates = [c for threads in options.threads for c in _candidates(bundles, threads, options)]
     best = peaks(options.threads)
     rows = run_interleaved(candidates, options, progress)

@@ -197,7 +197,7 @@ class Watched:
     Attributes:
         comparison: of the windows as clips.
         windows: the windows, to be read again.
-        hop: frames, at the contract's rate, between two of them.
+        hop: frames, of those that the contract's sampling takes, between two of them.
         stream: health of the video.
         reference_flip_rate, reference_onsets: of the reference.
         bundles: one a bundle, in the order given.
@@ -235,14 +235,16 @@ def watch(
 ) -> Watched:
     """Run the reference and every bundle on a window that slides over a video file.
 
-    Frames are resampled to the contract's rate as `Runtime.stream` does it. A few windows are in memory at a time.
+    Frames are sampled as `Runtime.stream` does it. A few windows are in memory at a time.
 
     Args:
-        hop: frames at the contract's rate between two windows; None takes a quarter of the clip.
+        hop: frames, of those that the contract's sampling takes, between two windows; None takes a quarter of the
+            clip.
         reference, threads, worst: as for `edgetube.bench.parity.measure`.
 
     Raises:
-        InputError: the video cannot be read, or the bundles do not belong together.
+        InputError: the video cannot be read, the bundles do not belong together, or they sample segments of a whole
+            video.
         ParityError: a bundle gave a logit that is not finite.
     """
     models = model_set.of_bundles(bundles, reference, threads)

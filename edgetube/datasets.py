@@ -378,6 +378,8 @@ def _read_array(file: Path, index: int | None, name: str, label: str | None, con
         raise InputError(f"{file} cannot be read: {error}") from error
     if np.issubdtype(frames.dtype, np.floating) and not np.isfinite(frames).all():
         raise InputError(f"{file} holds NaN or infinite pixels; expected uint8 RGB in 0..255")
+    if frames.dtype == np.uint8 and frames.shape == contract.shape:
+        return Clip(name, np.ascontiguousarray(frames), label)  # ready: a stride or a crop must not be applied twice
     try:
         return Clip(name, preprocess.prepare(frames, contract), label)
     except InputError as error:

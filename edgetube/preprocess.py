@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from edgetube import resize
 from edgetube.contract import InputContract
 from edgetube.errors import InputError
-from edgetube.resize import Frames, spatial
+from edgetube.resize import Frames
 
 TOLERANCE = 1e-3
 """Seconds by which a frame may be late: containers round timestamps, many to milliseconds."""
@@ -80,14 +81,14 @@ def window(contract: InputContract, duration: float, rate: float, start: float |
 
     Args:
         duration: seconds of the source.
-        rate: frames per second of the source; decides where the contract takes every frame.
+        rate: frames per second of the source; decides where the contract knows no rate.
         start: the wanted second, or None for the window in the middle.
 
     Raises:
         InputError: `start` lies outside the source.
     """
     if start is None:
-        return max(0.0, (duration - contract.frames / (contract.fps or rate)) / 2)
+        return max(0.0, (duration - contract.frames / contract.rate(rate)) / 2)
     start = seconds(start, "start")
     if not 0 <= start < duration:
         raise InputError(f"start is {start} s; expected a time within the {duration:.3f} s of the source")
@@ -142,11 +143,43 @@ def _due(start: float | None, fps: float | None, count: int) -> float:
 
 
 def pick(timed: Iterable[tuple[float, T]], contract: InputContract, start: float) -> Iterator[tuple[float, T]]:
-    """The `contract.frames` frames of the clip that begins at second `start`; a short source repeats its last frame.
+    """The `contract.frames` frames of the clip that begins at second `start`, for "uniform" and "stride" sampling.
 
-    Reads no further than the clip needs. Empty when there is no frame at all.
+    A short source repeats the last frame: the one on display, or the last one that the stride takes. Reads no further
+    than the clip needs. Empty when there is no frame at all.
     """
-    return islice(resample(timed, contract.fps, start, hold=True), contract.frames)
+    shown = resample(timed, contract.fps, start, hold=True)
+    return islice(shown if contract.stride is None else _every(shown, contract.stride), contract.frames)
+
+
+def _every(shown: Iterator[tuple[float, T]], stride: int) -> Iterator[tuple[float, T]]:
+    """Every `stride`-th frame, and the last of these for ever.
+
+    Args:
+        shown: every frame of a source once, then the last one for ever, as `resample` holds it.
+    """
+    taken = previous = None
+    for count, item in enumerate(shown):
+        if item is previous:
+            break
+        if count % stride == 0:
+            taken = item
+            yield taken
+        previous = item
+    while taken is not None:
+        yield taken
+
+
+def segments(count: int, contract: InputContract, start: float | None = None) -> npt.NDArray[np.intp]:
+    """(T,) indices of the middle frames of T equal parts of `count` frames: floor((k + 1/2) * count / T).
+
+    Raises:
+        InputError: a `start`, which the whole source does not have.
+    """
+    if start is not None:
+        taken = f"takes {contract.frames} frames from the whole of a source"
+        raise InputError(f"start is {start} s, but this model {taken}: leave start out")
+    return (2 * np.arange(contract.frames) + 1) * count // (2 * contract.frames)
 
 
 def sample(
@@ -156,17 +189,21 @@ def sample(
 
     Args:
         count: frames that there are.
-        source_fps: their rate in frames per second; None: they already are at the contract's rate.
+        source_fps: their rate in frames per second; None: they already are at the contract's rate. Where the contract
+            knows no rate it only says what a `start` means.
         start: second at which the clip begins, None for the middle.
 
     Returns:
         (T,) indices, never descending.
 
     Raises:
-        InputError: no frames, a rate that is not positive, or a `start` that is outside or has no clock.
+        InputError: no frames, a rate that is not positive, or a `start` that is outside, has no clock, or is given
+            for segments of the whole source.
     """
     if count < 1:
         raise InputError("there are no frames; expected at least one")
+    if contract.sampling == "segments":
+        return segments(count, contract, start)
     rate = contract.fps if source_fps is None else frame_rate(source_fps)
     if rate is None and start is not None:
         raise InputError(f"start is {start} s, but these frames have no clock: give source_fps too")
@@ -279,7 +316,7 @@ def prepare(
         raise InputError(f"{what}: shape {pixels.shape}; expected {expected}")
     _not_empty(pixels, what)
     taken, repeats = np.unique(sample(len(pixels), source_fps, contract, start), return_counts=True)
-    resized = spatial(pixels[taken], contract)
+    resized = resize.spatial(pixels[taken], contract)
     return np.ascontiguousarray(np.repeat(resized, repeats, axis=0))
 
 

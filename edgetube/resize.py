@@ -5,7 +5,7 @@ The definition, with formulas and independent oracles, is in `docs/preprocessing
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,49 +17,55 @@ from edgetube.contract import InputContract
 Frames = npt.NDArray[np.uint8]
 """RGB frames, (T, H, W, 3) uint8."""
 
-ONE = 1 << 16
-"""The sum of the integer filter weights, see `_weights`."""
-
 BLOCK = 4
 """Output rows (or columns) per matrix product: few, because a wide block is mostly zeros outside its band."""
 
+STRIP = 64
+"""Source rows that the bicubic filter converts at a time: they stay in the cache, and a BLAS shares out no product that
+is too small for it."""
 
-@dataclass(frozen=True)
-class _Block:
-    """Output rows (columns) `at` onward of one axis, as a matrix over the source rows (columns) [low, high)."""
+ONE = 1 << 16
+"""The sum of the integer weights of the bilinear filter, see `_triangle`."""
 
-    at: int
-    low: int
-    high: int
-    matrix: npt.NDArray[np.floating]
+CUBIC_ONE = 1 << 22
+"""The unit of the integer weights of the bicubic filter, see `_cubic`: Pillow's."""
+
+Weights = Callable[[int, int, int], tuple[int, npt.NDArray[np.float64]]]
+"""(source pixels, resized pixels, index of an output pixel) -> its first source pixel, and its integer weights."""
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The two passes of the filter for one source size."""
-
-    vertical: tuple[_Block, ...]
-    horizontal: tuple[_Block, ...]
-    left: int
-    right: int
+# --------------------------------------------------------------------------------------------------------- geometry
 
 
 def geometry(height: int, width: int, contract: InputContract) -> tuple[int, int, int, int]:
     """Size of the resized frame and the crop's corner in it: (rows, columns, top, left).
 
-    "short-side" scales until the crop is just covered: one side is exact, the other is floor(size * scale). The
-    corner is half of what is left over, halves to the even side, as torchvision's Resize and CenterCrop do.
+    "short-side" makes one side exact, the other is floor(size * scale). The corner is half of what is left over.
     """
-    rows, columns = contract.height, contract.width
+    rows, columns = _resized(height, width, contract)
+    over = rows - contract.height, columns - contract.width
+    top, left = (x // 2 for x in over) if contract.crop == "center-floor" else (round(x / 2) for x in over)
+    return rows, columns, top, left
+
+
+def _resized(height: int, width: int, contract: InputContract) -> tuple[int, int]:
+    """(rows, columns) of the resized frame."""
+    size = contract.resize_size
+    if isinstance(size, tuple):
+        return size
+    rows, columns = (contract.height, contract.width) if size is None else (size, size)
     if contract.resize == "short-side":
-        if contract.height * width >= contract.width * height:
-            columns = width * contract.height // height
+        if rows * width >= columns * height:  # the side that needs the larger scale is exact
+            columns = width * rows // height
         else:
-            rows = height * contract.width // width
-    return rows, columns, round((rows - contract.height) / 2), round((columns - contract.width) / 2)
+            rows = height * columns // width
+    return rows, columns
 
 
-def _weights(size: int, resized: int, index: int) -> tuple[int, npt.NDArray[np.float64]]:
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+def _triangle(size: int, resized: int, index: int) -> tuple[int, npt.NDArray[np.float64]]:
     """First source pixel and integer weights of one output pixel of the triangle filter.
 
     The weights sum to `ONE` exactly: rounding their running sum, not each one, keeps the error of every partial sum
@@ -74,10 +80,53 @@ def _weights(size: int, resized: int, index: int) -> tuple[int, npt.NDArray[np.f
     return low, np.diff(np.rint(np.cumsum(triangle) * (ONE / triangle.sum())), prepend=0.0)
 
 
-def _blocks(size: int, resized: int, first: int, count: int) -> Iterator[_Block]:
+def _cubic(size: int, resized: int, index: int) -> tuple[int, npt.NDArray[np.float64]]:
+    """First source pixel and integer weights of one output pixel of the cubic filter, as Pillow rounds them.
+
+    Their absolute values sum to less than 2 * `CUBIC_ONE`. So every partial sum of products with uint8 pixels, in
+    whatever order, is an integer below 2**31, which float64 holds exactly.
+    """
+    scale = size / resized
+    stretch = max(scale, 1.0)
+    centre = (index + 0.5) * scale
+    low, high = max(0, int(centre - 2 * stretch + 0.5)), min(size, int(centre + 2 * stretch + 0.5))
+    x = np.abs((np.arange(low, high) - centre + 0.5) * (1.0 / stretch))
+    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+    cubic = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    # Pillow adds the weights one by one, which `sum` of numpy does not.
+    weights = cubic / np.cumsum(cubic)[-1]
+    return low, np.trunc(weights * CUBIC_ONE + np.copysign(0.5, weights))
+
+
+# ------------------------------------------------------------------------------------------------------------ filter
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Output rows (columns) `at` onward of one axis, as a matrix over the source rows (columns) [low, high)."""
+
+    at: int
+    low: int
+    high: int
+    matrix: npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The two passes of a filter for one source size, and the source pixels that they read."""
+
+    vertical: tuple[_Block, ...]
+    horizontal: tuple[_Block, ...]
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+def _blocks(weights: Weights, size: int, resized: int, first: int, count: int) -> Iterator[_Block]:
     """Output pixels [first, first + count) of one axis, `BLOCK` at a time."""
     for at in range(0, count, BLOCK):
-        rows = [_weights(size, resized, first + i) for i in range(at, min(at + BLOCK, count))]
+        rows = [weights(size, resized, first + i) for i in range(at, min(at + BLOCK, count))]
         low, high = min(a for a, _ in rows), max(a + len(w) for a, w in rows)
         matrix = np.zeros((len(rows), high - low))
         for row, (a, w) in zip(matrix, rows, strict=True):
@@ -88,18 +137,22 @@ def _blocks(size: int, resized: int, first: int, count: int) -> Iterator[_Block]
 @lru_cache(maxsize=32)
 def _plan(height: int, width: int, contract: InputContract) -> _Plan:
     rows, columns, top, left = geometry(height, width, contract)
+    weights, kind, _ = _FILTERS[contract.filter]
     vertical = tuple(
-        _Block(b.at, b.low, b.high, b.matrix.astype(np.float32)) for b in _blocks(height, rows, top, contract.height)
+        _Block(b.at, b.low, b.high, b.matrix.astype(kind)) for b in _blocks(weights, height, rows, top, contract.height)
     )
     # Colours stay interleaved: a matrix with a 3x3 identity at every tap costs less than two transpositions.
     horizontal = tuple(
         _Block(b.at, b.low, b.high, np.ascontiguousarray(np.kron(b.matrix, np.eye(3)).T))
-        for b in _blocks(width, columns, left, contract.width)
+        for b in _blocks(weights, width, columns, left, contract.width)
     )
-    return _Plan(vertical, horizontal, min(b.low for b in horizontal), max(b.high for b in horizontal))
+    (top, bottom), (left, right) = (
+        (min(b.low for b in blocks), max(b.high for b in blocks)) for blocks in (vertical, horizontal)
+    )
+    return _Plan(vertical, horizontal, top, bottom, left, right)
 
 
-def _filter(frame: Frames, plan: _Plan, out: Frames) -> None:
+def _bilinear(frame: Frames, plan: _Plan, out: Frames) -> None:
     """Resize and crop one frame, (H0, W0, 3) -> (H, W, 3): rows in float32, columns in float64, rounded once."""
     height, width, _ = out.shape
     tall = np.empty((height, (plan.right - plan.left) * 3), np.float32)
@@ -115,6 +168,41 @@ def _filter(frame: Frames, plan: _Plan, out: Frames) -> None:
     out[...] = result.astype(np.uint8).reshape(out.shape)
 
 
+def _bicubic(frame: Frames, plan: _Plan, out: Frames) -> None:
+    """Resize and crop one frame, (H0, W0, 3) -> (H, W, 3): columns, then rows, each pass to uint8 like Pillow's.
+
+    The filter overshoots at edges. What is cut off between the passes decides what the second one sees, so a single
+    rounding at the end would differ from Pillow by many levels there.
+    """
+    width = out.shape[1]
+    wide = np.empty((plan.bottom - plan.top, width * 3), np.uint8)
+    for at in range(0, len(wide), STRIP):
+        strip = frame[plan.top + at : min(plan.top + at + STRIP, plan.bottom), plan.left : plan.right]
+        pixels = strip.astype(np.float64).reshape(len(strip), -1)
+        sums = np.empty((len(strip), width * 3))
+        for b in plan.horizontal:
+            band = pixels[:, (b.low - plan.left) * 3 : (b.high - plan.left) * 3]
+            np.matmul(band, b.matrix, out=sums[:, b.at * 3 : b.at * 3 + b.matrix.shape[1]])
+        wide[at : at + len(strip)] = _levels(sums)
+    for b in plan.vertical:
+        band = wide[b.low - plan.top : b.high - plan.top].astype(np.float64)
+        out[b.at : b.at + len(b.matrix)] = _levels(b.matrix @ band).reshape(-1, width, 3)
+
+
+def _levels(sums: npt.NDArray[np.float64]) -> Frames:
+    """Sums in units of 1 / `CUBIC_ONE` as uint8: halves up, cut off at 0 and 255. Every step is exact."""
+    sums *= 1.0 / CUBIC_ONE
+    sums += 0.5
+    return np.clip(sums, 0, 255, out=sums).astype(np.uint8)
+
+
+_FILTERS: dict[str, tuple[Weights, type[np.floating], Callable[[Frames, _Plan, Frames], None]]] = {
+    "bilinear": (_triangle, np.float32, _bilinear),
+    "bicubic": (_cubic, np.float64, _bicubic),
+}
+"""By name: the weights, the type of the vertical matrices, and the two passes."""
+
+
 def spatial(frames: Frames, contract: InputContract) -> Frames:
     """Resize with antialias and crop the centre; only the pixels that the crop needs are read.
 
@@ -122,16 +210,17 @@ def spatial(frames: Frames, contract: InputContract) -> Frames:
         frames: (N, H0, W0, 3) uint8, any strides.
 
     Returns:
-        (N, H, W, 3) uint8; the argument itself when it already has that size.
+        (N, H, W, 3) uint8; a view where nothing is resized, and the argument itself where nothing is cropped either.
     """
     count, height, width, _ = frames.shape
-    if (height, width) == (contract.height, contract.width):
-        return frames
     rows, columns, top, left = geometry(height, width, contract)
     if (rows, columns) == (height, width):
+        if (height, width) == (contract.height, contract.width):
+            return frames
         return frames[:, top : top + contract.height, left : left + contract.width]
     plan = _plan(height, width, contract)
+    run = _FILTERS[contract.filter][2]
     out = np.empty((count, contract.height, contract.width, 3), np.uint8)
     for frame, target in zip(frames, out, strict=True):
-        _filter(frame, plan, target)
+        run(frame, plan, target)
     return out

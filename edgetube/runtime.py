@@ -109,7 +109,8 @@ class Runtime:
                 (H, W, 3)); preprocessing follows the bundle's contract.
             top_k: how many classes `scores` holds.
             fps: rate of frames in memory; None says they already have the contract's rate.
-            start: second at which the clip starts; None takes the middle of the source.
+            start: second at which the clip starts; None takes the middle of the source. A model that samples
+                segments of the whole source takes none.
 
         Raises:
             InputError: frames, a file or an option that cannot be used; says why.
@@ -134,7 +135,8 @@ class Runtime:
 
         Args:
             source: as for `edgetube.video.frames`, or frames (H, W, 3) uint8, or (seconds, frame) pairs.
-            hop: frames (at the contract's rate) between two predictions; None takes a quarter of the clip.
+            hop: frames, of those that the contract's sampling takes, between two predictions; None takes a quarter of
+                the clip.
             fps: rate of an iterable of bare frames; None says the contract's rate.
             top_k: how many classes `scores` holds.
 
@@ -144,8 +146,9 @@ class Runtime:
             10 s, or back, the window starts again (an `InputWarning`).
 
         Raises:
-            InputError: a source, a frame, its time or an option that cannot be used; says why. Options are checked
-                at the call, frames as they come; the same is refused as in `predict`.
+            InputError: a source, a frame, its time or an option that cannot be used, or a model that samples segments
+                of a whole video; says why. Options are checked at the call, frames as they come; the same is refused
+                as in `predict`.
 
         A frame is copied as it comes, so a camera may fill one buffer again and again. OpenCV reads BGR:
 

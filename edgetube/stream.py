@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -78,13 +78,27 @@ def _timed(items: Iterator[Any], rate: float) -> Iterator[TimedFrame]:
             yield i / rate, preprocess.frame(item, what)
 
 
+def check(contract: InputContract) -> None:
+    """Check that a window can slide over the frames that a model takes.
+
+    Raises:
+        InputError: they are spread over a whole video, and a stream has no end.
+    """
+    if contract.sampling == "segments":
+        raise InputError(
+            f"this model samples {contract.frames} segments of a whole video; no window of a stream or a camera can be "
+            "classified: give it whole files, with predict, or with edgetube run without --stream"
+        )
+
+
 def windows(
     frames: Iterable[TimedFrame], contract: InputContract, hop: int | None = None
 ) -> Iterator[tuple[float, Clip]]:
-    """Clips of the last T frames at the contract's rate, one every `hop` frames once T have come.
+    """Clips of the last T frames that sampling takes, one every `hop` of these frames once T have come.
 
-    Frames are resampled by holding: the frame of time t is the last one shown at or before t, so a slow camera
-    repeats frames and a fast one skips them. Each frame is resized once. Memory is one clip.
+    Frames are resampled to the contract's rate by holding: the frame of time t is the last one shown at or before t,
+    so a slow camera repeats frames and a fast one skips them. With a stride every `stride`-th frame is taken, whatever
+    the clock says, so a hop is `hop * stride` frames of the source. Each frame is resized once. Memory is one clip.
 
     A contract with a rate needs a steady clock. A frame that is earlier than one before it is left out. Where the
     clock leaps by more than `MAX_GAP` seconds, or is set back (more than `MAX_LATE` such frames in a row), the window
@@ -98,8 +112,9 @@ def windows(
         full clip gives one clip, its last frame repeated.
 
     Raises:
-        InputError: hop < 1, or a source without frames.
+        InputError: hop < 1, a source without frames, or a model that samples segments.
     """
+    check(contract)
     hop = max(1, contract.frames // 4) if hop is None else count_of(hop, "hop")
     return _windows(frames, contract, hop)
 
@@ -141,9 +156,9 @@ def _spans(frames: Iterable[TimedFrame], contract: InputContract) -> Iterator[tu
 
 
 def ticks(frames: Iterable[TimedFrame], contract: InputContract) -> Iterator[TimedFrame]:
-    """Frames at the contract's rate and size: (seconds, (H, W, 3)); every frame when the contract has no rate."""
+    """The frames that sampling takes, at the contract's size: (seconds, (H, W, 3))."""
     shown: Frames | None = None
-    for seconds, frame in preprocess.resample(frames, contract.fps):
+    for seconds, frame in islice(preprocess.resample(frames, contract.fps), 0, None, contract.stride):
         if frame is not shown:
             shown, resized = frame, resize.spatial(frame[None], contract)[0]
         yield seconds, resized

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from edgetube import interrupts
 from edgetube.bundle import Bundle
+from edgetube.contract import InputContract
 from edgetube.errors import InputWarning, printable
 from edgetube.health import Check
 from edgetube.progress import Progress
@@ -327,7 +328,9 @@ def prediction(source: str, found: Prediction) -> None:
 def _facts(b: Bundle) -> Iterator[tuple[str, str]]:
     spec, graph = b.spec, b.build.get("graph", {})
     yield "target", f"{b.target} ({b.backend}, {b.precision}), {b.status}"
-    yield "input", f"{b.batch} x {b.contract.shape} uint8 RGB at {b.contract.fps or 'any'} fps"
+    yield "input", f"{b.batch} x {b.contract.shape} uint8 RGB"
+    yield "frames", _sampling(b.contract)
+    yield "pixels", _geometry(b.contract)
     yield (
         "tubes",
         "; ".join(
@@ -350,6 +353,33 @@ def _facts(b: Bundle) -> Iterator[tuple[str, str]]:
     yield "proof", ", ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in b.parity.items())
     yield "checkpoint", f"{b.checkpoint['source']} sha256 {b.checkpoint['sha256'][:12]}"
     yield "made by", ", ".join(f"{k} {v}" for k, v in b.versions.items())
+
+
+def _sampling(contract: InputContract) -> str:
+    """How frames are taken from a video."""
+    if contract.sampling == "segments":
+        return f"the middle ones of {contract.frames} equal segments of the whole video"
+    if contract.stride is not None:
+        return f"{contract.frames} with stride {contract.stride}, in frames of the source"
+    return f"{contract.frames} at {contract.fps or 'any'} fps"
+
+
+def _geometry(contract: InputContract) -> str:
+    """How a frame is resized and cropped."""
+    size = contract.resize_size
+    if contract.resize == "stretch":
+        rows, columns = size if isinstance(size, tuple) else (contract.height, contract.width)
+        resized = f"stretched to {rows} x {columns}"
+    else:
+        resized = f"short side {size}" if size is not None else "resized until the crop is covered"
+    crop = f"crop {contract.crop} {contract.height} x {contract.width}"
+    return f"{resized} ({contract.filter}), {crop}; mean {_numbers(contract.mean)}, std {_numbers(contract.std)}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    """Values of the channels; one where they are equal."""
+    texts = [f"{value:.6g}" for value in values]
+    return texts[0] if len(set(texts)) == 1 else " ".join(texts)
 
 
 def _yes(missing: tuple[str, ...]) -> Text:

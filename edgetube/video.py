@@ -95,7 +95,7 @@ def load(path: str | Path, contract: InputContract, start: float | None = None) 
 
     Raises:
         InputError: no such file, no video in it, damaged or cut off within the clip, a still image for a model that
-            takes several frames, or a `start` outside the video.
+            takes several frames, or a `start` outside the video, or for segments of the whole video.
     """
     path = Path(path)
     out = np.empty(contract.shape, np.uint8)
@@ -106,19 +106,75 @@ def load(path: str | Path, contract: InputContract, start: float | None = None) 
                 raise InputError(f"{path} is a still image; the model needs {contract.frames} frames: {remedy}")
             if start is not None:
                 raise InputError(f"start is {start} s, but {path} is a still image and has no clock")
-        begin = 0.0 if reader.is_still else preprocess.window(contract, reader.duration(), reader.rate, start)
-        times: list[float] = []
-        previous = None
-        for slot, (seconds, frame) in zip(out, preprocess.pick(reader.frames(begin), contract, begin), strict=False):
-            if frame is not previous:
-                pixels = resize.spatial(_rgb(frame)[None], contract)[0]
-            previous, slot[...] = frame, pixels
-            times.append(seconds)
+        if reader.is_still:
+            times = _fill(out, reader.frames(), contract)
+        elif contract.sampling == "segments":
+            times = _fill_segments(out, reader, contract, start)
+        else:
+            begin = preprocess.window(contract, reader.duration(), reader.rate, start)
+            times = _fill(out, preprocess.pick(reader.frames(begin), contract, begin), contract)
         if not times:
             raise InputError(f"{path} holds no frame that can be decoded")
         if reader.is_still:
             return Clip(str(path), out)
         return Clip(str(path), out, start=times[0], end=times[-1] + 1 / reader.rate)
+
+
+def _fill(out: Frames, chosen: Iterable[tuple[float, av.VideoFrame]], contract: InputContract) -> list[float]:
+    """Resize chosen frames into a clip, the same frame once; returns their times. Reads no more than fit."""
+    times: list[float] = []
+    previous = None
+    for slot, (seconds, frame) in zip(out, chosen, strict=False):
+        if frame is not previous:
+            pixels = resize.spatial(_rgb(frame)[None], contract)[0]
+        previous, slot[...] = frame, pixels
+        times.append(seconds)
+    return times
+
+
+def _fill_segments(out: Frames, reader: _Reader, contract: InputContract, start: float | None) -> list[float]:
+    """The middle frames of equal parts of a whole file, see `_fill`.
+
+    How many frames there are is known when all are decoded. So the number of packets is taken for it, and where that
+    was wrong (packets that show nothing, or cannot be decoded) the file is decoded once more.
+    """
+    count = reader.packets()
+    for source in (reader.frames(), reader.frames_again()):
+        wanted = preprocess.segments(count, contract, start)
+        decoded = _Counted(source)
+        times = _fill(out, _numbered(decoded, wanted), contract)
+        deque(decoded, maxlen=0)  # to the end, where it shows that the file is whole
+        if decoded.count == count:
+            break
+        count = decoded.count
+    return times
+
+
+class _Counted:
+    """An iterator that counts what it gives."""
+
+    def __init__(self, items: Iterator[tuple[float, av.VideoFrame]]) -> None:
+        self.items, self.count = items, 0
+
+    def __iter__(self) -> Iterator[tuple[float, av.VideoFrame]]:
+        for item in self.items:
+            self.count += 1
+            yield item
+
+
+def _numbered(
+    decoded: Iterable[tuple[float, av.VideoFrame]], wanted: Iterable[int]
+) -> Iterator[tuple[float, av.VideoFrame]]:
+    """The frames with the numbers `wanted`, which never descend; fewer if there are fewer."""
+    following = enumerate(decoded)
+    number, item = -1, None
+    for index in wanted:
+        while number < index:
+            if (found := next(following, None)) is None:
+                return
+            number, item = found
+        if item is not None:
+            yield item
 
 
 def frames(source: Source) -> Iterator[tuple[float, Frames]]:
@@ -549,9 +605,17 @@ class _Reader:
                 yield first
                 yield from decoded
                 return
+        yield from self.frames_again()
+
+    def frames_again(self) -> Iterator[tuple[float, av.VideoFrame]]:
+        """`frames` of a whole file that was read already."""
         with self._again() as fresh:
             fresh._warned = self._warned
             yield from fresh.frames()
+
+    def packets(self) -> int:
+        """Packets of a file with a picture in them: as a rule its frames."""
+        return self._scan()[0]
 
     def _again(self) -> AbstractContextManager[_Reader]:
         """Reopen the file at its beginning."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import pytest
 
 import edgetube
+from edgetube import bundle
 from edgetube.bench import camera
 from edgetube.video import Frames
 
@@ -78,6 +80,20 @@ def test_a_runtime_that_keeps_up_is_never_late(tiny_bundle: Path, clock: Clock) 
     assert (found["late"], found["late_frames"], found["dropped_frames"]) == (0, 0, 0)
     assert found["p99_ms"] == pytest.approx(0, abs=1e-6)
     assert found["idle_share"] == pytest.approx(75 / 76)
+
+
+def test_a_stride_takes_frames_of_the_camera(tiny_bundle: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = bundle.load(tiny_bundle)
+    strided = replace(found, contract=replace(found.contract, fps=None, sampling="stride", stride=4))
+    digest = found.contract_digest()
+    monkeypatch.setattr(bundle.Bundle, "contract_digest", lambda self: digest)
+    with edgetube.Runtime(strided) as rt:
+        paced = camera.pace(rt, fps=20.0, seconds=3.0, hop=2, size=(48, 64), clock=(clock.now, clock.sleep))
+    # 8 frames with stride 4 at 20 per second make the first clip; then 3 s with a prediction every eighth frame.
+    assert (paced["frames"], paced["due_ms"]) == (92, 400)
+    assert paced["predictions"] == 1 + (91 - 28) // 8
+    assert paced["p99_ms"] == pytest.approx(0, abs=1e-6)
+    assert (paced["late"], paced["dropped_frames"]) == (0, 0)
 
 
 def test_a_runtime_that_is_too_slow_answers_late_and_loses_frames(tiny_bundle: Path, clock: Clock) -> None:

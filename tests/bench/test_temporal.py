@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgetube import bundle as bundles
-from edgetube import video
+from edgetube import resize, video
 from edgetube.bench import layers, parity, temporal
 from edgetube.errors import InputError
 
@@ -226,6 +227,26 @@ def test_windows_can_be_read_again(film: Path, tiny_bundle: Path) -> None:
     expected = video.load(film, bundle.contract, start).frames
     np.testing.assert_array_equal(strip, expected[[0, 2, 5, 7]])
     assert layers.curves([bundle], seen.windows.sample(1))[0].first_jump is None
+
+
+def test_strided_windows_hop_in_frames_of_the_model_and_can_be_read_again(film: Path, tiny_bundle: Path) -> None:
+    """58 frames, every third: 20 of them, so windows of 8 begin at the first, fifth, ninth and 13th."""
+    found = bundles.load(tiny_bundle)
+    strided = replace(found, contract=replace(found.contract, fps=None, sampling="stride", stride=3))
+    times = [seconds for seconds, _ in video.frames(film)]
+    seen = temporal.watch([strided], film, 4, reference=strided)
+    starts = [float(item.name.removesuffix("s")) for item in seen.windows.items]
+    assert starts == pytest.approx([times[3 * i] for i in (0, 4, 8, 12)], abs=1e-3)
+    frames = np.stack([frame for _, frame in video.frames(film)])
+    for clip, first in zip(seen.windows.clips(strided.contract), (0, 12, 24, 36), strict=True):
+        np.testing.assert_array_equal(clip.frames, resize.spatial(frames[first : first + 24 : 3], strided.contract))
+
+
+def test_a_model_of_segments_watches_no_video(film: Path, tiny_bundle: Path) -> None:
+    found = bundles.load(tiny_bundle)
+    segments = replace(found, contract=replace(found.contract, fps=None, sampling="segments"))
+    with pytest.raises(InputError, match="segments of a whole video; no window"):
+        temporal.watch([segments], film, reference=segments)
 
 
 def test_a_missing_video_is_one_line(tiny_bundle: Path, tmp_path: Path) -> None:

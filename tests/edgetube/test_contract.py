@@ -32,7 +32,24 @@ SMALL = InputContract(4, 16, 16)
         ({"mean": ("0.5", 0.5, 0.5)}, "mean is '0.5'; expected a finite number"),
         ({"std": (1.0, 0.0, 1.0)}, "std is 0.0; expected a finite number, 1e-06"),
         ({"resize": "letterbox"}, "input resize is 'letterbox'; this version knows short-side, stretch"),
-        ({"crop": "random"}, "input crop is 'random'"),
+        ({"crop": "random"}, "input crop is 'random'; this version knows center, center-floor"),
+        ({"filter": "lanczos"}, "input filter is 'lanczos'; this version knows bilinear, bicubic"),
+        ({"sampling": "random"}, "input sampling is 'random'; this version knows uniform, stride, segments"),
+        ({"resize_size": 15}, "the crop of 16 x 16 is larger than a frame with a short side of 15"),
+        ({"resize_size": 20, "width": 24}, "the crop of 16 x 24 is larger than a frame with a short side of 20"),
+        ({"resize_size": (16, 15), "resize": "stretch"}, "the crop of 16 x 16 is larger than 16 x 15"),
+        ({"resize_size": (20, 20)}, r"resize_size is \(20, 20\); expected an integer, 1 to 65536"),
+        ({"resize_size": 20, "resize": "stretch"}, r"resize_size \(height, width\) is 20; expected a list"),
+        ({"resize_size": (20, 20, 20), "resize": "stretch"}, "has 3 entries; expected 2"),
+        ({"resize_size": (20, 20.5), "resize": "stretch"}, "resize_size is 20.5; expected an integer"),
+        ({"resize_size": 0}, "resize_size is 0"),
+        ({"sampling": "stride"}, "input stride is None; sampling stride takes a stride"),
+        ({"sampling": "stride", "stride": 0}, "stride is 0; expected an integer, 1 to 65536"),
+        ({"sampling": "stride", "stride": 2.0}, "stride is 2.0; expected an integer"),
+        ({"stride": 2}, "input stride is 2; sampling uniform takes no stride"),
+        ({"sampling": "segments", "stride": 2}, "sampling segments takes no stride"),
+        ({"sampling": "stride", "stride": 2, "fps": 10.0}, "input fps is 10.0; sampling stride knows no rate"),
+        ({"sampling": "segments", "fps": 10.0}, "input fps is 10.0; sampling segments knows no rate"),
         ({"color": "BGR"}, "input color is 'BGR'; this version knows RGB"),
     ],
 )
@@ -46,20 +63,82 @@ def test_zero_frames_are_not_taken_for_the_contract_s_own() -> None:
         SMALL.with_clip(frames=0)
 
 
-@given(
-    st.builds(
-        InputContract,
-        frames=st.integers(1, 64),
-        height=st.integers(1, 512),
-        width=st.integers(1, 512),
-        fps=st.none() | st.floats(0.1, 120),
-        mean=st.tuples(*[st.floats(0, 1)] * 3),
-        std=st.tuples(*[st.floats(0.01, 1)] * 3),
-        resize=st.sampled_from(["short-side", "stretch"]),
+@st.composite
+def contracts(draw: st.DrawFn) -> InputContract:
+    rule: Any = draw(st.sampled_from(["short-side", "stretch"]))
+    height, width = draw(st.integers(1, 512)), draw(st.integers(1, 512))
+    larger: Any = st.integers(max(height, width), 600), st.tuples(st.integers(height, 600), st.integers(width, 600))
+    sampling: Any = draw(st.sampled_from(["uniform", "stride", "segments"]))
+    return InputContract(
+        draw(st.integers(1, 64)),
+        height,
+        width,
+        fps=draw(st.none() | st.floats(0.1, 120)) if sampling == "uniform" else None,
+        mean=draw(st.tuples(*[st.floats(-2, 2)] * 3)),
+        std=draw(st.tuples(*[st.floats(0.01, 1)] * 3)),
+        resize=rule,
+        resize_size=draw(st.none() | larger[rule == "stretch"]),
+        filter=draw(st.sampled_from(["bilinear", "bicubic"])),
+        crop=draw(st.sampled_from(["center", "center-floor"])),
+        sampling=sampling,
+        stride=draw(st.integers(1, 64)) if sampling == "stride" else None,
     )
-)
+
+
+@given(contracts())
 def test_a_round_trip_through_json_gives_an_equal_contract(contract: Any) -> None:
-    assert InputContract.from_json(json.loads(json.dumps(contract.to_json()))) == contract
+    found = InputContract.from_json(json.loads(json.dumps(contract.to_json())))
+    assert found == contract
+    assert found.to_json() == contract.to_json()
+    assert hash(found) == hash(contract)
+
+
+def test_json_is_that_of_older_versions_where_nothing_newer_is_said() -> None:
+    """Bundles and caches hold digests of it."""
+    assert json.dumps(InputContract(8, 64, 80, fps=15.0).to_json()) == (
+        '{"frames": 8, "height": 64, "width": 80, "fps": 15.0, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], '
+        '"resize": "short-side", "crop": "center", "sampling": "uniform", "layout": "THWC", "dtype": "uint8", '
+        '"color": "RGB"}'
+    )
+    newer = replace(SMALL, resize_size=20, filter="bicubic", sampling="stride", stride=4).to_json()
+    assert {key: value for key, value in newer.items() if key not in SMALL.to_json()} == {
+        "resize_size": 20,
+        "filter": "bicubic",
+        "stride": 4,
+    }
+
+
+@given(contracts(), st.integers(1, 600), st.integers(1, 600))
+def test_another_clip_has_the_same_part_of_the_frame(contract: Any, height: Any, width: Any) -> None:
+    found = contract.with_clip(size=(height, width))
+    assert replace(found, height=1, width=1, resize_size=None) == replace(contract, height=1, width=1, resize_size=None)
+    before, after = contract.resize_size, found.resize_size
+    if contract.resize == "stretch" and before is not None:
+        after = after or (height, width)
+        assert after == (before[0] * height // contract.height, before[1] * width // contract.width)
+    elif before is not None:
+        after = after or height
+        assert after == before * max(height, width) // max(contract.height, contract.width)
+    else:
+        assert after is None
+
+
+def test_a_size_that_is_that_of_the_crop_says_nothing() -> None:
+    assert replace(SMALL, resize_size=16) == SMALL
+    assert replace(SMALL, resize="stretch", resize_size=[16, 16]).resize_size is None  # type: ignore[arg-type]
+    assert replace(SMALL, width=20, resize_size=20).resize_size == 20  # the long side is the crop's only in None
+
+
+@pytest.mark.parametrize(
+    ("contract", "rate"),
+    [
+        (replace(SMALL, fps=10.0), 10.0),
+        (SMALL, 30.0),
+        (replace(SMALL, sampling="stride", stride=4), 7.5),
+    ],
+)
+def test_the_rate_of_a_clip(contract: InputContract, rate: float) -> None:
+    assert contract.rate(30.0) == rate
 
 
 def test_a_missing_field_and_what_is_no_object_are_refused() -> None:

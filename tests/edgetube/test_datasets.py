@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edgetube import datasets, demo, video
+from edgetube import datasets, demo, preprocess, video
 from edgetube.contract import InputContract
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import InputError
@@ -73,6 +74,22 @@ class TestArrays:
             ("walk/2.npy", "walk"),
         ]
         np.testing.assert_array_equal(found[1].frames, clips[1])
+
+    @pytest.mark.parametrize(
+        "change", [{"sampling": "stride", "stride": 4, "fps": None}, {"resize_size": 40}, {"filter": "bicubic"}]
+    )
+    def test_a_clip_that_is_ready_is_not_preprocessed_again(
+        self, clips: npt.NDArray[np.uint8], tmp_path: Path, change: dict[str, Any]
+    ) -> None:
+        """What was stored for a contract reads back as it is; anything else is a source."""
+        contract = replace(CONTRACT, **change)
+        np.save(tmp_path / "set.npy", clips)
+        for found, clip in zip(datasets.load(tmp_path / "set.npy").clips(contract), clips, strict=True):
+            np.testing.assert_array_equal(found.frames, clip)
+        longer = np.concatenate([clips[0], clips[1]])
+        np.save(tmp_path / "longer.npy", longer)
+        (found,) = datasets.load(tmp_path / "longer.npy").clips(contract)
+        np.testing.assert_array_equal(found.frames, preprocess.prepare(longer, contract))
 
     def test_other_sizes_go_through_the_one_preprocessing(self, rng: np.random.Generator, tmp_path: Path) -> None:
         np.save(tmp_path / "large.npy", rng.integers(0, 256, (9, 32, 48, 3), np.uint8))

@@ -104,6 +104,73 @@ def test_sample_refuses(arguments: Any, message: str) -> None:
         preprocess.sample(count, source, InputContract(4, 8, 8), start)
 
 
+def strided(frames: int, stride: int) -> InputContract:
+    return InputContract(frames, 8, 8, sampling="stride", stride=stride)
+
+
+@given(
+    count=st.integers(1, 200),
+    frames=st.integers(1, 12),
+    stride=st.integers(1, 40),
+    source=st.none() | st.sampled_from(RATES),
+)
+@example(count=10, frames=5, stride=4, source=None)
+def test_a_stride_counts_frames_of_the_source(count: Any, frames: Any, stride: Any, source: Any) -> None:
+    """VideoMAE on Kinetics: every stride-th frame of the source, the last of these repeated; the middle clip begins
+    where half of what is over lies before it (mmaction2: max_offset // 2), whatever the rate of the source."""
+    first = max(0, count - frames * stride) // 2
+    every = list(range(first, count, stride))[:frames]
+    expected = every + every[-1:] * (frames - len(every))
+    assert preprocess.sample(count, source, strided(frames, stride)).tolist() == expected
+
+
+@given(st.integers(1, 90), st.sampled_from(RATES), st.integers(1, 8), st.integers(1, 20), st.integers(0, 99))
+def test_a_stride_begins_at_the_frame_on_display_at_start(
+    count: Any, source: Any, frames: Any, stride: Any, percent: Any
+) -> None:
+    start = count * percent / 100 / source
+    first = max(i for i in range(count) if i / source <= start + preprocess.TOLERANCE)
+    every = list(range(first, count, stride))[:frames]
+    found = preprocess.sample(count, source, strided(frames, stride), start)
+    assert found.tolist() == every + every[-1:] * (frames - len(every))
+
+
+def test_a_stride_of_one_takes_every_frame() -> None:
+    for count in (1, 5, 9, 40):
+        every = preprocess.sample(count, None, InputContract(6, 8, 8))
+        np.testing.assert_array_equal(preprocess.sample(count, None, strided(6, 1)), every)
+
+
+def test_a_stride_needs_a_clock_for_a_start_only() -> None:
+    with pytest.raises(InputError, match="no clock: give source_fps"):
+        preprocess.sample(9, None, strided(2, 2), 0.5)
+
+
+@given(st.integers(1, 3000), st.sampled_from([1, 2, 4, 8, 16, 32, 64]))
+def test_segments_are_those_of_the_authors(count: Any, frames: Any) -> None:
+    """TSN and VideoMAE on Something-Something: `tick = frames of the video / segments`, then `tick / 2 + tick * k`, cut
+    to an integer; in floats, which are exact for these numbers of segments."""
+    contract = InputContract(frames, 8, 8, sampling="segments")
+    tick = count / float(frames)
+    expected = [int(tick / 2.0 + tick * k) for k in range(frames)]
+    assert preprocess.sample(count, None, contract).tolist() == expected
+    assert preprocess.sample(count, 30.0, contract).tolist() == expected
+
+
+@given(st.integers(1, 3000), st.integers(1, 100))
+def test_segments_are_the_middles_of_equal_parts(count: Any, frames: Any) -> None:
+    found = preprocess.sample(count, None, InputContract(frames, 8, 8, sampling="segments")).tolist()
+    assert found == [math.floor((k + Fraction(1, 2)) * Fraction(count, frames)) for k in range(frames)]
+    assert found == sorted(found)
+    assert 0 <= found[0] <= found[-1] < count
+
+
+def test_segments_of_the_whole_source_have_no_start() -> None:
+    contract = InputContract(4, 8, 8, sampling="segments")
+    with pytest.raises(InputError, match=r"start is 0.0 s, but this model takes 4 frames from the whole .*: leave"):
+        preprocess.sample(9, 30.0, contract, 0.0)
+
+
 def test_resample_gives_a_frame_when_its_time_has_come() -> None:
     """A live view must not wait for the next frame to show this one."""
     asked = []
@@ -154,12 +221,14 @@ def test_prepare_samples_then_resizes(rng: np.random.Generator) -> None:
 
 def test_prepare_resizes_only_what_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    spatial = preprocess.spatial
-    monkeypatch.setattr(preprocess, "spatial", lambda f, c: seen.append(len(f)) or spatial(f, c))
+    spatial = resize.spatial
+    monkeypatch.setattr(resize, "spatial", lambda f, c: seen.append(len(f)) or spatial(f, c))
     frames = np.zeros((200, 20, 20, 3), np.uint8)
     preprocess.prepare(frames, InputContract(4, 10, 10, fps=5), source_fps=30)
     preprocess.prepare(frames[:2], InputContract(4, 10, 10))  # repeats are not resized again
-    assert seen == [4, 2]
+    preprocess.prepare(frames[:5], InputContract(4, 10, 10, sampling="stride", stride=3))
+    preprocess.prepare(frames[:2], InputContract(4, 10, 10, sampling="segments"))
+    assert seen == [4, 2, 2, 2]
 
 
 def test_prepare_pads_a_short_clip_with_its_last_frame() -> None:

@@ -24,6 +24,7 @@ import torch
 import edgetube
 from edgetube import bundle as bundles
 from edgetube import preprocess, video
+from edgetube.bench import latency
 from edgetube.errors import BackendError, BundleError, InputError, ParityError
 from edgetube.export import pipeline
 from edgetube.model import checkpoints
@@ -103,6 +104,32 @@ def test_predict_preprocesses_frames_of_any_size(rt: edgetube.Runtime, rng: np.r
     frames = rng.integers(0, 256, (20, 90, 70, 3), np.uint8)
     prepared = preprocess.prepare(frames, rt.contract, 30.0)
     assert rt.predict(frames, fps=30.0).logits == pytest.approx(rt(prepared[None])[0].tolist(), abs=1e-6)
+
+
+def test_a_model_of_segments_takes_whole_files_and_no_stream(tiny_bundle: Path, tmp_path: Path) -> None:
+    found = bundles.load(tiny_bundle)
+    segments = replace(found, contract=replace(found.contract, fps=None, sampling="segments"))
+    path = video.write(tmp_path / "a.mp4", (np.full((40, 60, 3), 5 * i, np.uint8) for i in range(48)), 20.0)
+    with edgetube.Runtime(segments, threads=1) as rt:
+        assert rt.predict(path).start == pytest.approx(3 / 20)
+        for source in (0, path, "rtsp://camera", [np.zeros((40, 60, 3), np.uint8)]):
+            with pytest.raises(InputError, match="samples 8 segments of a whole video; no window of a stream"):
+                rt.stream(source)
+        with pytest.raises(InputError, match="leave start out"):
+            rt.predict(path, start=1.0)
+        with pytest.raises(InputError, match="no window of a stream"):
+            latency.measure([segments], latency.Options(camera_fps=30.0))
+
+
+def test_a_hop_of_a_strided_model_counts_its_own_frames(tiny_bundle: Path, tmp_path: Path) -> None:
+    found = bundles.load(tiny_bundle)
+    strided = replace(found, contract=replace(found.contract, fps=None, sampling="stride", stride=3))
+    path = video.write(tmp_path / "a.mp4", (np.full((40, 60, 3), 4 * i, np.uint8) for i in range(60)), 20.0)
+    with edgetube.Runtime(strided, threads=1) as rt:
+        starts = [p.start for p in rt.stream(path, hop=4)]
+        assert starts == pytest.approx([0.0, 0.6, 1.2, 1.8])
+        again = [rt.predict(path, start=start).logits for start in starts]
+        np.testing.assert_array_equal([p.logits for p in rt.stream(path, hop=4)], again)
 
 
 def test_file_and_array_answer_the_same(rt: edgetube.Runtime, tmp_path: Path, rng: np.random.Generator) -> None:

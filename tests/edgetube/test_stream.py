@@ -56,6 +56,40 @@ def test_frames_are_resized_by_the_contract() -> None:
     assert clip.frames.shape == (2, 10, 10, 3)
 
 
+@given(count=st.integers(1, 60), stride=st.integers(1, 9), hop=st.integers(1, 6), gap=st.floats(0.001, 40))
+def test_a_stride_takes_every_kth_frame_whatever_the_clock(count: Any, stride: Any, hop: Any, gap: Any) -> None:
+    contract = InputContract(4, 8, 8, sampling="stride", stride=stride)
+    taken = list(range(0, count, stride))
+    found = [c for _, c in stream.windows(((gap * i, frame(i)) for i in range(count)), contract, hop)]
+    if len(taken) < 4:
+        assert [values(c) for c in found] == [taken + taken[-1:] * (4 - len(taken))]
+    else:
+        assert [values(c) for c in found] == [taken[s : s + 4] for s in range(0, len(taken) - 3, hop)]
+
+
+def test_a_strided_window_comes_with_its_newest_frame() -> None:
+    """It waits for no frame after it. A hop of a quarter of the clip is two frames of the model, six of the camera."""
+    asked = []
+
+    def camera() -> Iterator[stream.TimedFrame]:
+        for i in range(100):
+            asked.append(i)
+            yield i / 30, frame(i)
+
+    clips = stream.windows(camera(), InputContract(8, 8, 8, sampling="stride", stride=3))
+    for newest in (21, 27, 33):
+        _, clip = next(clips)
+        assert values(clip) == list(range(newest - 21, newest + 1, 3))
+        assert asked[-1] == newest
+        assert (clip.start, clip.end) == (pytest.approx((newest - 21) / 30), pytest.approx(newest / 30))
+
+
+def test_segments_of_a_stream_are_refused_at_the_call() -> None:
+    contract = InputContract(4, 8, 8, sampling="segments")
+    with pytest.raises(InputError, match=r"samples 4 segments of a whole video; no window .* whole files"):
+        stream.windows(iter(()), contract)
+
+
 def test_bare_frames_get_a_clock() -> None:
     pairs = list(stream.timed([frame(i) for i in range(3)], 10.0))
     assert [(t, int(f[0, 0, 0])) for t, f in pairs] == [(0.0, 0), (0.1, 1), (0.2, 2)]

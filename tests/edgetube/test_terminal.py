@@ -12,6 +12,7 @@ import pytest
 from rich.text import Text
 
 from edgetube import terminal
+from edgetube.contract import InputContract
 from edgetube.errors import InputWarning
 from edgetube.spec import Prediction
 
@@ -41,6 +42,44 @@ def streams(encoding: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]
         return "".join(raw.getvalue().decode(encoding) for raw, _ in files)
 
     return written
+
+
+@pytest.mark.parametrize(
+    ("contract", "sampling", "geometry"),
+    [
+        (
+            InputContract(16, 224, 224, fps=15.0),
+            "16 at 15.0 fps",
+            "resized until the crop is covered (bilinear), crop center 224 x 224; mean 0.5, std 0.5",
+        ),
+        (
+            InputContract(
+                16,
+                224,
+                224,
+                resize_size=256,
+                crop="center-floor",
+                sampling="stride",
+                stride=4,
+                mean=(0.4, 0.5, 0.6),
+            ),
+            "16 with stride 4, in frames of the source",
+            "short side 256 (bilinear), crop center-floor 224 x 224; mean 0.4 0.5 0.6, std 0.5",
+        ),
+        (
+            InputContract(8, 224, 224, resize="stretch", resize_size=(256, 248), filter="bicubic", sampling="segments"),
+            "the middle ones of 8 equal segments of the whole video",
+            "stretched to 256 x 248 (bicubic), crop center 224 x 224; mean 0.5, std 0.5",
+        ),
+        (
+            InputContract(1, 224, 200, resize="stretch"),
+            "1 at any fps",
+            "stretched to 224 x 200 (bilinear), crop center 224 x 200; mean 0.5, std 0.5",
+        ),
+    ],
+)
+def test_the_input_in_words(contract: InputContract, sampling: str, geometry: str) -> None:
+    assert (terminal._sampling(contract), terminal._geometry(contract)) == (sampling, geometry)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -199,12 +199,71 @@ def test_short_video_repeats_its_last_frame(tmp_path: Path) -> None:
     assert numbers(video.load(path, contract(5)).frames) == [0, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_stride_counts_decoded_frames(clips: dict[str, Path], name: str) -> None:
+    wanted = InputContract(5, SIZE, SIZE, sampling="stride", stride=7)
+    assert numbers(video.load(clips[name], wanted, 0.0).frames) == [0, 7, 14, 21, 28]
+    times = [seconds for seconds, _ in video.frames(clips[name])]
+    for first in (3, 40, 57):  # the length that vfr.mp4 states ends after 57
+        found = video.load(clips[name], wanted, times[first])
+        every = list(range(first, 60, 7))[:5]
+        assert numbers(found.frames) == every + every[-1:] * (5 - len(every))
+        assert found.start == pytest.approx(times[first])
+    if name == "cfr.mp4":
+        assert numbers(video.load(clips[name], wanted).frames) == [12, 19, 26, 33, 40]  # (60 - 5 * 7) // 2
+
+
+@pytest.mark.parametrize("frames", [1, 7, 16, 64])
+@pytest.mark.parametrize("name", KINDS)
+def test_segments_spread_over_all_decoded_frames(clips: dict[str, Path], name: str, frames: int) -> None:
+    wanted = InputContract(frames, SIZE, SIZE, sampling="segments")
+    clip = video.load(clips[name], wanted)
+    expected = [60 * (2 * k + 1) // (2 * frames) for k in range(frames)]
+    assert numbers(clip.frames) == expected
+    times = [seconds for seconds, _ in video.frames(clips[name])]
+    assert clip.start == pytest.approx(times[expected[0]])
+    with pytest.raises(InputError, match=r"start is 0.5 s, but this model takes"):
+        video.load(clips[name], wanted, 0.5)
+
+
+def test_segments_of_a_file_whose_packets_are_not_its_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first guess that is wrong in either direction costs a second pass, never a frame."""
+    path = encode(tmp_path / "a.mp4", count=30)
+    wanted = InputContract(5, SIZE, SIZE, sampling="segments")
+    for guess in (0, 1, 29, 31, 400):
+        monkeypatch.setattr(video._Reader, "packets", lambda _, guess=guess: guess)
+        assert numbers(video.load(path, wanted).frames) == [3, 9, 15, 21, 27]
+
+
+def test_segments_of_a_file_that_is_cut_off_are_refused(clips: dict[str, Path], tmp_path: Path) -> None:
+    """They need the end, so the whole file has to be there."""
+    with pytest.raises(InputError, match="is cut off or damaged"):
+        video.load(cut(clips["cfr.mkv"], tmp_path / "cut.mkv", 0.9), InputContract(4, SIZE, SIZE, sampling="segments"))
+
+
+@pytest.mark.parametrize("sampling", [{"sampling": "stride", "stride": 4}, {"sampling": "segments"}])
+def test_a_file_and_its_frames_in_memory_are_sampled_alike(clips: dict[str, Path], sampling: dict[str, Any]) -> None:
+    wanted = InputContract(8, 40, 44, resize_size=50, filter="bicubic", crop="center-floor", **sampling)
+    pixels = np.stack([frame for _, frame in video.frames(clips["cfr.mp4"])])
+    np.testing.assert_array_equal(video.load(clips["cfr.mp4"], wanted).frames, preprocess.prepare(pixels, wanted))
+
+
+@pytest.mark.parametrize("sampling", [{"sampling": "stride", "stride": 4}, {"sampling": "segments"}])
+def test_an_image_is_one_frame_of_any_sampling(tmp_path: Path, sampling: dict[str, Any]) -> None:
+    picture = barcode(5)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    found = video.load(tmp_path / "a.png", InputContract(1, SIZE, SIZE, **sampling)).frames
+    np.testing.assert_array_equal(found[0], picture)
+
+
 def test_only_sampled_frames_are_converted(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     converted = []
     rgb = video._rgb
     monkeypatch.setattr(video, "_rgb", lambda frame: converted.append(frame.pts) or rgb(frame))
     video.load(clips["cfr.mp4"], contract(4, fps=5.0))
-    assert len(converted) == 4
+    video.load(clips["cfr.mp4"], InputContract(4, SIZE, SIZE, sampling="stride", stride=9))
+    video.load(clips["cfr.mp4"], InputContract(4, SIZE, SIZE, sampling="segments"))
+    assert len(converted) == 12
 
 
 def test_a_late_clip_does_not_decode_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
