@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,108 @@ def test_a_saved_table_is_the_same_table(table: CalibrationTable, tmp_path: Path
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_text_by_hand(tmp_path: Path) -> None:
+    """One line for each tensor and each list of scales; floats are the shortest ones of float32."""
+    ranges = {"norm": Range(-1.5, float(np.float32(0.1)), "mse"), "pool": Range(0.0, 2.0, "entropy")}
+    scales = (float(np.float32(0.1)), 0.25)
+    plan = LinearPlan("fc", "norm", "fc.weight", scales, "int8", "none; mse")
+    table = CalibrationTable("abc", {"sha256": "d", "count": 2}, "int8", ranges, (plan,), {"numpy": "2"})
+    assert table.save(tmp_path / "t.json").read_text().splitlines() == [
+        "{",
+        ' "schema": 1,',
+        ' "model": "abc",',
+        ' "clips": {"sha256": "d", "count": 2},',
+        ' "activations": "int8",',
+        ' "versions": {"numpy": "2"},',
+        ' "ranges": {',
+        '  "norm": {"low": -1.5, "high": 0.1, "method": "mse"},',
+        '  "pool": {"low": 0.0, "high": 2.0, "method": "entropy"}',
+        " },",
+        ' "linears": [',
+        "  {",
+        '   "name": "fc",',
+        '   "activation": "norm",',
+        '   "weight": "fc.weight",',
+        '   "weight_scales": [0.1, 0.25],',
+        '   "precision": "int8",',
+        '   "reason": "none; mse"',
+        "  }",
+        " ]",
+        "}",
+    ]
+
+
+class TestFromJson:
+    """Each thing that is wrong is named, one at a time."""
+
+    def with_plan(self, table: CalibrationTable, **changed: Any) -> dict[str, Any]:
+        data = table.to_json()
+        return data | {"linears": [data["linears"][0] | changed, data["linears"][1]]}
+
+    @pytest.mark.parametrize("schema", [2, 7, 2**31])
+    def test_another_schema(self, table: CalibrationTable, schema: int) -> None:
+        with pytest.raises(InputError, match=f"^calibration table schema {schema}; this edgetube reads 1$"):
+            CalibrationTable.from_json({"schema": schema, "what": "is of the future"})
+
+    @pytest.mark.parametrize("schema", [0, -1, 2**31 + 1, "1", True, None])
+    def test_no_schema(self, table: CalibrationTable, schema: Any) -> None:
+        with pytest.raises(InputError, match=r"^not a calibration table \(schema is .*\); calibrate again$"):
+            CalibrationTable.from_json(table.to_json() | {"schema": schema})
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"model": 3}, "model is 3"),
+            ({"clips": []}, "clips is "),
+            ({"activations": "int4"}, "activations is 'int4'; expected one of int8, uint8"),
+            ({"versions": {"numpy": 2}}, r"versions\.numpy is 2"),
+            ({"ranges": {"x": {"low": 0, "high": 1}}}, r"ranges\.x lacks the field method"),
+            ({"ranges": {"x": {"low": 0, "high": 4e38, "method": "m"}}}, r"ranges\.x\.high is 4e\+38"),
+            ({"ranges": {"x": {"low": -4e38, "high": 0, "method": "m"}}}, r"ranges\.x\.low is -4e\+38"),
+            ({"ranges": {"x": {"low": 0, "high": 1, "method": 5}}}, r"ranges\.x\.method is 5"),
+            ({"ranges": {"x": {"low": 0, "high": 1, "method": "m", "more": 1}}}, r"ranges\.x has no field more"),
+            ({"linears": {}}, "linears is "),
+            ({"more": 1}, "it has no field more"),
+        ],
+    )
+    def test_a_field(self, table: CalibrationTable, changed: dict[str, Any], message: str) -> None:
+        with pytest.raises(InputError, match=rf"^not a calibration table \({message}"):
+            CalibrationTable.from_json(table.to_json() | changed)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"name": 1}, r"\.name is 1"),
+            ({"weight": None}, r"\.weight is None"),
+            ({"weight_scales": 0.5}, r"\.weight_scales is 0.5; expected a list"),
+            ({"weight_scales": [0.5, -0.5]}, r"\.weight_scales is -0.5; expected a finite number, 0 to 3"),
+            ({"weight_scales": [4e38]}, r"\.weight_scales is 4e\+38"),
+            ({"precision": "int4"}, r"\.precision is 'int4'; expected one of int8, float"),
+            ({"reason": 1}, r"\.reason is 1"),
+            ({"more": 1}, " has no field more"),
+        ],
+    )
+    def test_a_linear(self, table: CalibrationTable, changed: dict[str, Any], message: str) -> None:
+        with pytest.raises(InputError, match=rf"^not a calibration table \(linears\[0\]{message}"):
+            CalibrationTable.from_json(self.with_plan(table, **changed))
+
+    def test_what_float32_holds_is_read(self, table: CalibrationTable) -> None:
+        largest = float(np.finfo(np.float32).max)
+        data = self.with_plan(table, weight_scales=[0.0, largest])
+        found = CalibrationTable.from_json(data | {"ranges": {"x": {"low": -largest, "high": largest, "method": "m"}}})
+        assert found.linears[0].weight_scales == (0.0, largest)
+        assert found.ranges == {"x": Range(-largest, largest, "m")}
+
+    def test_a_reason_may_be_missing(self, table: CalibrationTable) -> None:
+        data = table.to_json()
+        del data["linears"][0]["reason"]
+        assert CalibrationTable.from_json(data).linears[0].reason == ""
+
+
+def test_only_int8_is_quantised(table: CalibrationTable) -> None:
+    assert table.quantised == table.linears[:1]
+
+
 def test_it_is_diffable_one_line_a_tensor(table: CalibrationTable, tmp_path: Path) -> None:
     lines = table.save(tmp_path / "t.json").read_text().splitlines()
     (line,) = (line for line in lines if "blocks.0.mlp.act" in line)
@@ -66,7 +169,27 @@ def test_scales_are_those_of_the_textbook(low: Any, high: Any) -> None:
     assert (0 - 0) * scale == 0
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.5, 1), (-1, -0.5), (float("nan"), 1), (-1, float("inf"))])
+@pytest.mark.parametrize(
+    ("low", "high", "scale", "zero"),
+    [
+        (0.0, 2.55, 0.01, 0),
+        (-2.55, 0.0, 0.01, 255),
+        (-1.0, 1.55, 0.01, 100),
+        (-1.004, 1.546, 0.01, 100),
+        (0.0, 0.0, 1.0, 0),
+    ],
+)
+def test_zero_points_by_hand(low: float, high: float, scale: float, zero: int) -> None:
+    found = Range(low, high, "x")
+    assert found.asymmetric[0] == pytest.approx(scale, rel=1e-6)
+    assert found.asymmetric[1] == zero
+    assert found.parameters("uint8") == found.asymmetric
+    assert found.parameters("int8") == (found.symmetric, 0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.5, 1), (-1, -0.5), (float("nan"), 1), (-1, float("inf")), (-float("inf"), 1)]
+)
 def test_impossible_ranges_are_refused(low: float, high: float) -> None:
     with pytest.raises(InputError, match="expected finite numbers around zero"):
         Range(low, high, "x")
@@ -87,7 +210,7 @@ def test_the_cache_text_by_hand() -> None:
 def test_a_cache_of_the_documentation_is_read() -> None:
     found = CalibrationTable.from_cache("TRT-8503-EntropyCalibration2\ndata: 3c010a14\nblocks.0: a: 3f800000\n")
     assert found["data"].symmetric == struct.unpack(">f", bytes.fromhex("3c010a14"))[0]
-    assert found["blocks.0: a"].high == 127.0
+    assert found["blocks.0: a"] == Range(-127.0, 127.0, "cache")
 
 
 def test_the_cache_keeps_every_scale(table: CalibrationTable) -> None:
@@ -100,7 +223,12 @@ def test_the_cache_keeps_every_scale(table: CalibrationTable) -> None:
     [
         ("", "begins with ''"),
         ("hello\nx: 3c010a14", "begins with 'hello'"),
-        ("TRT-1-EntropyCalibration2\nx: 3c01", "line 2"),
+        ("hello" * 10, f"begins with '{('hello' * 10)[:40]}'; expected TRT"),
+        ("TRT-1-EntropyCalibration2\nx: 3c01", "line 2 of the calibration cache is 'x: 3c01'; expected"),
+        ("TRT-1-EntropyCalibration2\nx: 3c010a14\n: 3c010a14", "line 3 of the calibration cache is ': 3c010a14'"),
+        ("TRT-1-EntropyCalibration2\n" + "x" * 70, f"line 2 of the calibration cache is '{'x' * 60}'"),
+        ("TRT-1-EntropyCalibration2\nx: 7f800000", r"line 2 of the calibration cache: a range is \[-inf, inf\]"),
+        ("TRT-1-EntropyCalibration2\nx: bf800000", r"line 2 of the calibration cache: a range is \[127\.0, -127\.0\]"),
     ],
 )
 def test_other_texts_are_no_cache(text: str, message: str) -> None:
@@ -151,7 +279,9 @@ class TestStoredScales:
 
     @pytest.mark.parametrize("scale", [65520.0, 1e9, np.inf, np.nan])
     def test_what_is_too_large_is_named(self, scale: float) -> None:
-        with pytest.raises(SpecError, match=r"fc1 needs a scale of .*; float16 ends at 65504"):
+        with pytest.raises(
+            SpecError, match=rf"^fc1 needs a scale of {re.escape(f'{scale:.3g}')}; float16 ends at 65504:"
+        ):
             stored_scales(np.array([1.0, scale]), "float16", "fc1")
 
     @given(
