@@ -15,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetube import bundle as bundles
-from edgetube import metrics
+from edgetube import formats, metrics
 from edgetube.bench import model_set
 from edgetube.bench.model_set import Artifact, OpenedModels
 from edgetube.bundle import Bundle
 from edgetube.datasets import ClipSet
 from edgetube.errors import BackendError, InputError
-from edgetube.model import checkpoints
 from edgetube.model.tubevit import TubeViT
 from edgetube.precision import Precision
 from edgetube.progress import Progress, silent
@@ -181,7 +180,7 @@ def of_opened(
     if not seen:
         raise BackendError(f"the runtime of {first.name} shows no layers; leave out --reference")
     if reference is None:
-        model = checkpoints.of_bundle(first.bundle).model
+        model = formats.of_bundle(first.bundle).model
         stated = as_exported(model, first.bundle.spec)
     else:
         stated = _plain

@@ -18,13 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 from typing_extensions import Self
 
-from edgetube import runtimes
+from edgetube import formats, runtimes
 from edgetube.bench import machine
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.datasets import Item
 from edgetube.errors import CheckpointError, InputError, printable
-from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.base import Backend, Logits
 from edgetube.runtimes.torch import Reference
@@ -108,7 +107,7 @@ class ReferenceModel:
         return {"checkpoint": self.bundle.checkpoint["sha256"], "model": self.bundle.spec.to_json()}
 
     def open(self, threads: int | None) -> Backend:
-        checkpoint = checkpoints.of_bundle(self.bundle)
+        checkpoint = formats.of_bundle(self.bundle)
         _must_match(self.bundle, checkpoint)
         return Reference(checkpoint.model, checkpoint.contract, threads)
 

@@ -64,12 +64,12 @@ def bundle(
 def reference(stage_timer: StageTimer, path: str, checkpoint: str, camera: tuple[int, int]) -> Benchmarkable:
     """Open the PyTorch model that a bundle was made from; `OMP_NUM_THREADS` says its threads."""
     from edgetube import bundle as bundles
-    from edgetube.model import checkpoints
+    from edgetube import formats
     from edgetube.runtimes.torch import Reference
 
     stage_timer("import")
     found = bundles.load(path)
-    trained = checkpoints.of_bundle(checkpoints.at_source(found, checkpoint))
+    trained = formats.of_bundle(formats.at_source(found, checkpoint))
     model = Reference(trained.model, trained.contract)
     stage_timer("load")
     clips, prepare = _inputs(found, camera)

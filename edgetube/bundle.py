@@ -293,8 +293,13 @@ def parse_labels(value: Any, where: str) -> tuple[str, ...]:
     return labels
 
 
+READ_OPTIONS = ("adapter", "spec", "arch", "ema", "text_features", "labels", "pool_frames")
+"""Keys of `checkpoint` that say how it was read, the options of `edgetube export` of the same names."""
+
+
 def _parse_checkpoint(value: Any) -> dict[str, str]:
-    found = _texts(strict.record(value, "checkpoint", ("name", "source", "sha256"), ()), "checkpoint")
+    required, others = ("name", "source", "sha256"), ("format", "licence", *READ_OPTIONS)
+    found = _texts(strict.record(value, "checkpoint", required, others), "checkpoint")
     strict.text(found["sha256"], "checkpoint.sha256", f"({SHA256})?")  # a checkpoint made in memory has none
     return found
 

@@ -137,11 +137,23 @@ def targets(as_json: Json = False) -> None:
         terminal.targets(known)
 
 
+Adapter = Annotated[Path | None, typer.Option(help="Folder of a peft adapter (LoRA), merged into the weights.")]
+Spec = Annotated[Path | None, typer.Option(help="JSON file with what the checkpoint does not say.")]
+Arch = Annotated[str | None, typer.Option(help="Architecture of a bare state dict, as its library names it.")]
+Ema = Annotated[
+    bool | None, typer.Option("--ema/--no-ema", help="The moving average of the weights, or they themselves.")
+]
+TextFeatures = Annotated[Path | None, typer.Option(help=".npy (classes, E): zero-shot classes of an image-text tower.")]
+Labels = Annotated[Path | None, typer.Option(help="Text file with one class name a line.")]
+PoolFrames = Annotated[str | None, typer.Option(help="mean: an image model over every frame of a clip.")]
+
+
 @app.command(name="export")
 def export_command(
     target: Annotated[list[str], typer.Option(help="A name of `edgetube targets`, or all; may be repeated.")],
     checkpoint: Annotated[
-        str, typer.Option(help="demo, random:tubevit-b (-ti -s -b -l -h; -s2d), or a .safetensors file.")
+        str,
+        typer.Option(help="A folder or file of weights (docs/checkpoints.md), demo, or random:tubevit-b (-ti ... -h)."),
     ] = "demo",
     out_dir: Annotated[Path, typer.Option("--out", help="Folder of the bundles.")] = Path("out"),
     frames: Annotated[int | None, typer.Option(help="Frames of the clip; the checkpoint's own if left out.")] = None,
@@ -163,6 +175,13 @@ def export_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the target; may be repeated.")
     ] = None,
+    adapter: Adapter = None,
+    spec: Spec = None,
+    arch: Arch = None,
+    ema: Ema = None,
+    text_features: TextFeatures = None,
+    labels: Labels = None,
+    pool_frames: PoolFrames = None,
     as_json: Json = False,
 ) -> None:
     """Compile a checkpoint for a target, prove it against PyTorch, and write the bundle.
@@ -185,8 +204,9 @@ def export_command(
     options = pipeline.Options(
         frames, _size(size), input_kind == "image", batch, head, lowering, calib, max_drop, _settings(settings or [])
     )
+    read = _read_options(adapter, spec, arch, ema, text_features, labels, pool_frames)
     with progress() as show:
-        made = list(pipeline.export_models(names, checkpoint, out_dir, options, show))
+        made = list(pipeline.export_models(names, checkpoint, out_dir, options, show, read))
     rows = [_bundle_row(b) for b in made]
     if as_json:
         print_json(rows)
@@ -540,11 +560,27 @@ def _runner(workers: int, ray: str | None) -> Any:
     return places.here if workers == 1 else partial(places.in_processes, workers=workers)
 
 
+def _read_options(
+    adapter: Path | None,
+    spec: Path | None,
+    arch: str | None,
+    ema: bool | None,
+    text_features: Path | None,
+    labels: Path | None,
+    pool_frames: str | None,
+) -> Any:
+    """What the user says about a checkpoint, as `edgetube.formats` takes it."""
+    paths = {"adapter": adapter, "spec": spec, "text_features": text_features, "labels": labels}
+    texts = {key: None if path is None else str(path) for key, path in paths.items()}
+    files = need("edgetube.formats.reading.files", "export")
+    return files.ReadOptions(**texts, arch=arch, ema=ema, pool_frames=pool_frames)
+
+
 def _located(found: list[Bundle], checkpoint: Path | None) -> list[Bundle]:
     """Bundles whose checkpoint is looked for in a file or folder, if one is given."""
     if checkpoint is None:
         return found
-    locate = need("edgetube.model.checkpoints", "export").locate
+    locate = need("edgetube.formats", "export").locate
     return [locate(one, checkpoint) for one in found]
 
 
@@ -552,7 +588,7 @@ def _kernels(b: Bundle, checkpoint: Path | None) -> dict[int, Any] | None:
     """The learned kernels of a bundle's tubes, when its checkpoint can be read here."""
     try:
         (b,) = _located([b], checkpoint)
-        model = need("edgetube.model.checkpoints", "export").of_bundle(b).model
+        model = need("edgetube.formats", "export").of_bundle(b).model
     except EdgetubeError as error:
         terminal.warn("note", f"without kernels: {error}")
         return None

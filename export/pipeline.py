@@ -19,7 +19,7 @@ import numpy as np
 from typing_extensions import Self
 
 from edgetube import bundle as bundles
-from edgetube import calibration, demo, export, runtimes
+from edgetube import calibration, demo, export, formats, runtimes
 from edgetube import targets as targeting
 from edgetube.bench import machine, parity, probe
 from edgetube.bench.latency import interleave
@@ -33,7 +33,7 @@ from edgetube.errors import InputError, MissingPackageError, ParityError
 from edgetube.export import arithmetic, canonical, int8, proof, quantize, static
 from edgetube.export.base import BuildContext, Built
 from edgetube.export.canonical import Graph
-from edgetube.model import checkpoints
+from edgetube.formats.reading.files import ReadOptions
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.progress import Progress, silent
 from edgetube.runtimes.base import Backend
@@ -87,13 +87,15 @@ def export_model(
     out: str | Path = "out",
     options: Options | None = None,
     progress: Progress = silent,
+    read: ReadOptions | None = None,
 ) -> Bundle:
     """Export one checkpoint to one target; the bundle is `out/<checkpoint>.<target>`.
 
     Args:
         target: a name that `edgetube targets` lists.
-        checkpoint: `demo`, `random:NAME`, a `.safetensors` file, or a loaded `Checkpoint`.
+        checkpoint: `demo`, `random:NAME`, a file or folder of any format of `edgetube.formats`, or a `Checkpoint`.
         out: folder of the bundles.
+        read: what the files of the checkpoint do not say.
 
     Returns:
         The published bundle.
@@ -105,7 +107,7 @@ def export_model(
         MissingPackageError: the target cannot be built here.
         ParityError: the artifact differs from the reference; nothing is published.
     """
-    return next(export_models([target], checkpoint, out, options, progress))
+    return next(export_models([target], checkpoint, out, options, progress, read))
 
 
 def export_models(
@@ -114,6 +116,7 @@ def export_models(
     out: str | Path = "out",
     options: Options | None = None,
     progress: Progress = silent,
+    read: ReadOptions | None = None,
 ) -> Iterator[Bundle]:
     """Export one checkpoint to several targets, with common graphs and calibrations; see `export_model`."""
     options = options or Options()
@@ -123,7 +126,7 @@ def export_models(
             hint = f"; install with: {target.remedy}" if target.remedy else ", which is not here"
             raise MissingPackageError(f"{target.name} needs {', '.join(missing)}{hint}")
     progress("load checkpoint", 0, 1)
-    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else checkpoints.load(checkpoint)
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else formats.load(checkpoint, read)
     if options.head:
         loaded = loaded.select(options.head)
     loaded = loaded.with_clip(1 if options.image else options.frames, options.size)
@@ -403,7 +406,7 @@ class ExportSession:
             batch=self.options.batch,
             artifact=built.artifact,
             build=built.details,
-            checkpoint={"name": checkpoint.name, "source": checkpoint.source, "sha256": checkpoint.digest},
+            checkpoint=checkpoint.record(),
             versions=machine.versions(),
         )
 

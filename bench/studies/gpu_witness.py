@@ -24,12 +24,11 @@ import torch.nn.functional as F
 from onnx import helper, numpy_helper
 
 from edgetube import bundle as bundles
-from edgetube import datasets, metrics
+from edgetube import datasets, formats, metrics
 from edgetube.bench import machine
 from edgetube.bench.worker import Benchmarkable, StageTimer
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, EdgetubeError
-from edgetube.model import checkpoints
 from edgetube.runtimes.base import Backend, Logits
 from edgetube.runtimes.torch import Reference
 from edgetube.video import Frames
@@ -223,7 +222,7 @@ def open_graph(stage_timer: StageTimer, path: str, device: str = "cuda", compile
 
 def agreement(bundle: Bundle, device: str, clips: int) -> dict[str, Any]:
     """The witness against PyTorch's float32 reference on built-in evaluation clips, as parity counts it."""
-    checkpoint = checkpoints.of_bundle(bundle)
+    checkpoint = formats.of_bundle(bundle)
     source = datasets.built_in(clips, bundle.labels)
     frames = np.stack([clip.frames for clip in source.clips(bundle.contract)])
     with Witness(bundle, device) as witness, Reference(checkpoint.model, checkpoint.contract) as reference:

@@ -8,19 +8,23 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from edgetube import demo, strict
-from edgetube.bundle import Bundle, parse_labels, sha256
+from edgetube.bundle import parse_labels, sha256
 from edgetube.contract import InputContract
 from edgetube.errors import CheckpointError, FormatError, InputError, SpecError, printable
 from edgetube.files import replacing
 from edgetube.model import positions
 from edgetube.model.tubevit import TubeViT, shapes
 from edgetube.spec import ModelSpec, named
+
+FRAMES, SECONDS = 8, 2
+"""Of a clip, where an image model answers for a video and nothing says it."""
 
 HEADER = "edgetube"
 """Key of the JSON document in the safetensors metadata: {"spec", "input", "labels", "other_labels"}."""
@@ -38,6 +42,11 @@ class Checkpoint:
         digest: sha256 of the weights' file, or of the seed of random weights.
         other_labels: class names of further classifiers, by classifier.
         source: where it was loaded from (an absolute path, `demo` or `random:NAME`); goes into the manifest.
+        format: name of the format that it was in; empty for the built-in ones.
+        options: of reading it, as text; they go into the manifest.
+        notes: what its reader has to know, one sentence each.
+        keys: where each tensor of a foreign format went, see `edgetube.formats.reading.tensors.KeyUse`.
+        licence: as its model card states it; empty where it states none.
     """
 
     name: str
@@ -47,6 +56,11 @@ class Checkpoint:
     digest: str
     other_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     source: str = ""
+    format: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    keys: tuple[Any, ...] = field(default=(), repr=False)
+    licence: str = ""
 
     @property
     def spec(self) -> ModelSpec:
@@ -58,10 +72,38 @@ class Checkpoint:
         Raises:
             SpecError: a tube does not fit, or the positions are stored for one shape.
         """
-        spec = self.spec.with_clip(frames, size)
-        if spec == self.spec:
+        return self.at_spec(self.spec.with_clip(frames, size))
+
+    def record(self) -> dict[str, str]:
+        """What the manifest of a bundle says about it."""
+        stated = {"format": self.format, "licence": self.licence}
+        base = {"name": self.name, "source": self.source, "sha256": self.digest}
+        return base | {key: value for key, value in stated.items() if value} | dict(self.options)
+
+    def over_frames(self) -> Checkpoint:
+        """An image model as one of videos: each of `FRAMES` frames is a sequence, the logits are their mean.
+
+        Another number of frames is `with_clip(frames)`.
+
+        Raises:
+            InputError: it is a video model.
+        """
+        if not self.spec.is_image:
+            raise InputError(f"{self.name} is a model of videos of {self.spec.frames} frames; leave out --pool-frames")
+        fps = (
+            FRAMES / SECONDS if self.contract.sampling == "uniform" and self.contract.fps is None else self.contract.fps
+        )
+        contract = replace(self.contract.with_clip(FRAMES), fps=fps)
+        model = _moved(self.model, replace(self.spec, per_frame=True, frames=FRAMES))
+        return replace(self, model=model, contract=contract)
+
+    def at_spec(self, spec: ModelSpec) -> Checkpoint:
+        """The same weights in the form of `spec`, which differs in the clip and in how frames are used alone."""
+        contract = self.contract.with_clip(spec.frames, spec.size)
+        if (spec, contract) == (self.spec, self.contract):
             return self
-        return replace(self, model=_moved(self.model, spec), contract=self.contract.with_clip(frames, size))
+        model = self.model if spec == self.spec else _moved(self.model, spec)
+        return replace(self, model=model, contract=contract)
 
     def select(self, head: str) -> Checkpoint:
         """The same model with one of its classifiers alone.
@@ -95,47 +137,9 @@ def load(source: str | Path = "demo") -> Checkpoint:
     return replace(checkpoint, source=str(source))
 
 
-def of_bundle(bundle: Bundle) -> Checkpoint:
-    """The checkpoint that a bundle was made from, at the bundle's clip shape and with its classifier.
-
-    Raises:
-        CheckpointError: it was moved, deleted or changed.
-    """
-    source, digest = bundle.checkpoint["source"], bundle.checkpoint["sha256"]
-    remedy = f"give --checkpoint FILE_OR_FOLDER with the file whose sha256 is {digest[:16]}..., or export it again"
-    try:
-        checkpoint = load(source)
-    except InputError as error:
-        raise CheckpointError(
-            f"{bundle.path} was made from the checkpoint {source or 'of a program'}, which is not there; {remedy}"
-        ) from error
-    if checkpoint.digest != digest:
-        raise CheckpointError(f"{bundle.path} was made from other weights than {source} holds now; {remedy}")
-    return checkpoint.select(bundle.spec.classifiers[0][0]).with_clip(bundle.spec.frames, bundle.spec.size)
-
-
-def locate(bundle: Bundle, where: str | Path) -> Bundle:
-    """The bundle with its checkpoint found at `where`: a file, or a folder whose .safetensors files are hashed.
-
-    A checkpoint is identified by its sha256, not by its name.
-
-    Raises:
-        CheckpointError: it was not found.
-    """
-    where, digest = Path(where).absolute(), bundle.checkpoint["sha256"]
-    files = sorted(where.rglob("*.safetensors")) if where.is_dir() else [where]
-    for file in files:
-        if file.is_file() and sha256(file) == digest:
-            return at_source(bundle, str(file))
-    raise CheckpointError(
-        f"the checkpoint of {bundle.path} (sha256 {digest[:16]}...) is not at {where}: "
-        f"{len(files)} .safetensors files were looked at"
-    )
-
-
-def at_source(bundle: Bundle, source: str) -> Bundle:
-    """The bundle with another source of its checkpoint."""
-    return replace(bundle, checkpoint={**bundle.checkpoint, "source": source})
+def is_built_in(source: str | Path) -> bool:
+    """Whether `load` makes the model itself, without a file: `demo`, `random:NAME`."""
+    return source == "demo" or str(source).startswith("random:")
 
 
 def random(name: str, seed: int = 0) -> Checkpoint:

@@ -13,7 +13,7 @@ import torch
 
 import edgetube
 from edgetube import bundle as bundles
-from edgetube import export
+from edgetube import export, formats
 from edgetube.errors import InputError, MissingPackageError, ParityError, SpecError
 from edgetube.export import onnxruntime as exporter
 from edgetube.export import pipeline, proof, static
@@ -68,7 +68,7 @@ def test_another_clip_shape_and_classifier(tiny_checkpoint: Path, tmp_path: Path
     bundle = pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, options)
     assert bundle.contract.shape == (12, 40, 40, 3)
     assert bundle.labels == ("no", "yes")
-    moved = checkpoints.of_bundle(bundle)
+    moved = formats.of_bundle(bundle)
     clips = rng.integers(0, 256, (1, 12, 40, 40, 3), np.uint8)
     with edgetube.Runtime(bundle) as rt:
         np.testing.assert_allclose(rt(clips), Reference(moved.model, moved.contract)(clips), atol=1e-5)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from edgetube import demo
+from edgetube import demo, formats
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.errors import CheckpointError, InputError, SpecError
@@ -175,28 +175,28 @@ class TestWhereACheckpointIs:
         assert checkpoints.load(path.name).source == str(path)
 
     def test_it_is_where_it_was(self, bundle: Bundle) -> None:
-        assert checkpoints.of_bundle(bundle).digest == bundle.checkpoint["sha256"]
+        assert formats.of_bundle(bundle).digest == bundle.checkpoint["sha256"]
 
     def test_it_was_moved(self, tmp_path: Path, path: Path, bundle: Bundle) -> None:
         moved = path.rename(tmp_path / "other.safetensors")
         message = r"made from the checkpoint .*my model .*, which is not there; give --checkpoint FILE_OR_FOLDER"
         with pytest.raises(CheckpointError, match=message):
-            checkpoints.of_bundle(bundle)
+            formats.of_bundle(bundle)
         torch.save({}, tmp_path / "no.safetensors")
         for where in (moved, tmp_path):
-            found = checkpoints.locate(bundle, where)
+            found = formats.locate(bundle, where)
             assert found.checkpoint == {**bundle.checkpoint, "source": str(moved)}
-            assert checkpoints.of_bundle(found).digest == bundle.checkpoint["sha256"]
+            assert formats.of_bundle(found).digest == bundle.checkpoint["sha256"]
 
     def test_other_weights_are_there_now(self, path: Path, bundle: Bundle, checkpoint: Checkpoint) -> None:
         checkpoints.save(replace(checkpoint, labels=("a", "b", "c")), path)
         with pytest.raises(
             CheckpointError, match=r"/b was made from other weights than .* holds now; give --checkpoint"
         ):
-            checkpoints.of_bundle(bundle)
+            formats.of_bundle(bundle)
         for where in (path, path.parent):
-            with pytest.raises(CheckpointError, match=r"is not at .*: 1 .safetensors files were looked at"):
-                checkpoints.locate(bundle, where)
+            with pytest.raises(CheckpointError, match=r"is not at .*: [12] checkpoints were looked at"):
+                formats.locate(bundle, where)
 
 
 class TestOtherClipsAndClassifiers:

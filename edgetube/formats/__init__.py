@@ -1,0 +1,148 @@
+"""Checkpoint formats, one module each. The folder is the registry: a format is a module with two functions.
+
+::
+
+    NAME: str                                              # for people: "transformers VideoMAE"
+    def detect(files: Files) -> bool: ...                  # from names, configuration and keys; opens no weights
+    def read(files: Files, options: ReadOptions) -> Checkpoint: ...
+
+Exactly one format has to recognise a source: formats are never guessed. Third parties add formats by entry points of
+the group `edgetube.formats`, whose values are such modules. `reading` holds what formats share.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol, cast
+
+from edgetube.bundle import READ_OPTIONS, Bundle
+from edgetube.errors import CheckpointError, InputError
+from edgetube.formats.reading.files import Files, ReadOptions
+from edgetube.model import checkpoints
+from edgetube.model.checkpoints import Checkpoint
+
+GROUP = "edgetube.formats"
+"""Entry points of third parties' formats."""
+
+SHARED = frozenset({"reading"})
+
+
+class Format(Protocol):
+    """A module of this folder."""
+
+    NAME: str
+
+    def detect(self, files: Files) -> bool:
+        """Whether the files are of this format, by their names, configuration and keys."""
+
+    def read(self, files: Files, options: ReadOptions) -> Checkpoint:
+        """The model.
+
+        Raises:
+            CheckpointError: the files are damaged, incomplete or of a model that this format cannot express.
+            SpecError: the model's geometry is impossible.
+        """
+
+
+def names() -> tuple[str, ...]:
+    """Names of the built-in formats: the modules of this folder."""
+    return tuple(sorted({module.name for module in pkgutil.iter_modules(__path__)} - SHARED))
+
+
+def formats() -> Iterator[Format]:
+    """All formats, third parties' last."""
+    for name in names():
+        yield cast(Format, importlib.import_module(f"{__name__}.{name}"))
+    for found in entry_points(group=GROUP):
+        yield cast(Format, found.load())
+
+
+def load(source: str | Path = "demo", options: ReadOptions | None = None) -> Checkpoint:
+    """Read a checkpoint: `demo`, `random:NAME` (see `edgetube.spec.SIZES`), or a file or folder of any format.
+
+    Raises:
+        InputError: there is nothing at `source`, or an option does not apply to it.
+        CheckpointError: no format recognises it, or the one that does finds it damaged or incomplete.
+        SpecError: the architecture's name is unknown, or the model's geometry is impossible.
+    """
+    options = options or ReadOptions()
+    if checkpoints.is_built_in(source):
+        options.allow()
+        return checkpoints.load(source)
+    files = Files(Path(source), options.ema)
+    found = [one for one in formats() if one.detect(files)]
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{files.path} could be {' or '.join(one.NAME for one in found)}; give the folder or file of one model"
+        )
+    if not found:
+        known = ", ".join(one.NAME for one in formats())
+        raise CheckpointError(f"{files.path} is no checkpoint that edgetube knows: {files.summary()}; it reads {known}")
+    checkpoint = found[0].read(files, options)
+    if options.pool_frames is not None:
+        checkpoint = checkpoint.over_frames()
+    return replace(checkpoint, source=str(files.path), format=found[0].NAME, options=options.to_json())
+
+
+def of_bundle(bundle: Bundle) -> Checkpoint:
+    """The checkpoint that a bundle was made from, at the bundle's clip shape and with its classifier.
+
+    Raises:
+        CheckpointError: it was moved, deleted or changed.
+    """
+    source, digest = bundle.checkpoint["source"], bundle.checkpoint["sha256"]
+    remedy = f"give --checkpoint FILE_OR_FOLDER with the file whose sha256 is {digest[:16]}..., or export it again"
+    try:
+        checkpoint = load(source, _options(bundle))
+    except InputError as error:
+        raise CheckpointError(
+            f"{bundle.path} was made from the checkpoint {source or 'of a program'}, which is not there; {remedy}"
+        ) from error
+    if checkpoint.digest != digest:
+        raise CheckpointError(f"{bundle.path} was made from other weights than {source} holds now; {remedy}")
+    return checkpoint.select(bundle.spec.classifiers[0][0]).with_clip(bundle.spec.frames, bundle.spec.size)
+
+
+def _options(bundle: Bundle) -> ReadOptions:
+    return ReadOptions.from_json({key: value for key, value in bundle.checkpoint.items() if key in READ_OPTIONS})
+
+
+def locate(bundle: Bundle, where: str | Path) -> Bundle:
+    """The bundle with its checkpoint found at `where`: a file, or a folder in which files and folders are hashed.
+
+    A checkpoint is identified by its sha256, not by its name.
+
+    Raises:
+        CheckpointError: it was not found.
+    """
+    where, digest = Path(where).absolute(), bundle.checkpoint["sha256"]
+    candidates = _candidates(where)
+    for place in candidates:
+        if place.exists() and Files(place).digest == digest:
+            return at_source(bundle, str(place))
+    raise CheckpointError(
+        f"the checkpoint of {bundle.path} (sha256 {digest[:16]}...) is not at {where}: {len(candidates)} checkpoints "
+        "were looked at"
+    )
+
+
+def _candidates(where: Path) -> list[Path]:
+    """Files of weights at or below `where`, and the folders that hold them."""
+    if not where.is_dir():
+        return [where]
+    files = sorted(path for path in where.rglob("*") if path.suffix in WEIGHT_SUFFIXES)
+    return [*files, *dict.fromkeys(path.parent for path in files)]
+
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+def at_source(bundle: Bundle, source: str) -> Bundle:
+    """The bundle with another source of its checkpoint."""
+    found: Mapping[str, str] = {**bundle.checkpoint, "source": source}
+    return replace(bundle, checkpoint=found)

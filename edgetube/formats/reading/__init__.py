@@ -1,0 +1,1 @@
+"""What checkpoint formats share: files, tensors whose use is recorded, encoder blocks, processors' settings."""

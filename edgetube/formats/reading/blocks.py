@@ -1,0 +1,126 @@
+"""Encoder blocks of other libraries as those of `edgetube.model.tubevit`: fused q, k, v, LayerScale folded in.
+
+Exact at load: LayerScale goes into the linear before it (s * (W y + b) = (s W) y + s b), biases that are missing are
+zero, and the channels of queries and keys are reordered so that rotary partners are half a head apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from edgetube.formats.reading.tensors import State
+
+Weights = dict[str, Tensor]
+"""Tensors by their names in the reference model."""
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """Names of a block's parts behind the block's own prefix, without `.weight` and `.bias`.
+
+    Attributes:
+        norm1, norm2, proj, fc2: as in the reference model.
+        qkv: one fused linear, rows q | k | v, or three.
+        fc1: one linear, or gate and up of a gated MLP.
+        scales: LayerScale vectors behind `proj` and `fc2`, whole names; empty without.
+        qkv_biases: whole names of the biases of q, k and v where they are not `<linear>.bias`; an empty name is zero.
+        in_proj: the fused linear is stored as `<qkv>_weight` and `<qkv>_bias`, as `nn.MultiheadAttention` does.
+    """
+
+    norm1: str
+    qkv: tuple[str, ...]
+    proj: str
+    norm2: str
+    fc1: tuple[str, ...]
+    fc2: str
+    scales: tuple[str, ...] = ()
+    qkv_biases: tuple[str, ...] = ()
+    in_proj: bool = False
+
+
+def read_block(
+    state: State,
+    prefix: str,
+    to: str,
+    names: BlockNames,
+    width: int,
+    hidden: int,
+    reorder: Tensor | None = None,
+) -> Weights:
+    """The tensors of the block `to` ("blocks.3"), from those behind `prefix` ("encoder.layer.3.").
+
+    Args:
+        reorder: (D,) source row of each row of queries and keys, see `rotary_order`.
+    """
+    qkv, bias = _qkv(state, prefix, f"{to}.attn.qkv", names, width)
+    if reorder is not None:
+        rows = torch.cat([reorder, reorder + width, torch.arange(2 * width, 3 * width)])
+        qkv, bias = qkv[rows], bias[rows]
+    fc1 = [linear(state, f"{prefix}{name}", f"{to}.mlp.fc1", (hidden, width)) for name in names.fc1]
+    made = {
+        f"{to}.attn.qkv.weight": qkv,
+        f"{to}.attn.qkv.bias": bias,
+        f"{to}.mlp.fc1.weight": torch.cat([weight for weight, _ in fc1]),
+        f"{to}.mlp.fc1.bias": torch.cat([bias for _, bias in fc1]),
+    }
+    for part, name, shape in (("attn.proj", names.proj, (width, width)), ("mlp.fc2", names.fc2, (width, hidden))):
+        weight, offset = linear(state, f"{prefix}{name}", f"{to}.{part}", shape)
+        if names.scales:
+            scale = state.take(prefix + names.scales[part == "mlp.fc2"], f"{to}.{part}", (width,))
+            weight, offset = scale[:, None] * weight, scale * offset
+        made |= {f"{to}.{part}.weight": weight, f"{to}.{part}.bias": offset}
+    return (
+        made
+        | norm(state, prefix + names.norm1, f"{to}.norm1", width)
+        | norm(state, prefix + names.norm2, f"{to}.norm2", width)
+    )
+
+
+def _qkv(state: State, prefix: str, to: str, names: BlockNames, width: int) -> tuple[Tensor, Tensor]:
+    """Fused weight (3 D, D) and bias (3 D,)."""
+    if names.in_proj:
+        whole = f"{prefix}{names.qkv[0]}"
+        weight = state.take(f"{whole}_weight", to, (3 * width, width))
+        return weight, state.take(f"{whole}_bias", to, (3 * width,))
+    rows = 3 * width // len(names.qkv)
+    weights = [state.take(f"{prefix}{name}.weight", to, (rows, width)) for name in names.qkv]
+    biases = [prefix + name if name else "" for name in names.qkv_biases]
+    biases = biases or [f"{prefix}{name}.bias" for name in names.qkv]
+    parts = 3 * width // len(biases)
+    return torch.cat(weights), torch.cat([_bias(state, name, to, parts) for name in biases])
+
+
+def _bias(state: State, name: str, to: str, size: int) -> Tensor:
+    """A bias; zeros where the model has none."""
+    return state.take(name, to, (size,)) if name in state else torch.zeros(size)
+
+
+def linear(state: State, name: str, to: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Weight (N, K) and bias (N,) of a linear; the bias is zero where there is none."""
+    return state.take(f"{name}.weight", to, shape), _bias(state, f"{name}.bias", to, shape[0])
+
+
+def norm(state: State, name: str, to: str, width: int) -> Weights:
+    """The two tensors of a LayerNorm."""
+    return {f"{to}.{part}": state.take(f"{name}.{part}", to, (width,)) for part in ("weight", "bias")}
+
+
+def tube(state: State, name: str, width: int, kernel: tuple[int, int, int], index: int = 0) -> Weights:
+    """The patch embedding `name`, a convolution over (H, W) or (T, H, W), as tube number `index`."""
+    to, shape = f"tubes.weights.{index}", (width, 3, *kernel)
+    flat = len(state.shape(f"{name}.weight")) == 4
+    weight = state.take(f"{name}.weight", to, (width, 3, *kernel[1:]) if flat else shape)
+    bias = _bias(state, f"{name}.bias", f"tubes.biases.{index}", width)
+    return {to: weight.reshape(shape), f"tubes.biases.{index}": bias}
+
+
+def rotary_order(width: int, heads: int, partners: Literal["adjacent", "halves"]) -> Tensor | None:
+    """Source row (D,) of each row of queries and keys where partners are adjacent: evens of a head, then odds."""
+    if partners == "halves":
+        return None
+    head = torch.arange(width).reshape(heads, -1)  # (h, C)
+    return torch.cat([head[:, 0::2], head[:, 1::2]], dim=1).flatten()

@@ -1,0 +1,97 @@
+"""What a user says about a checkpoint in the file of `--spec`, and the labels: what weights cannot tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from edgetube import strict
+from edgetube.bundle import parse_labels
+from edgetube.contract import InputContract
+from edgetube.errors import CheckpointError, FormatError, InputError
+from edgetube.formats.reading.files import ReadOptions
+
+MODEL = ("frames", "size", "heads", "activation", "norm_eps", "classes")
+"""Fields of the model that a user may say."""
+
+INPUT = tuple(f.name for f in fields(InputContract))
+
+
+@dataclass(frozen=True)
+class Said:
+    """The contents of the file of `--spec`.
+
+    Attributes:
+        model: fields of the model, some of `MODEL`.
+        input: fields of the input contract.
+        path: of the file; empty without one.
+    """
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    input: Mapping[str, Any] = field(default_factory=dict)
+    path: str = ""
+
+    @classmethod
+    def of(cls, options: ReadOptions) -> Said:
+        """The file of the options; empty without one.
+
+        Raises:
+            InputError: it cannot be read, or has unknown fields.
+        """
+        if options.spec is None:
+            return cls()
+        path = Path(options.spec)
+        try:
+            data = strict.record(strict.read_json(path), "it", (), ("model", "input"))
+            model = strict.record(data.get("model", {}), "model", (), MODEL)
+            given = strict.record(data.get("input", {}), "input", (), INPUT)
+        except OSError as error:
+            raise InputError(f"--spec {path} cannot be read: {error.strerror}") from error
+        except FormatError as error:
+            raise InputError(f"--spec {path}: {error}") from error
+        return cls(model, given, str(path))
+
+    def model_field(self, what: Path, name: str, found: Any, hint: str = "") -> Any:
+        """A field of the model: what the user says, else what the files say.
+
+        Raises:
+            CheckpointError: neither says it.
+        """
+        if name in self.model:
+            return self.model[name]
+        if found is None:
+            raise CheckpointError(
+                f"{what} does not say {name}{hint}; say it with --spec FILE, a JSON file like "
+                f'{{"model": {{"{name}": ...}}}}'
+            )
+        return found
+
+
+def labels(what: Path, options: ReadOptions, found: Mapping[Any, str] | None, classes: int) -> tuple[str, ...]:
+    """Class names: of the file of `--labels`, else those found by number, else `class-0` and so on.
+
+    Raises:
+        InputError: the file cannot be read.
+        CheckpointError: their number is not that of the classes.
+    """
+    if options.labels is not None:
+        try:
+            lines = Path(options.labels).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--labels {options.labels} cannot be read: {error}") from error
+        names = [line.strip() for line in lines if line.strip()]
+    elif found:
+        try:
+            names = [found[key] for key in sorted(found, key=int)]
+        except ValueError as error:
+            raise CheckpointError(f"{what}: the numbers of its labels are not integers: {error}") from error
+    else:
+        names = [f"class-{i}" for i in range(classes)]
+    if len(names) != classes:
+        raise CheckpointError(f"{what} has {classes} classes and {len(names)} labels; expected as many")
+    try:
+        return parse_labels(names, "the labels")
+    except FormatError as error:
+        raise CheckpointError(f"{what}: {error}") from error

@@ -1,0 +1,337 @@
+"""Tensors of a checkpoint by name, read one at a time, and a record of where each of them went.
+
+Files of PyTorch are read with `weights_only=True` alone: nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from edgetube import strict
+from edgetube.errors import CheckpointError, FormatError, printable
+
+WRITTEN = ("model.safetensors", "pytorch_model.bin")
+"""Names that libraries write weights under, the better one first; an index of shards has `.index.json` behind it."""
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""Of files of weights."""
+
+OTHERS = re.compile(r"^(adapter_model|optimizer|scheduler|scaler|rng_state|training_args|random_states)")
+"""Files beside the weights: adapters and the state of a training run. `training_args.bin` is a pickle; never read."""
+
+NESTS = ("state_dict", "model", "module", "model_state", "net", "target_encoder", "encoder")
+"""Where files of PyTorch keep a state dict, in the order of search."""
+
+AVERAGES = ("model_ema", "state_dict_ema", "ema", "ema_state_dict")
+"""Where they keep an exponential moving average of it."""
+
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
+"""Prefixes of wrappers, taken off where all tensors have them."""
+
+HARMLESS: tuple[Any, ...] = (
+    argparse.Namespace,
+    np._core.multiarray.scalar,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")),
+)
+"""Classes that training scripts leave in files of weights and that run no code when they are unpickled."""
+
+SHOWN = 3
+"""How many names an error lists."""
+
+
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """The files of weights of a checkpoint: the file itself, or those of a folder.
+
+    Raises:
+        CheckpointError: none, several models, or shards that an index names and that are missing.
+    """
+    if path.is_file():
+        return (path,)
+    for name in WRITTEN:
+        if (index := path / f"{name}.index.json").is_file():
+            return _shards(index)
+        if (path / name).is_file():
+            return (path / name,)
+    found = [p for p in sorted(path.iterdir()) if p.suffix in SUFFIXES and not OTHERS.match(p.name)]
+    if len(found) == 1:
+        return (found[0],)
+    if not found:
+        raise CheckpointError(f"{path} has no weights; expected {' or '.join(WRITTEN)}: was the download complete?")
+    names = ", ".join(printable(p.name) for p in found[:SHOWN])
+    raise CheckpointError(f"{path} has several files of weights, {names}; give one of them")
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        placed = strict.record(strict.record(strict.read_json(index), index.name)["weight_map"], "weight_map")
+        names = sorted({strict.path(name, "a shard") for name in placed.values()})
+    except (FormatError, KeyError) as error:
+        raise CheckpointError(f"{index} is damaged: {error}") from error
+    files = tuple(index.parent / name for name in names)
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(
+            f"{index.parent} lacks {len(missing)} of {len(files)} shards, {printable(missing[0])} first"
+        )
+    return files
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Tensors by name.
+
+    Attributes:
+        shapes: of every tensor.
+        load: reads one, as it is stored.
+        prefix: what was taken off all names.
+        nest: where in the file the tensors are; empty at its top.
+        facts: what else the file says: the metadata of safetensors, the numbers and texts beside a state dict.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    load: Callable[[str], Tensor]
+    prefix: str = ""
+    nest: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def names(self) -> set[str]:
+        """Names of the tensors."""
+        return set(self.shapes)
+
+    def has(self, *names: str) -> bool:
+        """Whether all these tensors are there."""
+        return all(name in self.shapes for name in names)
+
+
+def open_source(files: Sequence[Path], ema: bool | None = None) -> TensorSource:
+    """Open files of weights, all of one model.
+
+    Args:
+        ema: see `ReadOptions`.
+
+    Raises:
+        CheckpointError: a file is neither safetensors nor one of PyTorch's, is damaged, or holds Python objects.
+    """
+    parts = [_open_safetensors(f) if f.suffix == ".safetensors" else _open_pickle(f, ema) for f in files]
+    if len(parts) > 1:
+        _check_union(files, parts)
+    owner = {name: part for part in parts for name in part.shapes}
+    merged = TensorSource(
+        {name: part.shapes[name] for name, part in owner.items()},
+        lambda name: owner[name].load(name),
+        nest=parts[0].nest,
+        facts=parts[0].facts,
+    )
+    return _unwrapped(merged)
+
+
+def _check_union(files: Sequence[Path], parts: Sequence[TensorSource]) -> None:
+    """Check shards against their index."""
+    folder = files[0].parent
+    index = next(found for name in WRITTEN if (found := folder / f"{name}.index.json").is_file())
+    wanted, given = set(json.loads(index.read_bytes())["weight_map"]), set().union(*(part.shapes for part in parts))
+    if wanted != given:
+        name = sorted(wanted ^ given)[0]
+        what = "is in no shard" if name in wanted else "is in a shard and not in it"
+        raise CheckpointError(f"{index} and the shards differ: {printable(name)} {what}; download the folder again")
+
+
+def _unwrapped(source: TensorSource) -> TensorSource:
+    """The source without the prefixes of wrappers that all its names have."""
+    names = {name: name for name in source.shapes if name != "n_averaged"}  # of `AveragedModel`
+    taken = ""
+    while prefix := next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), ""):
+        taken += prefix
+        names = {name.removeprefix(prefix): whole for name, whole in names.items()}
+    return TensorSource(
+        {name: source.shapes[whole] for name, whole in names.items()},
+        lambda name: source.load(names[name]),
+        taken,
+        source.nest,
+        source.facts,
+    )
+
+
+def _open_safetensors(path: Path) -> TensorSource:
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            facts = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {strict.shown(str(error), 300)}") from error
+
+    def load(name: str) -> Tensor:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+
+    return TensorSource(shapes, load, facts=facts)
+
+
+def _open_pickle(path: Path, ema: bool | None) -> TensorSource:
+    data = _load_pickle(path)
+    if not isinstance(data, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {type(data).__name__}; expected a state dict: torch.save(model.state_dict(), path)"
+        )
+    nest, state = _state_dict(path, data, ema)
+    found = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    facts = {str(key): value for key, value in data.items() if isinstance(value, str | int | float | Mapping)}
+    facts |= vars(data["args"]) if isinstance(data.get("args"), argparse.Namespace) else {}
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    return TensorSource(
+        shapes, lambda name: found[name], nest=nest, facts={k: v for k, v in facts.items() if k != nest}
+    )
+
+
+def _load_pickle(path: Path) -> Any:
+    with path.open("rb") as file:
+        first = file.read(8)
+    if first[:2] not in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05", b"\x80\x03"):
+        raise CheckpointError(f"{path} is neither safetensors nor a file of PyTorch: it begins with {first!r}")
+    zipped = first.startswith(b"PK")
+    try:
+        culprits = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) if zipped else set()
+        named = {f"{one.__module__}.{one.__qualname__}" for one in HARMLESS}
+        if bad := sorted(culprits - named):
+            raise CheckpointError(
+                f"{path} holds Python objects, {', '.join(bad[:SHOWN])}, which are not loaded because they can run any "
+                "code; save the weights alone: torch.save(model.state_dict(), path)"
+            )
+        with ExitStack() as stack:
+            stack.enter_context(torch.serialization.safe_globals(list(HARMLESS)) if zipped else nullcontext())
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except CheckpointError:
+        raise
+    except Exception as error:  # unpicklers and zip readers raise anything
+        raise CheckpointError(f"{path} cannot be read by torch.load: {strict.shown(str(error), 300)}") from error
+
+
+def _state_dict(path: Path, data: Mapping[Any, Any], ema: bool | None) -> tuple[str, Mapping[Any, Any]]:
+    """The state dict in what a file holds, and its key; an empty key where it is the whole."""
+    plain = [name for name in NESTS if _is_state(data.get(name))]
+    averages = [name for name in AVERAGES if _is_state(data.get(name))]
+    if _is_state(data):
+        return "", data
+    if plain and averages and ema is None:
+        raise CheckpointError(f"{path} holds {plain[0]} and {averages[0]}; choose with --no-ema or --ema")
+    wanted = averages if ema or not plain else plain
+    if not wanted:
+        held = ", ".join(printable(key) for key in list(data)[:8])
+        what = "no moving average of the weights" if ema else "no state dict"
+        raise CheckpointError(f"{path} holds {what}; it holds {held or 'nothing'}")
+    return wanted[0], data[wanted[0]]
+
+
+def _is_state(value: Any) -> bool:
+    """Whether a value is a state dict: names and mostly tensors."""
+    if not isinstance(value, Mapping) or not value:
+        return False
+    count = sum(isinstance(one, Tensor) for one in value.values())
+    return count > 0 and count >= len(value) // 2
+
+
+@dataclass(frozen=True)
+class KeyUse:
+    """Where one tensor of a checkpoint went.
+
+    Attributes:
+        name: in the checkpoint.
+        shape: there.
+        used: the tensors of the model that it became part of, or why it is not used.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    used: str
+
+
+class State:
+    """A checkpoint's tensors, each of which is taken, or left out for a reason, exactly once.
+
+    Args:
+        what: the file or folder, for errors.
+        source: its tensors.
+        rename: from a name in the checkpoint to the one that a format asks for, where layouts have dialects.
+    """
+
+    def __init__(self, what: Path, source: TensorSource, rename: Callable[[str], str] = lambda name: name) -> None:
+        self.what, self.source = what, source
+        self.names = {rename(name): name for name in source.shapes}
+        if len(self.names) < len(source.shapes):
+            raise CheckpointError(f"{what}: two tensors mean the same, in the names of two versions of a library")
+        self.uses: dict[str, KeyUse] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor.
+
+        Raises:
+            CheckpointError: it is missing.
+        """
+        if name not in self.names:
+            raise CheckpointError(f"{self.what} lacks {printable(name)}: {self._neighbours(name)}")
+        return self.source.shapes[self.names[name]]
+
+    def _neighbours(self, name: str) -> str:
+        stem = name.rpartition(".")[0]
+        near = sorted(found for found in self.names if stem and found.startswith(stem))[:SHOWN]
+        return f"there are {', '.join(map(printable, near))}" if near else "is this all of the model?"
+
+    def take(self, name: str, to: str, shape: Sequence[int] | None = None) -> Tensor:
+        """A tensor in float32, for the tensor or part `to` of the model.
+
+        Raises:
+            CheckpointError: it is missing, of another shape than `shape`, not of floats, or not finite.
+        """
+        found = self.shape(name)
+        if shape is not None and found != tuple(shape):
+            raise CheckpointError(f"{self.what}: {printable(name)} is {found}; expected {tuple(shape)}")
+        stored = self.source.load(self.names[name])
+        if not stored.is_floating_point():
+            raise CheckpointError(f"{self.what}: {printable(name)} is {stored.dtype}; expected floating point")
+        value = stored.float()
+        if not value.isfinite().all():
+            raise CheckpointError(
+                f"{self.what}: {printable(name)} has NaN or infinite weights; save the model before it diverged"
+            )
+        self._record(name, to)
+        return value
+
+    def leave(self, names: Iterable[str], why: str) -> None:
+        """Leave tensors out, those of the `names` that are there, for a reason; a name ending in `.` is a prefix."""
+        for wanted in names:
+            for name in list(self.names):
+                if name == wanted or (wanted.endswith(".") and name.startswith(wanted)):
+                    self._record(name, f"not used: {why}")
+
+    def _record(self, name: str, used: str) -> None:
+        whole = f"{self.source.prefix}{self.names[name]}"
+        before = self.uses.get(name)
+        joined = used if before is None or before.used == used else f"{before.used}, {used}"
+        self.uses[name] = KeyUse(whole, self.source.shapes[self.names[name]], joined)
+
+    def finish(self) -> tuple[KeyUse, ...]:
+        """The record, once nothing is left.
+
+        Raises:
+            CheckpointError: a tensor was neither taken nor left out.
+        """
+        if left := sorted(self.names.keys() - self.uses.keys()):
+            more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+            names = ", ".join(map(printable, left[:SHOWN]))
+            raise CheckpointError(f"{self.what} has tensors that this model does not: {names}{more}")
+        return tuple(self.uses[name] for name in sorted(self.uses))
