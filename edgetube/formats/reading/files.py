@@ -76,7 +76,7 @@ class ReadOptions:
         """The options in a manifest."""
         known = {key: value for key, value in data.items() if key in {f.name for f in fields(cls)}}
         ema = {"true": True, "false": False}.get(known.pop("ema", ""))
-        return cls(ema=ema, **known)  # type: ignore[arg-type]
+        return cls(ema=ema, **known)
 
 
 PATHS = ("adapter", "spec", "text_features", "labels")

@@ -6,6 +6,7 @@ Files of PyTorch are read with `weights_only=True` alone: nothing in them is exe
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,7 +43,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 
 HARMLESS: tuple[Any, ...] = (
     argparse.Namespace,
-    np._core.multiarray.scalar,
+    importlib.import_module("numpy._core.multiarray").scalar,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")),
 )
@@ -174,7 +175,7 @@ def _open_safetensors(path: Path) -> TensorSource:
 
     def load(name: str) -> Tensor:
         with safe_open(path, "pt") as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+            return file.get_tensor(name)
 
     return TensorSource(shapes, load, facts=facts)
 
