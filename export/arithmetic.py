@@ -17,7 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgetube.export.static import Conv2d, Gather, Linear, MatMul, Pool, Rotate, Slice, StaticBlock, StaticTubeViT
+from edgetube.export.static import (
+    Conv2d,
+    Gather,
+    Linear,
+    MatMul,
+    Pool,
+    QuickGelu,
+    Rotate,
+    Slice,
+    StaticBlock,
+    StaticTubeViT,
+)
 from edgetube.model.tubevit import Act
 from edgetube.targets import Arithmetic
 from edgetube.video import Frames
@@ -46,6 +57,7 @@ ROUNDED_MODULES = (
     nn.LayerNorm,
     nn.Softmax,
     nn.GELU,
+    QuickGelu,
     Act,
 )
 """Modules whose outputs a runtime may round to the target's type."""

@@ -37,6 +37,14 @@ Bias = Callable[[str, Array], Array]
 """(name of the weight, float32 bias) -> bias, corrected for the error of the stored weight."""
 
 
+GELU_MODES = {b"none": "EXACT", b"tanh": "TANH_APPROXIMATION"}
+"""What ONNX calls `approximate` of a GELU."""
+
+SMALLEST_EPSILON = 2.0**-24
+"""Of a LayerNorm in float16, the smallest number there is. 1e-12, which ViT and VideoMAE have, would become 0, and a
+token without variance not a number; where the variance is above 1e-3, 2^-24 moves no float16 number."""
+
+
 class Lowering:
     """Translates one graph into the function under construction.
 
@@ -214,7 +222,7 @@ class Lowering:
         self.put(node, getattr(self.mb, operation)(x=x, y=y, name=self.label(node.output[0])))
 
     def on_MatMul(self, node: onnx.NodeProto) -> None:
-        if node.input[1] in self.constants:
+        if node.input[1] in self.constants and len(self.shapes[node.input[1]]) == 2:
             self._linear(node)
             return
         x, y = (self.take(name, self.width(node)) for name in node.input)
@@ -274,16 +282,24 @@ class Lowering:
         self.simple(node, "layer_norm", axes=[-1], **self.affine(node))
 
     def affine(self, node: onnx.NodeProto) -> dict[str, Any]:
-        """gamma, beta and epsilon of a LayerNorm."""
-        kind = np.float32 if self.width(node) == "fp32" else np.float16
+        """gamma, beta and epsilon of a LayerNorm; all have the type of its input, see `SMALLEST_EPSILON`."""
         gamma, beta = (narrow(name, self.array(name), self.width(node)) for name in node.input[1:3])
-        return {"gamma": gamma, "beta": beta, "epsilon": kind(attribute(node, "epsilon"))}
+        epsilon = attribute(node, "epsilon")
+        narrowed = np.float32(epsilon) if self.width(node) == "fp32" else np.float16(max(epsilon, SMALLEST_EPSILON))
+        return {"gamma": gamma, "beta": beta, "epsilon": narrowed}
 
     def on_Softmax(self, node: onnx.NodeProto) -> None:
         self.simple(node, "softmax", axis=attribute(node, "axis"))
 
     def on_Gelu(self, node: onnx.NodeProto) -> None:
-        self.simple(node, "gelu", mode="EXACT")
+        self.elementwise(node, "gelu", mode=GELU_MODES[attribute(node, "approximate")])
+
+    def on_Sigmoid(self, node: onnx.NodeProto) -> None:
+        self.elementwise(node, "sigmoid")
+
+    def elementwise(self, node: onnx.NodeProto, operation: str, **arguments: Any) -> None:
+        """A function of each number, in whatever layout."""
+        self.simple(node, operation, **arguments)
 
     def on_ReduceMean(self, node: onnx.NodeProto) -> None:
         keep = bool(attribute(node, "keepdims"))
@@ -304,6 +320,10 @@ class NeuralEngineLowering(Lowering):
         """Tensors (B, N, D) in the layout (B, D, 1, N)."""
         self.heads: dict[str, list[Var]] = {}
         """Tensors of h heads, whatever the order of their axes, as h of (B, d, 1, N)."""
+        self.turned: set[str] = set()
+        """Those of `heads` that are (B, h, d, N) in the graph."""
+        self.tables: dict[tuple[str, str], Var] = {}
+        """Constants that broadcast with either, by name and width."""
 
     def take(self, name: str, width: str | None = None) -> Var:
         if name not in self.values and name in self.columns:
@@ -329,30 +349,69 @@ class NeuralEngineLowering(Lowering):
         return self.take(self.output)
 
     def on_LayerNormalization(self, node: onnx.NodeProto) -> None:
+        if len(self.shapes[node.input[0]]) != 3:  # of the pooled vector
+            super().on_LayerNormalization(node)
+            return
         x = self.column(node.input[0], self.width(node))
         self.columns[node.output[0]] = self.mb.layer_norm(
             x=x, axes=[1], name=self.label(node.output[0]), **self.affine(node)
         )
 
-    def on_Gelu(self, node: onnx.NodeProto) -> None:
+    def elementwise(self, node: onnx.NodeProto, operation: str, **arguments: Any) -> None:
+        if node.input[0] not in self.columns:
+            super().elementwise(node, operation, **arguments)
+            return
         x = self.column(node.input[0], self.width(node))
-        self.columns[node.output[0]] = self.mb.gelu(x=x, mode="EXACT", name=self.label(node.output[0]))
+        self.columns[node.output[0]] = getattr(self.mb, operation)(x=x, name=self.label(node.output[0]), **arguments)
 
     def _binary(self, node: onnx.NodeProto, operation: str) -> None:
+        if node.input[0] in self.heads:
+            self._binary_of_heads(node, operation)
+            return
         if not any(name in self.columns for name in node.input) or not all(map(self._has_column, node.input)):
             super()._binary(node, operation)
             return
         x, y = (self._operand(name, self.width(node)) for name in node.input)
         self.columns[node.output[0]] = getattr(self.mb, operation)(x=x, y=y, name=self.label(node.output[0]))
 
+    def _binary_of_heads(self, node: onnx.NodeProto, operation: str) -> None:
+        """Heads with heads, or with a table of each token's rotation, (N, d) or (d, N)."""
+        first, second = node.input
+        width = self.width(node)
+        left = [self._cast(x, width) for x in self.heads[first]]
+        if second in self.heads:
+            right = [self._cast(x, width) for x in self.heads[second]]
+        else:
+            table = self.array(second) if first in self.turned else self.array(second).T  # (d, N)
+            right = [self._table(second, table[None, :, None], width)] * len(left)
+        pairs = zip(left, right, strict=True)
+        self._put_heads(node.output[0], [getattr(self.mb, operation)(x=x, y=y) for x, y in pairs], first)
+
+    def _put_heads(self, name: str, values: list[Var], source: str) -> None:
+        """Heads made of those called `source`, with axes in the same order."""
+        self.heads[name] = values
+        if source in self.turned:
+            self.turned.add(name)
+
     def _has_column(self, name: str) -> bool:
-        return name in self.columns or (name in self.constants and len(self.shapes[name]) == 1)
+        return name in self.columns or (name in self.constants and len(self.shapes[name]) <= 1)
 
     def _operand(self, name: str, width: str) -> Var:
-        """A tensor in the layout (B, D, 1, N), or a constant (D,) or (1,) that broadcasts with it."""
+        """A tensor in the layout (B, D, 1, N), or a constant (D,), (1,) or () that broadcasts with it."""
         if name in self.columns:
             return self.column(name, width)
-        return self.mb.const(val=narrow(name, self.array(name)[:, None, None], width), name=label(name))
+        if not self.shapes[name]:
+            return self.take(name, width)
+        return self._table(name, self.array(name)[:, None, None], width)
+
+    def _table(self, name: str, values: Array, width: str) -> Var:
+        if (name, width) not in self.tables:
+            narrowed = narrow(name, np.ascontiguousarray(values), width)
+            known = any(name == other for other, _ in self.tables)
+            self.tables[name, width] = self.mb.const(
+                val=narrowed, name=f"{label(name)}_{width}" if known else label(name)
+            )
+        return self.tables[name, width]
 
     def _linear(self, node: onnx.NodeProto) -> None:
         if node.input[0] not in self.columns:
@@ -367,12 +426,25 @@ class NeuralEngineLowering(Lowering):
         self.columns[node.output[0]] = self.columns[end.output[0]] = value
 
     def on_Split(self, node: onnx.NodeProto) -> None:
+        if node.input[0] in self.heads:
+            parts = [self.mb.split(x=x, num_splits=len(node.output), axis=1) for x in self.heads[node.input[0]]]
+            for name, values in zip(node.output, zip(*parts, strict=True), strict=True):
+                self._put_heads(name, list(values), node.input[0])
+            return
         if node.input[0] not in self.columns:
             super().on_Split(node)
             return
         x = self.columns[node.input[0]]
         parts = self.mb.split(x=x, num_splits=len(node.output), axis=1, name=self.label(node.name))
         self.columns.update(zip(node.output, parts, strict=True))
+
+    def on_Concat(self, node: onnx.NodeProto) -> None:
+        """Of heads, their channels: no more than rotary positions need."""
+        if node.input[0] not in self.heads:
+            super().on_Concat(node)
+            return
+        values = [self.mb.concat(values=parts, axis=1) for parts in zip(*map(self.heads.get, node.input), strict=True)]
+        self._put_heads(node.output[0], values, node.input[0])
 
     def on_Reshape(self, node: onnx.NodeProto) -> None:
         """(B, N, D) to (B, N, h, d) is a split of the columns, and back a concatenation of the heads."""
@@ -391,10 +463,12 @@ class NeuralEngineLowering(Lowering):
             super().on_Reshape(node)
 
     def on_Transpose(self, node: onnx.NodeProto) -> None:
-        if node.input[0] in self.heads:
-            self.heads[node.output[0]] = self.heads[node.input[0]]
-        else:
+        if node.input[0] not in self.heads:
             super().on_Transpose(node)
+            return
+        self.heads[node.output[0]] = self.heads[node.input[0]]
+        if list(attribute(node, "perm")) == [0, 2, 3, 1]:
+            self.turned.add(node.output[0])
 
     def on_MatMul(self, node: onnx.NodeProto) -> None:
         """Scores k^T q as (B, N keys, 1, N queries), context v weights as (B, d, 1, N queries), head by head."""

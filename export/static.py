@@ -334,6 +334,25 @@ class Attention(nn.Module):
         return self.proj(y.permute(0, 2, 1, 3).reshape(x.shape))  # (B, N, D)
 
 
+class QuickGelu(nn.Module):
+    """x sigmoid(1.702 x); the number is a buffer, so that it has a name in the graph."""
+
+    slope: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slope", torch.tensor(tubevit.QUICK_GELU))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x * self.slope)
+
+
+def activation(act: tubevit.Act) -> nn.Module:
+    """The activation of an MLP, as modules whose operators the graph has."""
+    known = {"gelu": nn.GELU(), "gelu-tanh": nn.GELU("tanh"), "quick-gelu": QuickGelu()}
+    return known.get(act.kind, act)
+
+
 class Mlp(nn.Module):
     """Linear, activation, linear; gated where the model's is."""
 
@@ -341,8 +360,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.gated = mlp.gated
         self.fc1, self.fc2 = Linear(mlp.fc1.weight, mlp.fc1.bias), Linear(mlp.fc2.weight, mlp.fc2.bias)
-        approximate = {"gelu": "none", "gelu-tanh": "tanh"}
-        self.act = nn.GELU(approximate[mlp.act.kind]) if mlp.act.kind in approximate else mlp.act
+        self.act = activation(mlp.act)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.gated:

@@ -343,9 +343,12 @@ def _softmax(a: Inputs) -> Array:
 
 
 def _gelu(a: Inputs) -> Array:
-    if str(a.get("mode", "EXACT")) != "EXACT":
-        raise ValueError(f"mode {a['mode']} is not evaluated")
-    x = _float(a["x"])
+    mode, x = str(a.get("mode", "EXACT")), _float(a["x"])
+    if mode == "TANH_APPROXIMATION":
+        inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)
+        return np.float32(0.5) * x * (1 + np.tanh(inner))
+    if mode != "EXACT":
+        raise ValueError(f"mode {mode} is not evaluated")
     with np.errstate(over="ignore"):
         narrow = np.ascontiguousarray(x).astype(np.float16)
     if (narrow == x).all():  # float16 has 65536 numbers: all of their answers are in a table
@@ -366,6 +369,12 @@ def gelu_of_half() -> Array:
     finite = np.isfinite(numbers)
     table[finite] = _exact_gelu(numbers[finite])
     return table
+
+
+def _sigmoid(a: Inputs) -> Array:
+    with np.errstate(over="ignore"):
+        y: Array = 1 / (1 + np.exp(-_float(a["x"])))
+    return y
 
 
 def _reduce_mean(a: Inputs) -> Array:
@@ -488,6 +497,8 @@ OPERATIONS: dict[str, Callable[[Inputs], Any]] = {
     "mul": lambda a: _float(a["x"]) * _float(a["y"]),
     "quantize": _quantize,
     "reduce_mean": _reduce_mean,
+    "sigmoid": _sigmoid,
+    "silu": lambda a: _float(a["x"]) * _sigmoid(a),
     "softmax": _softmax,
     "sub": lambda a: _float(a["x"]) - _float(a["y"]),
 }

@@ -88,6 +88,10 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
+QUICK_GELU = 1.702
+"""Slope of the sigmoid that stands for a GELU."""
+
+
 class Act(nn.Module):
     """The activation of an MLP."""
 
@@ -99,7 +103,7 @@ class Act(nn.Module):
         if self.kind == "silu":
             return F.silu(x)
         if self.kind == "quick-gelu":
-            return x * torch.sigmoid(1.702 * x)
+            return x * torch.sigmoid(QUICK_GELU * x)
         return F.gelu(x, approximate="tanh" if self.kind == "gelu-tanh" else "none")
 
 

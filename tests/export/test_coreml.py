@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+import torch
 
 import edgetube
 from edgetube import bundle as bundles
@@ -27,10 +29,12 @@ from edgetube.export.base import BuildContext, Built
 from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
+from edgetube.model.tubevit import TubeViT
 from edgetube.precision import Precision
 from edgetube.runtimes import mil
 from edgetube.runtimes.torch import Reference
 from edgetube.targets import Target
+from tests.export import models
 
 ct = pytest.importorskip("coremltools")
 
@@ -157,6 +161,82 @@ def test_no_tensor_exceeds_rank_5_and_all_types_are_core_mls(tmp_path: Path, tra
             types = [kind for operation in function.operations for _, kind in operation.outputs]
             assert max(len(kind.shape) for kind in types) <= 5
             assert {kind.dtype for kind in types} <= {"fp16", "fp32", "int32", "bool", "string", "dictionary"}
+
+
+OTHER_TRANSFORMERS = ("dense", "class-token", "rotary", "gated-mlp")
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("name", OTHER_TRANSFORMERS)
+def test_other_transformers_answer_like_pytorch(tmp_path: Path, name: str, layout: str) -> None:
+    build(models.trace(name, "conv2d"), FP16.choose({"layout": layout}), tmp_path)
+    frames = models.noise(name)
+    answer = evaluate(tmp_path, models.trace(name, "conv2d"), frames)
+    assert error(answer, models.reference(name, frames)) < FP16.tolerance / 4
+    kinds = Counter(o.kind for o in mlpackage.load(tmp_path / "model.mlpackage").functions["main"].operations)
+    spec = models.SPECS[name]
+    if layout == "columns":  # the tokens stay in columns from the embedding to the readout
+        assert kinds["einsum"] == 2 * spec.heads * (spec.depth + (spec.query_pool.depth if spec.query_pool else 0))
+        # Into columns and back, behind the convolution, of every head's keys; each operand of a query pool.
+        assert kinds["transpose"] - kinds["einsum"] / 2 <= 4 + (4 if spec.query_pool else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["w8", "w4"])
+@pytest.mark.parametrize("name", OTHER_TRANSFORMERS)
+def test_other_transformers_with_compressed_weights(
+    tmp_path: Path, name: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlweights, "MIN_COMPRESSED_SIZE", 64)
+    target = export.target(f"coreml-{precision}")
+    frames = models.noise(name)
+    for layout in ("rows", "columns"):
+        (tmp_path / layout).mkdir()
+        build(models.trace(name), target.choose({"layout": layout}), tmp_path / layout)
+        answer = evaluate(tmp_path / layout, models.trace(name), frames)
+        assert error(answer, models.reference(name, frames)) < target.tolerance
+        validate(tmp_path / layout / "model.mlpackage")
+
+
+@pytest.mark.parametrize("pin", ["blocks.*.attn.turn_?*", "blocks.*.mlp.act*", "blocks.*.norm?"])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_rotations_and_activations_may_be_pinned(tmp_path: Path, layout: str, pin: str) -> None:
+    build(models.trace("rotary"), FP16.choose({"layout": layout, "fp32": pin}), tmp_path)
+    frames = models.noise("rotary")
+    answer = evaluate(tmp_path, models.trace("rotary"), frames)
+    assert error(answer, models.reference("rotary", frames)) < FP16.tolerance / 4
+
+
+def layer_norm_epsilons(path: Path) -> set[float]:
+    function = mlpackage.load(path).functions["main"]
+    constants = {o.outputs[0][0]: o.inputs["val"][0] for o in function.operations if o.kind == "const"}
+    found = [o.inputs["epsilon"][0] for o in function.operations if o.kind == "layer_norm"]
+    return {float(constants[e.name] if isinstance(e, mlpackage.Ref) else e) for e in found}
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_a_small_epsilon_does_not_become_zero_in_float16(tmp_path: Path, layout: str) -> None:
+    """Zeros as a class token: without an epsilon their norm is 0 / 0."""
+    spec = dataclasses.replace(models.SPECS["dense"], prefix=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = TubeViT(spec).eval()
+    contract = models.model_of("dense")[1]
+    graph = canonical.trace(static.StaticTubeViT(model, contract), spec, contract)
+    build(graph, FP16.choose({"layout": layout}), tmp_path)
+    assert layer_norm_epsilons(tmp_path / "model.mlpackage") == {2.0**-24, float(np.float16(1e-5))}
+    frames = models.noise("dense")
+    assert error(evaluate(tmp_path, graph, frames), Reference(model, contract)(frames)) < FP16.tolerance / 4
+
+
+def test_the_smallest_epsilon_of_float16_changes_no_answer() -> None:
+    """Even at the variance of a class token as it is initialised, 0.02^2, less than a rounding of float16."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(scale=0.02, size=(64, 384)))
+    exact = torch.nn.functional.layer_norm(x, (384,), eps=1e-12)
+    raised = torch.nn.functional.layer_norm(x, (384,), eps=mlprogram.SMALLEST_EPSILON)
+    assert np.float16(mlprogram.SMALLEST_EPSILON) == np.nextafter(np.float16(0), np.float16(1))
+    assert float((raised / exact - 1).abs().max()) < 2.0**-11 / 4
 
 
 def test_frames_may_be_integers(

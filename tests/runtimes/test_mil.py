@@ -67,6 +67,12 @@ CASES = {
     ),
     "softmax": (lambda mb, v, _: mb.softmax(x=v["a"], axis=1), lambda v: v["a"].softmax(1)),
     "gelu": (lambda mb, v, _: mb.gelu(x=v["a"], mode="EXACT"), lambda v: F.gelu(v["a"])),
+    "gelu_tanh": (
+        lambda mb, v, _: mb.gelu(x=v["a"], mode="TANH_APPROXIMATION"),
+        lambda v: F.gelu(v["a"], approximate="tanh"),
+    ),
+    "sigmoid": (lambda mb, v, _: mb.sigmoid(x=v["a"]), lambda v: v["a"].sigmoid()),
+    "silu": (lambda mb, v, _: mb.silu(x=v["a"]), lambda v: F.silu(v["a"])),
     "reduce_mean": (lambda mb, v, _: mb.reduce_mean(x=v["a"], axes=[1], keep_dims=False), lambda v: v["a"].mean(1)),
     "reshape": (lambda mb, v, _: mb.reshape(x=v["a"], shape=(4, 3, 8)), lambda v: v["a"].reshape(4, 3, 8)),
     "transpose": (lambda mb, v, _: mb.transpose(x=v["a"], perm=[2, 0, 1]), lambda v: v["a"].permute(2, 0, 1)),
@@ -170,7 +176,9 @@ def test_an_operation_is_pytorchs(evaluated: Any, case: str) -> None:
 
 
 def test_every_operation_has_a_case() -> None:
-    tested = {case.removesuffix("_1x1").removesuffix("_columns").removesuffix("_transposed") for case in CASES}
+    tested = set(CASES)
+    for variant in ("_1x1", "_columns", "_transposed", "_tanh"):
+        tested = {case.removesuffix(variant) for case in tested}
     tested |= {"quantize", "dequantize"}
     compressed = {name for name in mil.OPERATIONS if name.startswith("constexpr_")}
     assert set(mil.OPERATIONS) - tested == compressed | {"cast", "classify"}
@@ -246,6 +254,12 @@ def test_every_half_precision_gelu() -> None:
     got = mil.OPERATIONS["gelu"]({"x": numbers})
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-30)
     assert len(numbers) == 63488
+
+
+def test_sigmoids_saturate_without_a_warning() -> None:
+    numbers = np.array([-65504, -100, 0, 100, 65504], np.float32)
+    np.testing.assert_allclose(mil.OPERATIONS["sigmoid"]({"x": numbers}), [0, 0, 0.5, 1, 1], atol=1e-40)
+    np.testing.assert_allclose(mil.OPERATIONS["silu"]({"x": numbers}), [0, 0, 0, 100, 65504], atol=1e-40)
 
 
 def test_an_overflow_names_the_operation_and_the_remedy(tmp_path: Path) -> None:
