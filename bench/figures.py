@@ -215,8 +215,8 @@ def layers(rows: Sequence[Row], curves: Sequence[Row]) -> str:
 
 
 def _group(layer: str) -> str:
-    """`blocks.3` of `blocks.3.mlp.fc1`, the first word of others."""
-    found = re.match(r"\w+\.\d+|\w+", layer)
+    """The name of a layer as far as its first number, `blocks.3` of `blocks.3.mlp.fc1`; the first word of others."""
+    found = re.match(r"\w+(?:\.\w+)*?\.\d+|\w+", layer)
     return found[0] if found else layer
 
 

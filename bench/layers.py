@@ -1,7 +1,8 @@
 """The error of every layer of an artifact against the same layer of its reference.
 
 Layers are matched by name: a tensor of the canonical graph has the name of the module that outputs it
-(`blocks.3.attn.qkv`), and artifacts keep these names. A few tensors are read at a time; only sums of squares are kept.
+(`blocks.3.attn.qkv`), and artifacts keep these names; `edgetube.roles` says which are compared. A few tensors are read
+at a time; only sums of squares are kept.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from edgetube.errors import BackendError, InputError
 from edgetube.model.tubevit import TubeViT
 from edgetube.precision import Precision
 from edgetube.progress import Progress, silent
+from edgetube.roles import TOKENS, GraphRoles, roles_of
 from edgetube.runtimes.base import Backend
 from edgetube.spec import ModelSpec
 from edgetube.video import Frames
@@ -31,9 +33,6 @@ from edgetube.video import Frames
 Array = npt.NDArray[np.float32]
 View = Callable[[str, Array], Array]
 """(layer, tensor) -> the part or form of the tensor that can be compared between two models."""
-
-TOKENS = "tubes"
-"""The name of the embedded tokens in the canonical graph."""
 
 TOGETHER = 6
 """Tensors that are read in one pass."""
@@ -83,28 +82,6 @@ class Curve:
             "first_jump": self.first_jump,
             "curve": [{"layer": found.layer, "sqnr_db": found.sqnr_db} for found in self.curve],
         }
-
-
-def names(spec: ModelSpec) -> tuple[str, ...]:
-    """The layers of a model as its canonical graph calls them, in the order of execution."""
-    inside = (
-        "norm1",
-        "attn.qkv",
-        "attn.softmax",
-        "attn.context",
-        "attn.proj",
-        "norm2",
-        "mlp.fc1",
-        "mlp.act",
-        "mlp.fc2",
-    )
-    blocks = [f"blocks.{i}{part}" for i in range(spec.depth) for part in (*(f".{name}" for name in inside), "")]
-    return (TOKENS, *blocks, "norm", "pool", "logits")
-
-
-def landmarks(spec: ModelSpec) -> tuple[str, ...]:
-    """The layers that remain after any folding and fusion: tokens, blocks, logits."""
-    return (TOKENS, *(f"blocks.{i}" for i in range(spec.depth)), "logits")
 
 
 EXPECTED: Mapping[Precision, tuple[float, float]] = {
@@ -159,7 +136,7 @@ def curves(
     if not clips:
         raise InputError("no clips to look at layers on: the data set is empty")
     with OpenedModels(models) as opened:
-        return tuple(of_opened(opened, clips, names(models.models[0].bundle.spec), progress))
+        return tuple(of_opened(opened, clips, roles_of(models.models[0].bundle.spec).layers, progress))
 
 
 def of_opened(
@@ -169,7 +146,7 @@ def of_opened(
 
     Args:
         clips: (T, H, W, 3) uint8 each.
-        wanted: of `names`.
+        wanted: of `GraphRoles.layers`.
 
     Raises:
         BackendError: the reference bundle's backend cannot return layers, or a runtime fails.
@@ -205,10 +182,13 @@ def curve(
         stated: turns the reference's tensors into those of an artifact, see `as_exported`.
         reference: the bundle that `truth` runs, if it runs one.
     """
-    common = _comparable(backend.layers(wanted), bundle, reference)
-    view = _without_values if _is_equalised(bundle, reference) else _plain
-    measured = _measure(truth, backend, common, clips, stated, view, bundle.name, progress)
-    note = "" if common else "this bundle's runtime shows no inner tensors"
+    shown = backend.layers(wanted)
+    view: View = _plain
+    if _is_equalised(bundle, reference):
+        roles = roles_of(bundle.spec)
+        shown, view = _unscaled(shown, roles), _without_values(roles)
+    measured = _measure(truth, backend, shown, clips, stated, view, bundle.name, progress)
+    note = "" if shown else "this bundle's runtime shows no inner tensors"
     return Curve(bundle.name, len(clips), tuple(measured), note)
 
 
@@ -244,30 +224,39 @@ def _is_equalised(*some: Bundle | None) -> bool:
     return any(bundle is not None and bundles.CALIBRATION in bundle.files for bundle in some)
 
 
-def _comparable(shown: Sequence[str], *some: Bundle | None) -> list[str]:
-    """Layers with the same values on both sides: equalisation scales the outputs of LayerNorm and the values."""
-    scaled = {"norm1", "norm2", "context"} if _is_equalised(*some) else set()
-    return [name for name in shown if name.rpartition(".")[2] not in scaled]
+def _unscaled(shown: Sequence[str], roles: GraphRoles) -> tuple[str, ...]:
+    """Layers without those that equalisation scales: outputs of LayerNorm that it is folded into, sums of values."""
+    scaled = {site.producer for site in roles.fold_sites if site.kind == "norm"}
+    scaled |= {attention.context for attention in roles.attention}
+    return tuple(name for name in shown if name not in scaled)
 
 
 def _plain(layer: str, value: Array) -> Array:
     return value
 
 
-def _without_values(layer: str, value: Array) -> Array:
-    """Queries and keys of qkv (B, N, 3 D), which equalisation does not change; other layers unchanged."""
-    return value[..., : 2 * value.shape[-1] // 3] if layer.endswith(".qkv") else value
+def _without_values(roles: GraphRoles) -> View:
+    """Of a projection its queries and keys, which equalisation does not change; of other layers everything."""
+    values = {site.producer: site.columns for site in roles.fold_sites if site.columns is not None}
+
+    def view(layer: str, value: Array) -> Array:
+        return np.delete(value, slice(*values[layer]), axis=-1) if layer in values else value
+
+    return view
 
 
 def as_exported(model: TubeViT, spec: ModelSpec) -> View:
     """Apply to the trained model's tensors what exported graphs fold into them: positions, and the queries' scale."""
     table = model.positions.detach().numpy()
-    scale = np.ones(3 * spec.width, np.float32)
-    scale[: spec.width] = (spec.width / spec.heads) ** -0.5
+    projections = {attention.projection: attention for attention in roles_of(spec).attention}
 
     def view(layer: str, value: Array) -> Array:
         if layer == TOKENS:
             return np.asarray(value + table, np.float32)
-        return value * scale if layer.endswith(".qkv") else value
+        if (attention := projections.get(layer)) is None:
+            return value
+        scale = np.ones(value.shape[-1], np.float32)
+        scale[slice(*attention.queries)] = attention.scale
+        return value * scale
 
     return view

@@ -16,6 +16,7 @@ from edgetube import metrics
 from edgetube.bench import layers
 from edgetube.bench.model_set import OpenedModels
 from edgetube.progress import Progress, silent
+from edgetube.roles import roles_of
 from edgetube.runtimes.base import Logits
 from edgetube.video import Frames
 
@@ -83,7 +84,7 @@ def probe(opened: OpenedModels, clips: Sequence[Frames], progress: Progress = si
 
 def _curves(opened: OpenedModels, clips: Sequence[Frames], progress: Progress) -> tuple[layers.Curve, ...]:
     """The landmarks of each bundle; empty curves where the reference cannot return layers."""
-    wanted = layers.landmarks(opened.model_set.models[0].bundle.spec)
+    wanted = roles_of(opened.model_set.models[0].bundle.spec).landmarks
     if not opened.backend(0).layers(wanted):
         return tuple(layers.Curve(model.name, 0, ()) for model in opened.model_set.models[1:])
     return tuple(layers.of_opened(opened, clips, wanted, progress))

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from edgetube.calibration.table import (
 )
 from edgetube.errors import InputError
 from edgetube.progress import Progress, silent, track
+from edgetube.roles import GraphRoles
 from edgetube.video import Frames
 
 __all__ = ["Calibrated", "calibrate", "input_moments", "observe"]
@@ -66,6 +69,7 @@ class Calibrated:
 
 def calibrate(
     model: onnx.ModelProto,
+    roles: GraphRoles,
     calibration_clips: Clips,
     judging_clips: Clips,
     open_graph: OpenGraph,
@@ -82,6 +86,7 @@ def calibrate(
 
     Args:
         model: float32 graph with batch 1, frames uint8 (1, T, H, W, 3) -> logits.
+        roles: of the graph.
         calibration_clips: for ranges, equalisations, weights and biases.
         judging_clips: for the accuracy budget.
         open_graph: opens any graph for running.
@@ -94,6 +99,7 @@ def calibrate(
     Raises:
         ParityError: the budget cannot be met.
         InputError: a logit is NaN or infinite on these clips.
+        SpecError: the graph has not what its roles name.
     """
     reference = search.compute_logits(model, judging_clips, open_graph, "float answers", progress)
     if bad := [name for name, row in zip(judging_clips.names, reference, strict=True) if not np.isfinite(row).all()]:
@@ -102,8 +108,8 @@ def calibrate(
             "them; check weights and clips"
         )
     budget = AccuracyBudget(judging_clips, reference, max_drop)
-    key = _key(model, calibration_clips, budget, activations, form, versions or {})
-    model = graphs.insert_equalization_sites(model, activations)
+    key = _key(model, roles, calibration_clips, budget, activations, form, versions or {})
+    model = graphs.insert_equalization_sites(model, roles, activations)
     with open_cache(cache or workspace / "cache", key, progress) as kept:
         if (finished := kept.result()) is not None:
             values, table, report = finished
@@ -112,7 +118,7 @@ def calibrate(
             )
         held_out = _held_out(calibration_clips, judging_clips)
         calibrator = LayerwiseCalibrator(
-            model, calibration_clips, open_graph, activations, workspace, progress, held_out, form
+            model, roles, calibration_clips, open_graph, activations, workspace, progress, held_out, form
         )
         state = _choose(calibrator, kept)
         found = search.search(calibrator, state, budget)
@@ -215,6 +221,7 @@ def _notes(calibration_clips: Clips, budget: AccuracyBudget) -> list[str]:
 
 def _key(
     model: onnx.ModelProto,
+    roles: GraphRoles,
     clips: Clips,
     budget: AccuracyBudget,
     activations: ActivationScheme,
@@ -224,6 +231,7 @@ def _key(
     """The cache key; its names are shown to the user when a part differs."""
     return {
         "the model": graphs.digest(model),
+        "the roles of its tensors": hashlib.sha256(json.dumps(asdict(roles)).encode()).hexdigest(),
         "the clips or their preprocessing": clips.sha256,
         "the scheme": [activations, form.dtype, form.pixels, form.safe_pairs],
         "the recipe": ALGORITHM_VERSION,

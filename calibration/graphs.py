@@ -1,14 +1,14 @@
 """Queries and edits of a canonical graph for calibration: linears, stages, equalisation sites, fake quantisation.
 
 A graph is an ONNX `ModelProto` whose tensors carry the names of the modules (`blocks.3.attn.qkv`); initializers of
-MatMul are (K, N). Nothing here depends on the model: blocks are found by name, a linear is a MatMul by a constant.
+MatMul are (K, N). Nothing here depends on the model: a linear is a MatMul by a constant, and what depends on more is
+found by the graph's roles (`edgetube.roles`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -18,6 +18,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgetube.calibration.table import ActivationScheme, Range
+from edgetube.errors import SpecError
+from edgetube.roles import GraphRoles
 
 Array = npt.NDArray[np.float32]
 Evaluate = Callable[[Mapping[str, npt.NDArray[np.generic]]], list[Array]]
@@ -28,9 +30,7 @@ OpenGraph = Callable[[onnx.ModelProto], Evaluate]
 
 SCALED, CENTRED = ".scaled", ".centred"
 CONSTANTS = {SCALED: ".gain", CENTRED: ".centre"}
-"""Suffixes of the tensors that `insert_equalization_sites` adds behind a GELU, and of their constants."""
-
-BLOCK_NAME = re.compile(r"blocks\.(\d+)(?:\.|$)")
+"""Suffixes of the tensors that `insert_equalization_sites` adds behind an activation, and of their constants."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,13 @@ class Linear:
     weight: str
     bias: str | None
 
-    @property
-    def in_block(self) -> bool:
-        """Whether it belongs to an encoder block."""
-        return BLOCK_NAME.match(self.name) is not None
-
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive nodes: the tokenizer, one block, or everything after the blocks.
+    """Nodes that run together: the tokenizer, one block, or everything after the blocks.
 
     Attributes:
-        name: `tokenizer`, `blocks.3`, `classifier`.
+        name: `tokenizer`, that of a block's output (`blocks.3`), `classifier`.
         nodes: in order.
         inputs: tensors of the graph's input or of earlier stages that it reads.
         outputs: its tensors that later stages read, or that are graph outputs.
@@ -121,12 +116,65 @@ def linears(model: onnx.ModelProto) -> tuple[Linear, ...]:
     return tuple(found)
 
 
+def select_linears(model: onnx.ModelProto, names: Iterable[str]) -> tuple[Linear, ...]:
+    """The linears called `names`, in that order.
+
+    Raises:
+        SpecError: the graph lacks one.
+    """
+    found, names = {linear.name: linear for linear in linears(model)}, list(names)
+    _require(names, found, "linear")
+    return tuple(found[name] for name in names)
+
+
+def _require(names: Iterable[str], known: Collection[str], what: str) -> None:
+    """Check that the graph has what its roles name.
+
+    Raises:
+        SpecError: it lacks some.
+    """
+    if lacking := [name for name in names if name not in known]:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise SpecError(
+            f"the graph has no {what} {', '.join(lacking[:3])}{more}, which its roles name: take the roles of the "
+            "static model that the graph was traced from"
+        )
+
+
+def check_fold_sites(model: onnx.ModelProto, roles: GraphRoles) -> None:
+    """Check that each fold site is what its kind says, see `FoldSite`.
+
+    Raises:
+        SpecError: one is not, or the graph lacks its producer or its linear.
+    """
+    known = {linear.name: linear for linear in linears(model)}
+    makers = producers(model.graph.node)
+    widths = {tensor.name: tensor.dims[-1] for tensor in model.graph.initializer if tensor.dims}
+    _require([site.linear for site in roles.fold_sites], known, "linear")
+    _require([site.producer for site in roles.fold_sites if site.kind == "values"], known, "linear")
+    _require([site.producer for site in roles.fold_sites if site.kind != "values"], makers, "tensor")
+    for site in roles.fold_sites:
+        linear, readers = known[site.linear], [n.name for n in model.graph.node if site.producer in n.input]
+        if site.kind == "norm":
+            right = makers[site.producer].op_type == "LayerNormalization" and readers == [linear.node]
+            wanted = f"a LayerNorm that {site.linear} alone reads"
+        elif site.kind == "activation":
+            right = linear.activation.removesuffix(CENTRED).removesuffix(SCALED) == site.producer
+            wanted = f"what {site.linear} reads"
+        else:
+            maker, (first, end) = known[site.producer], site.columns or (0, 0)
+            right = maker.bias is not None and 0 <= first < end <= widths[maker.weight]
+            wanted = f"a linear with a bias and the columns {first} to {end}"
+        if not right:
+            raise SpecError(f"{site.producer} is not {wanted}, which the graph's roles call a {site.kind} fold site")
+
+
 @dataclass(frozen=True)
 class EqualizationSite:
-    """Two constants behind a GELU that hold an equalisation: a GELU has no parameters to fold it into.
+    """Two constants behind an activation that hold an equalisation: it has no parameters to fold it into.
 
     Attributes:
-        gain: initializer (K,) that multiplies the GELU's output.
+        gain: initializer (K,) that multiplies the activation's output.
         centre: initializer (1,) that is added afterwards; None in a scheme with zero points.
     """
 
@@ -134,12 +182,21 @@ class EqualizationSite:
     centre: str | None
 
 
-def insert_equalization_sites(model: onnx.ModelProto, activations: ActivationScheme) -> onnx.ModelProto:
-    """The graph with an `EqualizationSite` behind every GELU that a linear reads: gain 1, centre 0."""
+def insert_equalization_sites(
+    model: onnx.ModelProto, roles: GraphRoles, activations: ActivationScheme
+) -> onnx.ModelProto:
+    """The graph with an `EqualizationSite` at every fold site of kind "activation": gain 1, centre 0.
+
+    Raises:
+        SpecError: the graph has not the fold sites of its roles.
+    """
+    check_fold_sites(model, roles)
     result = deepcopy(model)
     graph = result.graph
     known = {value.name: value for value in graph.value_info}
-    readers = {linear.activation: linear.node for linear in linears(model)}
+    sites = [site for site in roles.fold_sites if site.kind == "activation"]
+    chosen = select_linears(model, [site.linear for site in sites])
+    readers = {linear.activation: linear.node for linear in chosen}
     nodes: list[onnx.NodeProto] = []
     moved: dict[str, str] = {}
     for source in model.graph.node:
@@ -147,7 +204,7 @@ def insert_equalization_sites(model: onnx.ModelProto, activations: ActivationSch
         if node.input and node.input[0] in moved and node.name == readers[node.input[0]]:
             node.input[0] = moved[node.input[0]]
         nodes.append(node)
-        if node.op_type != "Gelu" or (tensor := node.output[0]) not in readers:
+        if (tensor := node.output[0]) not in readers:
             continue
         width = known[tensor].type.tensor_type.shape.dim[-1].dim_value
         steps = [("Mul", tensor, SCALED, np.ones(width, np.float32))]
@@ -200,14 +257,18 @@ def remove_identity_sites(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def attention_products(model: onnx.ModelProto) -> dict[str, tuple[str, str]]:
-    """The matrix products of attention, queries by keys and weights by values: node -> its two operands."""
-    constant = {tensor.name for tensor in model.graph.initializer}
-    return {
-        node.name: (node.input[0], node.input[1])
-        for node in model.graph.node
-        if node.op_type == "MatMul" and BLOCK_NAME.match(node.name) and not constant & set(node.input)
-    }
+def attention_operands(model: onnx.ModelProto, roles: GraphRoles) -> tuple[str, ...]:
+    """The operands of the matrix products of attention, queries by keys and weights by values; each once.
+
+    Raises:
+        SpecError: the graph lacks a product of its roles, or they name none.
+    """
+    products = [name for attention in roles.attention for name in (attention.scores, attention.context)]
+    if not products:
+        raise SpecError("the graph's roles name no attention, so its products cannot be quantised")
+    makers = producers(model.graph.node)
+    _require(products, {name for name, node in makers.items() if node.op_type == "MatMul"}, "product")
+    return tuple(dict.fromkeys(operand for name in products for operand in makers[name].input))
 
 
 def macs(model: onnx.ModelProto) -> dict[str, int]:
@@ -223,16 +284,24 @@ def weight_counts(model: onnx.ModelProto) -> dict[str, int]:
     return {found.name: int(np.prod(shapes[found.weight])) for found in linears(model)}
 
 
-def stages(model: onnx.ModelProto) -> tuple[Stage, ...]:
-    """The graph split into stages at the outputs of its blocks."""
+def stages(model: onnx.ModelProto, roles: GraphRoles) -> tuple[Stage, ...]:
+    """The graph split into stages: what the tokens are computed from, what each block adds to that, and the rest.
+
+    Raises:
+        SpecError: the graph lacks the tokens or a block.
+    """
+    makers = producers(model.graph.node)
+    _require([roles.tokens, *roles.blocks], makers, "tensor")
     groups: dict[str, list[onnx.NodeProto]] = {}
-    name = "tokenizer"
-    for node in model.graph.node:
-        if match := BLOCK_NAME.match(node.name):
-            name = match[0].rstrip(".")
-        elif name != "tokenizer":
-            name = "classifier"
-        groups.setdefault(name, []).append(node)
+    left = list(model.graph.node)
+    for name, output in [("tokenizer", roles.tokens), *zip(roles.blocks, roles.blocks, strict=True)]:
+        needed = {output}
+        for node in reversed(left):
+            if needed & set(node.output):
+                needed |= set(node.input)
+        groups[name] = [node for node in left if needed & set(node.output)]
+        left = [node for node in left if not needed & set(node.output)]
+    groups |= {"classifier": left} if left else {}
     constant = {tensor.name for tensor in model.graph.initializer}
     wanted = {value.name for value in model.graph.output}
     found = []

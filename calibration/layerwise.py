@@ -33,6 +33,7 @@ from edgetube.calibration.table import (
 )
 from edgetube.errors import InputError
 from edgetube.progress import Progress, silent, track
+from edgetube.roles import FoldSite, GraphRoles
 from edgetube.video import Frames
 
 Array = npt.NDArray[np.float32]
@@ -44,6 +45,7 @@ GROUPS = 8
 """Groups of neighbouring clips, often of one scene; alternate groups form the halves for cross-validation."""
 
 PIXELS = Range(0.0, 255.0, "min-max")
+"""The range of what a linear reads that reads pixels, whatever the clips are."""
 
 CORRECTION_CLIPS = 32
 """Clips for bias correction: means converge with fewer clips than ranges."""
@@ -171,7 +173,8 @@ class LayerwiseCalibrator:
     """Calibrates one graph on one set of clips under one activation scheme.
 
     Args:
-        model: canonical graph with batch 1.
+        model: canonical graph with batch 1; an activation that has no `graphs.EqualizationSite` is not equalised.
+        roles: of the graph.
         open_graph: opens any graph for running.
         activations: the activation scheme.
         form: how the target stores integers; scales are rounded to its type before weights are.
@@ -179,11 +182,15 @@ class LayerwiseCalibrator:
 
     Attributes:
         held_out_errors: relative output error on those clips, by linear; empty when there are none.
+
+    Raises:
+        SpecError: the graph has not what its roles name.
     """
 
     def __init__(
         self,
         model: onnx.ModelProto,
+        roles: GraphRoles,
         clips: Clips,
         open_graph: OpenGraph,
         activations: ActivationScheme,
@@ -196,7 +203,9 @@ class LayerwiseCalibrator:
         self.held_out, self.held_out_errors = held_out, dict[str, float]()
         self.model, self.clips, self.open, self.activations = model, clips, open_graph, activations
         self.workspace, self.progress = workspace, progress
-        self.stages = graphs.stages(model)
+        graphs.check_fold_sites(model, roles)
+        self.roles, self.fold_sites = roles, {site.linear: site for site in roles.fold_sites}
+        self.stages = graphs.stages(model, roles)
         self.linears = graphs.linears(model)
         self.sites = graphs.equalization_sites(model)
         self.initializers = {k: np.asarray(v) for k, v in graphs.initializers(model).items()}
@@ -275,65 +284,56 @@ class LayerwiseCalibrator:
         """The error of the original linear with a min-max range and weights rounded to nearest."""
         weight, seen = np.asarray(self.initializers[linear.weight], np.float32), stats.channels
         low, high = min(0.0, float(seen.low.min())), max(0.0, float(seen.high.max()))
-        found = PIXELS if self._pixels(linear) else Range(low, high, "min-max")
+        found = PIXELS if linear.name in self.roles.pixels else Range(low, high, "min-max")
         return self._error(
             stats.rows, found, weight, numeric.fake_quantize_weights(weight, numeric.absmax_scales(weight))
         )
 
     def _equalize(self, linear: Linear, stats: ActivationStats, state: CalibrationState) -> Equalization:
         """Choose an equalisation and fold it into producer, weight and bias."""
-        weight = self._value(linear.weight, state)
-        producer = self._producer(linear)
-        if producer is None or linear.bias is None:
+        weight, site = self._value(linear.weight, state), self.fold_sites.get(linear.name)
+        if site is None or linear.bias is None or (site.kind == "activation" and linear.activation not in self.sites):
             return self._no_equalization(linear)
-        choose = equalize.choose_behind_gelu if linear.activation in self.sites else equalize.choose
+        choose = equalize.choose_behind_gelu if site.kind == "activation" else equalize.choose
         chosen = choose(stats.halves, weight, self.activations, self.form.dtype)
         if not chosen.identity:
             bias = self._value(linear.bias, state)
             state.values[linear.bias] = chosen.bias(weight, bias)
             state.values[linear.weight] = chosen.weight(weight)
-            producer(chosen, state)
+            fold = {"norm": self._fold_norm, "activation": self._fold_activation, "values": self._fold_values}
+            fold[site.kind](site, linear, chosen, state)
         return chosen
 
     def _no_equalization(self, linear: Linear, name: str = "none") -> Equalization:
         size = len(self.initializers[linear.weight])
         return Equalization(name, np.ones(size, np.float32), np.zeros(size, np.float32))
 
-    def _producer(self, linear: Linear) -> Callable[[Equalization, CalibrationState], None] | None:
-        """A function that folds an equalisation into the producer of the linear's activation; None where it cannot."""
-        makers = graphs.producers(self.model.graph.node)
-        readers = [node.name for node in self.model.graph.node if linear.activation in node.input]
-        maker = makers.get(linear.activation)
-        if maker is not None and maker.op_type == "LayerNormalization" and readers == [linear.node]:
-            gamma, beta = maker.input[1], maker.input[2]
+    def _fold_norm(self, site: FoldSite, linear: Linear, chosen: Equalization, state: CalibrationState) -> None:
+        """Fold an equalisation into gamma and beta of the LayerNorm before a linear."""
+        _, gamma, beta = graphs.producers(self.model.graph.node)[site.producer].input
+        state.values[beta] = (self._value(beta, state) - chosen.shift) / chosen.scale
+        state.values[gamma] = self._value(gamma, state) / chosen.scale
 
-            def into_norm(chosen: Equalization, state: CalibrationState) -> None:
-                state.values[beta] = (self._value(beta, state) - chosen.shift) / chosen.scale
-                state.values[gamma] = self._value(gamma, state) / chosen.scale
+    def _fold_activation(self, site: FoldSite, linear: Linear, chosen: Equalization, state: CalibrationState) -> None:
+        """Put an equalisation into the operators between an activation and a linear."""
+        inserted = self.sites[linear.activation]
+        state.values[inserted.gain] = np.float32(1) / chosen.scale
+        if inserted.centre:
+            state.values[inserted.centre] = -(chosen.shift / chosen.scale)[:1]
 
-            return into_norm
-        if site := self.sites.get(linear.activation):
+    def _fold_values(self, site: FoldSite, linear: Linear, chosen: Equalization, state: CalibrationState) -> None:
+        """Fold an equalisation into the columns of attention's values.
 
-            def into_site(chosen: Equalization, state: CalibrationState) -> None:
-                state.values[site.gain] = np.float32(1) / chosen.scale
-                if site.centre:
-                    state.values[site.centre] = -(chosen.shift / chosen.scale)[:1]
-
-            return into_site
-        qkv = linear.name.removesuffix("proj") + "qkv.weight"
-        if linear.name.endswith(".attn.proj") and qkv in self.initializers:
-            bias = qkv.removesuffix("weight") + "bias"
-
-            def into_values(chosen: Equalization, state: CalibrationState) -> None:
-                # Rows of softmax sum to 1: a shift of V is a shift of the attention's output.
-                weight, offset = self._value(qkv, state).copy(), self._value(bias, state).copy()
-                own = slice(2 * weight.shape[1] // 3, None)
-                weight[:, own] /= chosen.scale
-                offset[own] = (offset[own] - chosen.shift) / chosen.scale
-                state.values[qkv], state.values[bias] = weight, offset
-
-            return into_values
-        return None
+        Rows of softmax sum to 1: a shift of the values is a shift of the attention's output.
+        """
+        producer = next(each for each in self.linears if each.name == site.producer)
+        assert producer.bias is not None
+        assert site.columns is not None
+        weight, bias = self._value(producer.weight, state).copy(), self._value(producer.bias, state).copy()
+        own = slice(*site.columns)
+        weight[:, own] /= chosen.scale
+        bias[own] = (bias[own] - chosen.shift) / chosen.scale
+        state.values[producer.weight], state.values[producer.bias] = weight, bias
 
     def _quantize(
         self, linear: Linear, stats: ActivationStats, folded: Equalization, plain_error: float, state: CalibrationState
@@ -341,7 +341,7 @@ class LayerwiseCalibrator:
         """Round the weights by the Gram matrix of all tokens; choose the range by the output error on the rows."""
         assert stats.gram is not None
         weight, rows = self._value(linear.weight, state), stats.rows
-        unit = self.form.pixels if self._pixels(linear) else 1.0
+        unit = self.form.pixels if linear.name in self.roles.pixels else 1.0
         scales = numeric.mse_scales(weight, stats.gram.power, self.form.safe_pairs)
         scales = stored_scales(scales * np.float32(unit), self.form.dtype, linear.weight) / np.float32(unit)
         integers = numeric.gptq_quantize(weight, scales, stats.gram.total, self.form.safe_pairs)
@@ -361,15 +361,10 @@ class LayerwiseCalibrator:
         return Choice(best, scales, folded.name, errors[best.method], plain_error, errors)
 
     def _ranges(self, linear: Linear, stats: ActivationStats) -> list[Range]:
-        if self._pixels(linear):
+        if linear.name in self.roles.pixels:
             return [PIXELS]
         assert stats.histogram is not None
         return list(observers.candidates(stats.histogram, self.activations))
-
-    def _pixels(self, linear: Linear) -> bool:
-        """Whether a linear reads pixels, whose range is known."""
-        maker = next((node for node in self.model.graph.node if linear.activation in node.output), None)
-        return maker is not None and maker.op_type == "Cast" and not linear.in_block
 
     def _relative_change(self, stage: Stage, before: dict[str, RowArray], after: dict[str, RowArray]) -> float:
         """Largest change of a stage's outputs on the clips in `before`, relative to the largest value of each."""

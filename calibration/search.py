@@ -134,7 +134,7 @@ def search(calibrator: LayerwiseCalibrator, state: CalibrationState, budget: Acc
     of_work, of_weights = sum(work.values()), sum(sizes.values())
     reasons = {
         name: f"{work[name] / of_work:.1%} of the work, {sizes[name] / of_weights:.1%} of the weights"
-        for name in (linear.name for linear in calibrator.linears if not linear.in_block)
+        for name in (linear.name for linear in calibrator.linears if linear.name not in calibrator.roles.linears)
         if max(work[name] / of_work, sizes[name] / of_weights) < MIN_LAYER_SHARE
     }
     admitted = frozenset(work) - frozenset(reasons)

@@ -32,6 +32,7 @@ from edgetube.contract import InputContract
 from edgetube.errors import SpecError
 from edgetube.export.static import StaticTokenizer, StaticTubeViT
 from edgetube.export.statistics import tensor_shapes, weight_bytes
+from edgetube.roles import GraphRoles
 from edgetube.spec import ModelSpec
 
 OPSET = 20
@@ -52,6 +53,7 @@ class Graph:
         model: float32 ONNX; `frames` uint8 (batch, T, H, W, 3) -> `logits` float32 (batch, classes).
         spec, contract, batch: of the model.
         lowering: how the tubes are lowered, one of `static.LOWERINGS`.
+        roles: of its tensors.
         labels: class names in the order of the logits; empty where unknown.
     """
 
@@ -60,6 +62,7 @@ class Graph:
     contract: InputContract
     batch: int
     lowering: str
+    roles: GraphRoles
     labels: tuple[str, ...] = ()
 
 
@@ -96,7 +99,7 @@ def trace(module: StaticTubeViT | StaticTokenizer, spec: ModelSpec, contract: In
     )
     model = ir.to_proto(canonical)
     check(model)
-    return Graph(model, spec, contract, batch, module.lowering)
+    return Graph(model, spec, contract, batch, module.lowering, module.roles)
 
 
 @contextmanager

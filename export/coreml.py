@@ -173,6 +173,7 @@ def _convert(context: BuildContext) -> Any:
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, types
 
+    from edgetube.calibration.graphs import select_linears
     from edgetube.export.mlprogram import Lowering, NeuralEngineLowering
     from edgetube.export.mlweights import WeightStorage
 
@@ -189,7 +190,8 @@ def _convert(context: BuildContext) -> Any:
         blocks = target.setting("deployment") == "iOS18"
         uint4 = types.np_uint4_dtype if blocks else None
         moments = partial(context.moments, graph)
-        storage = WeightStorage(mb, target.precision, uint4, _plans(graph, context.table), moments)
+        encoder = {linear.weight for linear in select_linears(graph.model, graph.roles.linears)}
+        storage = WeightStorage(mb, target.precision, uint4, encoder, _plans(graph, context.table), moments)
         translation = lowering(mb, graph.model, storage.weight, pins, storage.activation, storage.corrected_bias)
         narrow = translation.run(function.inputs["frames"])
         answer = mb.cast(x=narrow, dtype="fp32", name=output) if narrow.dtype != types.fp32 else narrow

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetube import datasets, demo, export, metrics
-from edgetube.bench import layers
 from edgetube.bench.latency import interleave
 from edgetube.bundle import Bundle
 from edgetube.calibration import Calibrated
@@ -24,6 +23,7 @@ from edgetube.export.base import Built, CalibrationRequest
 from edgetube.export.canonical import Graph
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.progress import Progress, track
+from edgetube.roles import LOGITS, roles_of
 from edgetube.runtimes.base import Backend, may_saturate
 from edgetube.targets import Target
 from edgetube.video import Frames
@@ -39,9 +39,6 @@ MIN_COSINE = 0.98
 
 SQNR_LOSS = 3.0
 """dB by which the artifact's SQNR on the judging clips may be below the simulated one."""
-
-LOGITS = "logits"
-"""Name of the canonical graph's output."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ def diagnose(int8: Candidate, clip: Frames, expected: npt.NDArray[np.float32]) -
     asked, executed = int(integers.get("asked", 0)), int(integers.get("executed", 0))
     if executed < asked:
         return f"the runtime computes {asked - executed} of {asked} linears in float"
-    shown = int8.backend.layers(layers.landmarks(int8.bundle.spec))
+    shown = int8.backend.layers(roles_of(int8.bundle.spec).landmarks)
     if LOGITS in shown:
         batch = np.repeat(clip[None], int8.backend.batch, axis=0)
         whole, apart = int8.backend(clip[None])[0], int8.backend.tap(shown)(batch)[LOGITS][0]

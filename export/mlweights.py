@@ -6,7 +6,7 @@ It also quantises the activations of int8 targets. The builder is a parameter, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,7 @@ class WeightStorage:
         mb: the builder.
         precision: of the target.
         uint4: the builder's 4-bit numpy dtype where a weight may have several palettes (from iOS 18 on), else None.
+        encoder: names of the weights of the encoder's blocks, which alone get palettes.
         plans: of an int8 target: plan and activation range of each quantised weight.
         moments: measures the input moments of each linear, by its weight; for targets that compress weights only.
     """
@@ -54,10 +55,11 @@ class WeightStorage:
         mb: Any,
         precision: Precision,
         uint4: Any,
+        encoder: Collection[str],
         plans: Mapping[str, tuple[LinearPlan, Range]],
         moments: Callable[[], Mapping[str, Moments]] = dict,
     ) -> None:
-        self.mb, self.blocks, self.uint4, self.plans = mb, uint4 is not None, uint4, plans
+        self.mb, self.blocks, self.uint4, self.encoder, self.plans = mb, uint4 is not None, uint4, encoder, plans
         ways = {
             Precision.FP16: self.fp16,
             Precision.W8: self.int8,
@@ -132,7 +134,7 @@ class WeightStorage:
 
     def palettized(self, name: str, array: Array, unit: float) -> Any:
         """4-bit palettes in the encoder; int8 elsewhere."""
-        if not name.startswith("blocks."):  # first and last layers: few weights, large effect
+        if name not in self.encoder:  # first and last layers: few weights, large effect
             return self.int8(name, array, unit)
         matrix = array.reshape(len(array), -1)
         groups = len(array) // math.gcd(len(array), GROUP_SIZE) if self.blocks else 1

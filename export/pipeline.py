@@ -262,10 +262,11 @@ class ExportSession:
         """
         activations, form = key = int8.activation_scheme(target), int8.integer_format(target)
         if key not in self._calibrations:
-            folder = Path(self._workspace.name)
+            folder, graph = Path(self._workspace.name), self._graph("gather", batch=1)
             statistics, judged = self._calibration_clips
             self._calibrations[key] = calibration.calibrate(
-                self._graph("gather", batch=1).model,
+                graph.model,
+                graph.roles,
                 statistics,
                 judged,
                 export.evaluator(),

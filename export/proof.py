@@ -18,6 +18,7 @@ from edgetube.bundle import Bundle
 from edgetube.errors import ParityError
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.precision import Precision
+from edgetube.roles import roles_of
 from edgetube.runtimes.base import Backend, Logits
 from edgetube.runtimes.torch import Reference
 from edgetube.targets import Target
@@ -119,7 +120,7 @@ def largest_layer_jump(
     checkpoint: Checkpoint, reference: Reference, backend: Backend, bundle: Bundle, some: Sequence[Frames]
 ) -> tuple[str, float] | None:
     """The layer whose error rises most above that of all layers before it, and by how many dB."""
-    wanted = layers.landmarks(checkpoint.spec)
+    wanted = roles_of(checkpoint.spec).landmarks
     stated = layers.as_exported(checkpoint.model, checkpoint.spec)
     curve = layers.curve(reference, backend, bundle, some[: probe.LAYER_CLIPS], wanted, stated)
     return layers.largest_drop(curve, bundle.precision)

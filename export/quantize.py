@@ -19,8 +19,8 @@ from edgetube.export.canonical import Graph
 def qdq(
     model: onnx.ModelProto, table: CalibrationTable, *, activations: ActivationScheme | None = None
 ) -> onnx.ModelProto:
-    """Insert Q/DQ around the linears that the table quantises, and around the attention products for whose operands
-    it has ranges.
+    """Insert Q/DQ around the linears that the table quantises, and around the products of two activations for which it
+    has ranges.
 
     A quantised activation has one QuantizeLinear and one DequantizeLinear for all its readers; a weight is an int8
     initializer `<weight>.int8` (K, N) behind a DequantizeLinear along axis 1; biases stay float.
@@ -35,9 +35,7 @@ def qdq(
     table.check(graphs.digest(model))
     plans = {plan.weight: plan for plan in table.quantised}
     readers = [node.name for node in model.graph.node if any(name in plans for name in node.input)]
-    readers += [
-        name for name, operands in graphs.attention_products(model).items() if set(operands) <= set(table.ranges)
-    ]
+    readers += [node.name for node in model.graph.node if node.op_type == "MatMul" and {*node.input} <= {*table.ranges}]
     result = graphs.quantize_activations(model, table.ranges, readers, activations or table.activations)
     graph, known = result.graph, graphs.initializers(model)
     kept = [tensor for tensor in graph.initializer if tensor.name not in plans]
@@ -84,7 +82,7 @@ def apply(calibrated: Calibrated, graph: Graph) -> tuple[Graph, CalibrationTable
 
     Tubes that are convolutions in this lowering stay float, with their original weights.
     """
-    plain = graphs.insert_equalization_sites(graph.model, calibrated.table.activations)
+    plain = graphs.insert_equalization_sites(graph.model, graph.roles, calibrated.table.activations)
     products = {linear.weight for linear in graphs.linears(plain)}
     absent = {plan.weight for plan in calibrated.table.linears} - products
     values = {name: value for name, value in calibrated.values.items() if name not in absent}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ from edgetube.contract import InputContract
 from edgetube.errors import SpecError
 from edgetube.model import tubevit
 from edgetube.model.tubevit import Block, QueryPooler, Tubes, TubeViT, tube_tokens
+from edgetube.roles import roles_of, tokenizer_roles
 from edgetube.spec import QUERY, ModelSpec, Triple, TubeSpec
 from edgetube.video import Frames
 
@@ -225,6 +226,7 @@ class StaticTokenizer(nn.Module):
         """
         super().__init__()
         self.spec = lowered_spec(model.spec, contract, lowering)
+        self.roles = tokenizer_roles(self.spec)
         self.contract, self.lowering, self.batch = contract, lowering, batch
         biases = []
         for i, grid in zip(self.spec.active, self.spec.grids, strict=True):
@@ -462,14 +464,16 @@ def readout(model: TubeViT, part: str) -> nn.Module:
 
 
 class Readout(nn.Module):
-    """Several parts, concatenated."""
+    """Several parts, concatenated; a query pool alone, too, so that it has the name that the reference gives it."""
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        for name, part in parts.items():
+            self.add_module(name.replace(".", "_"), part)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.parts], dim=1)  # (B, F)
+        parts = [part(x) for part in self.children()]  # each (B, D)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (B, F)
 
 
 class StaticTubeViT(nn.Module):
@@ -498,6 +502,7 @@ class StaticTubeViT(nn.Module):
         self.head = head or names[0]
         if self.head not in names:
             raise SpecError(f"no classifier is called {head!r}; the model has {', '.join(names)}")
+        self.roles = roles_of(self.spec, self.head)
         if batch < 1:
             raise SpecError(f"batch is {batch}; expected >= 1")
         self.register_buffer("prefix", None if model.prefix is None else model.prefix.detach().float().clone())
@@ -505,8 +510,8 @@ class StaticTubeViT(nn.Module):
         blocks = [StaticBlock(block, self.spec, model.rotation) for block in model.blocks]  # type: ignore[arg-type]
         self.blocks = nn.ModuleList(blocks)
         self.norm = None if self.spec.final_norm == "none" else model.norm
-        parts = [readout(model, part) for part in self.spec.readout]
-        self.pool = parts[0] if len(parts) == 1 else Readout(parts)
+        parts = {part: readout(model, part) for part in self.spec.readout}
+        self.pool = Readout(parts) if len(parts) > 1 or QUERY in parts else parts[self.spec.readout[0]]
         chosen = model.classifiers[self.head]
         self.classifiers = nn.ModuleDict({self.head: Linear(chosen.weight, chosen.bias)})  # type: ignore[arg-type]
         gated = any(block.gate is not None for block in blocks)

@@ -179,6 +179,7 @@ def calibration_request(graph: Graph, target: Target) -> CalibrationRequest:
 
     Raises:
         InputError: a setting that this model cannot have.
+        SpecError: the graph's roles name no attention.
     """
     from edgetube.calibration import graphs
 
@@ -187,8 +188,7 @@ def calibration_request(graph: Graph, target: Target) -> CalibrationRequest:
     if target.setting("attention") == "int8":
         if refusal := attention_refusal(graph.spec):
             raise InputError(refusal)
-        operands = [name for pair in graphs.attention_products(graph.model).values() for name in pair]
-        tensors = tuple(dict.fromkeys(operands))
+        tensors = graphs.attention_operands(graph.model, graph.roles)
     return CalibrationRequest(tensors, LEGACY_CLIPS if chosen.legacy else 0)
 
 

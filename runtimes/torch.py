@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from edgetube.contract import InputContract
+from edgetube.roles import LOGITS
 from edgetube.runtimes.base import Backend, LayerOutputs, Logits, Tap
 from edgetube.video import Frames
 
@@ -64,10 +65,6 @@ class Reference(Backend):
 
     def release(self) -> None:
         del self.model
-
-
-LOGITS = "logits"
-"""The name of the model's output in the canonical graph."""
 
 
 def normalise(frames: torch.Tensor, contract: InputContract) -> torch.Tensor:

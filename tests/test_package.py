@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,13 @@ HEAVY = {
 
 VENDORS = {"onnxruntime", "openvino", "tensorrt", "coreml"}
 """What a backend's file or folder is called; the vendor's packages have names that begin with it."""
+
+MODULES = re.compile(r"blocks\\?\.|\battn\b|qkv|\bmlp\b|\bfc[12]\b|\bnorm[12]\b|\bproj\b")
+"""Names of the static model's modules, and so of the graph's tensors, or regular expressions of them."""
+
+NAMES_MODULES = {"edgetube/roles.py", "export/static.py", "edgetube/model", "edgetube/formats"}
+"""The files and folders that may: those that make the modules or read their weights. Passes over the graph ask
+`edgetube.roles`."""
 
 NOT_SOURCE = (".git", ".venv", "build", "dist", "out", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
 
@@ -145,6 +153,11 @@ def backends_named_in(path: Path) -> set[str]:
     return {vendor for vendor in VENDORS if vendor in text}
 
 
+def modules_named_in(path: Path) -> set[str]:
+    """Words that name a module of the static model; what has a space is a text for the user, not a name."""
+    return {text for text in words_of(path) if " " not in text and MODULES.search(text)}
+
+
 def is_a_backend_s(path: Path) -> bool:
     """Whether a file is, or lies in, a backend's own file or folder in `export/` or `runtimes/`."""
     folder, name = path.relative_to(ROOT).parts[:2]
@@ -170,6 +183,26 @@ class TestPackages:
         for line in ("import coremltools as ct", "x = 'openvino.xml'", "from tensorrt import Builder", "x.onnxruntime"):
             (tmp_path / "stranger.py").write_text(f'"""Prose: TensorRT, OpenVINO."""\n{line}  # coreml\n')
             assert len(backends_named_in(tmp_path / "stranger.py")) == 1, line
+
+    def test_modules_of_the_model_are_named_by_its_roles_only(self) -> None:
+        paths = {path.relative_to(ROOT).as_posix(): path for path in sources()}
+        others = {
+            name: path for name, path in paths.items() if not any(name.startswith(known) for known in NAMES_MODULES)
+        }
+        assert {name: found for name, path in others.items() if (found := modules_named_in(path))} == {}
+        assert modules_named_in(ROOT / "edgetube" / "roles.py")
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            'x = re.compile(r"blocks\\.(\\d+)")', 'x = f"blocks.{i}"', 'x = name.endswith(".attn.proj")', "x = '.qkv'",
+            'x = ("mlp.fc1",)', 'x = ["norm1"]', 'x = name.removesuffix("proj")',
+        ],
+    )  # fmt: skip
+    def test_a_module_s_name_would_be_seen(self, tmp_path: Path, line: str) -> None:
+        text = f'"""Prose: blocks.3.attn.qkv."""\n{line}  # blocks.3\ny = "a text with blocks.3 for the user"\n'
+        (tmp_path / "stranger.py").write_text(text)
+        assert len(modules_named_in(tmp_path / "stranger.py")) == 1
 
     def test_the_folders_are_the_registry(self) -> None:
         exporters = modules_in("export")

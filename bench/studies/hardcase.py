@@ -184,6 +184,7 @@ def ours(traced: Graph, seen: Clips, judged: Clips, folder: Path) -> dict[str, P
         scheme = int8.activation_scheme(target)
         found = calibration.calibrate(
             traced.model,
+            traced.roles,
             seen,
             judged,
             export.evaluator(),
@@ -297,7 +298,7 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 def outliers(traced: Graph, clips: Clips) -> dict[str, float]:
     """Largest |activation| that each kind of linear reads, on a few clips."""
     found: dict[str, float] = {}
-    linears = [linear for linear in graphs.linears(traced.model) if linear.in_block]
+    linears = graphs.select_linears(traced.model, traced.roles.linears)
     call = export.evaluator()(graphs.extract_subgraph(traced.model, [linear.activation for linear in linears]))
     for index in range(len(clips) - 4, len(clips)):
         for linear, value in zip(linears, call({"frames": clips.frames[index][None]}), strict=True):

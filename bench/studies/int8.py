@@ -270,6 +270,7 @@ def weights(args: argparse.Namespace) -> dict[str, Any]:
             with patch.object(numeric, "INT8_MAX", levels):
                 found = calibrate(
                     graph.model,
+                    graph.roles,
                     seen,
                     judged,
                     exporting.evaluator(),
@@ -370,14 +371,13 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     """
     checkpoint = checkpoints.load(args.checkpoint)
     module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, "gather")
-    model = canonical.trace(module, checkpoint.spec, checkpoint.contract).model
+    graph = canonical.trace(module, checkpoint.spec, checkpoint.contract)
     del module
     before = peak_mb()
     with tempfile.TemporaryDirectory(dir=args.workspace) as name:
-        prepared = graphs.insert_equalization_sites(model, "uint8")
-        calibrator = LayerwiseCalibrator(
-            prepared, noise(checkpoint, args.clips, Path(name)), exporting.evaluator(), "uint8", Path(name)
-        )
+        prepared = graphs.insert_equalization_sites(graph.model, graph.roles, "uint8")
+        clips = noise(checkpoint, args.clips, Path(name))
+        calibrator = LayerwiseCalibrator(prepared, graph.roles, clips, exporting.evaluator(), "uint8", Path(name))
         calibrator.stages = calibrator.stages[: args.stages]
         calibrator.calibrate(CalibrationState())
     return {

@@ -19,6 +19,7 @@ from edgetube.datasets import ClipSet
 from edgetube.errors import BackendError, InputError
 from edgetube.export import pipeline
 from edgetube.model import checkpoints
+from edgetube.roles import roles_of
 from edgetube.runtimes.base import Backend
 from edgetube.video import Frames
 
@@ -49,9 +50,9 @@ def test_names_are_those_of_the_graph(tiny_bundle: Path) -> None:
 
     bundle = bundles.load(tiny_bundle)
     made = {name for node in onnx.load(bundle.artifact_path).graph.node for name in node.output}
-    assert set(layers.names(bundle.spec)) <= made
+    assert set(roles_of(bundle.spec).layers) <= made
     with runtimes.open_bundle(bundle) as backend:
-        assert backend.layers(("nothing", *layers.names(bundle.spec))) == layers.names(bundle.spec)
+        assert backend.layers(("nothing", *roles_of(bundle.spec).layers)) == roles_of(bundle.spec).layers
 
 
 def test_a_tap_shows_what_the_modules_compute(
@@ -83,7 +84,7 @@ def test_a_float_artifact_is_the_model_in_every_layer(tiny_bundle: Path) -> None
     (found,) = layers.curves([bundle], datasets.built_in(2, bundle.labels))
     names = [layer.layer for layer in found.curve]
     assert {"tubes", "blocks.0.attn.qkv", "blocks.1.mlp.fc2", "blocks.1", "norm", "pool", "logits"} <= set(names)
-    assert names == [name for name in layers.names(bundle.spec) if name in names]
+    assert names == [name for name in roles_of(bundle.spec).layers if name in names]
     assert min(layer.sqnr_db for layer in found.curve) > 90
     assert found.to_json()["first_jump"] is None
 

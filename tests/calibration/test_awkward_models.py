@@ -34,6 +34,7 @@ def ratio(graph: Graph, activations: ActivationScheme, folder: Path) -> float:
     judged = noise(12, 2, "b")
     found = calibrate(
         graph.model,
+        graph.roles,
         noise(12, 1, "a"),
         judged,
         export.evaluator(),
@@ -66,11 +67,11 @@ def test_a_linear_of_zeros(tmp_path: Path) -> None:
 
 class TestNotFinite:
     def test_logits(self, tmp_path: Path) -> None:
-        model = changed(mlp_fc1_weight=3e38).model
+        graph = changed(mlp_fc1_weight=3e38)
         seen, judged = noise(3, 1, "a"), noise(4, 2, "b")
         options: dict[str, Any] = {"activations": "uint8", "workspace": tmp_path}
         with pytest.raises(InputError, match=r"NaN or infinite logits on 4 of 4 clips, b0 among them; check weights"):
-            calibrate(model, seen, judged, export.evaluator(), **options)
+            calibrate(graph.model, graph.roles, seen, judged, export.evaluator(), **options)
 
     def test_an_activation_is_named(self) -> None:
         model = changed(mlp_fc1_weight=3e38).model

@@ -41,6 +41,7 @@ def calibrated(
     return {
         scheme: calibrate(
             hard_graph.model,
+            hard_graph.roles,
             *clips,
             export.evaluator(),
             activations=scheme,
@@ -53,7 +54,7 @@ def calibrated(
 
 @pytest.fixture
 def calibrator(hard_graph: Graph, clips: tuple[Clips, Clips], tmp_path: Path) -> LayerwiseCalibrator:
-    return LayerwiseCalibrator(hard_graph.model, clips[0], export.evaluator(), "int8", tmp_path)
+    return LayerwiseCalibrator(hard_graph.model, hard_graph.roles, clips[0], export.evaluator(), "int8", tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def chosen(
 ) -> tuple[LayerwiseCalibrator, CalibrationState]:
     """A calibrator and what it chose; shared, so nobody may write in the state."""
     folder, state = tmp_path_factory.mktemp("chosen"), CalibrationState()
-    calibrator = LayerwiseCalibrator(hard_graph.model, clips[0], export.evaluator(), "int8", folder)
+    calibrator = LayerwiseCalibrator(hard_graph.model, hard_graph.roles, clips[0], export.evaluator(), "int8", folder)
     calibrator.calibrate(state)
     return calibrator, state
 
@@ -117,7 +118,9 @@ def test_a_nearly_dead_channel_has_a_scale_that_float16_holds(
     weight[:, 6] *= 1e-5 / np.abs(weight[:, 6]).max()
     model = graphs.replace_initializers(hard_graph.model, {"blocks.1.mlp.fc1.weight": weight})
     options: dict[str, Any] = {"activations": "int8", "workspace": tmp_path, "max_drop": 100.0}
-    found = calibrate(model, *clips, export.evaluator(), form=IntegerFormat("float16", PIXEL_SCALE), **options)
+    found = calibrate(
+        model, hard_graph.roles, *clips, export.evaluator(), form=IntegerFormat("float16", PIXEL_SCALE), **options
+    )
     equalised, table = apply(found, replace(hard_graph, model=model))
     typed = convert_to_fp16(qdq(equalised.model, table))
     written = {tensor.name: numpy_helper.to_array(tensor) for tensor in typed.graph.initializer}
@@ -135,7 +138,7 @@ def test_a_nearly_dead_channel_has_a_scale_that_float16_holds(
 def test_held_out_clips_are_those_that_only_judge(tmp_path: Path) -> None:
     for judged, known in ((NOISE[1], True), (NOISE[0], False)):
         options: dict[str, Any] = {"activations": "uint8", "workspace": tmp_path, "max_drop": 100.0}
-        report = calibrate(traced().model, NOISE[0], judged, export.evaluator(), **options).report
+        report = calibrate(traced().model, traced().roles, NOISE[0], judged, export.evaluator(), **options).report
         errors = {name: linear["held_out_error"] for name, linear in report["linears"].items()}
         assert [error is not None for error in errors.values()] == [known] * len(errors)
 
@@ -159,11 +162,11 @@ class TestEqualizationSites:
 
     @pytest.fixture
     def prepared(self, hard_graph: Graph) -> onnx.ModelProto:
-        return graphs.insert_equalization_sites(hard_graph.model, "int8")
+        return graphs.insert_equalization_sites(hard_graph.model, hard_graph.roles, "int8")
 
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_a_site_that_is_not_used_leaves_nothing(self, hard_graph: Graph, scheme: ActivationScheme) -> None:
-        prepared = graphs.insert_equalization_sites(hard_graph.model, scheme)
+        prepared = graphs.insert_equalization_sites(hard_graph.model, hard_graph.roles, scheme)
         onnx.checker.check_model(prepared)
         assert [site.centre is not None for site in graphs.equalization_sites(prepared).values()] == [
             scheme == "int8"
@@ -196,7 +199,7 @@ class TestEqualizationSites:
         answer: Callable[..., npt.NDArray[np.float32]],
         tmp_path: Path,
     ) -> None:
-        calibrator = LayerwiseCalibrator(prepared, clips[0], export.evaluator(), "int8", tmp_path)
+        calibrator = LayerwiseCalibrator(prepared, hard_graph.roles, clips[0], export.evaluator(), "int8", tmp_path)
         state = CalibrationState()
         calibrator.calibrate(state)
         assert {c.equalisation for name, c in state.choices.items() if name.endswith("fc2")} == {"centre"}
@@ -329,7 +332,7 @@ def test_the_order_of_the_clips_does_not_matter(hard_graph: Graph, hard_checkpoi
         folder = tmp_path / str(index)
         folder.mkdir()
         seen = collect(ClipSet("x", items), c.contract, c.labels, folder)
-        separate = LayerwiseCalibrator(hard_graph.model, seen, export.evaluator(), "uint8", folder)
+        separate = LayerwiseCalibrator(hard_graph.model, hard_graph.roles, seen, export.evaluator(), "uint8", folder)
         state = CalibrationState()
         separate.calibrate(state)
         tables.append(state)
@@ -350,7 +353,7 @@ def test_a_budget_that_cannot_hold_fails_with_numbers(tmp_path: Path, monkeypatc
     verdict = search.Verdict(18, True, 0.5, 1.0, 0.5, 3.0, 50.0, 5.56)
     monkeypatch.setattr(search, "_evaluate", lambda *_: verdict)
     with pytest.raises(ParityError, match=r"INT8 loses 50\.00 points of top-1 on 18 clips, 5\.56 allowed with the"):
-        calibrate(traced().model, *NOISE, export.evaluator(), activations="int8", workspace=tmp_path)
+        calibrate(traced().model, traced().roles, *NOISE, export.evaluator(), activations="int8", workspace=tmp_path)
 
 
 def test_the_worst_linears_fall_back_until_the_budget_holds(
@@ -397,6 +400,7 @@ class TestCache:
         options: dict[str, Any] = {"activations": "uint8", "max_drop": 100.0, "versions": {"numpy": "1"}} | changed
         found = calibrate(
             traced().model,
+            traced().roles,
             *clips,
             export.evaluator(),
             workspace=tmp_path,
@@ -487,6 +491,6 @@ def test_clips_that_judge_what_they_made_are_a_stated_warning(tmp_path: Path) ->
         "cache": tmp_path / "cache",
     }
     for _ in range(2):  # the second one is read from the cache
-        found = calibrate(traced().model, NOISE[0], NOISE[0], export.evaluator(), **options)
+        found = calibrate(traced().model, traced().roles, NOISE[0], NOISE[0], export.evaluator(), **options)
         (note,) = found.report["notes"]
         assert note.startswith("12 of 12 clips judged the accuracy that they were calibrated on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,27 @@ from onnx.reference import ReferenceEvaluator
 from edgetube.calibration import graphs
 from edgetube.calibration.graphs import EqualizationSite, Linear
 from edgetube.calibration.table import ActivationScheme, Range
+from edgetube.errors import SpecError
+from edgetube.roles import Attention, Columns, FoldKind, FoldSite, GraphRoles
 
 SHAPES = {
     "cast": (3, 4), "tubes.0": (3, 6), "tubes.0.sum": (3, 6), "blocks.0.norm1": (3, 6), "blocks.0.mlp.fc1.mm": (3, 8),
     "blocks.0.mlp.fc1": (3, 8), "blocks.0.mlp.act": (3, 8), "blocks.0.mlp.fc2.mm": (3, 6), "blocks.0.mlp.fc2": (3, 6),
     "blocks.0.scores": (3, 3), "blocks.1.x": (3, 6), "head.mm": (3, 2), "score": (3, 1),
 }  # fmt: skip
+
+
+ROLES = GraphRoles(
+    "tubes.0.sum",
+    pixels=("tubes.0",),
+    blocks=("blocks.0.scores", "blocks.1.x"),
+    linears=("blocks.0.mlp.fc1", "blocks.0.mlp.fc2"),
+    fold_sites=(
+        FoldSite("blocks.0.norm1", "blocks.0.mlp.fc1", "norm"),
+        FoldSite("blocks.0.mlp.act", "blocks.0.mlp.fc2", "activation"),
+    ),
+    attention=(Attention("blocks.0.mlp.fc2", (0, 6), 1.0, "blocks.0.scores", "blocks.1.x"),),
+)
 
 
 def node(kind: str, name: str, *inputs: str, **attributes: Any) -> onnx.NodeProto:
@@ -88,7 +104,12 @@ def test_linears_are_products_by_a_constant_matrix(model: onnx.ModelProto) -> No
         Linear(f"{one}fc2", f"{one}fc2.mm", f"{one}act", f"{one}fc2.weight", f"{one}fc2.bias"),
         Linear("head", "head.mm", "blocks.1.x", "head.weight", "head.bias"),
     )
-    assert [linear.in_block for linear in graphs.linears(model)] == [False, True, True, False]
+
+
+def test_linears_by_name(model: onnx.ModelProto) -> None:
+    assert [linear.name for linear in graphs.select_linears(model, ["head", "tubes.0"])] == ["head", "tubes.0"]
+    with pytest.raises(SpecError, match=r"the graph has no linear pool, a, b and 1 more, which its roles name"):
+        graphs.select_linears(model, ["head", "pool", "a", "b", "c"])
 
 
 def test_work_and_sizes_by_hand(model: onnx.ModelProto) -> None:
@@ -97,17 +118,55 @@ def test_work_and_sizes_by_hand(model: onnx.ModelProto) -> None:
     assert graphs.macs(model) == {name: 3 * size for name, size in sizes.items()}
 
 
-def test_products_of_two_activations(model: onnx.ModelProto) -> None:
-    assert graphs.attention_products(model) == {
-        "blocks.0.scores": ("blocks.0.mlp.fc2", "blocks.0.turned"),
-        "blocks.1.x": ("blocks.0.scores", "tubes.0.sum"),
-    }
+def test_operands_of_attention(model: onnx.ModelProto) -> None:
+    expected = ("blocks.0.mlp.fc2", "blocks.0.turned", "blocks.0.scores", "tubes.0.sum")
+    assert graphs.attention_operands(model, ROLES) == expected
+    (attention,) = ROLES.attention
+    for scores in ("blocks.0.turned", "nothing"):  # a Transpose, no tensor
+        with pytest.raises(SpecError, match=f"has no product {scores}, which its roles name"):
+            graphs.attention_operands(model, replace(ROLES, attention=(replace(attention, scores=scores),)))
+    with pytest.raises(SpecError, match="name no attention"):
+        graphs.attention_operands(model, GraphRoles("tubes.0.sum"))
+
+
+class TestFoldSites:
+    def test_those_of_the_graph(self, model: onnx.ModelProto) -> None:
+        graphs.check_fold_sites(model, ROLES)
+        graphs.check_fold_sites(model, with_site("blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "values", (2, 8)))
+        graphs.check_fold_sites(graphs.insert_equalization_sites(model, ROLES, "int8"), ROLES)
+
+    @pytest.mark.parametrize(
+        ("site", "says"),
+        [
+            (("blocks.0.norm1", "pool", "norm", None), "no linear pool"),
+            (("blocks.0.norm2", "blocks.0.mlp.fc1", "norm", None), "no tensor blocks.0.norm2"),
+            (("tubes.0.sum", "blocks.0.mlp.fc1", "norm", None), "sum is not a LayerNorm that blocks.0.mlp.fc1 alone"),
+            (("blocks.0.norm1", "head", "norm", None), "norm1 is not a LayerNorm that head alone reads"),
+            (("blocks.0.mlp.act", "head", "activation", None), "act is not what head reads"),
+            (("blocks.0.norm1", "blocks.0.mlp.fc2", "values", (0, 3)), "no linear blocks.0.norm1"),
+            (("tubes.0", "blocks.0.mlp.fc2", "values", (0, 3)), "tubes.0 is not a linear with a bias"),
+            (("blocks.0.mlp.fc1", "head", "values", (3, 9)), "not a linear with a bias and the columns 3 to 9"),
+            (("blocks.0.mlp.fc1", "head", "values", None), "not a linear with a bias and the columns 0 to 0"),
+        ],
+    )
+    def test_others_are_refused(self, model: onnx.ModelProto, site: Any, says: str) -> None:
+        with pytest.raises(SpecError, match=says):
+            graphs.insert_equalization_sites(model, with_site(*site), "int8")
+
+    def test_a_norm_with_a_second_reader(self, model: onnx.ModelProto) -> None:
+        model.graph.node[-1].input[0] = "blocks.0.norm1"
+        with pytest.raises(SpecError, match=r"is not a LayerNorm that blocks\.0\.mlp\.fc1 alone reads"):
+            graphs.check_fold_sites(model, ROLES)
+
+
+def with_site(producer: str, linear: str, kind: FoldKind, columns: Columns | None = None) -> GraphRoles:
+    return replace(ROLES, fold_sites=(FoldSite(producer, linear, kind, columns),))
 
 
 class TestStages:
     def test_the_graph_is_cut_at_its_blocks(self, model: onnx.ModelProto) -> None:
-        found = graphs.stages(model)
-        assert [stage.name for stage in found] == ["tokenizer", "blocks.0", "blocks.1", "classifier"]
+        found = graphs.stages(model, ROLES)
+        assert [stage.name for stage in found] == ["tokenizer", "blocks.0.scores", "blocks.1.x", "classifier"]
         assert [len(stage.nodes) for stage in found] == [3, 8, 1, 3]
         assert [n.name for stage in found for n in stage.nodes] == [n.name for n in model.graph.node]
         assert [stage.inputs for stage in found] == [
@@ -117,9 +176,20 @@ class TestStages:
             ("tubes.0.sum",), ("blocks.0.scores",), ("blocks.1.x",), ("logits",)
         ]  # fmt: skip
 
+    def test_the_order_of_the_nodes_does_not_matter(self, model: onnx.ModelProto) -> None:
+        """A block's nodes are what its output is computed from; the score is of no block, wherever it stands."""
+        expected = [{n.name for n in stage.nodes} for stage in graphs.stages(model, ROLES)]
+        turned = model.graph.node.pop(9)
+        model.graph.node.insert(3, turned)
+        assert [{n.name for n in stage.nodes} for stage in graphs.stages(model, ROLES)] == expected
+
+    def test_a_block_that_is_not_there(self, model: onnx.ModelProto) -> None:
+        with pytest.raises(SpecError, match=r"the graph has no tensor blocks\.2, which its roles name"):
+            graphs.stages(model, replace(ROLES, blocks=("blocks.0.scores", "blocks.2")))
+
     def test_parts_compute_what_the_whole_does(self, model: onnx.ModelProto) -> None:
         known: dict[str, Any] = {"frames": FRAMES}
-        for stage in graphs.stages(model):
+        for stage in graphs.stages(model, ROLES):
             part = graphs.extract_stage(model, stage)
             onnx.checker.check_model(part)
             used = {tensor.name for tensor in part.graph.initializer}
@@ -139,7 +209,9 @@ def test_only_what_is_asked_for(model: onnx.ModelProto) -> None:
     np.testing.assert_array_equal(cast, FRAMES)
     assert [
         value.name
-        for value in graphs.extract_subgraph(graphs.extract_stage(model, graphs.stages(model)[1]), []).graph.input
+        for value in graphs.extract_subgraph(
+            graphs.extract_stage(model, graphs.stages(model, ROLES)[1]), []
+        ).graph.input
     ] == []
 
 
@@ -187,7 +259,7 @@ class TestDigest:
 class TestEqualizationSites:
     @pytest.mark.parametrize("activations", ["int8", "uint8"])
     def test_behind_a_gelu(self, model: onnx.ModelProto, activations: ActivationScheme) -> None:
-        found = graphs.insert_equalization_sites(model, activations)
+        found = graphs.insert_equalization_sites(model, ROLES, activations)
         onnx.checker.check_model(found)
         act, centred = "blocks.0.mlp.act", activations == "int8"
         tensor = f"{act}.centred" if centred else f"{act}.scaled"
@@ -210,7 +282,7 @@ class TestEqualizationSites:
         gain = rng.uniform(0.5, 2, 8).astype(np.float32)
         act = "blocks.0.mlp.act"
         values = {f"{act}.gain": gain, f"{act}.centre": np.array([-0.5], np.float32)}
-        found = graphs.replace_initializers(graphs.insert_equalization_sites(model, "int8"), values)
+        found = graphs.replace_initializers(graphs.insert_equalization_sites(model, ROLES, "int8"), values)
         (before,), (after,) = (
             run(graphs.extract_subgraph(found, [act])),
             run(graphs.extract_subgraph(found, [f"{act}.centred"])),
@@ -224,7 +296,7 @@ class TestEqualizationSites:
     def test_identities_are_removed(self, model: onnx.ModelProto, gain: float, centre: float, left: set[str]) -> None:
         act = "blocks.0.mlp.act"
         values = {f"{act}.gain": np.full(8, gain, np.float32), f"{act}.centre": np.full(1, centre, np.float32)}
-        full = graphs.replace_initializers(graphs.insert_equalization_sites(model, "int8"), values)
+        full = graphs.replace_initializers(graphs.insert_equalization_sites(model, ROLES, "int8"), values)
         found = graphs.remove_identity_sites(full)
         onnx.checker.check_model(found)
         names = {n.name for n in found.graph.node} - {n.name for n in model.graph.node}

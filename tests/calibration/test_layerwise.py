@@ -20,6 +20,8 @@ from edgetube.calibration.equalize import Equalization
 from edgetube.calibration.graphs import Linear, Stage
 from edgetube.calibration.layerwise import ActivationStats, CalibrationState, LayerwiseCalibrator, StaleStateError
 from edgetube.calibration.table import ActivationScheme, IntegerFormat, Range
+from edgetube.errors import SpecError
+from edgetube.roles import FoldSite, GraphRoles
 from tests.calibration.models import noise, outputs, traced
 
 SEEN, OTHERS = noise(12, 1, "a", 200), noise(3, 2, "b")
@@ -34,11 +36,15 @@ def make(tmp_path: Path) -> Make:
     """Makes a calibrator of the model of one block, prepared for the scheme, on 12 clips."""
 
     def calibrator(
-        activations: ActivationScheme = "int8", model: onnx.ModelProto | None = None, **options: Any
+        activations: ActivationScheme = "int8",
+        model: onnx.ModelProto | None = None,
+        roles: GraphRoles | None = None,
+        **options: Any,
     ) -> LayerwiseCalibrator:
-        prepared = graphs.insert_equalization_sites(traced().model if model is None else model, activations)
+        roles = roles or traced().roles
+        prepared = graphs.insert_equalization_sites(traced().model if model is None else model, roles, activations)
         clips = options.pop("clips", SEEN)
-        return LayerwiseCalibrator(prepared, clips, export.evaluator(), activations, tmp_path, **options)
+        return LayerwiseCalibrator(prepared, roles, clips, export.evaluator(), activations, tmp_path, **options)
 
     return calibrator
 
@@ -122,16 +128,17 @@ class TestFolding:
         np.testing.assert_allclose(seen(folded, tensor), seen(calibrator.model, tensor) / scale, atol=2e-5)
         np.testing.assert_allclose(outputs(folded, SEEN.frames), outputs(traced().model, SEEN.frames), atol=1e-4)
 
-    def test_a_norm_with_another_reader_is_left_alone(self, make: Make, given: list[Equalization]) -> None:
-        model = onnx.ModelProto()
-        model.CopyFrom(traced().model)
-        at = next(i for i, node in enumerate(model.graph.node) if node.name == "blocks.0.norm1") + 1
-        model.graph.node.insert(
-            at, helper.make_node("Identity", ["blocks.0.norm1"], ["blocks.0.copy"], name="blocks.0.copy")
-        )
-        state = calibrated(make(model=model))
+    def test_a_linear_without_a_fold_site_is_left_alone(self, make: Make, given: list[Equalization]) -> None:
+        roles = traced().roles
+        others = tuple(site for site in roles.fold_sites if site.linear != QKV)
+        state = calibrated(make(roles=replace(roles, fold_sites=others)))
         assert state.choices[QKV].equalisation == "none"
         assert state.choices[FC1].equalisation == "given"
+
+    def test_a_graph_without_its_fold_sites_is_refused(self, make: Make) -> None:
+        calibrator, roles = make(), replace(traced().roles, fold_sites=(FoldSite("pool", FC1, "norm"),))
+        with pytest.raises(SpecError, match=r"pool is not a LayerNorm that .*fc1 alone reads"):
+            LayerwiseCalibrator(calibrator.model, roles, SEEN, export.evaluator(), "int8", calibrator.workspace)
 
     def test_a_linear_without_a_bias_has_nowhere_to_put_a_shift(self, make: Make, given: list[Equalization]) -> None:
         calibrator = make()
@@ -228,12 +235,9 @@ class TestChoice:
         assert {*state.choices[TUBE].errors} == {"min-max"}
         assert all(len(state.choices[name].errors) > 1 for name in (*BLOCK, HEAD))
 
-    def test_a_cast_inside_a_block_gives_no_pixels(self, make: Make) -> None:
-        calibrator = make()
-        linear = named(calibrator)[TUBE]
-        assert calibrator._pixels(linear)
-        assert not calibrator._pixels(replace(linear, name=FC1))
-        assert not calibrator._pixels(replace(linear, activation="frames"))
+    def test_the_roles_say_what_reads_pixels(self, make: Make) -> None:
+        state = calibrated(make(roles=replace(traced().roles, pixels=())))
+        assert state.choices[TUBE].range.high == pytest.approx(200, abs=2)
 
     def test_scales_are_numbers_of_the_type_in_the_unit_of_the_target(self, make: Make) -> None:
         calibrator = make(form=IntegerFormat("float16", 256.0))

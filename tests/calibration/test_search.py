@@ -20,6 +20,7 @@ from edgetube.calibration.graphs import linears
 from edgetube.calibration.layerwise import CalibrationState
 from edgetube.calibration.search import AccuracyBudget, SearchResult, Verdict
 from edgetube.errors import ParityError
+from edgetube.roles import GraphRoles
 
 HOLDS = Verdict(100, True, 1.0, 1.0, 1.0, 40.0, 0.0, 1.0)
 FAILS = Verdict(100, True, 0.5, 1.0, 0.5, 3.0, 50.0, 1.0)
@@ -45,6 +46,7 @@ class Stub:
 
     def __post_init__(self) -> None:
         self.linears = linears(self.model)
+        self.roles = GraphRoles("tokens", linears=tuple(each.name for each in self.linears if each.name != "head"))
 
 
 def clips(labels: list[int]) -> Clips:

@@ -278,7 +278,7 @@ def calibrated(
     source = datasets.built_in_calibration(12, checkpoint.labels)
     few = collect(source, checkpoint.contract, checkpoint.labels, folder)
     options: dict[str, Any] = {"activations": "int8", "workspace": folder, "max_drop": 100.0}
-    return calibration.calibrate(traced().model, few, few, export.evaluator(), **options)
+    return calibration.calibrate(traced().model, traced().roles, few, few, export.evaluator(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -637,7 +637,7 @@ def test_a_tube_is_rounded_for_pixels_and_a_linear_to_the_nearest(rng: np.random
         def constexpr_affine_dequantize(self, quantized_data: Any, name: Any, **_: Any) -> None:
             integers[name] = quantized_data
 
-    storage = mlweights.WeightStorage(Builder(), Precision.W8, None, {})
+    storage = mlweights.WeightStorage(Builder(), Precision.W8, None, (), {})
     tube = rng.normal(size=(8, 2 * 3, 8, 8)).astype(np.float32)
     for name, array in (("tube", tube), ("columns", tube.reshape(8, -1, 1, 1)), ("rows", tube.reshape(8, -1))):
         storage.int8(name, array, 1.0)
@@ -678,9 +678,9 @@ def stored(precision: Any, blocks: Any, weight: Any, moments: Any) -> Any:
     """A weight as it is stored, and the storage."""
     builder = Builder()
     storage = mlweights.WeightStorage(
-        builder, precision, blocks, {}, lambda: {"blocks.0.x.weight": moments} if moments else {}
+        builder, precision, blocks, ["a.weight"], {}, lambda: {"a.weight": moments} if moments else {}
     )
-    storage.weight("blocks.0.x.weight", weight, 1.0)
+    storage.weight("a.weight", weight, 1.0)
     (matrix,) = builder.stored.values()
     return np.float32(matrix), storage
 
@@ -706,7 +706,7 @@ def test_biases_take_up_the_mean_of_what_storing_does(
     weight, bias = rng.normal(size=(32, 64)).astype(np.float32), rng.normal(size=32).astype(np.float32)
     moments = moments_of(read)
     matrix, storage = stored(precision, blocks, weight, moments)
-    found = storage.corrected_bias("blocks.0.x.weight", bias)
+    found = storage.corrected_bias("a.weight", bias)
     np.testing.assert_allclose(matrix @ moments.mean + found, weight @ moments.mean + bias, atol=1e-3)
     assert np.abs(found - bias).max() > 1e-4
     np.testing.assert_array_equal(storage.corrected_bias("another", bias), bias)

@@ -44,6 +44,7 @@ def calibrated(graph: Graph, clips: Any, tmp_path_factory: pytest.TempPathFactor
     for scheme in get_args(ActivationScheme):
         made = calibration.calibrate(
             graph.model,
+            graph.roles,
             clips,
             clips,
             export.evaluator(),

@@ -36,9 +36,9 @@ def calibrated(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("q")
     source = datasets.built_in_calibration(12, checkpoint.labels)
     clips = collect(source, checkpoint.contract, checkpoint.labels, folder)
-    model = traced(checkpoint).model
+    graph = traced(checkpoint)
     options: dict[str, Any] = {"activations": "uint8", "workspace": folder, "max_drop": 100.0}
-    return calibration.calibrate(model, clips, clips, export.evaluator(), **options)
+    return calibration.calibrate(graph.model, graph.roles, clips, clips, export.evaluator(), **options)
 
 
 @pytest.mark.slow

@@ -374,10 +374,11 @@ def real_graphs(tmp_path_factory: pytest.TempPathFactory, rng_of_module: np.rand
         if key in made:
             return made[key]
         checkpoint = checkpoints.load(name).with_clip(frames, None)
-        model, table = traced(checkpoint).model, None
+        graph, table = traced(checkpoint), None
+        model = graph.model
         if precision == "int8":
             clip = rng_of_module.integers(0, 256, (1, *checkpoint.contract.shape), np.uint8)
-            table = extremes(model, clip, attention)
+            table = extremes(graph, clip, attention)
             model = rewrite.separate_projections(quantize.qdq(model, table))
         path = tmp_path_factory.mktemp("real") / "model.onnx"
         canonical.save(rewrite.cast_first(convert_to_fp16(model)), path)
@@ -392,12 +393,13 @@ def rng_of_module() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def extremes(model: Any, clip: Any, attention: Any) -> Any:
+def extremes(graph: Any, clip: Any, attention: Any) -> Any:
     """A table of every linear: builders only look at where the scales are, not at what they are."""
+    model = graph.model
     linears, weights = graphs.linears(model), graphs.initializers(model)
     names = dict.fromkeys(linear.activation for linear in linears)
     if attention:
-        names |= dict.fromkeys(name for pair in graphs.attention_products(model).values() for name in pair)
+        names |= dict.fromkeys(graphs.attention_operands(model, graph.roles))
     values = export.evaluator()(graphs.extract_subgraph(model, list(names)))({"frames": clip})
     ranges = {
         name: Range(min(0.0, float(v.min())), max(0.0, float(v.max())), "extremes")

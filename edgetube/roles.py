@@ -1,0 +1,169 @@
+"""The roles of the tensors of a canonical graph, by name: blocks, attention, and where equalisation may be folded.
+
+A canonical graph names its tensors after the modules of the static model (`edgetube.export.static`), and `roles_of`
+states those names from the spec alone. Passes over the graph and the comparison of layers find their places by these
+roles; no other file knows what the modules are called. A linear is called after its module; its weight is the
+initializer `<linear>.weight`. Only the standard library is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from edgetube.spec import ModelSpec
+
+TOKENS, LOGITS = "tubes", "logits"
+"""The embedded tokens, and the output, of a whole model."""
+
+Columns = tuple[int, int]
+"""Neighbouring output columns of a linear: the first one, and the one after the last."""
+
+FoldKind = Literal["norm", "activation", "values"]
+
+QUERY_POOL = "pool.query"
+"""The readout by a query pool."""
+
+LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+PARTS = ("norm1", "attn.qkv", "attn.softmax", "attn.context", "attn.proj", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2")
+"""The linears of a block, and its compared layers, in the order of execution."""
+
+
+@dataclass(frozen=True)
+class FoldSite:
+    """A place where an equalisation, x' = (x - shift) / scale per channel, can be folded in before a linear.
+
+    Attributes:
+        producer: by kind. "norm": the output of a LayerNorm that the linear alone reads. "activation": the output of a
+            nonlinearity, gated or not, that the linear reads; it has no parameters, so operators are inserted behind
+            it. "values": the linear whose output, in part, is attention's values.
+        linear: the linear that reads the equalised tensor.
+        columns: of the producer's output, the values; None for other kinds.
+    """
+
+    producer: str
+    linear: str
+    kind: FoldKind
+    columns: Columns | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of one block.
+
+    Attributes:
+        projection: the linear that gives queries, keys and values.
+        queries: its output columns that are queries.
+        scale: the factor that the exported graph has folded into the queries' weights.
+        scores, context: the products queries by keys, and softmax by values.
+    """
+
+    projection: str
+    queries: Columns
+    scale: float
+    scores: str
+    context: str
+
+
+@dataclass(frozen=True)
+class GraphRoles:
+    """The roles of one graph; a role that the graph does not have is empty.
+
+    Attributes:
+        tokens: the embedded tokens.
+        pixels: the layers that read pixels: linears, or convolutions, by lowering.
+        blocks: the output of each encoder block, in order, those of a query pool included.
+        linears: the linears of the blocks, in order.
+        fold_sites: where equalisations can be folded in, at most one for each linear.
+        attention: of each block, in order.
+        layers: the tensors to compare between an artifact and its reference, in the order of execution.
+    """
+
+    tokens: str
+    pixels: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    linears: tuple[str, ...] = ()
+    fold_sites: tuple[FoldSite, ...] = ()
+    attention: tuple[Attention, ...] = ()
+    layers: tuple[str, ...] = ()
+
+    @property
+    def landmarks(self) -> tuple[str, ...]:
+        """The layers that remain after any folding and fusion: tokens, blocks, and the output."""
+        return (self.tokens, *self.blocks, *(name for name in self.layers[-1:] if name != self.tokens))
+
+
+def roles_of(spec: ModelSpec, head: str | None = None) -> GraphRoles:
+    """The roles of the graph of a whole model with the classifier `head`, the first one by default."""
+    names = [f"blocks.{i}" for i in range(spec.depth)]
+    pooling = [f"{QUERY_POOL}.blocks.{i}" for i in range(spec.query_pool.depth if spec.query_pool else 0)]
+    gated = spec.gated_mlp
+    return GraphRoles(
+        tokens=TOKENS,
+        pixels=tuple(f"{TOKENS}.{i}" for i in spec.active),
+        blocks=(*names, *pooling),
+        linears=tuple(f"{name}.{part}" for name in (*names, *pooling) for part in LINEARS),
+        fold_sites=(
+            *(site for name in names for site in _fold_sites(name, spec, gated)),
+            *(site for name in pooling for site in _fold_sites(name, spec)),
+            *_readout_sites(spec, head or spec.classifiers[0][0]),
+        ),
+        attention=tuple(_attention(name, spec) for name in (*names, *pooling)),
+        layers=_layers(spec, names, pooling),
+    )
+
+
+def tokenizer_roles(spec: ModelSpec) -> GraphRoles:
+    """The roles of the graph of a model's tokenizer alone."""
+    return GraphRoles(tokens="tokens", pixels=tuple(map(str, spec.active)), layers=("tokens",))
+
+
+def _fold_sites(block: str, spec: ModelSpec, gated: bool = False) -> tuple[FoldSite, ...]:
+    return (
+        FoldSite(f"{block}.norm1", f"{block}.attn.qkv", "norm"),
+        FoldSite(f"{block}.attn.qkv", f"{block}.attn.proj", "values", (2 * spec.width, 3 * spec.width)),
+        *_mlp_sites(f"{block}.norm2", f"{block}.mlp", gated),
+    )
+
+
+def _mlp_sites(norm: str, mlp: str, gated: bool = False) -> tuple[FoldSite, ...]:
+    """Before the two linears of an MLP; the second one of a gated MLP reads a product."""
+    return (
+        FoldSite(norm, f"{mlp}.fc1", "norm"),
+        FoldSite(f"{mlp}.{'mul' if gated else 'act'}", f"{mlp}.fc2", "activation"),
+    )
+
+
+def _readout_sites(spec: ModelSpec, head: str) -> tuple[FoldSite, ...]:
+    """Behind the blocks. A mean over the frames lies between a norm and its linear where frames are apart."""
+    sites = _mlp_sites(f"{QUERY_POOL}.mlp_norm", f"{QUERY_POOL}.mlp") if spec.query_pool else ()
+    last = spec.final_norm == "readout" and not spec.per_frame
+    return (*sites, FoldSite("norm", f"classifiers.{head}", "norm")) if last else sites
+
+
+def _attention(block: str, spec: ModelSpec) -> Attention:
+    scale = (spec.width / spec.heads) ** -0.5
+    projection, scores, context = (f"{block}.attn.{part}" for part in ("qkv", "scores", "context"))
+    return Attention(projection, (0, spec.width), scale, scores, context)
+
+
+def _layers(spec: ModelSpec, names: Sequence[str], pooling: Sequence[str]) -> tuple[str, ...]:
+    norm = {spec.final_norm: ("norm",)}
+    return (
+        TOKENS,
+        *(["embedding_norm"] if spec.embedding_norm else []),
+        *_inside(names),
+        *norm.get("tokens", ()),
+        *_inside(pooling),
+        QUERY_POOL if spec.query_pool else "pool",
+        *norm.get("readout", ()),
+        LOGITS,
+    )
+
+
+def _inside(blocks: Sequence[str]) -> Iterator[str]:
+    """The compared layers of some blocks."""
+    for block in blocks:
+        yield from (f"{block}.{part}" for part in PARTS)
+        yield block
