@@ -210,6 +210,11 @@ class Bundle:
         }
 
 
+def is_bundle(path: Path) -> bool:
+    """Whether a folder has a bundle's manifest."""
+    return (path / MANIFEST).is_file()
+
+
 def load(path: str | Path, verify: bool = True) -> Bundle:
     """Read a bundle's manifest and, unless `verify` is false, hash its files.
 
@@ -219,7 +224,7 @@ def load(path: str | Path, verify: bool = True) -> Bundle:
     """
     path = Path(path).absolute()
     manifest = path / MANIFEST
-    if not manifest.is_file():
+    if not is_bundle(path):
         found = "no such folder" if not path.exists() else f"it has no {MANIFEST}"
         raise BundleError(f"{path} is not a bundle: {found}; make one with: edgetube export --target onnx-fp32")
     try:

@@ -6,21 +6,22 @@ import math
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
+from functools import partial, wraps
+from inspect import Signature, signature
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from edgetube import __version__, datasets, errors, export, health, interrupts, signing, terminal, video
+from edgetube import __version__, datasets, demo, errors, export, health, interrupts, signing, terminal, video
 from edgetube import bundle as bundles
 from edgetube.bench import latency
 from edgetube.bundle import Bundle
-from edgetube.errors import EdgetubeError, InputError, ParityError
+from edgetube.errors import CheckpointError, EdgetubeError, InputError, ParityError
 from edgetube.runtime import Runtime
 from edgetube.spec import Prediction
 from edgetube.targets import need
@@ -137,19 +138,51 @@ def targets(as_json: Json = False) -> None:
         terminal.targets(known)
 
 
-Adapter = Annotated[Path | None, typer.Option(help="Folder of a peft adapter (LoRA), merged into the weights.")]
-Spec = Annotated[Path | None, typer.Option(help="JSON file with what the checkpoint does not say.")]
-Arch = Annotated[str | None, typer.Option(help="Architecture of a bare state dict, as its library names it.")]
-Ema = Annotated[
-    bool | None, typer.Option("--ema/--no-ema", help="The moving average of the weights, or they themselves.")
-]
-TextFeatures = Annotated[Path | None, typer.Option(help=".npy (classes, E): zero-shot classes of an image-text tower.")]
-Labels = Annotated[Path | None, typer.Option(help="Text file with one class name a line.")]
-PoolFrames = Annotated[str | None, typer.Option(help="mean: an image model over every frame of a clip.")]
+def _reading(
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a peft adapter (LoRA), merged into the weights.")
+    ] = None,
+    spec: Annotated[Path | None, typer.Option(help="JSON file with what the checkpoint does not say.")] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="Architecture of a bare state dict, as its library names it.")
+    ] = None,
+    ema: Annotated[
+        bool | None, typer.Option("--ema/--no-ema", help="The moving average of the weights, or they themselves.")
+    ] = None,
+    text_features: Annotated[
+        Path | None, typer.Option(help=".npy (classes, E): zero-shot classes of an image-text tower.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Text file with one class name a line.")] = None,
+    pool_frames: Annotated[str | None, typer.Option(help="mean: an image model over every frame of a clip.")] = None,
+) -> Mapping[str, Any]:
+    """What the user says about a checkpoint: the options that were given."""
+    paths = {"adapter": adapter, "spec": spec, "text_features": text_features, "labels": labels}
+    texts = {key: None if path is None else str(path) for key, path in paths.items()}
+    given = {**texts, "arch": arch, "ema": ema, "pool_frames": pool_frames}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _reads_checkpoints(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of `_reading`, whose result is its argument `reading`."""
+    own, added = (dict(signature(one, eval_str=True).parameters) for one in (command, _reading))
+    del own["reading"]
+    last = own.popitem()[1]  # --json
+
+    @wraps(command)
+    def whole(**given: Any) -> None:
+        reading = _reading(**{name: given.pop(name) for name in added})
+        command(reading, **given)
+
+    parameters = [*own.values(), *added.values(), last]
+    whole.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    whole.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return whole
 
 
 @app.command(name="export")
+@_reads_checkpoints
 def export_command(
+    reading: Mapping[str, Any],
     target: Annotated[list[str], typer.Option(help="A name of `edgetube targets`, or all; may be repeated.")],
     checkpoint: Annotated[
         str,
@@ -175,13 +208,6 @@ def export_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the target; may be repeated.")
     ] = None,
-    adapter: Adapter = None,
-    spec: Spec = None,
-    arch: Arch = None,
-    ema: Ema = None,
-    text_features: TextFeatures = None,
-    labels: Labels = None,
-    pool_frames: PoolFrames = None,
     as_json: Json = False,
 ) -> None:
     """Compile a checkpoint for a target, prove it against PyTorch, and write the bundle.
@@ -204,9 +230,8 @@ def export_command(
     options = pipeline.Options(
         frames, _size(size), input_kind == "image", batch, head, lowering, calib, max_drop, _settings(settings or [])
     )
-    read = _read_options(adapter, spec, arch, ema, text_features, labels, pool_frames)
     with progress() as show:
-        made = list(pipeline.export_models(names, checkpoint, out_dir, options, show, read))
+        made = list(pipeline.export_models(names, checkpoint, out_dir, options, show, _read_options(reading)))
     rows = [_bundle_row(b) for b in made]
     if as_json:
         print_json(rows)
@@ -280,17 +305,35 @@ def _end_with(unread: Mapping[str, str], what: str) -> None:
 
 
 @app.command()
+@_reads_checkpoints
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
-    plot: Annotated[Path | None, typer.Option(help="Draw the tubes on a clip, and the learned kernels.")] = None,
+    reading: Mapping[str, Any],
+    source: Annotated[
+        str, typer.Argument(metavar="BUNDLE_OR_CHECKPOINT", help="A bundle, or what `export --checkpoint` takes.")
+    ],
+    plot: Annotated[Path | None, typer.Option(help="Draw a bundle's tubes on a clip, and the learned kernels.")] = None,
     checkpoint: Weights = None,
     as_json: Json = False,
 ) -> None:
-    """What is in a bundle: manifest, graph statistics, how it was chosen and proven.
+    """What is in a bundle: manifest, graph statistics, how it was chosen and proven. What is in a checkpoint: format,
+    geometry, input, labels, and where every tensor went.
 
     Example: edgetube inspect out/demo.onnx-fp32 --plot tubes.png
     """
-    found = bundles.load(bundle)
+    path = Path(source)
+    if demo.is_built_in(source) or (path.exists() and not bundles.is_bundle(path)):
+        if plot or checkpoint:
+            raise InputError(f"--plot and --checkpoint are for bundles; {source} is a checkpoint: leave them out")
+        _inspect_checkpoint(source, reading, as_json)
+    else:
+        if reading:
+            option = next(iter(reading)).replace("_", "-")
+            raise InputError(f"--{option} says something about a checkpoint; {source} is a bundle: leave it out")
+        _inspect_bundle(path, plot, checkpoint, as_json)
+
+
+def _inspect_bundle(path: Path, plot: Path | None, checkpoint: Path | None, as_json: bool) -> None:
+    found = bundles.load(path)
     if plot:
         kernels = _kernels(found, checkpoint)
         need("edgetube.plot", "plot").tubes(plot, found.spec, found.golden()[0][0], kernels, found.name)
@@ -299,6 +342,17 @@ def inspect(
         print_json(found.to_json())
     else:
         terminal.bundle(found)
+
+
+def _inspect_checkpoint(source: str, reading: Mapping[str, Any], as_json: bool) -> None:
+    formats, report = (need(f"edgetube.formats{part}", "export") for part in ("", ".reading.report"))
+    document = formats.examine(source, _read_options(reading))
+    if as_json:
+        print_json(document)
+    else:
+        terminal.checkpoint(document, report.folded(document["keys"]))
+    if document["error"] is not None:
+        raise CheckpointError(document["error"])
 
 
 @app.command()
@@ -560,20 +614,9 @@ def _runner(workers: int, ray: str | None) -> Any:
     return places.here if workers == 1 else partial(places.in_processes, workers=workers)
 
 
-def _read_options(
-    adapter: Path | None,
-    spec: Path | None,
-    arch: str | None,
-    ema: bool | None,
-    text_features: Path | None,
-    labels: Path | None,
-    pool_frames: str | None,
-) -> Any:
+def _read_options(reading: Mapping[str, Any]) -> Any:
     """What the user says about a checkpoint, as `edgetube.formats` takes it."""
-    paths = {"adapter": adapter, "spec": spec, "text_features": text_features, "labels": labels}
-    texts = {key: None if path is None else str(path) for key, path in paths.items()}
-    files = need("edgetube.formats.reading.files", "export")
-    return files.ReadOptions(**texts, arch=arch, ema=ema, pool_frames=pool_frames)
+    return need("edgetube.formats.reading.files", "export").ReadOptions(**reading)
 
 
 def _located(found: list[Bundle], checkpoint: Path | None) -> list[Bundle]:

@@ -27,7 +27,7 @@ from edgetube.contract import InputContract
 from edgetube.errors import InputWarning, printable
 from edgetube.health import Check
 from edgetube.progress import Progress
-from edgetube.spec import Prediction
+from edgetube.spec import ModelSpec, Prediction
 from edgetube.targets import Target
 
 out = Console(width=None if sys.stdout and sys.stdout.isatty() else 140, emoji=False, markup=False, highlight=False)
@@ -210,6 +210,22 @@ def bundle(found: Bundle) -> None:
     out.print(rows)
 
 
+def checkpoint(document: Mapping[str, Any], keys: Iterable[tuple[str, str, str]]) -> None:
+    """The document of `edgetube inspect CHECKPOINT --json`, its keys folded into rows (name, shape, use)."""
+    if document["error"] is None:
+        rows = table("", document["name"])
+        for key, value in _checkpoint_facts(document):
+            add(rows, key, value)
+        out.print(rows)
+    listed = table("tensor", "shape", "part of the model")
+    for row in keys:
+        add(listed, *row)
+    if listed.row_count:
+        out.print(listed)
+    for note in document.get("notes", ()):
+        warn("note", note)
+
+
 def parity(document: Mapping[str, Any]) -> None:
     """The document of `edgetube parity --json`."""
     found = table("bundle", "status", "clips", "top-1", "reference", "agreement", "KL", "largest logit error")
@@ -329,18 +345,9 @@ def _facts(b: Bundle) -> Iterator[tuple[str, str]]:
     spec, graph = b.spec, b.build.get("graph", {})
     yield "target", f"{b.target} ({b.backend}, {b.precision}), {b.status}"
     yield "input", f"{b.batch} x {b.contract.shape} uint8 RGB"
-    yield "frames", _sampling(b.contract)
-    yield "pixels", _geometry(b.contract)
-    yield (
-        "tubes",
-        "; ".join(
-            f"{tube} every {'x'.join(map(str, tube.stride))} -> {'x'.join(map(str, grid))} tokens"
-            for tube, grid in zip((spec.tubes[i] for i in spec.active), spec.grids, strict=True)
-        ),
-    )
-    yield "encoder", f"{spec.tokens} tokens, width {spec.width}, {spec.depth} blocks, {spec.heads} heads"
+    yield from _model_facts(spec, b.contract)
     yield "work", f"{spec.macs() / 1e9:.2f} GMAC, {b.artifact_bytes / 1e6:.1f} MB"
-    yield "labels", ", ".join(b.labels[:12]) + (" ..." if len(b.labels) > 12 else "")
+    yield "labels", _first(b.labels)
     if ops := graph.get("operators"):
         yield "graph", ", ".join(f"{n} {op}" for op, n in sorted(ops.items(), key=lambda item: -item[1]))
     if layers := b.build.get("layers"):
@@ -353,6 +360,50 @@ def _facts(b: Bundle) -> Iterator[tuple[str, str]]:
     yield "proof", ", ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in b.parity.items())
     yield "checkpoint", f"{b.checkpoint['source']} sha256 {b.checkpoint['sha256'][:12]}"
     yield "made by", ", ".join(f"{k} {v}" for k, v in b.versions.items())
+
+
+def _checkpoint_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    spec, contract = ModelSpec.from_json(document["spec"]), InputContract.from_json(document["input"])
+    yield "source", f"{document['source']} sha256 {document['sha256'][:12]}"
+    yield "format", document["format"] or "built in"
+    if options := document["options"]:
+        yield "read with", ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items())
+    yield "licence", document["licence"] or "not stated"
+    yield "input", f"{contract.shape} uint8 RGB"
+    yield from _model_facts(spec, contract)
+    yield "answer", _answer(spec)
+    yield "work", f"{document['macs'] / 1e9:.2f} GMAC, {document['parameters'] / 1e6:.1f} M parameters"
+    for name, classes in spec.classifiers:
+        labels = document["labels"] if name == spec.classifiers[0][0] else document["other_labels"].get(name, [])
+        yield f"labels of {name}", f"{classes}: {_first(labels)}"
+
+
+def _model_facts(spec: ModelSpec, contract: InputContract) -> Iterator[tuple[str, str]]:
+    """What bundles and checkpoints say alike."""
+    yield "frames", _sampling(contract)
+    yield "pixels", _geometry(contract)
+    yield (
+        "tubes",
+        "; ".join(
+            f"{tube} every {'x'.join(map(str, tube.stride))} -> {'x'.join(map(str, grid))} tokens"
+            for tube, grid in zip((spec.tubes[i] for i in spec.active), spec.grids, strict=True)
+        ),
+    )
+    yield "encoder", f"{spec.tokens} tokens, width {spec.width}, {spec.depth} blocks, {spec.heads} heads"
+
+
+def _answer(spec: ModelSpec) -> str:
+    """How the logits are made, in one line."""
+    norm = {"tokens": "LayerNorm, then", "readout": "LayerNorm of", "none": "without LayerNorm"}[spec.final_norm]
+    prefix = f"{spec.prefix} prefix tokens, " if spec.prefix else ""
+    return (
+        f"{prefix}{spec.positions} positions, {spec.activation}{' gated' if spec.gated_mlp else ''}, eps "
+        f"{spec.norm_eps:g}; {norm} {' + '.join(spec.readout)}{', mean over frames' if spec.per_frame else ''}"
+    )
+
+
+def _first(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:12]) + (" ..." if len(labels) > 12 else "")
 
 
 def _sampling(contract: InputContract) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "clips",
     "evaluation",
     "golden",
+    "is_built_in",
     "photo_files",
     "photos",
     "scenes",
@@ -35,6 +36,11 @@ WEIGHTS = HERE / "motion.safetensors"
 
 EVALUATION = ("astronaut", "rocket", "chelsea", "camera", "hubble", "brick")
 CALIBRATION = ("coffee", "gravel", "grass", "retina", "coins")
+
+
+def is_built_in(source: str | Path) -> bool:
+    """Whether a checkpoint's name is that of a model that edgetube has without a file: `demo`, `random:NAME`."""
+    return source == "demo" or str(source).startswith("random:")
 
 
 def evaluation(contract: InputContract, count: int = 504) -> Iterator[Clip]:

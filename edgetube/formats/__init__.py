@@ -18,10 +18,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
+from edgetube import demo
 from edgetube.bundle import READ_OPTIONS, Bundle
-from edgetube.errors import CheckpointError, InputError
+from edgetube.errors import CheckpointError, InputError, SpecError
+from edgetube.formats.reading import report
 from edgetube.formats.reading.files import Files, ReadOptions
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
@@ -71,7 +73,7 @@ def load(source: str | Path = "demo", options: ReadOptions | None = None) -> Che
         SpecError: the architecture's name is unknown, or the model's geometry is impossible.
     """
     options = options or ReadOptions()
-    if checkpoints.is_built_in(source):
+    if demo.is_built_in(source):
         options.allow()
         return checkpoints.load(source)
     files = Files(Path(source), options.ema)
@@ -87,6 +89,19 @@ def load(source: str | Path = "demo", options: ReadOptions | None = None) -> Che
     if options.pool_frames is not None:
         checkpoint = checkpoint.over_frames()
     return replace(checkpoint, source=str(files.path), format=found[0].NAME, options=options.to_json())
+
+
+def examine(source: str | Path, options: ReadOptions | None = None) -> dict[str, Any]:
+    """The document of `edgetube inspect CHECKPOINT`; its `error` says why a checkpoint could not be read.
+
+    Raises:
+        InputError: there is nothing at `source`, or an option does not apply to it.
+    """
+    options = options or ReadOptions()
+    try:
+        return report.document(load(source, options))
+    except (CheckpointError, SpecError) as error:
+        return report.refusal(source, options, error)
 
 
 def of_bundle(bundle: Bundle) -> Checkpoint:

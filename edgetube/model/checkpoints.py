@@ -137,11 +137,6 @@ def load(source: str | Path = "demo") -> Checkpoint:
     return replace(checkpoint, source=str(source))
 
 
-def is_built_in(source: str | Path) -> bool:
-    """Whether `load` makes the model itself, without a file: `demo`, `random:NAME`."""
-    return source == "demo" or str(source).startswith("random:")
-
-
 def random(name: str, seed: int = 0) -> Checkpoint:
     """A named architecture with seeded random weights: for latency work, not for accuracy."""
     spec = named(name)

@@ -201,6 +201,47 @@ def test_inspect_prints_and_draws(
     assert (tmp_path / "tubes.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_inspect_shows_what_is_in_a_checkpoint(edgetube_cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    code, out, _ = edgetube_cli("inspect", tiny_checkpoint)
+    assert code == 0
+    lines = {" ".join(line.split()) for line in out.splitlines()}
+    assert {"labels of other 2: no, yes", "blocks.0-1.mlp.fc1.weight 96 x 24 blocks.0-1.mlp.fc1.weight"} <= lines
+    code, out, _ = edgetube_cli("inspect", tiny_checkpoint, "--json")
+    document = json.loads(out)
+    assert (code, document["error"], document["source"]) == (0, None, str(tiny_checkpoint))
+    assert {"name": "blocks.1.norm1.bias", "shape": [24], "used": "blocks.1.norm1.bias"} in document["keys"]
+    code, _, err = edgetube_cli("inspect", tiny_checkpoint, "--plot", tmp_path / "x.png")
+    assert code == 2
+    assert "--plot and --checkpoint are for bundles" in err
+
+
+def test_inspect_of_a_refused_checkpoint_prints_its_tensors_then_the_error(edgetube_cli: Cli, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    weights = {f"layers.{i}.w": np.zeros((2, 3), np.float32) for i in range(3)}
+    safetensors.save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "mystery"}')
+    code, out, err = edgetube_cli("inspect", tmp_path)
+    assert code == 2
+    assert "layers.0-2.w" in out
+    assert "model_type 'mystery'" in err
+    code, out, _ = edgetube_cli("inspect", tmp_path, "--json")
+    document = json.loads(out)
+    assert (code, document["config"]) == (2, {"model_type": "mystery"})
+    assert [key["name"] for key in document["keys"]] == sorted(weights)
+
+
+def test_the_options_of_reading_are_those_of_a_checkpoint(edgetube_cli: Cli, tiny_bundle: Path) -> None:
+    code, _, err = edgetube_cli("inspect", tiny_bundle, "--arch", "x")
+    assert code == 2
+    assert "--arch says something about a checkpoint" in err
+    code, _, err = edgetube_cli("inspect", "demo", "--labels", "names.txt")
+    assert code == 2
+    assert "--labels does not apply" in err
+    code, _, err = edgetube_cli("inspect", "no/such/thing")
+    assert code == 2
+    assert "no such folder" in err
+
+
 def test_parity_of_the_built_in_clips_and_its_gate(
     edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path
 ) -> None:
