@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edgetube.formats.reading.tensors import State
+from edgetube.spec import ModelSpec
 
 Weights = dict[str, Tensor]
 """Tensors by their names in the reference model."""
@@ -25,10 +26,11 @@ class BlockNames:
     Attributes:
         norm1, norm2, proj, fc2: as in the reference model.
         qkv: one fused linear, rows q | k | v, or three.
-        fc1: one linear, or gate and up of a gated MLP.
+        fc1: one linear; of a gated MLP gate and up, or one linear of both, the gate first.
         scales: LayerScale vectors behind `proj` and `fc2`, whole names; empty without.
         qkv_biases: whole names of the biases of q, k and v where they are not `<linear>.bias`; an empty name is zero.
         in_proj: the fused linear is stored as `<qkv>_weight` and `<qkv>_bias`, as `nn.MultiheadAttention` does.
+        gated: the MLP is gated.
     """
 
     norm1: str
@@ -40,6 +42,7 @@ class BlockNames:
     scales: tuple[str, ...] = ()
     qkv_biases: tuple[str, ...] = ()
     in_proj: bool = False
+    gated: bool = False
 
 
 def read_block(
@@ -58,9 +61,10 @@ def read_block(
     """
     qkv, bias = _qkv(state, prefix, f"{to}.attn.qkv", names, width)
     if reorder is not None:
-        rows = torch.cat([reorder, reorder + width, torch.arange(2 * width, 3 * width)])
-        qkv, bias = qkv[rows], bias[rows]
-    fc1 = [linear(state, f"{prefix}{name}", f"{to}.mlp.fc1", (hidden, width)) for name in names.fc1]
+        order = torch.cat([reorder, reorder + width, torch.arange(2 * width, 3 * width)])
+        qkv, bias = qkv[order], bias[order]
+    rows = (2 * hidden if names.gated else hidden) // len(names.fc1)
+    fc1 = [linear(state, f"{prefix}{name}", f"{to}.mlp.fc1", (rows, width)) for name in names.fc1]
     made = {
         f"{to}.attn.qkv.weight": qkv,
         f"{to}.attn.qkv.bias": bias,
@@ -102,6 +106,14 @@ def _bias(state: State, name: str, to: str, size: int) -> Tensor:
 def linear(state: State, name: str, to: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Weight (N, K) and bias (N,) of a linear; the bias is zero where there is none."""
     return state.take(f"{name}.weight", to, shape), _bias(state, f"{name}.bias", to, shape[0])
+
+
+def classifier(state: State, name: str, spec: ModelSpec) -> Weights:
+    """The linear `name` as the first classifier of a model."""
+    kind, classes = spec.classifiers[0]
+    to = f"classifiers.{kind}"
+    weight, bias = linear(state, name, to, (classes, spec.features))
+    return {f"{to}.weight": weight, f"{to}.bias": bias}
 
 
 def norm(state: State, name: str, to: str, width: int) -> Weights:

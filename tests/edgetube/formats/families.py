@@ -8,8 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
+from edgetube import bundle as bundles
+from edgetube import demo, formats, preprocess
+from edgetube.export import pipeline
 from edgetube.formats.reading.files import ReadOptions
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.torch import Reference, normalise
@@ -53,3 +57,59 @@ def save(model: Any, folder: Path, processor: Any = None, **how: Any) -> Path:
 
 
 NO_OPTIONS = ReadOptions()
+
+
+def agrees(checkpoint: Checkpoint, model: Any, **how: Any) -> None:
+    """Check that the logits are those of an image model of transformers, called with `how`, on the same pixels."""
+    frames = frames_of(checkpoint)
+    with torch.no_grad():
+        expected = model(pixels_of(checkpoint, frames)[:, 0], **how).logits.numpy()
+    assert np.ptp(expected) > 0.5
+    np.testing.assert_allclose(answers(checkpoint, frames), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def picture(kind: str, size: tuple[int, int]) -> np.ndarray:
+    """A picture (H, W, 3) uint8: noise, or a cutting of a photograph."""
+    if kind == "noise":
+        return np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    with Image.open(demo.photo_files()[0]) as photo:
+        return np.asarray(photo.convert("RGB").crop((0, 0, *size[::-1])))
+
+
+SIZES = ((131, 97), (97, 131), (64, 64), (60, 64), (301, 225))
+"""(height, width) of pictures, among them half-pixel crops. Left out are strongly shrunk portraits, of which Pillow 13
+resizes the rows first, and extreme shapes, on which torchvision's two integer passes are 2 levels from Pillow's."""
+
+
+def sees_the_same(checkpoint: Checkpoint, processor: Any) -> None:
+    """Check our preprocessing: equal to that of a processor's Pillow form, within 1 grey level of its own."""
+    settings = {key: value for key, value in processor.to_dict().items() if key != "image_processor_type"}
+    pillow = getattr(transformers, f"{type(processor).__name__}Pil", None)
+    for size in SIZES:
+        for kind in ("noise", "natural"):
+            assert levels_from(checkpoint, processor, kind, size) <= 1
+            if pillow is not None:
+                assert levels_from(checkpoint, pillow(**settings), kind, size) == 0
+
+
+def levels_from(checkpoint: Checkpoint, processor: Any, kind: str, size: tuple[int, int]) -> float:
+    """The largest difference in grey levels between our preprocessing and that of a processor of transformers."""
+    frame, contract = picture(kind, size), checkpoint.contract
+    theirs = processor(Image.fromarray(frame), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    levels = (theirs * np.array(contract.std) + np.array(contract.mean)) * 255  # (H, W, 3)
+    ours = preprocess.prepare(frame, contract)[0]
+    assert levels.shape == ours.shape
+    return round(float(np.abs(ours - levels).max()), 3)  # float32 rounded what was normalised
+
+
+def proves(folder: Path, out: Path, *targets: str, read: ReadOptions = NO_OPTIONS, **options: Any) -> bundles.Bundle:
+    """Export a checkpoint with the usual proof, and check that the first bundle finds the same model again."""
+    made = list(pipeline.export_models(targets, folder, out, pipeline.Options(**options), read=read))
+    assert [bundle.status for bundle in made] == ["executed"] * len(targets)
+    bundle = bundles.load(made[0].path)
+    again = formats.of_bundle(bundle)
+    assert (again.spec, again.contract, again.labels) == (bundle.spec, bundle.contract, bundle.labels)
+    source = formats.load(folder, read).with_clip(bundle.spec.frames, bundle.spec.size)
+    frames = frames_of(again, 1)
+    np.testing.assert_array_equal(answers(again, frames), answers(source, frames))
+    return bundle

@@ -1,0 +1,120 @@
+"""DINOv2 image classifiers, with registers or without, as transformers saves them: LayerScale, class token and mean.
+
+Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024; Darcet et al., "Vision
+Transformers Need Registers", ICLR 2024.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from edgetube.errors import CheckpointError
+from edgetube.formats.reading import blocks, result
+from edgetube.formats.reading.blocks import BlockNames, Weights
+from edgetube.formats.reading.files import Files, ReadOptions
+from edgetube.formats.reading.said import Said, labels
+from edgetube.formats.reading.tensors import State
+from edgetube.formats.reading.transformers import ACTIVATIONS, Config, contract, one_dialect
+from edgetube.model.checkpoints import Checkpoint
+from edgetube.spec import ModelSpec, PositionResize, TubeSpec
+
+NAME = "transformers DINOv2"
+
+PLAIN, REGISTERS = "dinov2", "dinov2_with_registers"
+
+DEFAULTS = {
+    "image_size": 224, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "mlp_ratio": 4,
+    "hidden_act": "gelu", "layer_norm_eps": 1e-6, "use_swiglu_ffn": False,
+}  # fmt: skip
+OWN_DEFAULTS = {PLAIN: {"patch_size": 14}, REGISTERS: {"patch_size": 16, "num_register_tokens": 4}}
+"""Of `Dinov2Config` and `Dinov2WithRegistersConfig`."""
+
+RESIZE: dict[str, PositionResize] = {PLAIN: "bicubic", REGISTERS: "bicubic-antialias"}
+"""How each class takes its position table, of 37x37 patches in the published files, to the size of the input."""
+
+PROCESSOR = {
+    "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "resample": 3,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+}  # fmt: skip
+"""Of `BitImageProcessor`."""
+
+BLOCK = BlockNames(
+    norm1="norm1",
+    qkv=("attention.query", "attention.key", "attention.value"),
+    proj="attention.o_proj",
+    norm2="norm2",
+    fc1=("mlp.fc1",),
+    fc2="mlp.fc2",
+    scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+)
+FUSED = replace(BLOCK, fc1=("mlp.weights_in",), fc2="mlp.weights_out", gated=True)
+SPLIT = replace(BLOCK, fc1=("mlp.gate_proj", "mlp.up_proj"), fc2="mlp.down_proj", gated=True)
+"""With SwiGLU, as transformers 4 and 5 name it."""
+
+
+def detect(files: Files) -> bool:
+    """A folder whose configuration says so."""
+    return files.model_type in RESIZE
+
+
+def read(files: Files, options: ReadOptions) -> Checkpoint:
+    """See `edgetube.formats.Format`."""
+    options.allow("spec", "labels", "adapter")
+    kind = files.model_type
+    config, said = Config(files, DEFAULTS | OWN_DEFAULTS[kind]), Said.of(options)
+    state = State(files.path, files.tensors, one_dialect)
+    if "classifier.weight" not in state:
+        raise CheckpointError(
+            f"{files.path} has no classifier: it is DINOv2's tower alone; train a head on labels first"
+        )
+    gated, width = config.flag("use_swiglu_ffn"), config.integer("hidden_size")
+    (height, across), (rows, columns) = config.pair("image_size"), config.pair("patch_size")
+    classes = state.shape("classifier.weight")[0]
+    spec = ModelSpec(
+        tubes=(TubeSpec((1, rows, columns), (1, rows, columns)),),
+        frames=1,
+        size=(height, across),
+        width=width,
+        depth=config.integer("num_hidden_layers"),
+        heads=config.integer("num_attention_heads"),
+        classifiers=(("classes", classes),),
+        hidden=_hidden(width, config.number("mlp_ratio"), gated),
+        prefix=1 + (config.integer("num_register_tokens") if kind == REGISTERS else 0),
+        readout=("prefix.0", "mean"),
+        activation="silu" if gated else config.choice("hidden_act", ACTIVATIONS),
+        gated_mlp=gated,
+        positions="stored",
+        position_resize=RESIZE[kind],
+        norm_eps=config.number("layer_norm_eps"),
+    )
+    weights = _embedding(state, f"{kind}.embeddings.", spec)
+    names = BLOCK if not gated else FUSED if f"{kind}.layers.0.mlp.weights_in.weight" in state else SPLIT
+    for i in range(spec.depth):
+        weights |= blocks.read_block(state, f"{kind}.layers.{i}.", f"blocks.{i}", names, width, spec.hidden)
+    weights |= blocks.norm(state, f"{kind}.layernorm", "norm", width)
+    weights |= blocks.classifier(state, "classifier", spec)
+    made = contract(files, said, PROCESSOR, 1, {})
+    return result.checkpoint(
+        files, state, spec, weights, made, labels(files.path, options, config.id2label, classes), config.label_notes()
+    )
+
+
+def _hidden(width: int, ratio: float, gated: bool) -> int:
+    """Width of the MLP's hidden layer: SwiGLU keeps two thirds, rounded up to a multiple of 8."""
+    hidden = int(width * ratio)
+    return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
+
+
+def _embedding(state: State, place: str, spec: ModelSpec) -> Weights:
+    """The tube, the positions of the patches, and the prefix: the class token at its position, registers without."""
+    width, registers = spec.width, spec.prefix - 1
+    weights = blocks.tube(state, f"{place}patch_embeddings.projection", width, spec.tubes[0].kernel)
+    table = state.take(f"{place}position_embeddings", "positions, prefix", (1, 1 + spec.tokens, width))[0]
+    rows = state.take(f"{place}cls_token", "prefix", (1, 1, width))[0] + table[:1]  # (1, D)
+    if registers:
+        found = state.take(f"{place}register_tokens", "prefix", (1, registers, width))[0]
+        rows = torch.cat([rows, found])  # (P, D)
+    state.leave([f"{place}mask_token"], "it is for pre-training")
+    return weights | {"positions": table[1:].clone(), "prefix": rows}
