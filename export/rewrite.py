@@ -44,7 +44,7 @@ def cast_first(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A float32 graph in opset 17, for parsers of 2023: GELU becomes x (1 + erf(x / sqrt 2)) / 2.
+    """A float32 graph in opset 17, for parsers of 2023: GELU becomes what it is made of.
 
     LayerNormalization, the newest remaining operator, came with opset 17.
     """
@@ -53,29 +53,72 @@ def opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes: list[onnx.NodeProto] = []
     types = list(graph.value_info)
     known = {value.name: value for value in types}
-    halves = {"gelu.half": 0.5, "gelu.root": math.sqrt(0.5), "gelu.one": 1.0}
-    constants = [numpy_helper.from_array(np.array(value, np.float32), name) for name, value in halves.items()]
+    integers = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.data_type == TensorProto.INT64}
     for node in graph.node:
         if node.op_type == "Split":
             del node.attribute[[a.name for a in node.attribute].index("num_outputs")]
+        if node.op_type == "ReduceMean":  # the axes were an attribute then
+            keep = next(a for a in node.attribute if a.name == "keepdims")
+            del node.attribute[:]
+            node.attribute.extend([keep, helper.make_attribute("axes", integers[node.input.pop()].tolist())])
         if node.op_type != "Gelu":
             nodes.append(node)
             continue
-        (x,), (out,) = node.input, node.output
-        steps = [
-            ("Mul", [x, "gelu.root"], f"{out}.scaled"),
-            ("Erf", [f"{out}.scaled"], f"{out}.erf"),
-            ("Add", [f"{out}.erf", "gelu.one"], f"{out}.plus"),
-            ("Mul", [x, "gelu.half"], f"{out}.halved"),
-            ("Mul", [f"{out}.halved", f"{out}.plus"], out),
-        ]
-        nodes += [helper.make_node(kind, inputs, [name], name=name) for kind, inputs, name in steps]
-        shape = [d.dim_value for d in known[out].type.tensor_type.shape.dim]
-        types += [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for _, _, name in steps[:-1]]
+        steps = _gelu_steps(node)
+        nodes += steps
+        shape = [d.dim_value for d in known[node.output[0]].type.tensor_type.shape.dim]
+        types += [helper.make_tensor_value_info(step.name, TensorProto.FLOAT, shape) for step in steps[:-1]]
+    used = {name for node in nodes for name in node.input}
+    constants = [t for t in graph.initializer if t.name in used]
+    constants += [
+        numpy_helper.from_array(np.array(value, np.float32), name)
+        for name, value in GELU_NUMBERS.items()
+        if name in used
+    ]
     del result.opset_import[:]
     result.opset_import.append(helper.make_opsetid("", 17))
     result.ir_version = 8
-    return _with(result, nodes, types, [*graph.initializer, *constants])
+    return _with(result, nodes, types, constants)
+
+
+GELU_NUMBERS = {
+    "gelu.half": 0.5,
+    "gelu.root": math.sqrt(0.5),
+    "gelu.one": 1.0,
+    "gelu.slope": math.sqrt(2 / math.pi),
+    "gelu.cube": 0.044715,
+}
+"""Constants of the two formulas of `_gelu_steps`."""
+
+
+def _gelu_steps(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """x (1 + erf(x / sqrt 2)) / 2; where `approximate` is tanh, x (1 + tanh(sqrt(2 / pi) x (1 + 0.044715 x^2))) / 2.
+
+    In this order no product of float16 becomes inf - inf or 0 * inf.
+    """
+    (x,), (out,) = node.input, node.output
+    approximate = next((helper.get_attribute_value(a) for a in node.attribute if a.name == "approximate"), b"none")
+    if approximate == b"tanh":
+        inner = [
+            ("Mul", [x, x], "square"),
+            ("Mul", [f"{out}.square", "gelu.cube"], "cube"),
+            ("Add", [f"{out}.cube", "gelu.one"], "bent"),
+            ("Mul", [x, "gelu.slope"], "scaled"),
+            ("Mul", [f"{out}.scaled", f"{out}.bent"], "inner"),
+            ("Tanh", [f"{out}.inner"], "sigmoid"),
+        ]
+    else:
+        inner = [("Mul", [x, "gelu.root"], "scaled"), ("Erf", [f"{out}.scaled"], "sigmoid")]
+    steps = [
+        *inner,
+        ("Add", [f"{out}.sigmoid", "gelu.one"], "plus"),
+        ("Mul", [x, "gelu.half"], "halved"),
+        ("Mul", [f"{out}.halved", f"{out}.plus"], ""),
+    ]
+    names = [f"{out}.{name}" if name else out for _, _, name in steps]
+    return [
+        helper.make_node(kind, inputs, [name], name=name) for (kind, inputs, _), name in zip(steps, names, strict=True)
+    ]
 
 
 def separate_projections(model: onnx.ModelProto) -> onnx.ModelProto:

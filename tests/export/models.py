@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -91,6 +92,10 @@ SPECS = {
 }
 
 
+OTHERS = ("dense", "class-token", "rotary", "gated-mlp")
+"""Those that are no sparse-tube models."""
+
+
 @cache
 def model_of(name: str) -> tuple[TubeViT, InputContract]:
     """A model none of whose biases, LayerNorms and gates is neutral."""
@@ -107,6 +112,19 @@ def model_of(name: str) -> tuple[TubeViT, InputContract]:
 def trace(name: str, lowering: str = "gather", batch: int = 1, head: str | None = None) -> Graph:
     model, contract = model_of(name)
     return canonical.trace(StaticTubeViT(model, contract, lowering, head, batch), model.spec, contract, batch)
+
+
+@cache
+def trace_vit(rotary: bool) -> Graph:
+    """One ViT, with positions in a table or rotary, that runtimes fuse attention of: 2 blocks, heads of 32 channels."""
+    spec = ModelSpec((TubeSpec((2, 8, 8), (2, 8, 8)),), 8, (32, 32), 64, 2, 2, (("motion", 5),), readout=("mean",))
+    if rotary:
+        spec = replace(spec, positions="rotary", rotary=Rotary(("time", "height", "width")))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TubeViT(spec).eval()
+    contract = InputContract(spec.frames, *spec.size)
+    return canonical.trace(StaticTubeViT(model, contract), spec, contract)
 
 
 def noise(name: str, batch: int = 1) -> np.ndarray:

@@ -163,11 +163,8 @@ def test_no_tensor_exceeds_rank_5_and_all_types_are_core_mls(tmp_path: Path, tra
             assert {kind.dtype for kind in types} <= {"fp16", "fp32", "int32", "bool", "string", "dictionary"}
 
 
-OTHER_TRANSFORMERS = ("dense", "class-token", "rotary", "gated-mlp")
-
-
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-@pytest.mark.parametrize("name", OTHER_TRANSFORMERS)
+@pytest.mark.parametrize("name", models.OTHERS)
 def test_other_transformers_answer_like_pytorch(tmp_path: Path, name: str, layout: str) -> None:
     build(models.trace(name, "conv2d"), FP16.choose({"layout": layout}), tmp_path)
     frames = models.noise(name)
@@ -183,7 +180,7 @@ def test_other_transformers_answer_like_pytorch(tmp_path: Path, name: str, layou
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["w8", "w4"])
-@pytest.mark.parametrize("name", OTHER_TRANSFORMERS)
+@pytest.mark.parametrize("name", models.OTHERS)
 def test_other_transformers_with_compressed_weights(
     tmp_path: Path, name: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from edgetube.export.static import LOWERINGS, StaticTubeViT
 from edgetube.export.statistics import weight_bytes
 from edgetube.model.tubevit import TubeViT
 from edgetube.runtimes.torch import normalise
-from tests.export.models import SPECS, constants, model_of, nodes, noise, reference, run, trace
+from tests.export.models import OTHERS, SPECS, constants, model_of, nodes, noise, reference, run, trace
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -41,11 +41,19 @@ def test_half_precision_answers_like_pytorch(name: str, lowering: str) -> None:
     assert weight_bytes(model) < 0.65 * weight_bytes(trace(name, lowering).model)
 
 
-def test_half_precision_in_an_evaluator_that_computes_in_half_precision() -> None:
+@pytest.mark.parametrize("name", ["mean", *OTHERS])
+def test_half_precision_in_an_evaluator_that_computes_in_half_precision(name: str) -> None:
     """ONNX Runtime computes half precision in float on most CPUs; numpy does not."""
-    frames = noise("mean")
-    (answer,) = ReferenceEvaluator(convert_to_fp16(trace("mean").model)).run(None, {"frames": frames})
-    assert cosine(np.asarray(answer), reference("mean", frames)) > 0.9995
+    frames = noise(name)
+    (answer,) = ReferenceEvaluator(convert_to_fp16(trace(name).model)).run(None, {"frames": frames})
+    assert cosine(np.asarray(answer), reference(name, frames)) > 0.9995
+
+
+def test_epsilons_stay_float32() -> None:
+    """1e-12 is 0 in float16."""
+    model = convert_to_fp16(trace("dense").model)
+    epsilons = {a.f for n in nodes(model, "LayerNormalization") for a in n.attribute if a.name == "epsilon"}
+    assert epsilons == {np.float32(1e-12), np.float32(1e-5)}
 
 
 def test_half_precision_keeps_the_range_of_layernorm_and_softmax() -> None:

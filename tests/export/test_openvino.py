@@ -7,8 +7,10 @@ import pytest
 
 from edgetube import export
 from edgetube.export import canonical, static
+from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.runtimes.torch import Reference
+from tests.export import models
 
 pytest.importorskip("openvino", reason="needs openvino: pip install 'edgetube[openvino]'")
 
@@ -31,3 +33,42 @@ def test_convolutions_are_not_computed_in_bfloat16(lowering: str, tmp_path: Path
     expected = Reference(checkpoint.model, checkpoint.contract)(frames)
     request = runtime.compile_model(tmp_path / "model.xml", types).create_infer_request()
     np.testing.assert_allclose(request.infer([frames])[0], expected, atol=0.05 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", models.OTHERS)
+def test_other_transformers_answer_like_pytorch(name: str, tmp_path: Path) -> None:
+    frames = models.noise(name)
+    expected = models.reference(name, frames)
+    for target in map(export.target, ("openvino-fp32", "openvino-fp16")):
+        exporter.convert(models.trace(name).model, tmp_path / "model.xml", compress=target.name == "openvino-fp16")
+        types = exporter.inference_precision(models.trace(name).model, target)
+        answer = runtime.compile_model(tmp_path / "model.xml", types).create_infer_request().infer([frames])[0]
+        assert target.tolerance is not None
+        assert np.abs(answer - expected).max() <= target.tolerance * max(1, np.abs(expected).max())
+
+
+def test_epsilons_are_no_constants_of_the_graph(tmp_path: Path) -> None:
+    """Compressed to float16, 1e-12 would be 0."""
+    exporter.convert(models.trace("dense").model, tmp_path / "model.xml", compress=True)
+    operations = runtime.core().read_model(tmp_path / "model.xml").get_ops()
+    epsilons = {op.get_attributes()["eps"] for op in operations if op.get_type_name() == "MVN"}
+    assert epsilons == {float(np.float32(1e-12)), float(np.float32(1e-5))}
+
+
+def executed_layers(graph: Graph, path: Path) -> list[tuple[str, str]]:
+    """Kind of each layer of OpenVINO's compiled graph, and the names of the nodes that were fused into it."""
+    exporter.convert(graph.model, path, compress=False)
+    layers = runtime.compile_model(path, ["f32"]).get_runtime_model().get_ops()
+    found = [{k: str(op.get_rt_info()[k].astype(str)) for k in ("layerType", "originalLayersNames")} for op in layers]
+    return [(f["layerType"], f["originalLayersNames"]) for f in found if f["layerType"] not in ("Const", "Input")]
+
+
+def test_rotary_positions_leave_attention_fused(tmp_path: Path) -> None:
+    """Scores, softmax and context are one layer a block; rotated in another layout they are that too, no faster."""
+    plain, turned = (executed_layers(models.trace_vit(rotary), tmp_path / "model.xml") for rotary in (False, True))
+    for layers in (plain, turned):
+        fused = [names for _, names in layers if "attn.softmax" in names]
+        assert len(fused) == 2
+        assert all("attn.scores" in names and "attn.context" in names for names in fused)
+        assert "Softmax" not in {kind for kind, _ in layers}
+    assert len(turned) <= 1.5 * len(plain)

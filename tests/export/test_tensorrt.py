@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import onnx
@@ -39,6 +39,7 @@ from edgetube.runtimes.tensorrt.layers import summarize_engine_layers
 from edgetube.runtimes.tensorrt.sdk import load_sdk
 from edgetube.spec import ModelSpec, TubeSpec, named
 from edgetube.targets import Target, installed
+from tests.export import models
 
 GATHER = pipeline.Options(lowering="gather")
 needs_rtx = pytest.mark.skipif(not installed("tensorrt_rtx"), reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
@@ -221,6 +222,28 @@ class TestLegacy:
         before, after = (export.evaluator()(m)({"frames": clips})[0] for m in (graph.model, old))
         np.testing.assert_allclose(after, before, atol=1e-5)
 
+    @pytest.mark.parametrize("name", ["mean", *models.OTHERS])
+    def test_other_transformers_mean_the_same_too(self, name: str) -> None:
+        """Tanh GELU, and means, whose axes were an attribute."""
+        old = rewrite.opset_17(rewrite.cast_first(models.trace(name).model))
+        assert "Gelu" not in {node.op_type for node in old.graph.node}
+        frames = models.noise(name)
+        np.testing.assert_allclose(models.run(old, frames), models.reference(name, frames), atol=1e-5)
+
+    @pytest.mark.parametrize("approximate", ["none", "tanh"])
+    def test_the_steps_of_a_gelu_are_a_gelu(self, approximate: Literal["none", "tanh"]) -> None:
+        """In float16 too, where the square of 300 is none: weakly typed networks compute in it."""
+        steps = rewrite._gelu_steps(onnx.helper.make_node("Gelu", ["x"], ["y"], approximate=approximate))
+        for dtype, tolerance in ((np.float32, 2e-6), (np.float16, 2e-3)):
+            values: dict[str, Any] = {name: np.array(v, dtype) for name, v in rewrite.GELU_NUMBERS.items()}
+            values["x"] = np.array([-30000, -300, -4, -1, -0.1, 0, 0.1, 1, 4, 300, 30000], dtype)
+            known = {"Add": np.add, "Mul": np.multiply, "Tanh": np.tanh, "Erf": lambda v: torch.erf(torch.tensor(v))}
+            for step in steps:
+                with np.errstate(over="ignore"):
+                    values[step.name] = np.asarray(known[step.op_type](*(values[name] for name in step.input)), dtype)
+            expected = torch.nn.functional.gelu(torch.tensor(values["x"]).double(), approximate=approximate)
+            np.testing.assert_allclose(values["y"], expected, rtol=tolerance, atol=tolerance)
+
     def test_the_bundle_carries_graph_clips_and_ranges(self, legacy_bundle: Bundle) -> None:
         clips = np.load(legacy_bundle.path / bundles.CALIBRATION_CLIPS)
         assert clips.shape == (12, *legacy_bundle.contract.shape)  # all there are
@@ -299,6 +322,28 @@ class TestForReal:
             assert [network.get_input(i).dtype for i in range(network.num_inputs)] == [cast(Any, sdk.api).uint8]
             assert network.get_output(0).dtype == sdk.api.float32
             del parser
+
+    @pytest.mark.parametrize("name", models.OTHERS)
+    def test_other_transformers_become_engines_with_fused_attention(self, name: str, tmp_path: Path) -> None:
+        sdk = load_sdk("rtx")
+        canonical.save(rewrite.opset_17(rewrite.cast_first(models.trace(name).model)), tmp_path / LEGACY)
+        parse(sdk, tmp_path / LEGACY)
+        canonical.save(rewrite.cast_first(convert_to_fp16(models.trace(name).model)), tmp_path / "model.onnx")
+        build_engine(sdk, tmp_path / "model.onnx", Settings(capabilities=("86",)))
+        layers, spec = summarize_engine_layers(sdk.layers), models.SPECS[name]
+        assert layers["attention"] == {"fp16": spec.depth + (spec.query_pool.depth if spec.query_pool else 0)}
+        assert set(layers["gemms"]) == {"fp16"}
+
+    def test_rotary_positions_leave_attention_fused(self, tmp_path: Path) -> None:
+        found = []
+        for rotary in (False, True):
+            canonical.save(rewrite.cast_first(convert_to_fp16(models.trace_vit(rotary).model)), tmp_path / "model.onnx")
+            sdk = load_sdk("rtx")
+            build_engine(sdk, tmp_path / "model.onnx", Settings(capabilities=("86",)))
+            found.append(summarize_engine_layers(sdk.layers))
+        plain, turned = found
+        assert plain["attention"] == turned["attention"] == {"fp16": 2}
+        assert turned["kernels"] <= 1.5 * plain["kernels"]
 
     def test_the_cast_has_to_come_first(self, graph: Graph, tmp_path: Path) -> None:
         """Why `cast_first` is there; when this fails, a newer parser can do without it."""
