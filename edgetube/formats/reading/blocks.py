@@ -136,3 +136,18 @@ def rotary_order(width: int, heads: int, partners: Literal["adjacent", "halves"]
         return None
     head = torch.arange(width).reshape(heads, -1)  # (h, C)
     return torch.cat([head[:, 0::2], head[:, 1::2]], dim=1).flatten()
+
+
+def folded_query(query: Tensor, q: tuple[Tensor, Tensor], key: Tensor, heads: int) -> Tensor:
+    """Weight (h, D) of the scores of a constant query: (Wq query + bq) Wk / sqrt(C), for each head.
+
+    Args:
+        query: (D,).
+        q: weight (D, D) and bias (D,) of the linear of queries.
+        key: (D, D), weight of the linear of keys; its bias adds the same to all scores of a head, which a softmax does
+            not see.
+    """
+    weight, bias = (part.double() for part in q)
+    asked = (weight @ query.double() + bias).reshape(heads, 1, -1)  # (h, 1, C)
+    score = asked @ key.double().reshape(heads, asked.shape[2], -1)  # (h, 1, D)
+    return (score[:, 0] * asked.shape[2] ** -0.5).float()

@@ -1,0 +1,137 @@
+"""Image towers of image-text models as transformers saves them: of a whole model, alone, or under a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from edgetube.errors import CheckpointError
+from edgetube.formats.reading import blocks, result, zeroshot
+from edgetube.formats.reading.blocks import BlockNames, Weights
+from edgetube.formats.reading.files import Files, ReadOptions
+from edgetube.formats.reading.said import Said, labels
+from edgetube.formats.reading.tensors import State
+from edgetube.formats.reading.transformers import ACTIVATIONS, Config, contract
+from edgetube.model.checkpoints import Checkpoint
+from edgetube.spec import ModelSpec, TubeSpec
+
+BLOCK = BlockNames(
+    norm1="layer_norm1",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    proj="self_attn.out_proj",
+    norm2="layer_norm2",
+    fc1=("mlp.fc1",),
+    fc2="mlp.fc2",
+)
+
+SCALE = 100.0
+"""Of the logits, where a tower was saved without it: what training goes to and does not exceed."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower and what its classifier is made of.
+
+    Attributes:
+        files, options: of the checkpoint.
+        config: of the tower.
+        state: its tensors, without the prefix `vision_model.` that some classes have.
+        text: unit vectors (classes, E) of `--text-features`; None where the checkpoint has a classifier.
+    """
+
+    files: Files
+    options: ReadOptions
+    config: Config
+    state: State
+    text: Tensor | None
+
+    @classmethod
+    def of(cls, files: Files, options: ReadOptions, defaults: Mapping[str, Any]) -> Tower:
+        """Open a folder.
+
+        Raises:
+            InputError: an option does not apply, or the text features cannot be read.
+            CheckpointError: it has no classifier and no text features were given.
+        """
+        state = State(files.path, files.tensors, lambda name: name.removeprefix("vision_model."))
+        classified = "classifier.weight" in state
+        options.allow("spec", "labels", "adapter", *([] if classified else ["text_features"]))
+        text = zeroshot.text_features(options)
+        if text is None and not classified:
+            raise CheckpointError(
+                f"{files.path} is an image-text model without a classifier; give --text-features FILE with what its "
+                "text tower makes of the class names, .npy (classes, E), and --labels FILE with the names"
+            )
+        state.leave(["text_model.", "text_projection."], "it is of the text tower")
+        state.leave(["embeddings.position_ids"], "it is the numbers of the positions")
+        return cls(files, options, Config(files, {}, _vision(files.config, defaults)), state, text)
+
+    @property
+    def classes(self) -> int:
+        return self.state.shape("classifier.weight")[0] if self.text is None else len(self.text)
+
+    def spec(self, **others: Any) -> ModelSpec:
+        """The model, with `others` where towers differ."""
+        config, patch = self.config, self.config.integer("patch_size")
+        height, across = config.pair("image_size")
+        return ModelSpec(
+            tubes=(TubeSpec((1, patch, patch), (1, patch, patch)),),
+            frames=1,
+            size=(height, across),
+            width=config.integer("hidden_size"),
+            depth=config.integer("num_hidden_layers"),
+            heads=config.integer("num_attention_heads"),
+            classifiers=(("classes", self.classes),),
+            hidden=config.integer("intermediate_size"),
+            activation=config.choice("hidden_act", ACTIVATIONS),
+            positions="stored",
+            position_resize="bicubic",
+            norm_eps=config.number("layer_norm_eps"),
+            **others,
+        )
+
+    def encoder(self, spec: ModelSpec) -> Weights:
+        """The tube, the positions, and the blocks; a class token has the first row of the positions."""
+        state, width = self.state, spec.width
+        weights = blocks.tube(state, "embeddings.patch_embedding", width, spec.tubes[0].kernel)
+        table = state.take("embeddings.position_embedding.weight", "positions", (spec.sequence, width))
+        weights["positions"] = table[spec.prefix :].clone()
+        if spec.prefix:
+            token = state.take("embeddings.class_embedding", "prefix", (width,))
+            weights["prefix"] = token[None] + table[:1]  # (1, D)
+        for i in range(spec.depth):
+            weights |= blocks.read_block(state, f"encoder.layers.{i}.", f"blocks.{i}", BLOCK, width, spec.hidden)
+        return weights
+
+    def zero_shot(self, spec: ModelSpec, projection: Tensor | None) -> Weights:
+        """The classifier of text features behind a projection (E, D): scale * text @ projection, and their offset."""
+        assert self.text is not None
+        state, to = self.state, "classifiers.classes"
+        scale = float(state.take("logit_scale", to).exp()) if "logit_scale" in state else SCALE
+        weights = zeroshot.linear(self.files.path, self.text, projection, None, spec.width, scale)
+        if "logit_bias" in state:
+            weights[f"{to}.bias"] = weights[f"{to}.bias"] + state.take("logit_bias", to)
+        return weights
+
+    def checkpoint(self, spec: ModelSpec, weights: Weights, processor: Mapping[str, Any]) -> Checkpoint:
+        """The checkpoint, once everything was taken or left out; `processor` has the defaults of its class."""
+        files, options, whole = self.files, self.options, Config(self.files, {})
+        made = contract(files, Said.of(options), processor, 1, {})
+        notes, names = whole.label_notes(), whole.id2label
+        if self.text is not None:
+            notes, names = (zeroshot.NOTE,), None
+            if options.labels is None:
+                notes += ("its classes have no names: give them with --labels",)
+            if "logit_scale" not in self.state:
+                notes += (f"it was saved without the scale of its logits, for which {SCALE:g} was taken",)
+        found = labels(files.path, options, names, self.classes)
+        return result.checkpoint(files, self.state, spec, weights, made, found, notes)
+
+
+def _vision(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The tower's configuration: that of a whole model holds it, in old files a second time, which then counts."""
+    nested = [found for name in ("vision_config", "vision_config_dict") if isinstance(found := config.get(name), dict)]
+    return {**defaults, **(nested[-1] if nested else config)}
