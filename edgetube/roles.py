@@ -109,7 +109,10 @@ def roles_of(spec: ModelSpec, head: str | None = None) -> GraphRoles:
             *(site for name in pooling for site in _fold_sites(name, spec)),
             *_readout_sites(spec, head or spec.classifiers[0][0]),
         ),
-        attention=tuple(_attention(name, spec) for name in (*names, *pooling)),
+        attention=(
+            *(_attention(name, spec.width, spec.heads) for name in names),
+            *(_attention(name, spec.width, spec.query_pool.heads) for name in pooling if spec.query_pool),
+        ),
         layers=_layers(spec, names, pooling),
     )
 
@@ -142,10 +145,10 @@ def _readout_sites(spec: ModelSpec, head: str) -> tuple[FoldSite, ...]:
     return (*sites, FoldSite("norm", f"classifiers.{head}", "norm")) if last else sites
 
 
-def _attention(block: str, spec: ModelSpec) -> Attention:
-    scale = (spec.width / spec.heads) ** -0.5
+def _attention(block: str, width: int, heads: int) -> Attention:
+    scale = (width / heads) ** -0.5
     projection, scores, context = (f"{block}.attn.{part}" for part in ("qkv", "scores", "context"))
-    return Attention(projection, (0, spec.width), scale, scores, context)
+    return Attention(projection, (0, width), scale, scores, context)
 
 
 def _layers(spec: ModelSpec, names: Sequence[str], pooling: Sequence[str]) -> tuple[str, ...]:

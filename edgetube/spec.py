@@ -188,11 +188,12 @@ class QueryPool:
     one bias.
 
     Attributes:
-        heads: of the attention.
-        hidden: width of the MLP behind it: x + mlp(norm(x)).
+        heads: of the attention, and of the blocks before it.
+        hidden: width of the MLP behind it, x + mlp(norm(x)), and of those in the blocks.
         depth: encoder blocks between the final norm and the attention, without positions.
         norm: whether the tokens pass a LayerNorm of the pool's own first.
         projection: whether the attended values pass a linear.
+        norm_eps: epsilon of the pool's LayerNorms; 0, the default, is that of the model.
     """
 
     heads: int
@@ -200,12 +201,15 @@ class QueryPool:
     depth: int = 0
     norm: bool = False
     projection: bool = True
+    norm_eps: float = 0.0
 
     def __post_init__(self) -> None:
         with strict.spec_errors():
             for name, low, most in (("heads", 1, LARGEST), ("hidden", 1, 16 * LARGEST), ("depth", 0, MOST_BLOCKS)):
                 value = strict.integer(getattr(self, name), f"{name} of the query pool", low, most)
                 object.__setattr__(self, name, value)
+            eps = strict.number(self.norm_eps, "norm_eps of the query pool", 0, LARGEST)
+            object.__setattr__(self, "norm_eps", eps)
         for name in ("norm", "projection"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} of the query pool is {getattr(self, name)!r:.60}; expected true or false")

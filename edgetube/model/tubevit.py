@@ -153,9 +153,9 @@ class QueryPooler(nn.Module):
 
     def __init__(self, spec: ModelSpec, pool: QueryPool) -> None:
         super().__init__()
-        d, eps = spec.width, spec.norm_eps
+        d, eps = spec.width, pool.norm_eps or spec.norm_eps
         self.blocks = nn.ModuleList(
-            Block(d, spec.heads, pool.hidden, spec.activation, eps, gated_mlp=False, gate=False)
+            Block(d, pool.heads, pool.hidden, spec.activation, eps, gated_mlp=False, gate=False)
             for _ in range(pool.depth)
         )
         self.norm = nn.LayerNorm(d, eps) if pool.norm else None

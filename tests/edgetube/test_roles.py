@@ -132,8 +132,11 @@ def test_every_norm_that_one_linear_reads_is_a_fold_site(graph: Graph) -> None:
 
 def test_attention_is_queries_by_keys_softmax_and_values(graph: Graph) -> None:
     known, shapes = makers(graph), tensor_shapes(graph.model)
-    heads, tokens = graph.spec.heads, graph.spec.sequence
-    for attention in graph.roles.attention:
+    pool, tokens = graph.spec.query_pool, graph.spec.sequence
+    own = [graph.spec.heads] * graph.spec.depth
+    counts = own + [pool.heads] * pool.depth if pool else own
+    for attention, heads in zip(graph.roles.attention, counts, strict=True):
+        assert attention.scale == (graph.spec.width / heads) ** -0.5
         assert {known[name].op_type for name in (attention.scores, attention.context)} == {"MatMul"}
         assert shapes[attention.scores][1:] == (heads, tokens, tokens)
         softmax = known[known[attention.context].input[0]]

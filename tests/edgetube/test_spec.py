@@ -249,6 +249,10 @@ class TestRefusals:
         with pytest.raises(SpecError, match=message):
             replace(SMALL, **change)
 
+    def test_a_query_pool_without_an_epsilon(self) -> None:
+        with pytest.raises(SpecError, match="norm_eps of the query pool is -1e-06"):
+            QueryPool(2, 8, norm_eps=-1e-6)
+
     @pytest.mark.parametrize("name", ["tubevit-xl", "tubevit-b-s2d-s2d", "tubevit-b-s2dx", ""])
     def test_an_unknown_name_lists_the_known_ones(self, name: str) -> None:
         with pytest.raises(SpecError, match="there are tubevit-ti, tubevit-s, tubevit-b, tubevit-l, tubevit-h"):

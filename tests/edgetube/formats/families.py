@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from edgetube import bundle as bundles
-from edgetube import demo, formats, preprocess
+from edgetube import demo, formats, preprocess, resize
 from edgetube.export import pipeline
 from edgetube.formats.reading.files import ReadOptions
 from edgetube.model.checkpoints import Checkpoint
@@ -113,3 +113,18 @@ def proves(folder: Path, out: Path, *targets: str, read: ReadOptions = NO_OPTION
     frames = frames_of(again, 1)
     np.testing.assert_array_equal(answers(again, frames), answers(source, frames))
     return bundle
+
+
+def clip(kind: str, size: tuple[int, int], count: int) -> np.ndarray:
+    """Frames (count, H, W, 3) uint8 of a `picture`, each moved a pixel further."""
+    return np.stack([np.roll(picture(kind, size), t, axis=1) for t in range(count)])
+
+
+def levels_apart(checkpoint: Checkpoint, frames: np.ndarray, theirs: Any) -> float:
+    """Largest difference in grey levels between our frames and a processor's normalised pixels (T, 3, H, W)."""
+    contract = checkpoint.contract
+    mean, std = (np.asarray(v)[:, None, None] for v in (contract.mean, contract.std))
+    levels = 255 * (np.asarray(theirs, np.float64) * std + mean)  # (T, 3, H, W)
+    ours = resize.spatial(frames, contract).transpose(0, 3, 1, 2)
+    assert levels.shape == ours.shape
+    return float(np.abs(levels - ours).max())

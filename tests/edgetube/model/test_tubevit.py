@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgetube.errors import InputError
-from edgetube.model.tubevit import Readout, Tubes, TubeViT, tube_tokens
-from edgetube.spec import ModelSpec, TubeSpec, named
+from edgetube.model.tubevit import Attention, Readout, Tubes, TubeViT, tube_tokens
+from edgetube.spec import ModelSpec, QueryPool, TubeSpec, named
 
 SMALL = ModelSpec(
     tubes=(
@@ -230,6 +230,16 @@ class TestHead:
             linear = model.classifiers[name]
             torch.testing.assert_close(logits, pooled @ linear.weight.T + linear.bias)
         torch.testing.assert_close(model(x), model(x, "motion"), atol=0, rtol=0)
+
+    def test_a_query_pool_has_heads_and_an_epsilon_of_its_own(self) -> None:
+        pool = QueryPool(heads=7, hidden=8, depth=1, norm=True, norm_eps=0.5)
+        spec = replace(SMALL, readout=("query",), query_pool=pool)
+        model = TubeViT(spec)
+        norms = [m for m in model.pool.modules() if isinstance(m, nn.LayerNorm)]
+        assert [norm.eps for norm in norms] == [0.5] * 4
+        assert [m.heads for m in model.modules() if isinstance(m, Attention)] == [SMALL.heads] * SMALL.depth + [7]
+        usual = TubeViT(replace(spec, query_pool=replace(pool, norm_eps=0.0)))
+        assert usual.pool.query.mlp_norm.eps == SMALL.norm_eps
 
     def test_an_unknown_classifier_is_refused_with_the_known_ones(self) -> None:
         with pytest.raises(InputError, match="no classifier 'kinetics'; it has motion, place"):
