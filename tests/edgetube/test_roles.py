@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from edgetube.calibration import graphs
 from edgetube.export import canonical
 from edgetube.export.canonical import Graph
 from edgetube.export.static import LOWERINGS, StaticTokenizer
@@ -19,12 +20,16 @@ from edgetube.runtimes.torch import Reference
 from edgetube.spec import ModelSpec
 from tests.export.models import SPECS, model_of, trace
 
-GRAPHS = [(name, lowering) for name in SPECS for lowering in LOWERINGS]
+GRAPHS = [
+    pytest.param((name, lowering), id=f"{name}-{lowering}", marks=[] if lowering == "gather" else pytest.mark.slow)
+    for name in SPECS
+    for lowering in LOWERINGS
+]
 MOVES = {"Reshape", "Transpose", "Concat", "Slice", "Gather", "Unsqueeze", "Squeeze", "Identity"}
 """Operators that keep every value."""
 
 
-@pytest.fixture(scope="module", params=GRAPHS, ids=["-".join(g) for g in GRAPHS])
+@pytest.fixture(scope="module", params=GRAPHS)
 def graph(request: pytest.FixtureRequest) -> Graph:
     return trace(*request.param)
 
@@ -106,6 +111,19 @@ def test_fold_sites_are_what_they_are_called(graph: Graph) -> None:
             assert known[split.input[0]] is known[site.producer]
             assert site.columns == part
     assert len({site.linear for site in graph.roles.fold_sites}) == len(graph.roles.fold_sites)
+
+
+def test_calibration_finds_them(graph: Graph) -> None:
+    """An activation keeps its name, and the linear reads the operators behind it; a stage for each block."""
+    sites = [site for site in graph.roles.fold_sites if site.kind == "activation"]
+    prepared = graphs.insert_equalization_sites(graph.model, graph.roles, "int8")
+    onnx.checker.check_model(prepared)
+    assert {*graphs.equalization_sites(prepared)} == {f"{site.producer}.centred" for site in sites}
+    stages = graphs.stages(prepared, graph.roles)
+    assert [stage.name for stage in stages] == ["tokenizer", *graph.roles.blocks, "classifier"]
+    inside = [node.name for stage in stages[1:-1] for node in stage.nodes]
+    linears = graphs.select_linears(prepared, graph.roles.linears)
+    assert [name for name in inside if name in {linear.node for linear in linears}] == [each.node for each in linears]
 
 
 def columns_of(graph: Graph, tensor: str) -> tuple[onnx.NodeProto, tuple[int, int]]:
