@@ -80,6 +80,7 @@ def calibrate(
     max_drop: float | None = None,
     cache: Path | None = None,
     versions: Mapping[str, str] | None = None,
+    float_logits: Array | None = None,
     progress: Progress = silent,
 ) -> Calibrated:
     """Calibrate a canonical graph.
@@ -95,13 +96,16 @@ def calibrate(
         max_drop: points of top-1 (or of agreement, without labels) that may be lost; None for the default.
         cache: folder of an earlier calibration, finished or not; used only where its key is the same.
         versions: of the tools, for the table and the cache.
+        float_logits: those of `model` on the judging clips (N, classes), where they are known.
 
     Raises:
         ParityError: the budget cannot be met.
         InputError: a logit is NaN or infinite on these clips.
         SpecError: the graph has not what its roles name.
     """
-    reference = search.compute_logits(model, judging_clips, open_graph, "float answers", progress)
+    reference = float_logits
+    if reference is None:
+        reference = search.compute_logits(model, judging_clips, open_graph, "float answers", progress)
     if bad := [name for name, row in zip(judging_clips.names, reference, strict=True) if not np.isfinite(row).all()]:
         raise InputError(
             f"the model gives NaN or infinite logits on {len(bad)} of {len(judging_clips)} clips, {bad[0]} among "

@@ -1,0 +1,163 @@
+"""Builds INT8 artifacts: calibrated, then compared with their simulation and with the runtime's float artifact."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from typing_extensions import Self
+
+from edgetube import bundle as bundles
+from edgetube import calibration, export, runtimes
+from edgetube.bench import machine
+from edgetube.bundle import Bundle
+from edgetube.calibration import Calibrated, search
+from edgetube.calibration.clips import Clips, collect
+from edgetube.calibration.table import ActivationScheme, CalibrationTable, IntegerFormat, Range, ScaleType
+from edgetube.export import int8, proof, quantize
+from edgetube.export.base import Built
+from edgetube.export.build import Builder
+from edgetube.export.canonical import Graph
+from edgetube.export.prover import Prover
+from edgetube.runtimes.base import Logits
+from edgetube.targets import Target
+
+
+class Int8Builder:
+    """Builds the INT8 artifacts of one checkpoint; clips are read once, and each scheme is calibrated once.
+
+    Args:
+        given: the user's calibration clips, see `edgetube.export.int8.sources`.
+        max_drop: points of accuracy that may be lost; None for the default.
+    """
+
+    def __init__(self, builder: Builder, given: Path | None, max_drop: float | None) -> None:
+        self.builder, self.given, self.max_drop = builder, given, max_drop
+        self.checkpoint, self.progress = builder.checkpoint, builder.progress
+        self._calibrations: dict[tuple[ActivationScheme, IntegerFormat], Calibrated] = {}
+        self._workspace = int8.workspace()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._calibrations.clear()
+        self._workspace.cleanup()
+
+    def build(self, folder: Path, target: Target, graph: Graph, prover: Prover) -> tuple[Bundle, Built]:
+        """Calibrate, build, and compare with the float artifact of the same runtime."""
+        request = int8.calibration_request(graph, target)  # raises on impossible settings before the long calibration
+        calibrated = self._calibrate(target, folder.parent)
+        some, _ = prover.probe_clips(judged=True)
+        answers = np.concatenate([prover.model(frames[None]) for frames in some])
+        proof.check_float_graph(target.name, answers, calibrated.budget.logits[: len(some)])
+        equalised, table = quantize.apply(calibrated, graph)
+        scales = int8.integer_format(target).dtype
+        table = replace(table, ranges={**table.ranges, **self._observe(request.tensors, calibrated, scales)})
+        if request.clips:
+            np.save(folder / bundles.CALIBRATION_CLIPS, self.clips[0].first(request.clips))
+        bundle, built = self.builder.build(folder, target, equalised, table)
+        unread = {name: why for clips in self.clips for name, why in clips.unread.items()}
+        report = {**calibrated.report, "notes": [*calibrated.report["notes"], *built.notes], "unread": unread}
+        report["macs_share"] = int8.macs_share(built, calibrated, self.builder.batch)
+        if runtimes.proof_device(target.name, target.backend) == runtimes.EMULATED:
+            with runtimes.open_bundle(bundle, device=runtimes.EMULATED) as backend:
+                candidate = int8.Candidate(bundle, backend)
+                alternative = int8.float_baseline(target).name
+                simulated = self._simulated(calibrated, table, request.tensors)
+                report |= int8.check_accuracy(calibrated, simulated, candidate, alternative, self.progress)
+        elif not target.missing(target.run_needs):
+            simulated = self._simulated(calibrated, table, request.tensors)
+            report |= self._measure(calibrated, simulated, bundle, target, graph)
+        table.save(folder / bundles.CALIBRATION)
+        return replace(bundle, build={**bundle.build, "int8": {"summary": int8.summary(report), **report}}), built
+
+    def _simulated(self, calibrated: Calibrated, table: CalibrationTable, further: Sequence[str]) -> float:
+        """Simulated SQNR in dB of a target's Q/DQ graph on the judging clips.
+
+        Calibration simulated the linears; the graph is simulated again where a target quantises further tensors.
+        """
+        if not further:
+            return float(calibrated.report["judged"]["sqnr"])
+        plain, own = quantize.apply(calibrated, self.builder.graph("gather", batch=1))
+        model = quantize.qdq(plain.model, replace(own, ranges={**own.ranges, **{n: table.ranges[n] for n in further}}))
+        clips = calibrated.budget.clips
+        logits = search.compute_logits(model, clips, export.evaluator(), "simulate", self.progress)
+        return float(calibrated.budget.verdict(logits).sqnr)
+
+    def _measure(
+        self, calibrated: Calibrated, simulated: float, bundle: Bundle, target: Target, graph: Graph
+    ) -> dict[str, Any]:
+        baseline = int8.float_baseline(target)
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            plain, _ = self.builder.build(Path(folder), baseline, graph)
+            first, second = (
+                int8.Candidate(
+                    each,
+                    stack.enter_context(runtimes.open_bundle(each)),
+                    sum(
+                        f.stat().st_size
+                        for f in each.path.rglob("*")
+                        if f.is_file() and f.name != bundles.CALIBRATION_CLIPS
+                    ),
+                )
+                for each in (bundle, plain)
+            )
+            return int8.measure(calibrated, simulated, first, second, self.progress)
+
+    def _calibrate(self, target: Target, out: Path) -> Calibrated:
+        """The calibration under a target's scheme: of the `gather` graph at batch 1, for every lowering and batch.
+
+        It is cached in a hidden folder of `out` for later exports.
+        """
+        activations, form = key = int8.activation_scheme(target), int8.integer_format(target)
+        if key not in self._calibrations:
+            folder, graph = Path(self._workspace.name), self.builder.graph("gather", batch=1)
+            statistics, judged = self.clips
+            self._calibrations[key] = calibration.calibrate(
+                graph.model,
+                graph.roles,
+                statistics,
+                judged,
+                export.evaluator(),
+                activations=activations,
+                form=form,
+                workspace=folder,
+                max_drop=self.max_drop,
+                cache=out / ".calibration" / f"{self.checkpoint.name}.{activations}.{form.dtype}",
+                versions=machine.versions(),
+                float_logits=self._float_logits,
+                progress=self.progress,
+            )
+        return self._calibrations[key]
+
+    @cached_property
+    def _float_logits(self) -> Logits:
+        """The float graph's answers to the judging clips (N, classes), for every scheme."""
+        graph, clips = self.builder.graph("gather", batch=1), self.clips[1]
+        return search.compute_logits(graph.model, clips, export.evaluator(), "float answers", self.progress)
+
+    def _observe(self, tensors: Sequence[str], calibrated: Calibrated, scales: ScaleType) -> dict[str, Range]:
+        """The ranges of further tensors in the calibrated float graph."""
+        if not tensors:
+            return {}
+        plain, table = quantize.apply(calibrated, self.builder.graph("gather", batch=1))
+        clips, _ = self.clips
+        scheme = table.activations
+        return calibration.observe(plain.model, tensors, clips, export.evaluator(), scheme, self.progress, scales)
+
+    @cached_property
+    def clips(self) -> tuple[Clips, Clips]:
+        """The calibration clips and the judging clips; read once."""
+        folder, checkpoint = Path(self._workspace.name), self.checkpoint
+        statistics, judged = (
+            collect(source, checkpoint.contract, checkpoint.labels, folder, progress=self.progress)
+            for source in int8.sources(checkpoint, self.given)
+        )
+        return statistics, judged

@@ -1,0 +1,94 @@
+"""The choice of a lowering: each is checked against the reference tokenizer, and the sound ones are timed."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edgetube import runtimes
+from edgetube.bench.latency import interleave
+from edgetube.errors import ParityError
+from edgetube.export import int8, static
+from edgetube.export.build import Builder
+from edgetube.targets import Target
+from edgetube.video import Frames
+
+
+class LoweringChoice:
+    """Chooses how the tubes of one checkpoint are lowered for each target.
+
+    Args:
+        clips: (N, T, H, W, 3) uint8: noise and a rendered clip.
+        forced: the lowering that the user asks for; None takes the fastest.
+
+    Attributes:
+        errors: of each lowering against the reference tokenizer.
+
+    Raises:
+        ParityError: none is accurate enough; the tubes cannot be exported.
+    """
+
+    def __init__(self, builder: Builder, clips: Frames, forced: str | None) -> None:
+        self.builder, self.clips, self.forced = builder, clips, forced
+        self.progress = builder.progress
+        self.errors = self._prove()
+        self._chosen: dict[str, dict[str, Any]] = {}
+
+    def choose(self, target: Target) -> dict[str, Any]:
+        """The lowering for a target, as the manifest records it: "chosen", "why", errors and times.
+
+        The fastest in the target's runtime, or the target's default where that runtime cannot run here. An INT8
+        target takes that of its float baseline: tubes are a small part of the work and move the same bytes.
+        """
+        if target.precision.quantises_activations:
+            target = int8.float_baseline(target)
+        if target.name not in self._chosen:
+            self._chosen[target.name] = self._time(target)
+        return self._chosen[target.name]
+
+    def _prove(self) -> dict[str, static.LoweringError]:
+        """See `errors`."""
+        self.progress("prove lowerings", 0, 1)
+        checkpoint = self.builder.checkpoint
+        names = (self.forced,) if self.forced else static.LOWERINGS
+        errors = static.tokenizer_errors(checkpoint.model, checkpoint.contract, self.clips, names)
+        self.progress("prove lowerings", 1, 1)
+        for name in (wrong := [name for name, error in errors.items() if not error.sound]):
+            self.progress(f"drop lowering {name}: off by {errors[name]}", 1, 1)
+        if len(wrong) == len(errors):
+            found = "; ".join(f"{name}: {error}" for name, error in errors.items())
+            raise ParityError(
+                f"{checkpoint.name}: no lowering gives the tokens of the reference tokenizer (largest error "
+                f"of a token: {found}); nothing was written"
+            )
+        return errors
+
+    def _time(self, target: Target) -> dict[str, Any]:
+        sound = [name for name, error in self.errors.items() if error.sound]
+        record: dict[str, Any] = {
+            "max_abs_error": {name: error.max_abs for name, error in self.errors.items()},
+            "dropped": {name: str(error) for name, error in self.errors.items() if not error.sound},
+        }
+        if self.forced:
+            return record | {"chosen": self.forced, "why": "asked for"}
+        if missing := target.missing(target.run_needs):
+            chosen = target.lowering if target.lowering in sound else sound[0]
+            return record | {"chosen": chosen, "why": f"not timed: that needs {', '.join(missing)}"}
+        if len(sound) == 1:
+            return record | {"chosen": sound[0], "why": "the only one that is sound"}
+        self.progress(f"{target.name}: time lowerings", 0, 1)
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            calls = {}
+            for name in sound:
+                part = Path(folder) / name
+                part.mkdir()
+                bundle = self.builder.build_tokenizer(part, target, name)
+                calls[name] = partial(stack.enter_context(runtimes.open_bundle(bundle)), self.clips[:1])
+            timings = interleave(calls, seconds=0.5)
+        self.progress(f"{target.name}: time lowerings", 1, 1)
+        chosen = min(timings, key=lambda name: timings[name].p50_ms)
+        times = {name: timing.to_json() for name, timing in timings.items()}
+        return record | {"chosen": chosen, "why": "fastest here, tokenizer alone", "timings": times}
