@@ -472,14 +472,16 @@ class LayerwiseCalibrator:
         carried = {name: array for name, array in streams.items() if name in self._later(stage)}
         made: dict[str, DiskArray] = {}
         for index in clips:
-            feeds = {name: streams[name][index][None] for name in needed}
+            feeds = {name: streams[name][index] for name in needed}
+            if self.input in feeds:
+                feeds[self.input] = feeds[self.input][None]
             results = dict(zip(fetched, call(feeds), strict=True))
             for name, stats in watched.items():
                 stats.add(index, np.asarray(results[name] if name in results else feeds[name]))
             for name in kept:
                 if name not in made:
-                    made[name] = DiskArray(self.workspace, (len(clips), *results[name].shape[1:]), np.float32)
-                made[name][index] = results[name][0]
+                    made[name] = DiskArray(self.workspace, (len(clips), *results[name].shape), np.float32)
+                made[name][index] = results[name]
         return carried | made
 
     def _later(self, stage: Stage) -> set[str]:

@@ -16,6 +16,7 @@ from onnx import helper
 from edgetube import export
 from edgetube.arrays import RowArray
 from edgetube.calibration import graphs, layerwise, numeric
+from edgetube.calibration.clips import Clips
 from edgetube.calibration.equalize import Equalization
 from edgetube.calibration.graphs import Linear, Stage
 from edgetube.calibration.layerwise import ActivationStats, CalibrationState, LayerwiseCalibrator, StaleStateError
@@ -23,6 +24,7 @@ from edgetube.calibration.table import ActivationScheme, IntegerFormat, Range
 from edgetube.errors import SpecError
 from edgetube.roles import FoldSite, GraphRoles
 from tests.calibration.models import noise, outputs, traced
+from tests.export.models import trace
 
 SEEN, OTHERS = noise(12, 1, "a", 200), noise(3, 2, "b")
 QKV, PROJ, FC1, FC2 = (f"blocks.0.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
@@ -351,11 +353,23 @@ class TestStages:
             streams = calibrator._run(stage, {}, streams, range(12), {})
             assert {*streams} == kept
             assert all(len(array) == 12 for array in streams.values())
-        np.testing.assert_allclose(np.stack(list(streams["logits"])), outputs(model, SEEN.frames), atol=1e-6)
+        np.testing.assert_allclose(np.concatenate(list(streams["logits"])), outputs(model, SEEN.frames), atol=1e-6)
         state = calibrated(calibrator)
         calibrator.correct_biases(state, frozenset(BLOCK))
         mean = seen(graphs.replace_initializers(calibrator.model, state.values), "pool").mean(axis=(0, 1))
         np.testing.assert_allclose(state.means[HEAD], mean, rtol=1e-4, atol=1e-5)
+
+    def test_frames_that_are_sequences_of_their_own_are_kept_all(self, tmp_path: Path) -> None:
+        """The tensors of an image model over video have an entry for each frame, not for each clip."""
+        graph = trace("gated-mlp")
+        shape = (graph.spec.frames, *graph.spec.size, 3)
+        frames = np.random.default_rng(0).integers(0, 256, (2, *shape), np.uint8)
+        clips = Clips("noise", frames, np.full(2, -1), ("a", "b"), "")
+        calibrator = LayerwiseCalibrator(graph.model, graph.roles, clips, export.evaluator(), "uint8", tmp_path)
+        streams: dict[str, RowArray] = {"frames": frames}
+        for stage in calibrator.stages:
+            streams = calibrator._run(stage, {}, streams, range(2), {})
+        np.testing.assert_allclose(np.concatenate(list(streams["logits"])), outputs(graph.model, frames), atol=1e-5)
 
 
 class TestCorrectBiases:
