@@ -7,11 +7,9 @@ transformers & distillation through attention", ICML 2021.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from edgetube.errors import CheckpointError
 from edgetube.formats.reading import blocks, result
-from edgetube.formats.reading.blocks import Weights
 from edgetube.formats.reading.files import Files, ReadOptions
 from edgetube.formats.reading.said import Said, labels
 from edgetube.formats.reading.tensors import State
@@ -79,18 +77,11 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     for i in range(spec.depth):
         weights |= blocks.read_block(state, f"{kind}.layers.{i}.", f"blocks.{i}", CLASSIC, width, spec.hidden)
     weights |= blocks.norm(state, f"{kind}.layernorm", "norm", width)
-    weights |= _classifier(state, ("cls_classifier", "distillation_classifier") if teacher else (head,), classes, width)
+    heads = ("cls_classifier", "distillation_classifier") if teacher else (head,)
+    weights |= blocks.mean_classifier(state, heads, spec)
     state.leave([f"{place}mask_token"], "it is for pre-training")
     state.leave([f"{kind}.pooler."], "the classifier does not read it")
     made = contract(files, said, PROCESSORS[kind], 1, {})
     return result.checkpoint(
         files, state, spec, weights, made, labels(files.path, options, config.id2label, classes), config.label_notes()
     )
-
-
-def _classifier(state: State, names: tuple[str, ...], classes: int, width: int) -> Weights:
-    """One linear; of DeiT with its teacher's token the mean of two, each of which reads a token of its own."""
-    parts = [blocks.linear(state, name, "classifiers.classes", (classes, width)) for name in names]
-    weight: Tensor = torch.cat([weight for weight, _ in parts], dim=1) / len(parts)
-    bias = torch.stack([bias for _, bias in parts]).mean(dim=0)
-    return {"classifiers.classes.weight": weight, "classifiers.classes.bias": bias}

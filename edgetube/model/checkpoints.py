@@ -47,6 +47,8 @@ class Checkpoint:
         notes: what its reader has to know, one sentence each.
         keys: where each tensor of a foreign format went, see `edgetube.formats.reading.tensors.KeyUse`.
         licence: as its model card states it; empty where it states none.
+        table: a stored position table and the spec that it is for, once it was resized: another clip shape starts
+            from it again, because resizing twice loses what resizing once keeps.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     keys: tuple[Any, ...] = field(default=(), repr=False)
     licence: str = ""
+    table: tuple[ModelSpec, torch.Tensor] | None = field(default=None, repr=False)
 
     @property
     def spec(self) -> ModelSpec:
@@ -94,7 +97,7 @@ class Checkpoint:
             FRAMES / SECONDS if self.contract.sampling == "uniform" and self.contract.fps is None else self.contract.fps
         )
         contract = replace(self.contract.with_clip(FRAMES), fps=fps)
-        model = _moved(self.model, replace(self.spec, per_frame=True, frames=FRAMES))
+        model = _moved(self.model, replace(self.spec, per_frame=True, frames=FRAMES), self.table)
         return replace(self, model=model, contract=contract)
 
     def at_spec(self, spec: ModelSpec) -> Checkpoint:
@@ -102,8 +105,10 @@ class Checkpoint:
         contract = self.contract.with_clip(spec.frames, spec.size)
         if (spec, contract) == (self.spec, self.contract):
             return self
-        model = self.model if spec == self.spec else _moved(self.model, spec)
-        return replace(self, model=model, contract=contract)
+        if spec == self.spec:
+            return replace(self, contract=contract)
+        table = self.table or ((self.spec, self.model.positions) if spec.positions == "stored" else None)
+        return replace(self, model=_moved(self.model, spec, table), contract=contract, table=table)
 
     def select(self, head: str) -> Checkpoint:
         """The same model with one of its classifiers alone.
@@ -115,7 +120,7 @@ class Checkpoint:
         if head not in heads:
             raise InputError(f"{self.name} has no classifier {head!r}; it has {', '.join(heads)}")
         labels = self.labels if head == self.spec.classifiers[0][0] else self.other_labels[head]
-        model = _moved(self.model, replace(self.spec, classifiers=((head, heads[head]),)))
+        model = _moved(self.model, replace(self.spec, classifiers=((head, heads[head]),)), self.table)
         return replace(self, model=model, labels=labels, other_labels={})
 
 
@@ -315,11 +320,16 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 """Types of weights, as safetensors names them."""
 
 
-def _moved(model: TubeViT, spec: ModelSpec) -> TubeViT:
-    """The same weights in a model of another clip shape or with fewer classifiers."""
+def _moved(model: TubeViT, spec: ModelSpec, table: tuple[ModelSpec, torch.Tensor] | None = None) -> TubeViT:
+    """The same weights in a model of another clip shape or with fewer classifiers.
+
+    Args:
+        table: see `Checkpoint`.
+    """
     moved = TubeViT(spec)
     state = model.state_dict()
     if spec.positions == "stored":
-        state["positions"] = positions.resized(state["positions"], model.spec, spec)
+        old, stored = table or (model.spec, state["positions"])
+        state["positions"] = positions.resized(stored, old, spec)
     moved.load_state_dict({key: state[key] for key in moved.state_dict()})
     return moved.eval()

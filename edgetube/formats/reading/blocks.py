@@ -110,10 +110,16 @@ def linear(state: State, name: str, to: str, shape: tuple[int, int]) -> tuple[Te
 
 def classifier(state: State, name: str, spec: ModelSpec) -> Weights:
     """The linear `name` as the first classifier of a model."""
+    return mean_classifier(state, (name,), spec)
+
+
+def mean_classifier(state: State, names: tuple[str, ...], spec: ModelSpec) -> Weights:
+    """The mean of linears, each of which reads a part of the readout of its own, as the first classifier of a model."""
     kind, classes = spec.classifiers[0]
     to = f"classifiers.{kind}"
-    weight, bias = linear(state, name, to, (classes, spec.features))
-    return {f"{to}.weight": weight, f"{to}.bias": bias}
+    parts = [linear(state, name, to, (classes, spec.features // len(names))) for name in names]
+    weight: Tensor = torch.cat([weight for weight, _ in parts], dim=1) / len(parts)
+    return {f"{to}.weight": weight, f"{to}.bias": torch.stack([bias for _, bias in parts]).mean(dim=0)}
 
 
 def norm(state: State, name: str, to: str, width: int) -> Weights:

@@ -416,3 +416,20 @@ def test_the_built_in_model_ships_with_the_package() -> None:
     assert (motion.name, motion.source, len(motion.labels)) == ("demo", "demo", 9)
     assert set(motion.labels) == set(demo.LABELS)
     assert demo.WEIGHTS.stat().st_size <= 8e6
+
+
+def test_a_stored_table_is_resized_from_what_was_stored(clips: torch.Tensor) -> None:
+    """By way of a small grid nothing is lost: the answers are those of the way straight there."""
+    spec = replace(SPEC, gates=(), positions="stored", position_resize="bicubic")
+    torch.manual_seed(0)
+    model = TubeViT(spec).eval()
+    torch.nn.init.normal_(model.positions)
+    stored = Checkpoint("mine", model, CONTRACT, LABELS, digest="", other_labels=OTHERS)
+    straight, detour = (
+        stored.with_clip(8, (48, 32)),
+        stored.with_clip(4, (16, 16)).select("motion").with_clip(8, (48, 32)),
+    )
+    assert torch.equal(straight.model.positions, detour.model.positions)
+    back = detour.with_clip(4, (24, 24))
+    assert torch.equal(back.model.positions, model.positions)
+    assert torch.equal(back.model(clips), model(clips))
