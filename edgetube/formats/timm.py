@@ -18,11 +18,11 @@ from torch import Tensor
 
 from edgetube import strict
 from edgetube.contract import LARGEST, InputContract
-from edgetube.errors import CheckpointError, FormatError, SpecError
+from edgetube.errors import CheckpointError, FormatError
 from edgetube.formats.reading import blocks, result, zeroshot
 from edgetube.formats.reading.blocks import BlockNames, Weights
 from edgetube.formats.reading.files import Files, ReadOptions
-from edgetube.formats.reading.said import Said, labels
+from edgetube.formats.reading.said import Said, input_contract, labels
 from edgetube.formats.reading.tensors import State
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.spec import Activation, ModelSpec, QueryPool, Rotary, TubeSpec
@@ -372,29 +372,25 @@ def _zero_shot(what: Path, state: State, spec: ModelSpec, text: Tensor) -> Weigh
 def _contract(what: Path, said: Said, cfg: Mapping[str, Any], spec: ModelSpec) -> tuple[InputContract, tuple[str, ...]]:
     """The input as timm prepares it for evaluation, and notes; what the settings leave out has timm's defaults."""
     notes: tuple[str, ...] = ()
-    if not cfg:
-        if not {"mean", "std"} <= said.input.keys():
-            raise CheckpointError(
-                f"{what} does not say its input: say it with --spec FILE, "
-                '{"input": {"mean": [...], "std": [...], "filter": "bicubic", "resize_size": 248}}, or give the folder '
-                "with timm's config.json"
-            )
-        if "resize_size" not in said.input:
-            notes = ("nothing says the size before the crop: timm's default, the input's size / 0.875, is taken",)
     try:
         _, height, width = strict.items(cfg.get("input_size") or (3, *spec.size), "input_size", 3, 3)
-        height, width = said.input.get("height", height), said.input.get("width", width)
         share = strict.number(cfg.get("crop_pct") or 0.875, "crop_pct", 1e-3, 1)
-        found: dict[str, Any] = {"frames": 1, "height": height, "width": width}
-        found |= {name: cfg.get(name) or IMAGENET[name] for name in IMAGENET}
+        size = tuple(strict.integer(side, "input_size", 1, LARGEST) for side in (height, width))
+    except FormatError as error:
+        raise CheckpointError(f"{what}: {error}") from error
+    height, width = said.input.get("height", size[0]), said.input.get("width", size[1])
+    found: dict[str, Any] = {"frames": 1, "height": height, "width": width}
+    if not {"resize", "resize_size"} & said.input.keys():
         found |= _resize(what, cfg.get("crop_mode") or "center", (height, width), share)
-        found["filter"] = cfg.get("interpolation") or "bicubic"
-        return InputContract(**found | said.input), notes
-    except (FormatError, SpecError, TypeError) as error:
-        raise CheckpointError(f"{what}: the settings of its input cannot be met: {error}") from error
+    if cfg:
+        found |= {name: cfg.get(name) or IMAGENET[name] for name in IMAGENET}
+    elif "resize_size" not in said.input:
+        notes = ("nothing says the size before the crop: timm's default, the input's size / 0.875, is taken",)
+    found["filter"] = cfg.get("interpolation") or "bicubic"
+    return input_contract(what, said, found), notes
 
 
-def _resize(what: Path, mode: str, size: tuple[int, int], share: float) -> dict[str, Any]:
+def _resize(what: Path, mode: object, size: tuple[int, int], share: float) -> dict[str, Any]:
     """Fields of the contract for timm's crop modes."""
     height, width = (math.floor(side / share) for side in size)
     if mode == "squash":

@@ -45,6 +45,12 @@ class BlockNames:
     gated: bool = False
 
 
+TORCHVISION = BlockNames(
+    "ln_1", ("self_attention.in_proj",), "self_attention.out_proj", "ln_2", ("mlp.0",), "mlp.3", in_proj=True
+)
+"""The encoder block of torchvision, which others build on."""
+
+
 def read_block(
     state: State,
     prefix: str,

@@ -10,7 +10,7 @@ from typing import Any
 from edgetube import strict
 from edgetube.bundle import parse_labels
 from edgetube.contract import InputContract
-from edgetube.errors import CheckpointError, FormatError, InputError
+from edgetube.errors import CheckpointError, FormatError, InputError, SpecError
 from edgetube.formats.reading.files import ReadOptions
 
 MODEL = ("frames", "size", "heads", "activation", "norm_eps", "classes")
@@ -67,6 +67,24 @@ class Said:
                 f'{{"model": {{"{name}": ...}}}}'
             )
         return found
+
+
+def input_contract(what: Path, said: Said, found: Mapping[str, Any]) -> InputContract:
+    """The input contract of fields that the files say and those that the user says, which count.
+
+    Raises:
+        CheckpointError: nothing says mean and std, or the fields contradict one another.
+    """
+    fields_ = {**found, **said.input}
+    if missing := [name for name in ("mean", "std") if name not in fields_]:
+        raise CheckpointError(
+            f"{what} does not say {missing[0]} of its input; say how it was made with --spec FILE, a JSON file like "
+            '{"input": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "resize_size": 256}}'
+        )
+    try:
+        return InputContract(**fields_)
+    except (SpecError, TypeError) as error:
+        raise CheckpointError(f"{what}: the settings of its input cannot be met: {error}") from error
 
 
 def labels(what: Path, options: ReadOptions, found: Mapping[Any, str] | None, classes: int) -> tuple[str, ...]:
