@@ -26,6 +26,7 @@ from edgetube.calibration.table import CalibrationTable, Range
 from edgetube.errors import BundleError, InputError, MissingPackageError, SpecError
 from edgetube.export import canonical, coreml, int8, mlprogram, mlweights, pipeline, proof, quantize, static
 from edgetube.export.base import BuildContext, Built
+from edgetube.export.build import MOMENT_CLIPS
 from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
@@ -742,7 +743,7 @@ def test_each_function_knows_the_moments_of_its_own_inputs(
     graph = context.image() if frames and context.image else context.graph
     part = checkpoint.with_clip(frames, None)
     first: Any = part.model.blocks[0]
-    rendered = demo.scenes(part.contract, pipeline.MOMENT_CLIPS)
+    rendered = demo.scenes(part.contract, MOMENT_CLIPS)
     read: list[npt.NDArray[np.float32]] = []
     hook = first.mlp.fc1.register_forward_pre_hook(lambda _, x: read.append(x[0].detach().numpy()))
     Reference(part.model, part.contract)(np.stack([clip.frames for clip in rendered]))
