@@ -173,7 +173,10 @@ class TestVerdict:
         assert str(found) == "20.00 % of the answers on 10 clips, 10.00 allowed"
         assert found.to_json()["loss"] == found.loss
 
-    @pytest.mark.parametrize(("labels", "budget"), [([1] * 400, 0.5), ([-1] * 400, 1.0), ([1] * 100, 1.0)])
+    @pytest.mark.parametrize(
+        ("labels", "budget"),
+        [([1] * 400, 0.5), ([-1] * 400, 1.0), ([1] * 100, 1.0), ([1] * 18, 100 / 18), ([-1] * 64, 100 / 64)],
+    )
     def test_budgets(self, labels: list[int], budget: float) -> None:
         """Half a point of accuracy, one of agreement, and never less than one clip."""
         exact = self.answers([1] * len(labels))
@@ -217,6 +220,13 @@ class TestVerdict:
         budget = AccuracyBudget(clips([1] * 1000), self.answers([1] * 1000), None)
         for wrong, holds in ((5, True), (6, False)):
             assert budget.verdict(self.answers([1] * (1000 - wrong) + [0] * wrong)).within_budget == holds
+
+    @pytest.mark.parametrize("label", [1, -1])
+    def test_one_clip_may_change_its_mind(self, label: int) -> None:
+        """Of 18, where that is 5.6 points."""
+        budget = AccuracyBudget(clips([label] * 18), self.answers([1] * 18), None)
+        for wrong, holds in ((1, True), (2, False)):
+            assert budget.verdict(self.answers([1] * (18 - wrong) + [0] * wrong)).within_budget == holds
 
 
 def test_answers_are_those_to_every_clip_in_its_order(tmp_path: Path) -> None:
