@@ -19,13 +19,14 @@ from edgetube.bench.answer_cache import AnswerCache, clip_key
 from edgetube.bench.compare import ClassRow, ClipMetrics, Parity, Quarter, WorstClip
 from edgetube.bench.model_set import Artifact, Job, JobResult, ModelSet, OpenedModels
 from edgetube.bench.probe import Probe
+from edgetube.bench.remembering import Answering
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
 from edgetube.precision import Precision
 from edgetube.progress import Progress, silent, track
-from edgetube.runtimes.base import Backend, Logits
+from edgetube.runtimes.base import Logits
 from edgetube.targets import Status
 from edgetube.video import Clip, Frames
 
@@ -71,7 +72,7 @@ class Answers:
 
 
 def answer(
-    backend: Backend,
+    backend: Answering,
     clips: Iterable[Clip],
     labels: tuple[str, ...],
     *,

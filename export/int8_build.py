@@ -55,7 +55,7 @@ class Int8Builder:
         request = int8.calibration_request(graph, target)  # raises on impossible settings before the long calibration
         calibrated = self._calibrate(target, folder.parent)
         some, _ = prover.probe_clips(judged=True)
-        answers = np.concatenate([prover.model(frames[None]) for frames in some])
+        answers = prover.answers(np.stack(some))
         proof.check_float_graph(target.name, answers, calibrated.budget.logits[: len(some)])
         equalised, table = quantize.apply(calibrated, graph)
         scales = int8.integer_format(target).dtype

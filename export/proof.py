@@ -14,6 +14,7 @@ from edgetube.bench import layers, parity, probe
 from edgetube.bench.compare import Parity
 from edgetube.bench.parity import Gates, Measured
 from edgetube.bench.probe import Probe
+from edgetube.bench.remembering import Answering
 from edgetube.bundle import Bundle
 from edgetube.errors import ParityError
 from edgetube.model.checkpoints import Checkpoint
@@ -77,7 +78,7 @@ class Golden:
     frames: Frames
     logits: Logits
 
-    def measure(self, backend: Backend, arithmetic_noise: float) -> dict[str, Any]:
+    def measure(self, backend: Answering, arithmetic_noise: float) -> dict[str, Any]:
         """For the manifest: the artifact's SQNR, and the least SQNR that `Runtime.check` requires of a device.
 
         Args:
@@ -102,14 +103,14 @@ class FrameOrderProbe:
     reference: tuple[Logits, ...]
 
     @classmethod
-    def of(cls, reference: Reference, some: Sequence[Frames]) -> FrameOrderProbe:
+    def of(cls, reference: Answering, some: Sequence[Frames]) -> FrameOrderProbe:
         """Of clips `some` (T, H, W, 3) uint8; empty when their frames cannot be reordered."""
         shown = tuple(form for frames in some for form in (frames, *probe.reordered(frames)))
         if len(shown) == len(some):
             return cls((), ())
         return cls(shown, tuple(reference(frames[None])[0] for frames in shown))
 
-    def agreement(self, backend: Backend) -> float | None:
+    def agreement(self, backend: Answering) -> float | None:
         """See `edgetube.bench.probe.order_agreement`."""
         if not self.shown:
             return None

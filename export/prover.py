@@ -7,17 +7,15 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 
-import numpy as np
-
 from edgetube import runtimes
 from edgetube.bench import parity, probe
 from edgetube.bench.probe import Probe
+from edgetube.bench.remembering import Answering, Remembering
 from edgetube.bundle import Bundle
 from edgetube.calibration.clips import Clips
 from edgetube.export import arithmetic, proof, static
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.progress import Progress
-from edgetube.runtimes.base import Backend
 from edgetube.runtimes.torch import Reference
 from edgetube.targets import Arithmetic, Target
 from edgetube.video import Frames
@@ -32,6 +30,7 @@ class Prover:
     Attributes:
         clips: of the proof.
         model: the reference.
+        answers: the reference, which answers each clip once.
         golden: clips and the reference's answers, for every bundle.
     """
 
@@ -39,9 +38,10 @@ class Prover:
         self.checkpoint, self.judging, self.progress = checkpoint, judging, progress
         self.clips = proof.clips(checkpoint, proof.PROOF_CLIPS)
         self.model = Reference(checkpoint.model, checkpoint.contract)
-        self.reference = self._answers(self.model, "reference answers")
+        self.answers = Remembering(self.model)
+        self.reference = self._answers(self.answers, "reference answers")
         golden = proof.golden_clips(self.clips)
-        self.golden = proof.Golden(golden, np.concatenate([self.model(clip[None]) for clip in golden]))
+        self.golden = proof.Golden(golden, self.answers(golden))
         self._logit_noises: dict[Arithmetic, float] = {}
         self._probes: dict[bool, tuple[list[Frames], proof.FrameOrderProbe]] = {}
 
@@ -52,13 +52,13 @@ class Prover:
             note = f"not run here: that needs {', '.join(missing)}"
             return replace(bundle, status="built", parity={"note": note, "golden": self.golden.unmeasured(target)})
         with runtimes.open_bundle(bundle, device=device) as backend:
-            measured = parity.compare(self.reference, self._answers(backend, f"{target.name}: proof"))
+            answers = Remembering(backend)
+            measured = parity.compare(self.reference, self._answers(answers, f"{target.name}: proof"))
             some, ordered = self.probe_clips(target.precision.quantises_activations)
-            found = Probe(
-                ordered.agreement(backend), proof.largest_layer_jump(self.checkpoint, self.model, backend, bundle, some)
-            )
+            jump = proof.largest_layer_jump(self.checkpoint, self.model, backend, bundle, some)
+            found = Probe(ordered.agreement(answers), jump)
             proof.check(bundle, target, measured, found)
-            golden = self.golden.measure(backend, max(map(self._logit_noise, target.arithmetic)))
+            golden = self.golden.measure(answers, max(map(self._logit_noise, target.arithmetic)))
         return replace(bundle, status=measured.status, parity=proof.record(measured, found, golden))
 
     def prove_image(self, bundle: Bundle, target: Target) -> Bundle:
@@ -79,7 +79,7 @@ class Prover:
                 some = list(islice(self.judging().frames, probe.ORDER_CLIPS))
             else:
                 some = [clip.frames for clip in self.clips if clip.name != "noise"][: probe.ORDER_CLIPS]
-            self._probes[judged] = some, proof.FrameOrderProbe.of(self.model, some)
+            self._probes[judged] = some, proof.FrameOrderProbe.of(self.answers, some)
         return self._probes[judged]
 
     def _logit_noise(self, kind: Arithmetic) -> float:
@@ -97,6 +97,6 @@ class Prover:
         module = static.StaticTubeViT(self.checkpoint.model, self.checkpoint.contract)
         return arithmetic.NoiseSimulation(module, self.golden.frames)
 
-    def _answers(self, backend: Backend, stage: str) -> parity.Answers:
+    def _answers(self, backend: Answering, stage: str) -> parity.Answers:
         labels = self.checkpoint.labels
         return parity.answer(backend, self.clips, labels, stage=stage, total=len(self.clips), progress=self.progress)
