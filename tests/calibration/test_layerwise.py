@@ -137,6 +137,16 @@ class TestFolding:
         assert state.choices[QKV].equalisation == "none"
         assert state.choices[FC1].equalisation == "given"
 
+    def test_a_gelu_without_operators_behind_it_is_left_alone(
+        self, make: Make, given: list[Equalization], tmp_path: Path
+    ) -> None:
+        graph = traced()
+        bare = LayerwiseCalibrator(graph.model, graph.roles, SEEN, export.evaluator(), "int8", tmp_path)
+        state = calibrated(bare)
+        assert {name for name, choice in state.choices.items() if choice.equalisation == "given"} == {QKV, PROJ, FC1}
+        folded = graphs.replace_initializers(graph.model, state.values)
+        np.testing.assert_allclose(outputs(folded, SEEN.frames), outputs(graph.model, SEEN.frames), atol=1e-4)
+
     def test_a_graph_without_its_fold_sites_is_refused(self, make: Make) -> None:
         calibrator, roles = make(), replace(traced().roles, fold_sites=(FoldSite("pool", FC1, "norm"),))
         with pytest.raises(SpecError, match=r"pool is not a LayerNorm that .*fc1 alone reads"):
