@@ -44,13 +44,13 @@ class Config:
     def __init__(self, files: Files, defaults: Mapping[str, Any], values: Mapping[str, Any] | None = None) -> None:
         self.files, self.values = files, {**defaults, **(files.config if values is None else values)}
 
-    def integer(self, name: str, most: int = 1 << 20) -> int:
-        """A positive integer.
+    def integer(self, name: str, most: int = 1 << 20, least: int = 1) -> int:
+        """An integer, positive unless `least` says otherwise.
 
         Raises:
             CheckpointError: it is something else, or missing.
         """
-        return self._checked(name, lambda value: strict.integer(value, name, 1, most))
+        return self._checked(name, lambda value: strict.integer(value, name, least, most))
 
     def number(self, name: str) -> float:
         """A finite number."""
