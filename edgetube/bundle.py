@@ -255,7 +255,7 @@ NAME = r"\w[\w.-]*"
 """Valid names of bundles, targets and backends: they become file names."""
 
 MOST_BATCH = 1 << 12
-MOST_FILES, MOST_GOLDEN = 1 << 16, 64
+MOST_FILES, MOST_GOLDEN, MOST_NOTES = 1 << 16, 64, 1 << 10
 
 
 def _parse(path: Path, data: dict[str, Any]) -> Bundle:
@@ -321,6 +321,8 @@ def _parse_build(value: Any) -> dict[str, Any]:
         for name, timing in strict.record(build["lowering"].get("timings", {}), "build.lowering.timings").items():
             record = strict.record(timing, f"build.lowering.timings.{name}", ["p50_ms"])
             strict.number(record["p50_ms"], f"build.lowering.timings.{name}.p50_ms", 0)
+    for note in strict.items(build.get("notes", []), "build.notes", 0, MOST_NOTES):
+        strict.text(note, "build.notes")
     if "int8" in build:
         strict.text(build["int8"].get("summary"), "build.int8.summary")
     if "command" in build:

@@ -684,4 +684,6 @@ def _bundle_row(b: Bundle) -> dict[str, Any]:
         "clips": b.parity.get("clips"),
         "agreement": b.parity.get("agreement"),
         "max_abs_error": b.parity.get("max_abs_error"),
+        "licence": b.checkpoint.get("licence", ""),
+        "notes": b.build.get("notes", []),
     }

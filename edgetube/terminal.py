@@ -184,6 +184,8 @@ def exported(made: Sequence[Bundle], rows: Sequence[Mapping[str, Any]]) -> None:
             percent(row["agreement"]), number(row["max_abs_error"]),
         )  # fmt: skip
     out.print(found)
+    for told in dict.fromkeys(note for row in rows for note in row["notes"]):
+        warn("note", told)
     for b in made:
         if int8 := b.build.get("int8"):
             say(f"{b.name}: {int8['summary']}")
@@ -359,6 +361,10 @@ def _facts(b: Bundle) -> Iterator[tuple[str, str]]:
         yield "lowering", f"{lowering['chosen']}: {lowering['why']}" + (f" ({times})" if times else "")
     yield "proof", ", ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in b.parity.items())
     yield "checkpoint", f"{b.checkpoint['source']} sha256 {b.checkpoint['sha256'][:12]}"
+    if licence := b.checkpoint.get("licence"):
+        yield "licence", licence
+    if notes := b.build.get("notes"):
+        yield "notes", "\n".join(notes)
     yield "made by", ", ".join(f"{k} {v}" for k, v in b.versions.items())
 
 

@@ -149,7 +149,8 @@ class ExportSession:
                 bundle, built = self.int8.build(folder, target, graph, self.prover)
             else:
                 bundle, built = self.builder.build(folder, target, graph)
-            bundle = replace(bundle, name=destination.name, build={"lowering": lowering, **bundle.build})
+            told = {"lowering": lowering, **({"notes": list(notes)} if (notes := self.checkpoint.notes) else {})}
+            bundle = replace(bundle, name=destination.name, build={**told, **bundle.build})
             bundle = self.prover.prove(bundle, target)
             bundle = self.prover.prove_image(bundle, target) if built.image else bundle
             if built.deferred and bundle.status != "executed":

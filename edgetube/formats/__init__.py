@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 from edgetube import demo
 from edgetube.bundle import READ_OPTIONS, Bundle
 from edgetube.errors import CheckpointError, InputError, SpecError
-from edgetube.formats.reading import report
+from edgetube.formats.reading import licence, report
 from edgetube.formats.reading.files import Files, ReadOptions
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
@@ -88,7 +88,14 @@ def load(source: str | Path = "demo", options: ReadOptions | None = None) -> Che
     checkpoint = found[0].read(files, options)
     if options.pool_frames is not None:
         checkpoint = checkpoint.over_frames()
-    return replace(checkpoint, source=str(files.path), format=found[0].NAME, options=options.to_json())
+    return replace(
+        checkpoint,
+        source=str(files.path),
+        digest=files.digest_with(options),
+        format=found[0].NAME,
+        options=options.to_json(),
+        notes=(*checkpoint.notes, *licence.notes(checkpoint.licence)),
+    )
 
 
 def examine(source: str | Path, options: ReadOptions | None = None) -> dict[str, Any]:
@@ -135,10 +142,10 @@ def locate(bundle: Bundle, where: str | Path) -> Bundle:
     Raises:
         CheckpointError: it was not found.
     """
-    where, digest = Path(where).absolute(), bundle.checkpoint["sha256"]
+    where, digest, options = Path(where).absolute(), bundle.checkpoint["sha256"], _options(bundle)
     candidates = _candidates(where)
     for place in candidates:
-        if place.exists() and Files(place).digest == digest:
+        if place.exists() and Files(place).digest_with(options) == digest:
             return at_source(bundle, str(place))
     raise CheckpointError(
         f"the checkpoint of {bundle.path} (sha256 {digest[:16]}...) is not at {where}: {len(candidates)} checkpoints "

@@ -73,8 +73,15 @@ class Checkpoint:
         """The same weights for another clip shape (`frames=1`: the image model).
 
         Raises:
+            InputError: several frames for a model that was never shown time.
             SpecError: a tube does not fit, or the positions are stored for one shape.
         """
+        spec = self.spec
+        if frames not in (None, 1) and spec.is_image and not spec.per_frame and all(t.is_2d for t in spec.tubes):
+            raise InputError(
+                f"{self.name} is a model of images; --pool-frames mean answers for {frames} frames with the mean of "
+                "its answers"
+            )
         return self.at_spec(self.spec.with_clip(frames, size))
 
     def record(self) -> dict[str, str]:

@@ -192,6 +192,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"build": {"lowering": {"chosen": "a", "why": "b", "timings": {"a": {}}}}}, "timings.a lacks the field p50_ms"),
     ({"build": {"lowering": {"chosen": "a", "why": "b", "timings": {"a": {"p50_ms": "1"}}}}}, "p50_ms is '1'"),
     ({"build": {"int8": {"notes": []}}}, "build.int8.summary is None"),
+    ({"build": {"notes": "x"}}, "build.notes is"),
+    ({"build": {"notes": [3]}}, "build.notes is 3"),
     ({"build": {"graph": {"operators": {"Add": "many"}}}}, "build.graph.operators.Add is 'many'"),
     ({"build": {"command": ["trtexec"]}}, "build.command is"),
     ({"build": {"settings": []}}, "build.settings is"),

@@ -26,19 +26,6 @@ Cli: TypeAlias = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def edgetube_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line; gives (exit code, stdout, stderr)."""
-
-    def run(*args: Any) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(a) for a in args])
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
 def clip(tmp_path: Path, rng: np.random.Generator) -> Path:
     still = rng.integers(0, 256, (6, 8, 3), np.uint8).repeat(16, axis=0).repeat(16, axis=1)
     return video.write(tmp_path / "clip.mp4", (np.roll(still, 2 * i, axis=1) for i in range(30)), 20.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +12,15 @@ from typing import Any
 from edgetube import strict
 from edgetube.bundle import sha256
 from edgetube.errors import CheckpointError, FormatError, InputError
-from edgetube.formats.reading import tensors
+from edgetube.formats.reading import licence, tensors
 from edgetube.formats.reading.tensors import TensorSource
 
 CONFIG = "config.json"
 PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")
 """Settings of a processor; the first one that is there counts, as it does in transformers 5."""
 
-CARD = "README.md"
-"""The model card."""
+CARD, MOST_CARD = "README.md", 1 << 20
+"""The model card, and how many characters of it are read."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,20 @@ class Files:
         if not self.is_folder:
             return sha256(self.path)
         told = [self.path / name for name in (CONFIG, *PROCESSORS) if (self.path / name).is_file()]
-        lines = [f"{path.name} {sha256(path)}\n" for path in sorted([*told, *self.weights])]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return _joined([f"{path.name} {sha256(path)}" for path in sorted([*told, *self.weights])])
+
+    def digest_with(self, options: ReadOptions) -> str:
+        """`digest`; with text features, which are weights of their own, that of the two digests.
+
+        Raises:
+            InputError: the text features cannot be read.
+        """
+        if options.text_features is None:
+            return self.digest
+        try:
+            return _joined([self.digest, sha256(Path(options.text_features))])
+        except OSError as error:
+            raise InputError(f"--text-features {options.text_features} cannot be read: {error.strerror}") from error
 
     @cached_property
     def licence(self) -> str:
@@ -165,9 +177,8 @@ class Files:
         card = self.path / CARD
         if not self.is_folder or not card.is_file():
             return ""
-        head = card.read_text("utf-8", "replace")[:4096].split("---")
-        lines = head[1].splitlines() if len(head) > 2 and not head[0].strip() else []
-        return next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), "")
+        with card.open(encoding="utf-8", errors="replace") as file:
+            return licence.stated(file.read(MOST_CARD))
 
     def summary(self) -> str:
         """What is there, for an error: the configuration's model type, or the first names of tensors."""
@@ -178,3 +189,8 @@ class Files:
         except CheckpointError as error:
             return str(error)
         return f"{len(found)} tensors, among them {', '.join(map(strict.shown, found[:5]))}"
+
+
+def _joined(lines: Sequence[str]) -> str:
+    """sha256 of lines."""
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()

@@ -159,4 +159,10 @@ def test_bundles_are_proven_and_found_again(tmp_path: Path) -> None:
     np.save(tmp_path / "text.npy", text_of(model))
     read = ReadOptions(text_features=str(tmp_path / "text.npy"))
     folder = save(model, tmp_path / "m", PROCESSOR)
-    proves(folder, tmp_path / "out", "onnx-fp32", "openvino-fp32", read=read)
+    bundle = proves(folder, tmp_path / "out", "onnx-fp32", "openvino-fp32", read=read)
+    assert formats.locate(bundle, tmp_path).checkpoint["source"] == str(folder)
+    np.save(tmp_path / "text.npy", text_of(model)[::-1])
+    with pytest.raises(CheckpointError, match="was made from other weights than"):
+        formats.of_bundle(bundle)
+    with pytest.raises(CheckpointError, match="is not at"):
+        formats.locate(bundle, tmp_path)
