@@ -155,13 +155,13 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     notes: tuple[str, ...] = ()
     if text is not None:
         weights |= _zero_shot(files.path, state, spec, text)
-        spec, notes = replace(spec, classifiers=(("classes", len(text)),)), (zeroshot.NOTE,)
+        spec, notes = replace(spec, classifiers=(("classes", len(text)),)), zeroshot.notes(options, scaled=False)
     else:
         heads = ("head", "head_dist") if "head_dist.weight" in state else ("head",)
         weights |= blocks.mean_classifier(state, heads, spec)
     made, more = _contract(files.path, said, cfg, spec)
     known = _labels(files, cfg) if text is None else None
-    if not known and options.labels is None:
+    if not known and text is None and options.labels is None:
         more = (*more, "it has no names of classes: give them with --labels")
     named = labels(files.path, options, known, spec.classifiers[0][1])
     return result.checkpoint(files, state, spec, weights, made, named, (*notes, *more))
@@ -366,7 +366,7 @@ def _zero_shot(what: Path, state: State, spec: ModelSpec, text: Tensor) -> Weigh
     if "head.weight" in state:
         size = state.shape("head.weight")[0]
         projection, offset = blocks.linear(state, "head", "classifiers.classes", (size, spec.features))
-    return zeroshot.linear(what, text, projection, offset, spec.features, scale=1.0)
+    return zeroshot.linear(what, text, projection, offset, spec.features, zeroshot.SCALE)
 
 
 def _contract(what: Path, said: Said, cfg: Mapping[str, Any], spec: ModelSpec) -> tuple[InputContract, tuple[str, ...]]:

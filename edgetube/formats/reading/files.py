@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -18,6 +19,9 @@ from edgetube.formats.reading.tensors import TensorSource
 CONFIG = "config.json"
 PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")
 """Settings of a processor; the first one that is there counts, as it does in transformers 5."""
+
+SETTINGS = re.compile(r"(?!tokenizer|generation|adapter).*config\.json")
+"""Names of files with settings of a model or its input; they are part of its digest."""
 
 CARD, MOST_CARD = "README.md", 1 << 20
 """The model card, and how many characters of it are read."""
@@ -155,7 +159,7 @@ class Files:
         """sha256 of one file of weights; of a folder, that of the names and sha256 of its weights and settings."""
         if not self.is_folder:
             return sha256(self.path)
-        told = [self.path / name for name in (CONFIG, *PROCESSORS) if (self.path / name).is_file()]
+        told = [path for path in self.path.iterdir() if SETTINGS.fullmatch(path.name) and path.is_file()]
         return _joined([f"{path.name} {sha256(path)}" for path in sorted([*told, *self.weights])])
 
     def digest_with(self, options: ReadOptions) -> str:

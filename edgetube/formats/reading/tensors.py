@@ -69,6 +69,9 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     found = [p for p in sorted(path.iterdir()) if p.suffix in SUFFIXES and not OTHERS.match(p.name)]
     if len(found) == 1:
         return (found[0],)
+    safe = [p for p in found if p.suffix == ".safetensors"]
+    if len(safe) == 1 and all(p.suffix in (".safetensors", ".bin") for p in found):
+        return (safe[0],)  # libraries write a model in both forms
     if not found:
         raise CheckpointError(f"{path} has no weights; expected {' or '.join(WRITTEN)}: was the download complete?")
     names = ", ".join(printable(p.name) for p in found[:SHOWN])

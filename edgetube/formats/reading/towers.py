@@ -27,9 +27,6 @@ BLOCK = BlockNames(
     fc2="mlp.fc2",
 )
 
-SCALE = 100.0
-"""Of the logits, where a tower was saved without it: what training goes to and does not exceed."""
-
 
 @dataclass(frozen=True)
 class Tower:
@@ -110,7 +107,7 @@ class Tower:
         """The classifier of text features behind a projection (E, D): scale * text @ projection, and their offset."""
         assert self.text is not None
         state, to = self.state, "classifiers.classes"
-        scale = float(state.take("logit_scale", to).exp()) if "logit_scale" in state else SCALE
+        scale = float(state.take("logit_scale", to).exp()) if "logit_scale" in state else zeroshot.SCALE
         weights = zeroshot.linear(self.files.path, self.text, projection, None, spec.width, scale)
         if "logit_bias" in state:
             weights[f"{to}.bias"] = weights[f"{to}.bias"] + state.take("logit_bias", to)
@@ -122,11 +119,7 @@ class Tower:
         made = contract(files, Said.of(options), processor, 1, {})
         notes, names = whole.label_notes(), whole.id2label
         if self.text is not None:
-            notes, names = (zeroshot.NOTE,), None
-            if options.labels is None:
-                notes += ("its classes have no names: give them with --labels",)
-            if "logit_scale" not in self.state:
-                notes += (f"it was saved without the scale of its logits, for which {SCALE:g} was taken",)
+            notes, names = zeroshot.notes(options, "logit_scale" in self.state), None
         found = labels(files.path, options, names, self.classes)
         return result.checkpoint(files, self.state, spec, weights, made, found, notes)
 

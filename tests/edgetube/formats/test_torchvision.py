@@ -12,14 +12,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from edgetube import demo, formats, preprocess
+from edgetube import formats, preprocess
 from edgetube.errors import CheckpointError
-from edgetube.export import pipeline
 from edgetube.formats import torchvision as own
 from edgetube.formats.reading.files import ReadOptions
 from edgetube.formats.reading.said import Said, input_contract
 from tests import peers
-from tests.edgetube.formats.families import answers, frames_of, pixels_of, shake
+from tests.edgetube.formats.families import answers, frames_of, picture, pixels_of, proves, shake
 
 assert peers  # before the import of torchvision
 models: Any = importlib.import_module("torchvision.models")
@@ -128,12 +127,11 @@ def test_pixels_are_those_of_torchvision_s_transform(name: str) -> None:
     fields = own._named(Path("m"), name, own.MODELS[builder][:3], side).input
     contract = input_contract(Path("m"), Said(), {"frames": 1, "height": side, "width": side} | fields)
     theirs = models.get_weight(name).transforms()
-    with Image.open(demo.photo_files()[0]) as photo:
-        for height, width in ((331, 297), (240, 301), (260, 256)):
-            picture = np.asarray(photo.convert("RGB").crop((0, 0, width, height)))
-            levels = theirs(Image.fromarray(picture)).permute(1, 2, 0).numpy()
-            levels = (levels * np.array(contract.std) + np.array(contract.mean)) * 255
-            assert np.abs(preprocess.prepare(picture, contract)[0] - levels).max() < 1.01
+    for size in ((331, 297), (240, 301), (260, 256)):
+        frame = picture("natural", size)
+        levels = theirs(Image.fromarray(frame)).permute(1, 2, 0).numpy()
+        levels = (levels * np.array(contract.std) + np.array(contract.mean)) * 255
+        assert np.abs(preprocess.prepare(frame, contract)[0] - levels).max() < 1.01
 
 
 def test_a_plain_name_takes_the_input_of_the_first_weights_and_says_so() -> None:
@@ -146,8 +144,4 @@ def test_a_plain_name_takes_the_input_of_the_first_weights_and_says_so() -> None
 @pytest.mark.slow
 def test_an_export_is_proven_and_finds_its_checkpoint_again(said: ReadOptions, tmp_path: Path) -> None:
     torch.save(model_of().state_dict(), tmp_path / "m.pth")
-    options = pipeline.Options(lowering="gather")
-    bundle = pipeline.export_model("onnx-fp32", str(tmp_path / "m.pth"), tmp_path, options, read=said)
-    again = formats.of_bundle(bundle)
-    assert (bundle.status, bundle.parity["agreement"]) == ("executed", 1)
-    assert (again.spec, again.contract, again.labels) == (bundle.spec, bundle.contract, bundle.labels)
+    proves(tmp_path / "m.pth", tmp_path / "out", "onnx-fp32", read=said)
