@@ -15,7 +15,7 @@ from PIL import Image
 from edgetube import formats, preprocess
 from edgetube.errors import CheckpointError, InputError
 from edgetube.formats import openclip as own
-from edgetube.formats.reading.files import ReadOptions
+from edgetube.formats.reading.files import Files, ReadOptions
 from tests import peers
 from tests.edgetube.formats.families import answers, frames_of, picture, pixels_of, proves, shake
 
@@ -104,7 +104,7 @@ def test_names_tell_what_open_clip_builds(name: str, tmp_path: Path) -> None:
     config = open_clip.get_model_config(name)
     vision = config["vision_cfg"]
     (tmp_path / "x.pt").write_bytes(b"")
-    settings = own._Settings(formats.Files(tmp_path / "x.pt"), ReadOptions(arch=name))
+    settings = own._Settings(Files(tmp_path / "x.pt"), ReadOptions(arch=name))
     assert settings.heads(vision["width"]) == vision["width"] // vision.get("head_width", 64)
     assert settings.activation() == ("quick-gelu" if config.get("quick_gelu") else "gelu")
     pool = "mean" if vision.get("pool_type") == "avg" else "prefix.0"
