@@ -6,12 +6,8 @@ NeurIPS 2022.
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from edgetube.errors import CheckpointError
-from edgetube.formats.reading import blocks, result
+from edgetube.formats.reading import blocks, result, tables
 from edgetube.formats.reading.files import Files, ReadOptions
 from edgetube.formats.reading.said import Said, labels
 from edgetube.formats.reading.tensors import State
@@ -79,7 +75,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         norm_eps=config.number("layer_norm_eps"),
     )
     weights = blocks.tube(state, "videomae.embeddings.patch_embeddings.projection", width, kernel)
-    weights["positions"] = sine_table(spec.tokens, width)
+    weights["positions"] = tables.sine(spec.tokens, width)
     for i in range(spec.depth):
         weights |= blocks.read_block(state, f"videomae.layers.{i}.", f"blocks.{i}", CLASSIC, width, spec.hidden)
     weights |= blocks.norm(state, "fc_norm", "norm", width)
@@ -89,14 +85,3 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     return result.checkpoint(
         files, state, spec, weights, made, labels(files.path, options, config.id2label, classes), config.label_notes()
     )
-
-
-def sine_table(count: int, width: int) -> Tensor:
-    """The fixed positions (N, D): sines on even channels, cosines on odd ones, of n / 10000^(2 floor(j / 2) / D).
-
-    n is the number of the token in (time, height, width): the authors did not make it a function of three coordinates.
-    """
-    j = np.arange(width)
-    angles = np.arange(count)[:, None] / np.power(10000.0, 2 * (j // 2) / width)
-    table = np.where(j % 2, np.cos(angles), np.sin(angles))
-    return torch.from_numpy(table.astype(np.float32))

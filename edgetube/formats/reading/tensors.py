@@ -101,7 +101,8 @@ class TensorSource:
         load: reads one, as it is stored.
         prefix: what was taken off all names.
         nest: where in the file the tensors are; empty at its top.
-        facts: what else the file says: the metadata of safetensors, the numbers and texts beside a state dict.
+        facts: what else the file says: the metadata of safetensors, the numbers and texts beside a state dict, and
+            the arguments of the script that wrote it, where it kept them.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -191,12 +192,11 @@ def _open_pickle(path: Path, ema: bool | None) -> TensorSource:
         )
     nest, state = _state_dict(path, data, ema)
     found = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    facts = {str(key): value for key, value in data.items() if isinstance(value, str | int | float | Mapping)}
+    beside = {str(key): value for key, value in data.items() if key != nest}
+    facts = {key: value for key, value in beside.items() if isinstance(value, str | int | float | Mapping)}
     facts |= vars(data["args"]) if isinstance(data.get("args"), argparse.Namespace) else {}
     shapes = {name: tuple(value.shape) for name, value in found.items()}
-    return TensorSource(
-        shapes, lambda name: found[name], nest=nest, facts={k: v for k, v in facts.items() if k != nest}
-    )
+    return TensorSource(shapes, lambda name: found[name], nest=nest, facts=facts)
 
 
 def _load_pickle(path: Path) -> Any:
