@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgetube import strict
-from edgetube.contract import LARGEST, InputContract
-from edgetube.errors import CheckpointError, FormatError, SpecError
+from edgetube.contract import InputContract
+from edgetube.errors import CheckpointError, SpecError
 from edgetube.formats.reading import blocks, result, tables
 from edgetube.formats.reading.blocks import BlockNames, Weights
 from edgetube.formats.reading.files import Files, ReadOptions
-from edgetube.formats.reading.said import Said, labels
+from edgetube.formats.reading.said import Said, labels, size_of
 from edgetube.formats.reading.tensors import State
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.spec import ModelSpec, TubeSpec
@@ -172,12 +171,10 @@ class _Stated:
         if "size" not in model and {"height", "width"} <= given.keys():
             model["size"] = [given["height"], given["width"]]
         _check_said(files, model, given)
+        height, across = size_of(files.path, model["size"])
         try:
-            height, across = (
-                strict.integer(side, "size", 1, LARGEST) for side in strict.items(model["size"], "size", 2, 2)
-            )
             made = InputContract(**{"frames": model["frames"], "height": height, "width": across, **given})
-        except (FormatError, SpecError, TypeError) as error:
+        except (SpecError, TypeError) as error:
             raise CheckpointError(f"{files.path}: its input cannot be: {error}") from error
         notes = (f"{', '.join(used)}: as the arguments in the file say",) if used else ()
         eps, activation = model.get("norm_eps", EPS), model.get("activation", "gelu")
@@ -199,7 +196,8 @@ def _check_said(files: Files, model: Mapping[str, Any], given: Mapping[str, Any]
 
 def _arguments(facts: Mapping[str, Any], width: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of the model and of the input that the arguments of the authors' script decide."""
-    model, given = {}, {}
+    model: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     known = re.match(r"(vit_[a-z]+)_patch\d+_\d+$", str(facts.get("model", "")))
     if known and HEADS.get(known[1], (0, 0))[0] == width:
         model["heads"] = HEADS[known[1]][1]

@@ -120,17 +120,18 @@ def _pooler(state: State, spec: ModelSpec) -> Weights:
         weights |= blocks.read_block(state, place, f"{to}.blocks.{i}", POOLER, width, pool.hidden)
     place, square = "pooler.cross_attention_layer.", (width, width)
     query = state.take("pooler.query_tokens", f"{to}.score, {to}.value", (1, 1, width))[0, 0]
-    asked = blocks.linear(state, f"{place}cross_attn.q_proj", f"{to}.score", square)
-    key = state.take(f"{place}cross_attn.k_proj.weight", f"{to}.score", square)
     state.leave([f"{place}cross_attn.k_proj.bias"], "a softmax over keys does not see it")
-    value, offset = blocks.linear(state, f"{place}cross_attn.v_proj", f"{to}.value", square)
-    weights |= {f"{to}.value.weight": value, f"{to}.value.bias": offset + query}
-    weights[f"{to}.score.weight"] = blocks.folded_query(query, asked, key, pool.heads)
-    for name, shape in (("fc1", (pool.hidden, width)), ("fc2", (width, pool.hidden))):
-        weight, bias = blocks.linear(state, f"{place}mlp.{name}", f"{to}.mlp.{name}", shape)
-        weights |= {f"{to}.mlp.{name}.weight": weight, f"{to}.mlp.{name}.bias": bias}
-    weights |= blocks.norm(state, f"{place}layer_norm1", f"{to}.norm", width)
-    return weights | blocks.norm(state, f"{place}layer_norm2", f"{to}.mlp_norm", width)
+    return weights | blocks.reading_query(
+        state,
+        place,
+        to,
+        spec,
+        query=query,
+        q=blocks.linear(state, f"{place}cross_attn.q_proj", f"{to}.score", square),
+        key=state.take(f"{place}cross_attn.k_proj.weight", f"{to}.score", square),
+        value=blocks.linear(state, f"{place}cross_attn.v_proj", f"{to}.value", square),
+        norms=("layer_norm1", "layer_norm2"),
+    )
 
 
 def _sampling(files: Files, frames: int) -> dict[str, Any]:

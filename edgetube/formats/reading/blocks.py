@@ -163,3 +163,36 @@ def folded_query(query: Tensor, q: tuple[Tensor, Tensor], key: Tensor, heads: in
     asked = (weight @ query.double() + bias).reshape(heads, 1, -1)  # (h, 1, C)
     score = asked @ key.double().reshape(heads, asked.shape[2], -1)  # (h, 1, D)
     return (score[:, 0] * asked.shape[2] ** -0.5).float()
+
+
+def reading_query(
+    state: State,
+    prefix: str,
+    to: str,
+    spec: ModelSpec,
+    *,
+    query: Tensor,
+    q: tuple[Tensor, Tensor],
+    key: Tensor,
+    value: tuple[Tensor, Tensor],
+    norms: tuple[str, str],
+) -> Weights:
+    """The pool `to` of a constant query that is added to what it reads, without its blocks and without a projection.
+
+    Args:
+        prefix: of the two LayerNorms, before the attention and before the MLP, and of the MLP's `mlp.fc1`, `mlp.fc2`.
+        query: (D,).
+        q, key, value: of the attention, see `folded_query`.
+    """
+    pool, width = spec.query_pool, spec.width
+    assert pool is not None
+    weights = {
+        f"{to}.score.weight": folded_query(query, q, key, pool.heads),
+        f"{to}.value.weight": value[0],
+        f"{to}.value.bias": value[1] + query,
+    }
+    for name, shape in (("mlp.fc1", (pool.hidden, width)), ("mlp.fc2", (width, pool.hidden))):
+        weight, bias = linear(state, f"{prefix}{name}", f"{to}.{name}", shape)
+        weights |= {f"{to}.{name}.weight": weight, f"{to}.{name}.bias": bias}
+    weights |= norm(state, f"{prefix}{norms[0]}", f"{to}.norm", width)
+    return weights | norm(state, f"{prefix}{norms[1]}", f"{to}.mlp_norm", width)

@@ -9,11 +9,11 @@ from typing import Any
 
 from edgetube import strict
 from edgetube.bundle import parse_labels
-from edgetube.contract import InputContract
+from edgetube.contract import LARGEST, InputContract
 from edgetube.errors import CheckpointError, FormatError, InputError, SpecError
 from edgetube.formats.reading.files import ReadOptions
 
-MODEL = ("frames", "size", "heads", "activation", "norm_eps", "classes")
+MODEL = ("frames", "size", "heads", "pool_heads", "activation", "norm_eps", "classes")
 """Fields of the model that a user may say."""
 
 INPUT = tuple(f.name for f in fields(InputContract))
@@ -85,6 +85,19 @@ def input_contract(what: Path, said: Said, found: Mapping[str, Any]) -> InputCon
         return InputContract(**fields_)
     except (SpecError, TypeError) as error:
         raise CheckpointError(f"{what}: the settings of its input cannot be met: {error}") from error
+
+
+def size_of(what: Path, value: Any) -> tuple[int, int]:
+    """A size that was said: (height, width) in pixels.
+
+    Raises:
+        CheckpointError: it is not two positive integers.
+    """
+    try:
+        height, width = (strict.integer(side, "size", 1, LARGEST) for side in strict.items(value, "size", 2, 2))
+    except FormatError as error:
+        raise CheckpointError(f"{what}: {error} (height, width)") from error
+    return height, width
 
 
 def labels(what: Path, options: ReadOptions, found: Mapping[Any, str] | None, classes: int) -> tuple[str, ...]:

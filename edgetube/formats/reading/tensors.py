@@ -38,6 +38,9 @@ NESTS = ("state_dict", "model", "module", "model_state", "net", "target_encoder"
 AVERAGES = ("model_ema", "state_dict_ema", "ema", "ema_state_dict")
 """Where they keep an exponential moving average of it."""
 
+PROBES = "classifiers"
+"""Where evaluation scripts keep a list of classifiers that read a frozen model; they are named `classifiers.0.` on."""
+
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 """Prefixes of wrappers, taken off where all tensors have them."""
 
@@ -57,7 +60,8 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     """The files of weights of a checkpoint: the file itself, or those of a folder.
 
     Raises:
-        CheckpointError: none, several models, or shards that an index names and that are missing.
+        CheckpointError: none, several models, or shards that an index names and that are missing. (Two files may be a
+            model and its classifiers, which `open_source` tells.)
     """
     if path.is_file():
         return (path,)
@@ -67,15 +71,19 @@ def weight_files(path: Path) -> tuple[Path, ...]:
         if (path / name).is_file():
             return (path / name,)
     found = [p for p in sorted(path.iterdir()) if p.suffix in SUFFIXES and not OTHERS.match(p.name)]
-    if len(found) == 1:
-        return (found[0],)
     safe = [p for p in found if p.suffix == ".safetensors"]
     if len(safe) == 1 and all(p.suffix in (".safetensors", ".bin") for p in found):
         return (safe[0],)  # libraries write a model in both forms
     if not found:
         raise CheckpointError(f"{path} has no weights; expected {' or '.join(WRITTEN)}: was the download complete?")
-    names = ", ".join(printable(p.name) for p in found[:SHOWN])
-    raise CheckpointError(f"{path} has several files of weights, {names}; give one of them")
+    if len(found) > 2:
+        raise _several(found)
+    return tuple(found)
+
+
+def _several(files: Sequence[Path]) -> CheckpointError:
+    names = ", ".join(printable(file.name) for file in files[:SHOWN])
+    return CheckpointError(f"{files[0].parent} has several files of weights, {names}; give one of them")
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
@@ -130,22 +138,31 @@ def open_source(files: Sequence[Path], ema: bool | None = None) -> TensorSource:
         CheckpointError: a file is neither safetensors nor one of PyTorch's, is damaged, or holds Python objects.
     """
     parts = [_open_safetensors(f) if f.suffix == ".safetensors" else _open_pickle(f, ema) for f in files]
-    if len(parts) > 1:
-        _check_union(files, parts)
+    if (index := _index(files[0].parent)) is not None and len(parts) > 1:
+        _check_union(index, parts)
+    elif len(parts) > 1 and sorted(map(_has_probes, parts)) != [False, True]:
+        raise _several(files)
     owner = {name: part for part in parts for name in part.shapes}
     merged = TensorSource(
         {name: part.shapes[name] for name, part in owner.items()},
         lambda name: owner[name].load(name),
-        nest=parts[0].nest,
+        nest=next((part.nest for part in parts if part.nest), ""),
         facts=parts[0].facts,
     )
     return _unwrapped(merged)
 
 
-def _check_union(files: Sequence[Path], parts: Sequence[TensorSource]) -> None:
+def _index(folder: Path) -> Path | None:
+    """The index of a folder's shards."""
+    return next((found for name in WRITTEN if (found := folder / f"{name}.index.json").is_file()), None)
+
+
+def _has_probes(source: TensorSource) -> bool:
+    return any(name.startswith(f"{PROBES}.") for name in source.shapes)
+
+
+def _check_union(index: Path, parts: Sequence[TensorSource]) -> None:
     """Check shards against their index."""
-    folder = files[0].parent
-    index = next(found for name in WRITTEN if (found := folder / f"{name}.index.json").is_file())
     wanted, given = set(json.loads(index.read_bytes())["weight_map"]), set().union(*(part.shapes for part in parts))
     if wanted != given:
         name = sorted(wanted ^ given)[0]
@@ -156,10 +173,8 @@ def _check_union(files: Sequence[Path], parts: Sequence[TensorSource]) -> None:
 def _unwrapped(source: TensorSource) -> TensorSource:
     """The source without the prefixes of wrappers that all its names have."""
     names = {name: name for name in source.shapes if name != "n_averaged"}  # of `AveragedModel`
-    taken = ""
-    while prefix := next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), ""):
-        taken += prefix
-        names = {name.removeprefix(prefix): whole for name, whole in names.items()}
+    taken = _common([name for name in names if not name.startswith(f"{PROBES}.")])
+    names = {name.removeprefix(taken): whole for name, whole in names.items()}
     return TensorSource(
         {name: source.shapes[whole] for name, whole in names.items()},
         lambda name: source.load(names[name]),
@@ -167,6 +182,14 @@ def _unwrapped(source: TensorSource) -> TensorSource:
         source.nest,
         source.facts,
     )
+
+
+def _common(names: Sequence[str]) -> str:
+    """The prefixes of wrappers that all names have."""
+    taken = ""
+    while prefix := next((p for p in PREFIXES if names and all(n.startswith(taken + p) for n in names)), ""):
+        taken += prefix
+    return taken
 
 
 def _open_safetensors(path: Path) -> TensorSource:
@@ -191,12 +214,23 @@ def _open_pickle(path: Path, ema: bool | None) -> TensorSource:
             f"{path} holds a {type(data).__name__}; expected a state dict: torch.save(model.state_dict(), path)"
         )
     nest, state = _state_dict(path, data, ema)
-    found = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    found = {str(name): value for name, value in state.items() if isinstance(value, Tensor)} | _probes(data)
     beside = {str(key): value for key, value in data.items() if key != nest}
     facts = {key: value for key, value in beside.items() if isinstance(value, str | int | float | Mapping)}
     facts |= vars(data["args"]) if isinstance(data.get("args"), argparse.Namespace) else {}
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     return TensorSource(shapes, lambda name: found[name], nest=nest, facts=facts)
+
+
+def _probes(data: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The tensors of `PROBES`, without the prefixes of wrappers."""
+    listed = data.get(PROBES)
+    found: dict[str, Tensor] = {}
+    for i, state in enumerate(listed if isinstance(listed, list) else []):
+        if _is_state(state):
+            taken = _common(list(state))
+            found |= {f"{PROBES}.{i}.{name.removeprefix(taken)}": value for name, value in state.items()}
+    return found
 
 
 def _load_pickle(path: Path) -> Any:
@@ -231,6 +265,8 @@ def _state_dict(path: Path, data: Mapping[Any, Any], ema: bool | None) -> tuple[
     if plain and averages and ema is None:
         raise CheckpointError(f"{path} holds {plain[0]} and {averages[0]}; choose with --no-ema or --ema")
     wanted = averages if ema or not plain else plain
+    if not wanted and _probes(data):
+        return "", {}
     if not wanted:
         held = ", ".join(printable(key) for key in list(data)[:8])
         what = "no moving average of the weights" if ema else "no state dict"

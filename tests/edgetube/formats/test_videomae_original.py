@@ -37,7 +37,7 @@ NAMES = (
 
 
 def model_of(**changes: Any) -> Any:
-    model = shake(transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(**SMALL | changes)))
+    model: Any = shake(transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(**SMALL | changes)))
     model.fc_norm.eps = 1e-6
     return model
 
@@ -155,7 +155,7 @@ def test_what_nobody_says_is_never_guessed(tmp_path: Path) -> None:
         formats.load(path)
     with pytest.raises(CheckpointError, match="does not say frames, input std; say it with --spec"):
         formats.load(path, said(tmp_path, model={"heads": 3, "size": [32, 32]}, input={"mean": [0] * 3, "fps": 5}))
-    with pytest.raises(CheckpointError, match="its input cannot be: size has 1 entries; expected 2"):
+    with pytest.raises(CheckpointError, match="size has 1 entries; expected 2"):
         formats.load(path, said(tmp_path, model={"heads": 3, "frames": 4, "size": [32]}))
 
 
@@ -177,7 +177,7 @@ def test_arguments_of_the_script_say_it(tmp_path: Path) -> None:
     other = formats.load(tmp_path / "m.pth", said(tmp_path, model={}, input={"fps": 8.0, "std": [1, 1, 1]}))
     assert (other.contract.sampling, other.contract.stride, other.contract.std) == ("uniform", None, (1, 1, 1))
     assert other.notes[0].startswith("frames, heads, size, mean, resize_size: as the arguments")
-    data["args"].data_set = "SSV2"
+    data["args"] = argparse.Namespace(**ARGUMENTS | {"data_set": "SSV2"})
     assert formats.load(saved(tmp_path / "n.pth", data)).contract.sampling == "segments"
 
 
