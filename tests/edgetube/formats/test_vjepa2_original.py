@@ -34,7 +34,7 @@ NAMES = (
 
 def model_of(**changes: Any) -> Any:
     """The model as the authors' code makes it: a pooler with 4 heads and PyTorch's epsilon."""
-    model = shake(transformers.VJEPA2ForVideoClassification(transformers.VJEPA2Config(**SMALL | changes)))
+    model: Any = shake(transformers.VJEPA2ForVideoClassification(transformers.VJEPA2Config(**SMALL | changes)))
     for module in model.pooler.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 1e-5
