@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgetube.contract import InputContract
-from edgetube.errors import CheckpointError, SpecError
+from edgetube.errors import CheckpointError
 from edgetube.formats.reading import blocks, result, tables
 from edgetube.formats.reading.blocks import BlockNames, Weights
 from edgetube.formats.reading.files import Files, ReadOptions
-from edgetube.formats.reading.said import Said, labels, size_of
+from edgetube.formats.reading.said import Said, input_contract, labels, size_of
 from edgetube.formats.reading.tensors import State
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.spec import ModelSpec, TubeSpec
@@ -172,10 +172,8 @@ class _Stated:
             model["size"] = [given["height"], given["width"]]
         _check_said(files, model, given)
         height, across = size_of(files.path, model["size"])
-        try:
-            made = InputContract(**{"frames": model["frames"], "height": height, "width": across, **given})
-        except (SpecError, TypeError) as error:
-            raise CheckpointError(f"{files.path}: its input cannot be: {error}") from error
+        given = {"frames": model["frames"], "height": height, "width": across, **given}
+        made = input_contract(files.path, said, given)
         notes = (f"{', '.join(used)}: as the arguments in the file say",) if used else ()
         eps, activation = model.get("norm_eps", EPS), model.get("activation", "gelu")
         return cls(model["heads"], activation, eps, model["frames"], (height, across), made, notes)
