@@ -26,7 +26,7 @@ DEFAULTS = {
 
 PROCESSOR = {
     "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "resample": 2,
-    "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    "default_to_square": False, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
 }  # fmt: skip
 """Of `VideoMAEImageProcessor`."""
 

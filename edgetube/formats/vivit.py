@@ -25,6 +25,7 @@ DEFAULTS = {
 
 PROCESSOR = {
     "size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "resample": 2,
+    "default_to_square": False,
     "rescale_factor": 1 / 127.5, "offset": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
 }  # fmt: skip
 """Of `VivitImageProcessor`."""

@@ -107,11 +107,16 @@ class Tower:
         """The classifier of text features behind a projection (E, D): scale * text @ projection, and their offset."""
         assert self.text is not None
         state, to = self.state, "classifiers.classes"
-        scale = float(state.take("logit_scale", to).exp()) if "logit_scale" in state else zeroshot.SCALE
+        scale = self._number("logit_scale").exp().item() if "logit_scale" in state else zeroshot.SCALE
         weights = zeroshot.linear(self.files.path, self.text, projection, None, spec.width, scale)
         if "logit_bias" in state:
-            weights[f"{to}.bias"] = weights[f"{to}.bias"] + state.take("logit_bias", to)
+            weights[f"{to}.bias"] = weights[f"{to}.bias"] + self._number("logit_bias")
         return weights
+
+    def _number(self, name: str) -> Tensor:
+        """A number (): some classes store it as a vector of one."""
+        shape = self.state.shape(name)
+        return self.state.take(name, "classifiers.classes", (1,) if shape else ()).reshape(())
 
     def checkpoint(self, spec: ModelSpec, weights: Weights, processor: Mapping[str, Any]) -> Checkpoint:
         """The checkpoint, once everything was taken or left out; `processor` has the defaults of its class."""

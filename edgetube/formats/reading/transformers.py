@@ -143,12 +143,14 @@ def contract(
 
 
 def processor_fields(path: Path, p: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of the contract, of a processor's settings."""
+    """Fields of the contract, of a processor's settings; `default_to_square` is that of its class."""
     found: dict[str, Any] = {"crop": "center-floor"}
     crop = _size(path, "crop_size", p.get("crop_size")) if p.get("do_center_crop") else None
     if p.get("do_resize", True):
         size = p.get("size")
         side = size.get("shortest_edge") if isinstance(size, dict) else None
+        if isinstance(size, int) and not p.get("default_to_square", True):
+            side = size  # as old files say it
         filter_ = FILTERS.get(p.get("resample", 2))
         if filter_ is None:
             raise CheckpointError(
@@ -179,6 +181,8 @@ def processor_fields(path: Path, p: Mapping[str, Any]) -> dict[str, Any]:
 def _size(path: Path, name: str, value: Any) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
+    if isinstance(value, list) and len(value) == 2:
+        return value[0], value[1]
     if isinstance(value, dict) and {"height", "width"} <= value.keys():
         return value["height"], value["width"]
     if isinstance(value, dict) and isinstance(side := value.get("shortest_edge"), int):

@@ -143,6 +143,15 @@ def test_preprocessing_is_that_of_the_processor(tmp_path: Path) -> None:
     sees_the_same(formats.load(save(classifier(), tmp_path / "m", processor)), processor)
 
 
+def test_old_processors_say_the_short_side_as_a_number(tmp_path: Path) -> None:
+    folder = save(classifier(), tmp_path / "m", processor_of())
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"size": 37, "crop_size": 32}))
+    found = formats.load(folder)
+    assert (found.contract.resize, found.contract.resize_size, found.spec.size) == ("short-side", 37, (32, 32))
+    sees_the_same(found, transformers.CLIPImageProcessor.from_pretrained(folder))
+
+
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     tower = shake(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER)))
     folder = save(tower, tmp_path / "m", processor_of())
