@@ -263,6 +263,16 @@ class TestChoice:
             weight = np.abs(graphs.initializers(calibrator.model)[named(calibrator)[name].weight]).max()
             assert 0.1 * weight / 127 < choice.scales.max() < 10 * weight / 127
 
+    def test_a_nearly_dead_column_has_the_smallest_scale(self, make: Make) -> None:
+        """That is a normal number of the type, in the unit of the target."""
+        weights = {f"{name}.weight": np.array(make().initializers[f"{name}.weight"]) for name in (TUBE, FC1, HEAD)}
+        for weight in weights.values():
+            weight[:, 1] *= 1e-7
+        model = graphs.replace_initializers(traced().model, weights)
+        choices = calibrated(make(model=model, form=IntegerFormat("float16", 256.0))).choices
+        smallest = [float(choices[name].scales.min()) for name in (TUBE, FC1, HEAD)]
+        assert smallest == [2.0**-22, 2.0**-14, 2.0**-14]
+
     def test_weights_of_pairs_are_limited_only_where_the_target_needs_it(self, make: Make) -> None:
         overflows = {}
         for safe in (False, True):

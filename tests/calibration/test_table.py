@@ -13,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgetube.calibration.table import (
+    FLOAT32_SCALES,
+    INTEGERS,
     ActivationScheme,
     CalibrationTable,
+    IntegerFormat,
     LinearPlan,
     Range,
     ScaleType,
@@ -142,6 +145,14 @@ class TestFromJson:
         data = table.to_json()
         del data["linears"][0]["reason"]
         assert CalibrationTable.from_json(data).linears[0].reason == ""
+
+
+def test_the_ends_of_the_integers() -> None:
+    assert {scheme: (np.iinfo(scheme).min, np.iinfo(scheme).max) for scheme in ("int8", "uint8")} == INTEGERS
+
+
+def test_a_target_that_says_nothing_changes_nothing() -> None:
+    assert IntegerFormat() == IntegerFormat(dtype="float32", pixels=1.0, safe_pairs=False) == FLOAT32_SCALES
 
 
 def test_only_int8_is_quantised(table: CalibrationTable) -> None:
