@@ -76,7 +76,7 @@ def load(source: str | Path = "demo", options: ReadOptions | None = None) -> Che
     if demo.is_built_in(source):
         options.allow()
         return checkpoints.load(source)
-    files = Files(Path(source), options.ema)
+    files = Files(Path(source), options.ema, options.adapter)
     found = [one for one in formats() if one.detect(files)]
     if len(found) > 1:
         raise CheckpointError(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from edgetube.errors import CheckpointError
 from edgetube.formats.reading import blocks, result, tables
+from edgetube.formats.reading.dialects import one_dialect
 from edgetube.formats.reading.files import Files, ReadOptions
 from edgetube.formats.reading.said import Said, labels
 from edgetube.formats.reading.tensors import State
-from edgetube.formats.reading.transformers import ACTIVATIONS, CLASSIC, Config, contract, one_dialect
+from edgetube.formats.reading.transformers import ACTIVATIONS, CLASSIC, Config, contract
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.spec import ModelSpec, TubeSpec
 

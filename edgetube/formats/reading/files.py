@@ -14,6 +14,7 @@ from edgetube import strict
 from edgetube.bundle import sha256
 from edgetube.errors import CheckpointError, FormatError, InputError
 from edgetube.formats.reading import licence, tensors
+from edgetube.formats.reading.adapters import Adapter
 from edgetube.formats.reading.tensors import TensorSource
 
 CONFIG = "config.json"
@@ -91,16 +92,19 @@ class Files:
 
     Args:
         path: a file of weights, or a folder with `config.json`.
-        ema: see `ReadOptions`.
+        ema, adapter: see `ReadOptions`.
 
     Raises:
-        InputError: there is nothing.
+        InputError: there is nothing, or an adapter is given for a file.
     """
 
-    def __init__(self, path: Path, ema: bool | None = None) -> None:
+    def __init__(self, path: Path, ema: bool | None = None, adapter: str | None = None) -> None:
         self.path, self.ema = path.absolute(), ema
         if not self.path.exists():
             raise InputError(f"no checkpoint at {self.path}; give a folder or a file of weights, demo, or random:NAME")
+        if adapter is not None and not self.path.is_dir():
+            raise InputError(f"--adapter is merged into the folder of a model of transformers; {self.path} is a file")
+        self.adapter = None if adapter is None else Adapter(Path(adapter).absolute())
 
     @property
     def is_folder(self) -> bool:
@@ -147,12 +151,13 @@ class Files:
 
     @cached_property
     def tensors(self) -> TensorSource:
-        """The tensors, by name; opened when first asked for.
+        """The tensors, by name, those of an adapter merged in; opened when first asked for.
 
         Raises:
             CheckpointError: the weights cannot be read.
         """
-        return tensors.open_source(self.weights, self.ema)
+        source = tensors.open_source(self.weights, self.ema)
+        return source if self.adapter is None else self.adapter.merged(source, self.path)
 
     @cached_property
     def digest(self) -> str:
@@ -163,17 +168,20 @@ class Files:
         return _joined([f"{path.name} {sha256(path)}" for path in sorted([*told, *self.weights])])
 
     def digest_with(self, options: ReadOptions) -> str:
-        """`digest`; with text features, which are weights of their own, that of the two digests.
+        """`digest`; with an adapter or text features, which are weights of their own, that of all their digests.
 
         Raises:
-            InputError: the text features cannot be read.
+            InputError: the text features cannot be read, or there is no adapter.
         """
-        if options.text_features is None:
-            return self.digest
-        try:
-            return _joined([self.digest, sha256(Path(options.text_features))])
-        except OSError as error:
-            raise InputError(f"--text-features {options.text_features} cannot be read: {error.strerror}") from error
+        parts = [self.digest]
+        if options.adapter is not None:
+            parts.append(_joined([f"{path.name} {sha256(path)}" for path in Adapter(Path(options.adapter)).files]))
+        if options.text_features is not None:
+            try:
+                parts.append(sha256(Path(options.text_features)))
+            except OSError as error:
+                raise InputError(f"--text-features {options.text_features} cannot be read: {error.strerror}") from error
+        return _joined(parts) if len(parts) > 1 else self.digest
 
     @cached_property
     def licence(self) -> str:

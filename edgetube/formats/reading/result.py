@@ -44,6 +44,7 @@ def checkpoint(
         raise CheckpointError(
             f"{files.path} does not fit its configuration: {name} is {found.get(name)}, expected {wanted.get(name)}"
         )
+    notes = notes if files.adapter is None else (*files.adapter.notes, *notes)
     model = TubeViT(spec)
     model.load_state_dict(weights)
     made = Checkpoint(

@@ -121,7 +121,9 @@ def labels(what: Path, options: ReadOptions, found: Mapping[Any, str] | None, cl
     else:
         names = [f"class-{i}" for i in range(classes)]
     if len(names) != classes:
-        raise CheckpointError(f"{what} has {classes} classes and {len(names)} labels; expected as many")
+        raise CheckpointError(
+            f"{what} has {classes} classes and {len(names)} labels; expected as many: name them with --labels"
+        )
     try:
         return parse_labels(names, "the labels")
     except FormatError as error:
