@@ -189,8 +189,8 @@ def _read(path: Path) -> Checkpoint:
     if not path.is_file():
         what = "a folder is" if path.is_dir() else "no checkpoint"
         raise InputError(f"{what} at {path}; give a .safetensors file, demo, or random:NAME")
-    if foreign := _foreign(path):
-        raise CheckpointError(f"{path} is not a safetensors file: {foreign}")
+    if what := TORCH if is_pickle(path) else foreign(path):
+        raise CheckpointError(f"{path} is not a safetensors file: {what}")
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
@@ -216,23 +216,38 @@ TORCH = (
     "it was written by torch.save, which stores Python objects; load it with your own training code, and write the "
     "model with edgetube.model.checkpoints.save"
 )
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""First bytes of files of `torch.save`: of a zip archive, and of pickles."""
+
 MAGIC = {
-    b"PK\x03\x04": TORCH,
-    b"\x80\x02": TORCH,
-    b"\x80\x04": TORCH,
-    b"\x89HDF": "it is an HDF5 file, as Keras writes them; edgetube takes TubeViT models in PyTorch",
+    b"\x89HDF": "it is an HDF5 file, as Keras writes them; edgetube takes models of PyTorch",
     b"GGUF": "it is a GGUF file, which holds a language model",
     b"version https://git-lfs": "it is a pointer of Git LFS; fetch the file itself with: git lfs pull",
+    b"/annex/objects": "it is a pointer of git-annex; fetch the file itself with: git annex get",
+    b"\x1f\x8b": "it is packed with gzip; unpack it first",
+    b"\x93NUMPY": "it is an array of numpy",
     b"<": "it is a web page; the download did not work",
+    b"{": "it is a JSON text",
 }
-"""First bytes of files that are given for safetensors -> what they are, and what to do."""
+"""First bytes of files that are given for weights -> what they are, and what to do."""
 
 
-def _foreign(path: Path) -> str:
-    """What a file is if it is not safetensors, by its first bytes; empty otherwise."""
+def foreign(path: Path) -> str:
+    """What a file is that holds no weights of PyTorch, by its first bytes; empty for any other."""
     with path.open("rb") as file:
         first = file.read(32)
-    return next((what for magic, what in MAGIC.items() if first.startswith(magic)), "") if first[8:9] != b"{" else ""
+    if not first:
+        return "it is empty; the download or copy did not work"
+    if first[8:9] == b"{":  # safetensors: eight bytes, then a JSON object
+        return ""
+    return next((what for magic, what in MAGIC.items() if first.startswith(magic)), "")
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is one of `torch.save`; the length in the first bytes of safetensors may look like a pickle's."""
+    with path.open("rb") as file:
+        first = file.read(9)
+    return first.startswith(PICKLES) and first[8:] != b"{"
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,24 @@
-"""Tensors of a checkpoint by name, read one at a time, and a record of where each of them went.
-
-Files of PyTorch are read with `weights_only=True` alone: nothing in them is executed.
-"""
+"""Tensors of a checkpoint by name, read one at a time, and a record of where each of them went."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from edgetube import strict
 from edgetube.errors import CheckpointError, FormatError, printable
+from edgetube.formats.reading import pickles
+from edgetube.formats.reading.pickles import SHOWN
+from edgetube.model import checkpoints
 
 WRITTEN = ("model.safetensors", "pytorch_model.bin")
 """Names that libraries write weights under, the better one first; an index of shards has `.index.json` behind it."""
@@ -31,6 +28,9 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 OTHERS = re.compile(r"^(adapter_model|optimizer|scheduler|scaler|rng_state|training_args|random_states)")
 """Files beside the weights: adapters and the state of a training run. `training_args.bin` is a pickle; never read."""
+
+PARTIAL = (".incomplete", ".part", ".crdownload", ".download", ".aria2")
+"""Ends of the names of files that are still being downloaded."""
 
 NESTS = ("state_dict", "model", "module", "model_state", "net", "target_encoder", "encoder")
 """Where files of PyTorch keep a state dict, in the order of search."""
@@ -43,17 +43,6 @@ PROBES = "classifiers"
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 """Prefixes of wrappers, taken off where all tensors have them."""
-
-HARMLESS: tuple[Any, ...] = (
-    argparse.Namespace,
-    importlib.import_module("numpy._core.multiarray").scalar,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")),
-)
-"""Classes that training scripts leave in files of weights and that run no code when they are unpickled."""
-
-SHOWN = 3
-"""How many names an error lists."""
 
 
 def weight_files(path: Path) -> tuple[Path, ...]:
@@ -75,7 +64,7 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     if len(safe) == 1 and all(p.suffix in (".safetensors", ".bin") for p in found):
         return (safe[0],)  # libraries write a model in both forms
     if not found:
-        raise CheckpointError(f"{path} has no weights; expected {' or '.join(WRITTEN)}: was the download complete?")
+        raise CheckpointError(f"{path} has no weights; {_instead(path)}")
     if len(found) > 2:
         raise _several(found)
     return tuple(found)
@@ -84,6 +73,16 @@ def weight_files(path: Path) -> tuple[Path, ...]:
 def _several(files: Sequence[Path]) -> CheckpointError:
     names = ", ".join(printable(file.name) for file in files[:SHOWN])
     return CheckpointError(f"{files[0].parent} has several files of weights, {names}; give one of them")
+
+
+def _instead(path: Path) -> str:
+    """What a folder without weights has, and what to do."""
+    if partial := [p for p in sorted(path.rglob("*")) if p.name.endswith(PARTIAL)]:
+        return f"{printable(partial[0].name)} is half a download: finish it"
+    below = sorted({p.parent.name for p in path.glob("*/*") if p.suffix in SUFFIXES and not OTHERS.match(p.name)})
+    if below:
+        return f"those below it have: give one of {', '.join(map(printable, below[:SHOWN]))}"
+    return f"expected {' or '.join(WRITTEN)}: was the download complete?"
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
@@ -137,9 +136,9 @@ def open_source(files: Sequence[Path], ema: bool | None = None) -> TensorSource:
     Raises:
         CheckpointError: a file is neither safetensors nor one of PyTorch's, is damaged, or holds Python objects.
     """
-    parts = [_open_safetensors(f) if f.suffix == ".safetensors" else _open_pickle(f, ema) for f in files]
+    parts = [_open(file, ema) for file in files]
     if (index := _index(files[0].parent)) is not None and len(parts) > 1:
-        _check_union(index, parts)
+        _check_union(index, files, parts)
     elif len(parts) > 1 and sorted(map(_has_probes, parts)) != [False, True]:
         raise _several(files)
     owner = {name: part for part in parts for name in part.shapes}
@@ -161,13 +160,16 @@ def _has_probes(source: TensorSource) -> bool:
     return any(name.startswith(f"{PROBES}.") for name in source.shapes)
 
 
-def _check_union(index: Path, parts: Sequence[TensorSource]) -> None:
-    """Check shards against their index."""
-    wanted, given = set(json.loads(index.read_bytes())["weight_map"]), set().union(*(part.shapes for part in parts))
+def _check_union(index: Path, files: Sequence[Path], parts: Sequence[TensorSource]) -> None:
+    """Check that shards hold exactly what their index says that they do."""
+    wanted = set(json.loads(index.read_bytes())["weight_map"].items())
+    given = {(name, file.name) for file, part in zip(files, parts, strict=True) for name in part.shapes}
     if wanted != given:
-        name = sorted(wanted ^ given)[0]
-        what = "is in no shard" if name in wanted else "is in a shard and not in it"
-        raise CheckpointError(f"{index} and the shards differ: {printable(name)} {what}; download the folder again")
+        name, file = sorted(wanted ^ given)[0]
+        what = "is not in" if (name, file) in wanted else "is unexpected in"
+        raise CheckpointError(
+            f"{index} and the shards differ: {printable(name)} {what} {printable(file)}; download the folder again"
+        )
 
 
 def _unwrapped(source: TensorSource) -> TensorSource:
@@ -192,6 +194,19 @@ def _common(names: Sequence[str]) -> str:
     return taken
 
 
+def _open(path: Path, ema: bool | None) -> TensorSource:
+    """Open a file, whose first bytes say what it is, whatever its name does."""
+    if checkpoints.is_pickle(path):
+        return _open_pickle(path, ema)
+    with path.open("rb") as file:
+        first = file.read(9)
+    if foreign := checkpoints.foreign(path):
+        raise CheckpointError(f"{path} holds no weights: {foreign}")
+    if first[8:] == b"{" or path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    raise CheckpointError(f"{path} is neither safetensors nor a file of torch.save: it begins with {first[:8]!r}")
+
+
 def _open_safetensors(path: Path) -> TensorSource:
     try:
         with safe_open(path, "pt") as file:
@@ -208,7 +223,7 @@ def _open_safetensors(path: Path) -> TensorSource:
 
 
 def _open_pickle(path: Path, ema: bool | None) -> TensorSource:
-    data = _load_pickle(path)
+    data = pickles.load(path)
     if not isinstance(data, Mapping):
         raise CheckpointError(
             f"{path} holds a {type(data).__name__}; expected a state dict: torch.save(model.state_dict(), path)"
@@ -231,29 +246,6 @@ def _probes(data: Mapping[Any, Any]) -> dict[str, Tensor]:
             taken = _common(list(state))
             found |= {f"{PROBES}.{i}.{name.removeprefix(taken)}": value for name, value in state.items()}
     return found
-
-
-def _load_pickle(path: Path) -> Any:
-    with path.open("rb") as file:
-        first = file.read(8)
-    if first[:2] not in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05", b"\x80\x03"):
-        raise CheckpointError(f"{path} is neither safetensors nor a file of PyTorch: it begins with {first!r}")
-    zipped = first.startswith(b"PK")
-    try:
-        culprits = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) if zipped else set()
-        named = {f"{one.__module__}.{one.__qualname__}" for one in HARMLESS}
-        if bad := sorted(culprits - named):
-            raise CheckpointError(
-                f"{path} holds Python objects, {', '.join(bad[:SHOWN])}, which are not loaded because they can run any "
-                "code; save the weights alone: torch.save(model.state_dict(), path)"
-            )
-        with ExitStack() as stack:
-            stack.enter_context(torch.serialization.safe_globals(list(HARMLESS)) if zipped else nullcontext())
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except CheckpointError:
-        raise
-    except Exception as error:  # unpicklers and zip readers raise anything
-        raise CheckpointError(f"{path} cannot be read by torch.load: {strict.shown(str(error), 300)}") from error
 
 
 def _state_dict(path: Path, data: Mapping[Any, Any], ema: bool | None) -> tuple[str, Mapping[Any, Any]]:
@@ -341,6 +333,8 @@ class State:
         if shape is not None and found != tuple(shape):
             raise CheckpointError(f"{self.what}: {printable(name)} is {found}; expected {tuple(shape)}")
         stored = self.source.load(self.names[name])
+        if stored.layout != torch.strided or stored.is_quantized:
+            raise CheckpointError(f"{self.what}: {printable(name)} is sparse or quantised; expected plain weights")
         if not stored.is_floating_point():
             raise CheckpointError(f"{self.what}: {printable(name)} is {stored.dtype}; expected floating point")
         value = stored.float()
