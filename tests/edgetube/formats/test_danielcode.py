@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from tests import peers
 from tests.edgetube.formats.families import answers, frames_of, proves, shake
 
 assert peers  # before the import of torchvision
-from torchvision.models.vision_transformer import EncoderBlock  # noqa: E402
+EncoderBlock: Any = importlib.import_module("torchvision.models.vision_transformer").EncoderBlock
 
 TUBES = (  # kernel, stride, offset, each (time, height, width)
     ((8, 8, 8), (16, 32, 32), (0, 0, 0)),
@@ -43,38 +45,54 @@ class Encoder(nn.Module):
         self.ln = norm(width)
 
 
+class Tokenizer(nn.Module):
+    """One kernel for all tubes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv_proj_weight = nn.Parameter(torch.randn(width, 3, 8, 8, 8) * 0.1)
+        self.conv_proj_bias = nn.Parameter(torch.zeros(len(TUBES), width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, D) of x (B, C, T, H, W)."""
+        tokens = []
+        for (kernel, stride, (t, h, w)), bias in zip(TUBES, self.conv_proj_bias, strict=True):
+            weight: Tensor = self.conv_proj_weight
+            if kernel != (8, 8, 8):
+                weight = F.interpolate(weight, kernel, mode="trilinear")
+            tokens.append(F.conv3d(x[:, :, t:, h:, w:], weight, bias, stride).flatten(2).transpose(1, 2))
+        return torch.cat(tokens, 1)
+
+
+class Pooling(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.W = nn.Linear(width, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (self.W(z).softmax(1) * z).sum(1)
+
+
 class Rebuilt(nn.Module):
-    """The model under its own names: one kernel for all tubes, a table, a class token, a self-attention pool."""
+    """The model under its own names: a table of positions, a class token, attention pooling over it and the tubes."""
 
     def __init__(self, hyper: dict[str, Any]) -> None:
         super().__init__()
-        width, (_, t, h, w) = hyper["hidden_dim"], hyper["video_shape"]
-        self.sparse_tubes_tokenizer = nn.Module()
-        self.sparse_tubes_tokenizer.conv_proj_weight = nn.Parameter(torch.randn(width, 3, 8, 8, 8) * 0.1)
-        self.sparse_tubes_tokenizer.conv_proj_bias = nn.Parameter(torch.zeros(len(TUBES), width))
-        rows = 1 + sum(
-            np.prod([(size - o - k) // s + 1 for size, k, s, o in zip((t, h, w), *tube, strict=True)]) for tube in TUBES
-        )
-        self.pos_embedding = nn.Parameter(torch.randn(int(rows), width), requires_grad=False)
+        width, (_, *clip) = hyper["hidden_dim"], hyper["video_shape"]
+        self.sparse_tubes_tokenizer = Tokenizer(width)
+        grids = [[(size - o - k) // s + 1 for size, k, s, o in zip(clip, *tube, strict=True)] for tube in TUBES]
+        self.pos_embedding = nn.Parameter(torch.randn(1 + sum(map(math.prod, grids)), width), requires_grad=False)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.encoder = Encoder(hyper["num_layers"], hyper["num_heads"], width, hyper["mlp_dim"])
-        self.attention_pooling = nn.Module()
-        self.attention_pooling.W = nn.Linear(width, 1)
+        self.attention_pooling = Pooling(width)
         self.heads = nn.Sequential()
         self.heads.add_module("head", nn.Linear(width, hyper["num_classes"]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, T, H, W)."""
-        tokens = [self.class_token.expand(len(x), -1, -1)]
-        own = self.sparse_tubes_tokenizer
-        for i, (kernel, stride, (t, h, w)) in enumerate(TUBES):
-            weight = own.conv_proj_weight
-            if kernel != (8, 8, 8):
-                weight = F.interpolate(weight, kernel, mode="trilinear")
-            y = F.conv3d(x[:, :, t:, h:, w:], weight, own.conv_proj_bias[i], stride)
-            tokens.append(y.flatten(2).transpose(1, 2))
-        z = self.encoder.ln(self.encoder.layers(torch.cat(tokens, 1) + self.pos_embedding))
-        return self.heads((self.attention_pooling.W(z).softmax(1) * z).sum(1))
+        token = self.class_token.expand(len(x), -1, -1)
+        x = torch.cat([token, self.sparse_tubes_tokenizer(x)], 1) + self.pos_embedding
+        logits: Tensor = self.heads(self.attention_pooling(self.encoder.ln(self.encoder.layers(x))))
+        return logits
 
 
 @pytest.fixture(scope="module")
