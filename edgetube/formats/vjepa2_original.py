@@ -59,6 +59,8 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     state.leave([f"{PROBES}.{i}." for i in range(1, count)], "the first classifier is taken")
     notes = (
         f"the encoder is {files.tensors.nest}" if files.tensors.nest else "the encoder is that of the file",
+        "its classifier is taken for one that reads the last layer: one that reads several (those of Diving48) has the "
+        "same tensors and would give wrong answers",
         "its input is that of its authors' evaluation, as far as --spec does not say another",
         *([f"it has {count} classifiers, of which the first is taken"] if count > 1 else []),
     )

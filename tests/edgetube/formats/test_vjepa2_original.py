@@ -100,6 +100,7 @@ def test_two_files_in_a_folder(tmp_path: Path) -> None:
     found = agrees(folder_of(tmp_path / "m", *wrapped(model)), said(tmp_path), model)
     assert found.format == vjepa2_original.NAME
     assert found.notes[0] == "the encoder is target_encoder"
+    assert found.notes[1].startswith("its classifier is taken for one that reads the last layer: ")
     pool = found.spec.query_pool
     assert pool is not None
     assert (pool.norm_eps, found.spec.norm_eps, pool.depth) == (1e-5, 1e-6, 2)
