@@ -23,6 +23,9 @@ from edgetube.spec import PAPER_TUBES, ModelSpec, Triple
 
 NAME = "daniel-code/TubeViT"
 
+SAID = ("frames", "size", "heads")
+"""Fields of the model that a user may say."""
+
 TOKENIZER = "sparse_tubes_tokenizer."
 
 KERNEL = PAPER_TUBES[0].kernel
@@ -42,7 +45,7 @@ def detect(files: Files) -> bool:
 def read(files: Files, options: ReadOptions) -> Checkpoint:
     """See `edgetube.formats.Format`."""
     options.allow("spec", "labels", "ema")
-    said, state = Said.of(options), State(files.path, files.tensors)
+    said, state = Said.of(options, *SAID), State(files.path, files.tensors)
     _refuse(state)
     spec = _spec(files, state, said)
     width = spec.width

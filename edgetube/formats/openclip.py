@@ -27,6 +27,9 @@ from edgetube.spec import Activation, ModelSpec, TubeSpec
 
 NAME = "OpenAI CLIP or open_clip"
 
+SAID = ("heads", "activation", "norm_eps")
+"""Fields of the model that a user may say."""
+
 CONFIG = "open_clip_config.json"
 
 TOWER, TEXT = "visual.", "text tower."
@@ -68,7 +71,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     """See `edgetube.formats.Format`."""
     state = State(files.path, files.tensors, _one_tower(files))
     _refuse(files.path, state)
-    settings, said = _Settings(files, options), Said.of(options)
+    settings, said = _Settings(files, options), Said.of(options, *SAID)
     options.allow("spec", "labels", "ema", "text_features", *([] if settings.config else ["arch"]))
     text = zeroshot.text_features(options)
     if text is None:

@@ -29,6 +29,9 @@ from edgetube.spec import Activation, ModelSpec, QueryPool, Rotary, TubeSpec
 
 NAME = "timm"
 
+SAID = ("heads", "activation", "norm_eps", "size")
+"""Fields of the model that a user may say."""
+
 HEADS = {
     "tiny": 3, "xsmall": 4, "wee": 4, "little": 5, "small": 6, "medium": 8, "mediumd": 8, "betwixt": 10, "base": 12,
     "so150m": 14, "so150m2": 13, "large": 16, "huge": 16, "so400m": 16, "giant": 16, "giantopt": 16, "gigantic": 16,
@@ -132,7 +135,7 @@ def detect(files: Files) -> bool:
 def read(files: Files, options: ReadOptions) -> Checkpoint:
     """See `edgetube.formats.Format`."""
     options.allow("spec", "labels", "ema", "text_features", *([] if files.config else ["arch"]))
-    said, state = Said.of(options), State(files.path, files.tensors)
+    said, state = Said.of(options, *SAID), State(files.path, files.tensors)
     arch = _architecture(files, options)
     _refuse(state)
     text = zeroshot.text_features(options)

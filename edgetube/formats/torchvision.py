@@ -23,6 +23,9 @@ from edgetube.spec import ModelSpec, TubeSpec
 
 NAME = "torchvision ViT"
 
+SAID = ("heads", "activation", "norm_eps")
+"""Fields of the model that a user may say."""
+
 MODELS = {
     "vit_b_16": (16, 768, 12, 12),
     "vit_b_32": (32, 768, 12, 12),
@@ -74,7 +77,7 @@ class _Named:
 def read(files: Files, options: ReadOptions) -> Checkpoint:
     """See `edgetube.formats.Format`."""
     options.allow("spec", "labels", "arch", "ema")
-    said, state = Said.of(options), State(files.path, files.tensors, modern)
+    said, state = Said.of(options, *SAID), State(files.path, files.tensors, modern)
     if "heads.pre_logits.weight" in state:
         raise CheckpointError(
             f"{files.path} has a layer before its classifier (heads.pre_logits); edgetube knows no such model"

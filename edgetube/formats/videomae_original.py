@@ -23,6 +23,9 @@ from edgetube.spec import ModelSpec, TubeSpec
 
 NAME = "VideoMAE's own files"
 
+SAID = ("heads", "frames", "size", "activation", "norm_eps")
+"""Fields of the model that a user may say."""
+
 HEADS = {
     "vit_small": (384, 6), "vit_base": (768, 12), "vit_large": (1024, 16), "vit_huge": (1280, 16),
     "vit_giant": (1408, 16), "vit_gigantic": (1664, 16),
@@ -79,7 +82,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     state = State(files.path, files.tensors, authors_name)
     _check(state)
     width, _, *kernel = state.shape("patch_embed.proj.weight")
-    stated = _Stated.of(files, Said.of(options), width)
+    stated = _Stated.of(files, Said.of(options, *SAID), width)
     spec = _spec(state, stated, (kernel[0], kernel[1], kernel[2]))
     weights = blocks.tube(state, "patch_embed.proj", width, spec.tubes[0].kernel)
     if "pos_embed" in state:

@@ -20,6 +20,9 @@ from edgetube.spec import AXES, ModelSpec, QueryPool, Rotary, TubeSpec
 
 NAME = "V-JEPA 2's own files"
 
+SAID = ("heads", "pool_heads", "frames", "size", "activation", "norm_eps")
+"""Fields of the model that a user may say."""
+
 EPS, POOL_EPS = 1e-6, 1e-5
 """Of the LayerNorms of the encoder, and of those of the classifier, which are made with PyTorch's default."""
 
@@ -44,7 +47,7 @@ def detect(files: Files) -> bool:
 def read(files: Files, options: ReadOptions) -> Checkpoint:
     """See `edgetube.formats.Format`."""
     options.allow("spec", "labels")
-    state, said = State(files.path, files.tensors), Said.of(options)
+    state, said = State(files.path, files.tensors), Said.of(options, *SAID)
     _check(state)
     spec = _spec(state, said)
     width = spec.width

@@ -13,7 +13,7 @@ from edgetube.contract import LARGEST, InputContract
 from edgetube.errors import CheckpointError, FormatError, InputError, SpecError
 from edgetube.formats.reading.files import ReadOptions
 
-MODEL = ("frames", "size", "heads", "pool_heads", "activation", "norm_eps", "classes")
+MODEL = ("frames", "size", "heads", "pool_heads", "activation", "norm_eps")
 """Fields of the model that a user may say."""
 
 INPUT = tuple(f.name for f in fields(InputContract))
@@ -34,24 +34,30 @@ class Said:
     path: str = ""
 
     @classmethod
-    def of(cls, options: ReadOptions) -> Said:
+    def of(cls, options: ReadOptions, *model: str) -> Said:
         """The file of the options; empty without one.
 
+        Args:
+            model: fields of the model that the format takes from the user; the others are in its own files.
+
         Raises:
-            InputError: it cannot be read, or has unknown fields.
+            InputError: it cannot be read, or has unknown fields or fields that the format does not take.
         """
         if options.spec is None:
             return cls()
         path = Path(options.spec)
         try:
             data = strict.record(strict.read_json(path), "it", (), ("model", "input"))
-            model = strict.record(data.get("model", {}), "model", (), MODEL)
+            stated = strict.record(data.get("model", {}), "model", (), MODEL)
             given = strict.record(data.get("input", {}), "input", (), INPUT)
         except OSError as error:
             raise InputError(f"--spec {path} cannot be read: {error.strerror}") from error
         except FormatError as error:
             raise InputError(f"--spec {path}: {error}") from error
-        return cls(model, given, str(path))
+        if refused := [name for name in stated if name not in model]:
+            takes = f"it takes {', '.join(model)}" if model else "its own files say what the model is"
+            raise InputError(f"--spec {path} says model.{refused[0]}, which does not apply to this checkpoint: {takes}")
+        return cls(stated, given, str(path))
 
     def model_field(self, what: Path, name: str, found: Any, hint: str = "") -> Any:
         """A field of the model: what the user says, else what the files say.

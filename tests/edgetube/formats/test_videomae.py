@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edgetube import formats
-from edgetube.errors import CheckpointError
+from edgetube.errors import CheckpointError, InputError
 from edgetube.formats.reading.files import ReadOptions
 from tests.edgetube.formats.families import answers, frames_of, pixels_of, save, shake, transformers
 
@@ -93,3 +93,11 @@ def test_without_a_processor_the_user_has_to_say_the_input(tmp_path: Path) -> No
     said.write_text('{"input": {"height": 32, "width": 32, "mean": [0, 0, 0], "std": [1, 1, 1], "stride": 2}}')
     found = formats.load(folder, ReadOptions(spec=str(said)))
     assert (found.contract.mean, found.contract.stride) == ((0.0, 0.0, 0.0), 2)
+
+
+def test_what_the_folder_says_is_not_said_again(tmp_path: Path) -> None:
+    folder = save(model_of(), tmp_path / "m", processor_of())
+    said = tmp_path / "spec.json"
+    said.write_text('{"model": {"heads": 3}}')
+    with pytest.raises(InputError, match=r"says model\.heads, which does not apply .*its own files say what the model"):
+        formats.load(folder, ReadOptions(spec=str(said)))
