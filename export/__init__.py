@@ -1,6 +1,7 @@
 """Export of checkpoints to bundles. Importing this package is cheap: only its modules import torch.
 
 A backend is two modules or packages of one name: that in `export/` builds artifacts and that in `runtimes/` runs them.
+Third parties add backends by entry points, see `edgetube.runtimes`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from edgetube.targets import Target
 
 def exporter(backend: str) -> ModuleType:
     """The module that builds artifacts for a backend: it has `TARGETS` and `build`."""
-    return importlib.import_module(f"edgetube.export.{backend}")
+    package = None if backend in runtimes.built_in() else runtimes.foreign().get(backend)
+    return importlib.import_module(f"{package}.exporter" if package else f"edgetube.export.{backend}")
 
 
 def evaluator() -> Callable[[Any], Any]:
@@ -29,7 +31,7 @@ def evaluator() -> Callable[[Any], Any]:
 
 
 def _exporters() -> set[str]:
-    return {m.name for m in pkgutil.iter_modules(__path__)} & set(runtimes.names())
+    return {m.name for m in pkgutil.iter_modules(__path__)} & runtimes.built_in() | runtimes.foreign().keys()
 
 
 def targets() -> dict[str, Target]:

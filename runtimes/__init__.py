@@ -6,14 +6,19 @@
 A backend whose runtime is not available on every machine lists its needs in `NEEDS` (by the first part of the target's
 name if they differ), and may name in `EMULATOR` another backend that evaluates its artifacts on any machine. Its module
 must import without those needs. A function `product` lets it take part in measuring the machine's peak rate.
+
+Third parties add backends by entry points of the group `edgetube.targets`: `NAME = PACKAGE`, where `PACKAGE.runtime` is
+such a module and `PACKAGE.exporter` one as in `edgetube.export`. A built-in backend of the same name counts.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import pkgutil
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, Literal
 
 from edgetube.bundle import Bundle
@@ -26,9 +31,33 @@ EMULATED: Literal["emulated"] = "emulated"
 """The device name of artifacts that another backend evaluates."""
 
 
-def names() -> frozenset[str]:
-    """Names of the backends: the modules and packages of this folder."""
+GROUP = "edgetube.targets"
+"""Entry points of third parties' backends."""
+
+
+@functools.cache
+def built_in() -> frozenset[str]:
+    """Names of the modules and packages of this folder."""
     return frozenset(m.name for m in pkgutil.iter_modules(__path__)) - {"base"}
+
+
+@functools.cache
+def foreign() -> Mapping[str, str]:
+    """Third parties' backends: name -> package."""
+    from importlib.metadata import entry_points  # its import takes longer than opening a bundle
+
+    return {point.name: point.value for point in entry_points(group=GROUP) if point.name not in built_in()}
+
+
+def names() -> frozenset[str]:
+    """Names of all backends."""
+    return built_in() | foreign().keys()
+
+
+def runtime(backend: str) -> ModuleType:
+    """The module that opens and runs a backend's artifacts. (Entry points are searched for foreign ones alone.)"""
+    place = f"edgetube.runtimes.{backend}" if backend in built_in() else f"{foreign()[backend]}.runtime"
+    return importlib.import_module(place)
 
 
 MAX_THREADS = max(64, 8 * (os.cpu_count() or 1))
@@ -58,7 +87,7 @@ def open_bundle(bundle: Bundle, *, threads: int | None = None, device: str | Non
         BackendError: the vendor's runtime refuses the artifact or the device.
     """
     check_threads(threads)
-    if bundle.backend not in names():
+    if bundle.backend not in built_in() and bundle.backend not in foreign():
         raise BundleError(
             f"{bundle.path} needs the backend {bundle.backend!r}; this edgetube has "
             f"{', '.join(sorted(names()))}: upgrade edgetube"
@@ -75,8 +104,7 @@ def open_bundle(bundle: Bundle, *, threads: int | None = None, device: str | Non
             f"{bundle.path}: the target is {bundle.target}, but the backend is {bundle.backend}; export or copy the "
             "bundle again"
         )
-    module = importlib.import_module(f"edgetube.runtimes.{name}")
-    backend: Backend = module.Session(bundle, threads=threads, device=device)
+    backend: Backend = runtime(name).Session(bundle, threads=threads, device=device)
     try:
         _check_interface(bundle, backend.interface())
     except BundleError:
@@ -128,7 +156,7 @@ def products(precision: Precision, size: int, threads: int | None) -> dict[str, 
 def _stated(backend: str, attribute: str) -> Any:
     """An attribute of a backend's module; None if it is not set, or if the vendor's package is missing."""
     try:
-        module = importlib.import_module(f"edgetube.runtimes.{backend}")
+        module = runtime(backend)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("edgetube"):
             raise

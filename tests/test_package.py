@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import textwrap
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -158,6 +159,27 @@ def modules_named_in(path: Path) -> set[str]:
     return {text for text in words_of(path) if " " not in text and MODULES.search(text)}
 
 
+FORMATS = {path.stem for path in (ROOT / "edgetube" / "formats").glob("*.py")} - {"__init__"}
+
+WORDS = {"clip", "native", "vit"}
+"""Names of formats that are words of other meanings too: only imports of them are seen."""
+
+
+def formats_imported_by(path: Path) -> set[str]:
+    """Formats that a file imports."""
+    tree = ast.parse(path.read_text("utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return {name for name in FORMATS if f"edgetube.formats.{name}" in imported}
+
+
+def formats_named_in(path: Path) -> set[str]:
+    """Formats that a file imports, or whose name is a word of its code."""
+    return formats_imported_by(path) | (words_of(path) & (FORMATS - WORDS))
+
+
 def is_a_backend_s(path: Path) -> bool:
     """Whether a file is, or lies in, a backend's own file or folder in `export/` or `runtimes/`."""
     folder, name = path.relative_to(ROOT).parts[:2]
@@ -210,6 +232,19 @@ class TestPackages:
         assert {target.backend for target in export.targets().values()} == exporters & runtimes.names() != set()
         assert all(name == target.name for name, target in export.targets().items())
 
+    def test_a_format_is_named_by_its_own_module_only(self) -> None:
+        """And none imports another: what they share is in `reading`. (Names of architectures have words of others.)"""
+        own = ROOT / "edgetube" / "formats"
+        for path in sources():
+            named = formats_imported_by(path) if own in path.parents else formats_named_in(path)
+            assert named == set(), path
+
+    def test_a_stranger_to_a_format_would_be_seen(self, tmp_path: Path) -> None:
+        assert formats_named_in(ROOT / "edgetube" / "formats" / "timm.py") >= {"timm"}
+        for line in ("from edgetube.formats import vit", "import edgetube.formats.clip", "x = 'timm'", "x.openclip"):
+            (tmp_path / "stranger.py").write_text(f'"""Prose: timm, VideoMAE."""\n{line}  # vivit\n')
+            assert len(formats_named_in(tmp_path / "stranger.py")) == 1, line
+
     def test_modules_are_imported_by_their_installed_names(self) -> None:
         """`import export` would load a second copy of the package."""
         for path in [*sources(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]:
@@ -221,6 +256,68 @@ class TestPackages:
                     assert node.level == 0, f"{path}: a relative import"
                     roots.add(str(node.module).partition(".")[0])
             assert not roots & set(PACKAGES[1:]), path
+
+
+def installed(folder: Path, name: str, group: str, point: str, files: dict[str, str]) -> None:
+    """Lay out a distribution with one entry point, as pip does."""
+    for path, code in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(code)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{point}\n")
+
+
+class TestThirdParties:
+    """What others add by entry points, seen from fresh interpreters."""
+
+    def test_a_format(self, tmp_path: Path) -> None:
+        code = """
+            from dataclasses import replace
+            from edgetube.model import checkpoints
+            NAME = "weights of a stranger"
+            def detect(files):
+                return files.path.suffix == ".stranger"
+            def read(files, options):
+                options.allow()
+                return replace(checkpoints.load("demo"), name="theirs")
+        """
+        files = {"stranger.py": textwrap.dedent(code), "m.stranger": "x"}
+        installed(tmp_path, "stranger", "edgetube.formats", "weights = stranger", files)
+        said = run(
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from edgetube import formats; "
+            f"found = formats.load({str(tmp_path / 'm.stranger')!r}); print(found.name, '|', found.format)"
+        )
+        assert said.strip() == "theirs | weights of a stranger"
+
+    def test_a_target(self, tmp_path: Path) -> None:
+        target = (
+            "from edgetube.precision import Precision\nfrom edgetube.targets import Target\n"
+            "TARGETS = (Target('odd-fp32', Precision.FP32, 'odd', 'a stranger', ('numpy',), ('numpy',)),)\ndef build(context): ...\n"
+        )
+        session = "RUNS = ('odd',)\nclass Session:\n    def __init__(self, bundle, **how): raise SystemExit('opened')\n"
+        files = {"oddly/__init__.py": "", "oddly/exporter.py": target, "oddly/runtime.py": session}
+        installed(tmp_path, "oddly", "edgetube.targets", "odd = oddly", files)
+        first = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from edgetube import export, runtimes; "
+        said = run(
+            f"{first}print(export.target('odd-fp32').summary, 'oddly.runtime' in sys.modules, len(export.targets()))"
+        )
+        assert said.split() == ["a", "stranger", "False", str(len(export.targets()) + 1)]
+        opened = subprocess.run(
+            [sys.executable, "-c", f"{first}from types import SimpleNamespace; "
+             "runtimes.open_bundle(SimpleNamespace(backend='odd', target='odd-fp32', path='b'))"],
+            capture_output=True, text=True, check=False, cwd="/",
+        )  # fmt: skip
+        assert opened.stderr.strip() == "opened"
+
+    def test_a_built_in_backend_is_not_replaced(self, tmp_path: Path) -> None:
+        installed(tmp_path, "oddly", "edgetube.targets", "onnxruntime = oddly", {"oddly/__init__.py": ""})
+        said = run(
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from edgetube import runtimes; "
+            "print(dict(runtimes.foreign()), runtimes.runtime('onnxruntime').__name__)"
+        )
+        assert said.strip() == "{} edgetube.runtimes.onnxruntime"
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def load(source: str | Path = "demo", options: ReadOptions | None = None) -> Che
         options.allow()
         return checkpoints.load(source)
     files = Files(Path(source), options.ema, options.adapter)
-    found = [one for one in formats() if one.detect(files)]
+    found = _recognising(files)
     if len(found) > 1:
         raise CheckpointError(
             f"{files.path} could be {' or '.join(one.NAME for one in found)}; give the folder or file of one model"
@@ -96,6 +96,23 @@ def load(source: str | Path = "demo", options: ReadOptions | None = None) -> Che
         options=options.to_json(),
         notes=(*checkpoint.notes, *licence.notes(checkpoint.licence)),
     )
+
+
+def _recognising(files: Files) -> list[Format]:
+    """The formats that recognise the files.
+
+    Raises:
+        CheckpointError: none does, and the tensors, which some asked for, cannot be read.
+    """
+    found, error = [], None
+    for one in formats():
+        try:
+            found += [one] if one.detect(files) else []
+        except CheckpointError as failed:
+            error = error or failed
+    if error is not None and not found:
+        raise error
+    return found
 
 
 def examine(source: str | Path, options: ReadOptions | None = None) -> dict[str, Any]:
