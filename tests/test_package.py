@@ -294,7 +294,8 @@ class TestThirdParties:
     def test_a_target(self, tmp_path: Path) -> None:
         target = (
             "from edgetube.precision import Precision\nfrom edgetube.targets import Target\n"
-            "TARGETS = (Target('odd-fp32', Precision.FP32, 'odd', 'a stranger', ('numpy',), ('numpy',)),)\ndef build(context): ...\n"
+            "TARGETS = (Target('odd-fp32', Precision.FP32, 'odd', 'a stranger', ('numpy',), ('numpy',)),)\n"
+            "def build(context): ...\n"
         )
         session = "RUNS = ('odd',)\nclass Session:\n    def __init__(self, bundle, **how): raise SystemExit('opened')\n"
         files = {"oddly/__init__.py": "", "oddly/exporter.py": target, "oddly/runtime.py": session}
