@@ -40,6 +40,8 @@ from tests.export import models
 ct = pytest.importorskip("coremltools")
 
 FP16 = export.target("coreml-fp16")
+CLOSE = 5e-3
+"""A quarter of its tolerance."""
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,7 @@ def test_other_transformers_answer_like_pytorch(tmp_path: Path, name: str, layou
     build(models.trace(name, "conv2d"), FP16.choose({"layout": layout}), tmp_path)
     frames = models.noise(name)
     answer = evaluate(tmp_path, models.trace(name, "conv2d"), frames)
-    assert error(answer, models.reference(name, frames)) < FP16.tolerance / 4
+    assert error(answer, models.reference(name, frames)) < CLOSE
     kinds = Counter(o.kind for o in mlpackage.load(tmp_path / "model.mlpackage").functions["main"].operations)
     spec = models.SPECS[name]
     if layout == "columns":  # the tokens stay in columns from the embedding to the readout
@@ -192,7 +194,7 @@ def test_other_transformers_with_compressed_weights(
         (tmp_path / layout).mkdir()
         build(models.trace(name), target.choose({"layout": layout}), tmp_path / layout)
         answer = evaluate(tmp_path / layout, models.trace(name), frames)
-        assert error(answer, models.reference(name, frames)) < target.tolerance
+        assert error(answer, models.reference(name, frames)) < (target.tolerance or 0)
         validate(tmp_path / layout / "model.mlpackage")
 
 
@@ -202,7 +204,7 @@ def test_rotations_and_activations_may_be_pinned(tmp_path: Path, layout: str, pi
     build(models.trace("rotary"), FP16.choose({"layout": layout, "fp32": pin}), tmp_path)
     frames = models.noise("rotary")
     answer = evaluate(tmp_path, models.trace("rotary"), frames)
-    assert error(answer, models.reference("rotary", frames)) < FP16.tolerance / 4
+    assert error(answer, models.reference("rotary", frames)) < CLOSE
 
 
 def layer_norm_epsilons(path: Path) -> set[float]:
@@ -224,7 +226,7 @@ def test_a_small_epsilon_does_not_become_zero_in_float16(tmp_path: Path, layout:
     build(graph, FP16.choose({"layout": layout}), tmp_path)
     assert layer_norm_epsilons(tmp_path / "model.mlpackage") == {2.0**-24, float(np.float16(1e-5))}
     frames = models.noise("dense")
-    assert error(evaluate(tmp_path, graph, frames), Reference(model, contract)(frames)) < FP16.tolerance / 4
+    assert error(evaluate(tmp_path, graph, frames), Reference(model, contract)(frames)) < CLOSE
 
 
 def test_the_smallest_epsilon_of_float16_changes_no_answer() -> None:
