@@ -88,7 +88,7 @@ def test_what_the_last_linear_of_an_mlp_reads_may_be_equalised(calibrated: Calib
 @pytest.mark.parametrize("name", OTHERS)
 def test_moments_are_those_of_every_row(name: str) -> None:
     """Of a model of single frames, the rows of all frames."""
-    model, frames = trace(name).model, list(clips(name, 1).frames[:2])
+    model, frames = trace(name).model, [clips(name, 1).frames[i] for i in range(2)]
     found = input_moments(model, frames, export.evaluator())
     known = {linear.weight: linear.activation for linear in graphs.linears(model)}
     assert {f"{linear}.weight" for linear in trace(name).roles.linears} <= {*found}

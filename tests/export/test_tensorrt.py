@@ -237,7 +237,7 @@ class TestLegacy:
         for dtype, tolerance in ((np.float32, 2e-6), (np.float16, 2e-3)):
             values: dict[str, Any] = {name: np.array(v, dtype) for name, v in rewrite.GELU_NUMBERS.items()}
             values["x"] = np.array([-30000, -300, -4, -1, -0.1, 0, 0.1, 1, 4, 300, 30000], dtype)
-            known = {"Add": torch.add, "Mul": torch.mul, "Tanh": torch.tanh, "Erf": torch.erf}
+            known: dict[str, Any] = {"Add": torch.add, "Mul": torch.mul, "Tanh": torch.tanh, "Erf": torch.erf}
             for step in steps:
                 given = [torch.from_numpy(values[name]) for name in step.input]
                 values[step.name] = known[step.op_type](*given).numpy()
