@@ -295,6 +295,9 @@ class TestChoice:
             np.testing.assert_allclose(state.choices[name].scales, scales, rtol=1e-6)
             expected = numeric.gptq_quantize(weight, scales, rows.T @ rows)
             assert (state.integers[linear.weight] != expected).mean() < 0.005  # ties between float32 and float64
+            if name in (QKV, FC2):
+                few = numeric.gptq_quantize(weight, scales, rows[:16].T @ rows[:16])
+                assert (state.integers[linear.weight] != few).mean() > 0.02
 
 
 class TestStages:
