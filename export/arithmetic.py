@@ -17,18 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgetube.export.static import (
-    Conv2d,
-    Gather,
-    Linear,
-    MatMul,
-    Pool,
-    QuickGelu,
-    Rotate,
-    Slice,
-    StaticBlock,
-    StaticTubeViT,
-)
+from edgetube.export.static import MatMul, Pool, QuickGelu, Rotate, StaticBlock, StaticTubeViT
+from edgetube.export.tokenizer import Conv2d, Gather, Linear, Slice
 from edgetube.model.tubevit import Act
 from edgetube.targets import Arithmetic
 from edgetube.video import Frames

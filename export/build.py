@@ -12,7 +12,7 @@ from edgetube.bench import machine
 from edgetube.bundle import Bundle
 from edgetube.calibration.numeric import Moments
 from edgetube.calibration.table import CalibrationTable
-from edgetube.export import canonical, static
+from edgetube.export import canonical, static, tokenizer
 from edgetube.export.base import BuildContext, Built
 from edgetube.export.canonical import Graph
 from edgetube.model.checkpoints import Checkpoint
@@ -59,8 +59,8 @@ class Builder:
             self.progress(f"trace {lowering}", 0, 1)
             checkpoint = self.checkpoint
             if tokenizer_only:
-                tokenizer = static.StaticTokenizer(checkpoint.model, checkpoint.contract, lowering, batch=batch)
-                graph = canonical.trace(tokenizer, checkpoint.spec, checkpoint.contract, batch)
+                tubes = tokenizer.StaticTokenizer(checkpoint.model, checkpoint.contract, lowering, batch=batch)
+                graph = canonical.trace(tubes, checkpoint.spec, checkpoint.contract, batch)
             else:
                 graph = self._trace(checkpoint, lowering, batch)
             self._graphs[key] = graph

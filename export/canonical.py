@@ -30,8 +30,9 @@ from onnxscript import optimizer, rewriter
 
 from edgetube.contract import InputContract
 from edgetube.errors import SpecError
-from edgetube.export.static import StaticTokenizer, StaticTubeViT
+from edgetube.export.static import StaticTubeViT
 from edgetube.export.statistics import tensor_shapes, weight_bytes
+from edgetube.export.tokenizer import StaticTokenizer
 from edgetube.roles import GraphRoles
 from edgetube.spec import ModelSpec
 
@@ -52,7 +53,7 @@ class Graph:
     Attributes:
         model: float32 ONNX; `frames` uint8 (batch, T, H, W, 3) -> `logits` float32 (batch, classes).
         spec, contract, batch: of the model.
-        lowering: how the tubes are lowered, one of `static.LOWERINGS`.
+        lowering: how the tubes are lowered, one of `tokenizer.LOWERINGS`.
         roles: of its tensors.
         labels: class names in the order of the logits; empty where unknown.
     """

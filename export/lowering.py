@@ -11,7 +11,7 @@ from typing import Any
 from edgetube import runtimes
 from edgetube.bench.latency import interleave
 from edgetube.errors import ParityError
-from edgetube.export import int8, static
+from edgetube.export import int8, tokenizer
 from edgetube.export.build import Builder
 from edgetube.targets import Target
 from edgetube.video import Frames
@@ -49,12 +49,12 @@ class LoweringChoice:
             self._chosen[target.name] = self._time(target)
         return self._chosen[target.name]
 
-    def _prove(self) -> dict[str, static.LoweringError]:
+    def _prove(self) -> dict[str, tokenizer.LoweringError]:
         """See `errors`."""
         self.progress("prove lowerings", 0, 1)
         checkpoint = self.builder.checkpoint
-        names = (self.forced,) if self.forced else static.LOWERINGS
-        errors = static.tokenizer_errors(checkpoint.model, checkpoint.contract, self.clips, names)
+        names = (self.forced,) if self.forced else tokenizer.LOWERINGS
+        errors = tokenizer.tokenizer_errors(checkpoint.model, checkpoint.contract, self.clips, names)
         self.progress("prove lowerings", 1, 1)
         for name in (wrong := [name for name, error in errors.items() if not error.sound]):
             self.progress(f"drop lowering {name}: off by {errors[name]}", 1, 1)

@@ -18,7 +18,7 @@ from edgetube import export, formats
 from edgetube import targets as targeting
 from edgetube.bundle import Bundle
 from edgetube.errors import InputError, MissingPackageError
-from edgetube.export import int8, static
+from edgetube.export import int8, tokenizer
 from edgetube.export.build import Builder
 from edgetube.export.int8_build import Int8Builder
 from edgetube.export.lowering import LoweringChoice
@@ -38,7 +38,7 @@ class Options:
         image: export the image model (the 2-D tube alone) instead of the video model.
         batch: clips per call, static in the artifact.
         head: name of the classifier; the first one by default.
-        lowering: force one of `static.LOWERINGS` instead of timing them.
+        lowering: force one of `tokenizer.LOWERINGS` instead of timing them.
         calib: calibration clips of INT8 targets, see `edgetube.datasets.load`; the built-in ones by default.
         max_drop: points of top-1 accuracy that INT8 may lose (of agreement, where clips have no labels).
         settings: of the target, by name; `edgetube targets --json` lists them.
@@ -59,8 +59,8 @@ class Options:
             raise InputError(f"an image model takes 1 frame; given {self.frames}: leave out one of the two options")
         if self.batch < 1:
             raise InputError(f"batch is {self.batch}; expected >= 1")
-        if self.lowering not in (None, *static.LOWERINGS):
-            raise InputError(f"no lowering is called {self.lowering!r}; there are {', '.join(static.LOWERINGS)}")
+        if self.lowering not in (None, *tokenizer.LOWERINGS):
+            raise InputError(f"no lowering is called {self.lowering!r}; there are {', '.join(tokenizer.LOWERINGS)}")
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise InputError(f"max-drop is {self.max_drop}; expected percentage points, 0 to 100")
 

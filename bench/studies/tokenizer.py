@@ -27,7 +27,7 @@ from torch import nn
 from edgetube import demo
 from edgetube.bench.machine import describe
 from edgetube.bench.studies.peers import naive
-from edgetube.export import canonical, static
+from edgetube.export import canonical, tokenizer
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 
@@ -41,12 +41,12 @@ Call = Callable[[], np.ndarray]
 def candidates(checkpoint: Checkpoint, frames: np.ndarray, threads: int, folder: Path) -> dict[tuple[str, str], Call]:
     """(runtime, lowering) -> a call that tokenizes `frames` (1, T, H, W, 3)."""
     modules: dict[str, nn.Module] = {NAIVE: naive.Tokenizer(checkpoint).eval()}
-    for lowering in static.LOWERINGS:
-        modules[lowering] = static.StaticTokenizer(checkpoint.model, checkpoint.contract, lowering).eval()
+    for lowering in tokenizer.LOWERINGS:
+        modules[lowering] = tokenizer.StaticTokenizer(checkpoint.model, checkpoint.contract, lowering).eval()
     calls: dict[tuple[str, str], Call] = {}
     for name, module in modules.items():
         path = folder / f"{name}.onnx"
-        if isinstance(module, static.StaticTokenizer):
+        if isinstance(module, tokenizer.StaticTokenizer):
             canonical.save(canonical.trace(module, checkpoint.spec, checkpoint.contract).model, path)
         else:
             naive.export(module, frames, path)

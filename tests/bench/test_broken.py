@@ -19,7 +19,7 @@ from edgetube.bench.layers import Curve
 from edgetube.bench.parity import Comparison
 from edgetube.bundle import Bundle
 from edgetube.errors import ParityError
-from edgetube.export import canonical, proof, static
+from edgetube.export import canonical, proof, static, tokenizer
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.precision import Precision
@@ -91,17 +91,17 @@ def broken(sound: Bundle, demo: Checkpoint, tmp_path_factory: pytest.TempPathFac
 
 def wrong_mean(demo: Checkpoint, model: onnx.ModelProto) -> onnx.ModelProto:
     """Exported for pixels around 0: what happens when an exporter is not told of the mean."""
-    tokenizer = static.StaticTokenizer(demo.model, replace(demo.contract, mean=(0.0, 0.0, 0.0)))
+    tubes = tokenizer.StaticTokenizer(demo.model, replace(demo.contract, mean=(0.0, 0.0, 0.0)))
     bias = next(tensor for tensor in model.graph.initializer if tensor.name == "tubes.bias")
-    bias.CopyFrom(numpy_helper.from_array(tokenizer.bias.numpy(), bias.name))
+    bias.CopyFrom(numpy_helper.from_array(tubes.bias.numpy(), bias.name))
     return model
 
 
 def slightly_wrong_mean(demo: Checkpoint, model: onnx.ModelProto) -> onnx.ModelProto:
     """0.45 for 0.5: half a thumb's breadth on the histogram."""
-    tokenizer = static.StaticTokenizer(demo.model, replace(demo.contract, mean=(0.45, 0.45, 0.45)))
+    tubes = tokenizer.StaticTokenizer(demo.model, replace(demo.contract, mean=(0.45, 0.45, 0.45)))
     bias = next(tensor for tensor in model.graph.initializer if tensor.name == "tubes.bias")
-    bias.CopyFrom(numpy_helper.from_array(tokenizer.bias.numpy(), bias.name))
+    bias.CopyFrom(numpy_helper.from_array(tubes.bias.numpy(), bias.name))
     return model
 
 

@@ -13,8 +13,8 @@ import pytest
 from edgetube.calibration import graphs
 from edgetube.export import canonical
 from edgetube.export.canonical import Graph
-from edgetube.export.static import LOWERINGS, StaticTokenizer
 from edgetube.export.statistics import byte_casts, tensor_shapes
+from edgetube.export.tokenizer import LOWERINGS, StaticTokenizer
 from edgetube.roles import FoldSite, GraphRoles, roles_of
 from edgetube.runtimes.torch import Reference
 from edgetube.spec import ModelSpec

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from edgetube.export import arithmetic
-from edgetube.export.static import Conv2d, Gather, Linear, MatMul, Slice
+from edgetube.export.static import MatMul
+from edgetube.export.tokenizer import Conv2d, Gather, Linear, Slice
 from edgetube.spec import TubeSpec
 
 TUBE, CLIP = TubeSpec((2, 4, 4), (2, 4, 4), space_to_depth=(2, 1, 1)), (4, 8, 8)

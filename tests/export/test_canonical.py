@@ -18,8 +18,9 @@ from onnx import parser
 from edgetube.contract import InputContract
 from edgetube.errors import SpecError
 from edgetube.export import canonical
-from edgetube.export.static import LOWERINGS, StaticTokenizer, StaticTubeViT
+from edgetube.export.static import StaticTubeViT
 from edgetube.export.statistics import graph_statistics, tensor_shapes
+from edgetube.export.tokenizer import LOWERINGS, StaticTokenizer
 from edgetube.model.tubevit import TubeViT
 from edgetube.runtimes.torch import normalise
 from tests.export.models import SPECS, constants, model_of, nodes, noise, reference, run, trace

@@ -24,7 +24,7 @@ from edgetube.calibration import Calibrated, numeric
 from edgetube.calibration.clips import collect
 from edgetube.calibration.table import CalibrationTable, Range
 from edgetube.errors import BundleError, InputError, MissingPackageError, SpecError
-from edgetube.export import canonical, coreml, int8, mlprogram, mlweights, pipeline, proof, quantize, static
+from edgetube.export import canonical, coreml, int8, mlprogram, mlweights, pipeline, proof, quantize, static, tokenizer
 from edgetube.export.base import BuildContext, Built
 from edgetube.export.build import MOMENT_CLIPS
 from edgetube.export.canonical import Graph
@@ -97,7 +97,7 @@ def error(got: Any, reference: npt.NDArray[np.float32]) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-@pytest.mark.parametrize("lowering", static.LOWERINGS)
+@pytest.mark.parametrize("lowering", tokenizer.LOWERINGS)
 def test_every_lowering_in_every_layout(
     tmp_path: Path,
     traced: Callable[..., Graph],
@@ -156,7 +156,7 @@ def test_layouts_compute_the_same(tmp_path: Path, traced: Callable[..., Graph], 
 @pytest.mark.slow
 def test_no_tensor_exceeds_rank_5_and_all_types_are_core_mls(tmp_path: Path, traced: Callable[..., Graph]) -> None:
     for layout in ("rows", "columns"):
-        for lowering in static.LOWERINGS:
+        for lowering in tokenizer.LOWERINGS:
             folder = tmp_path / f"{layout}-{lowering}"
             folder.mkdir()
             build(traced(lowering), FP16.choose({"layout": layout}), folder)
@@ -555,7 +555,7 @@ def test_a_bundle_is_proven_by_the_evaluator_and_says_so(bundle: Bundle) -> None
     assert bundle.parity["image"]["clips"] == bundle.parity["clips"] == proof.PROOF_CLIPS
     assert bundle.parity["agreement"] == 1
     assert bundle.build["settings"]["functions"] == "video+image"
-    assert bundle.build["lowering"]["chosen"] in static.LOWERINGS
+    assert bundle.build["lowering"]["chosen"] in tokenizer.LOWERINGS
     if device:
         assert bundle.build["lowering"]["chosen"] == "conv2d"
         assert "not timed" in bundle.build["lowering"]["why"]
@@ -763,6 +763,6 @@ def test_scales_that_float16_does_not_have() -> None:
 
 
 def test_every_operator_of_the_canonical_graphs_is_translated(traced: Callable[..., Graph]) -> None:
-    seen = {node.op_type for low in static.LOWERINGS for node in traced(low).model.graph.node}
+    seen = {node.op_type for low in tokenizer.LOWERINGS for node in traced(low).model.graph.node}
     assert seen <= set(mlprogram.Lowering.operators())
     assert len(seen) > 12

@@ -14,8 +14,9 @@ from onnx.reference import ReferenceEvaluator
 from edgetube.errors import SpecError
 from edgetube.export import canonical
 from edgetube.export.float16 import PIXEL_SCALE, convert_to_fp16
-from edgetube.export.static import LOWERINGS, StaticTubeViT
+from edgetube.export.static import StaticTubeViT
 from edgetube.export.statistics import weight_bytes
+from edgetube.export.tokenizer import LOWERINGS
 from edgetube.model.tubevit import TubeViT
 from edgetube.runtimes.torch import normalise
 from tests.export.models import OTHERS, SPECS, constants, model_of, nodes, noise, reference, run, trace

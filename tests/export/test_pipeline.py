@@ -16,7 +16,7 @@ from edgetube import bundle as bundles
 from edgetube import export, formats
 from edgetube.errors import InputError, MissingPackageError, ParityError, SpecError
 from edgetube.export import onnxruntime as exporter
-from edgetube.export import pipeline, proof, static
+from edgetube.export import pipeline, proof, tokenizer
 from edgetube.export.base import BuildContext, Built
 from edgetube.model import checkpoints
 from edgetube.runtimes.torch import Reference
@@ -59,7 +59,7 @@ def test_the_lowering_is_chosen_by_time_and_the_times_are_kept(tiny_checkpoint: 
     bundle = pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path)
     lowering = bundle.build["lowering"]
     times = {name: timing["p50_ms"] for name, timing in lowering["timings"].items()}
-    assert set(times) == set(static.LOWERINGS)
+    assert set(times) == set(tokenizer.LOWERINGS)
     assert lowering["chosen"] == min(times, key=lambda name: times[name])
 
 
@@ -97,8 +97,8 @@ def test_a_wrong_artifact_is_not_published(
 def test_a_wrong_lowering_is_dropped_and_named(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = static.gemm_weight
-    monkeypatch.setattr(static, "gemm_weight", lambda weight: right(weight).flip(0))
+    right = tokenizer.gemm_weight
+    monkeypatch.setattr(tokenizer, "gemm_weight", lambda weight: right(weight).flip(0))
     told: list[str] = []
     bundle = pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, progress=lambda *s: told.append(str(s[0])))
     lowering = bundle.build["lowering"]
@@ -115,8 +115,8 @@ def test_a_wrong_lowering_is_dropped_and_named(
 def test_a_wrong_lowering_that_was_asked_for_stops_the_export(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lowering: str
 ) -> None:
-    right = static.gemm_weight
-    monkeypatch.setattr(static, "gemm_weight", lambda weight: right(weight).flip(0))
+    right = tokenizer.gemm_weight
+    monkeypatch.setattr(tokenizer, "gemm_weight", lambda weight: right(weight).flip(0))
     with pytest.raises(ParityError, match=rf"tiny: no lowering gives the tokens .*{lowering}: .* nothing was written"):
         pipeline.export_model("onnx-fp32", tiny_checkpoint, tmp_path, pipeline.Options(lowering=lowering))
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ import torch
 from edgetube import metrics
 from edgetube.bench import probe
 from edgetube.errors import ParityError
-from edgetube.export import arithmetic, canonical, int8, pipeline, proof, static
+from edgetube.export import arithmetic, canonical, int8, pipeline, proof, static, tokenizer
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.torch import Reference
@@ -25,7 +25,7 @@ def swapped_frames(module: static.StaticTubeViT) -> None:
     """Frames 7 and 8 of 16 in each other's place, in the indices of the gathers."""
     _, height, width = module.spec.clip
     for tube in module.tubes.children():
-        assert isinstance(tube, static.Gather)
+        assert isinstance(tube, tokenizer.Gather)
         runs = height * width * 3 // tube.run  # of a frame
         frame, rest = tube.index // runs, tube.index % runs
         swapped = torch.where(frame == 7, 8, torch.where(frame == 8, 7, frame))
@@ -35,7 +35,7 @@ def swapped_frames(module: static.StaticTubeViT) -> None:
 def wrong_mean(module: static.StaticTubeViT) -> None:
     """0.45 for 0.5: every pixel is brighter by 0.1 of what the model was trained with."""
     for i, (tube, grid) in enumerate(zip(module.tubes.children(), module.spec.grids, strict=True)):
-        assert isinstance(tube, static.Gather)
+        assert isinstance(tube, tokenizer.Gather)
         first = sum(int(np.prod(g)) for g in module.spec.grids[:i])
         shift = 255 * 0.05 * tube.weight.sum(dim=0)  # (D / S)
         module.tubes.bias[first : first + int(np.prod(grid))] += shift.repeat(tube.merge)

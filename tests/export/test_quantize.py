@@ -16,7 +16,7 @@ from edgetube.calibration import Calibrated
 from edgetube.calibration.clips import collect
 from edgetube.calibration.table import ActivationScheme
 from edgetube.errors import InputError
-from edgetube.export import canonical, quantize, static
+from edgetube.export import canonical, quantize, static, tokenizer
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 
@@ -78,7 +78,7 @@ def named(model: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lowering", static.LOWERINGS)
+@pytest.mark.parametrize("lowering", tokenizer.LOWERINGS)
 def test_one_calibration_serves_every_lowering_and_batch(
     checkpoint: Checkpoint, calibrated: Calibrated, lowering: str, rng: np.random.Generator
 ) -> None:

@@ -7,8 +7,8 @@ import math
 import pytest
 from onnx import TensorProto
 
-from edgetube.export.static import LOWERINGS
 from edgetube.export.statistics import graph_statistics, tensor_shapes
+from edgetube.export.tokenizer import LOWERINGS
 from tests.export.models import SPECS, model_of, nodes, trace
 
 

@@ -26,7 +26,7 @@ from edgetube.calibration import graphs
 from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
 from edgetube.contract import InputContract
 from edgetube.errors import BackendError, InputError
-from edgetube.export import canonical, pipeline, proof, quantize, rewrite, static
+from edgetube.export import canonical, pipeline, proof, quantize, rewrite, static, tokenizer
 from edgetube.export import tensorrt as exporter
 from edgetube.export.canonical import Graph
 from edgetube.export.float16 import convert_to_fp16
@@ -49,7 +49,7 @@ def with_settings(name: str, **settings: str) -> Target:
     return export.target(name).choose({k.replace("_", "-"): v for k, v in settings.items()})
 
 
-@pytest.fixture(scope="module", params=static.LOWERINGS)
+@pytest.fixture(scope="module", params=tokenizer.LOWERINGS)
 def graph(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> Graph:
     checkpoint = checkpoints.load(tiny_checkpoint)
     module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, request.param, batch=2)
