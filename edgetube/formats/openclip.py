@@ -122,8 +122,16 @@ class _Settings:
         self.what, self.config = files.path, files.json(CONFIG) or {}
         self.arch = options.arch
         model = self._object(self.config, "model_cfg")
-        self.quick = bool(model.get("quick_gelu"))
+        self.quick = model.get("quick_gelu", False)
         self.tower = self._object(model, "vision_cfg")
+        self.act, self.norm = self._object(self.tower, "act_kwargs"), self._object(self.tower, "norm_kwargs")
+        if self.act not in ({}, {"approximate": "none"}, {"approximate": "tanh"}) or not self.norm.keys() <= {"eps"}:
+            raise CheckpointError(
+                f"{self.what}: {CONFIG} says act_kwargs {self.act!r:.60} and norm_kwargs {self.norm!r:.60}; edgetube "
+                "knows approximate and eps"
+            )
+        if not isinstance(self.quick, bool):
+            raise CheckpointError(f"{self.what}: {CONFIG} says quick_gelu {self.quick!r:.60}; expected true or false")
         self.pixels = self._object(self.config, "preprocess_cfg")
         if unknown := [key for key, value in self.tower.items() if key not in KNOWN and value]:
             raise CheckpointError(f"{self.what}: {CONFIG} says {unknown[0]} of the tower, which edgetube does not know")
@@ -134,17 +142,17 @@ class _Settings:
         except FormatError as error:
             raise CheckpointError(f"{self.what}: {CONFIG}: {error}") from error
 
-    def number(self, name: str, otherwise: float) -> float:
-        """A number of the tower's settings."""
+    def number(self, given: Mapping[str, Any], name: str, otherwise: float) -> float:
+        """A positive number of the settings."""
         try:
-            return strict.number(self.tower.get(name, otherwise), name, 1e-9, LARGEST)
+            return strict.number(given.get(name, otherwise), name, 1e-12, LARGEST)
         except FormatError as error:
             raise CheckpointError(f"{self.what}: {CONFIG}: {error}") from error
 
     def heads(self, width: int) -> int | None:
         """Attention heads; None where nothing says them."""
         if self.config:
-            return int(width // self.number("head_width", HEAD_WIDTH))
+            return int(width // self.number(self.tower, "head_width", HEAD_WIDTH))
         if self.arch is None:
             return None
         name = f"-{self.arch.replace('/', '-')}-"
@@ -155,13 +163,11 @@ class _Settings:
         if not self.config and self.arch is None:
             return None
         quick = self.quick if self.config else "quickgelu" in str(self.arch) or "/" in str(self.arch)
-        tanh = self._object(self.tower, "act_kwargs").get("approximate") == "tanh"
-        return "quick-gelu" if quick else "gelu-tanh" if tanh else "gelu"
+        return "quick-gelu" if quick else "gelu-tanh" if self.act.get("approximate") == "tanh" else "gelu"
 
     def eps(self) -> float:
         """Of the LayerNorms."""
-        found = self._object(self.tower, "norm_kwargs").get("eps", 1e-5)
-        return found if isinstance(found, float) else 1e-5
+        return self.number(self.norm, "eps", 1e-5)
 
     def pools(self) -> tuple[str, bool]:
         """The readout, and whether the last LayerNorm is over it."""
@@ -193,12 +199,15 @@ def _spec(what: Path, state: State, said: Said, settings: _Settings) -> ModelSpe
     if side * side != rows or not rows:
         raise CheckpointError(f"{what}: {rows} positions of patches; expected a square number")
     pool, behind = settings.pools()
+    depth = sum(name.endswith(".ln_1.weight") and name.startswith("transformer.") for name in state.names)
+    if (stated := settings.tower.get("layers", depth)) != depth:
+        raise CheckpointError(f"{what} has {depth} blocks, and its settings say layers {stated!r:.60}")
     return ModelSpec(
         tubes=(TubeSpec((1, patch, patch), (1, patch, patch)),),
         frames=1,
         size=(side * patch, side * patch),
         width=width,
-        depth=sum(name.endswith(".ln_1.weight") and name.startswith("transformer.") for name in state.names),
+        depth=depth,
         heads=said.model_field(what, "heads", settings.heads(width), hint),
         classifiers=(("classes", 1),),
         hidden=state.shape("transformer.resblocks.0.mlp.c_fc.weight")[0],

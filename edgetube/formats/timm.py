@@ -167,7 +167,10 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     if not known and text is None and options.labels is None:
         more = (*more, "it has no names of classes: give them with --labels")
     named = labels(files.path, options, known, spec.classifiers[0][1])
-    return result.checkpoint(files, state, spec, weights, made, named, (*notes, *more))
+    stated = cfg.get("license")
+    return result.checkpoint(
+        files, state, spec, weights, made, named, (*notes, *more), stated if isinstance(stated, str) else ""
+    )
 
 
 def _architecture(files: Files, options: ReadOptions) -> Architecture:
@@ -176,8 +179,9 @@ def _architecture(files: Files, options: ReadOptions) -> Architecture:
     name = files.config.get("architecture") or options.arch or facts.get("arch")
     if not isinstance(name, str):
         return Architecture()
-    found, given = architecture(files.path, name), files.config.get("model_args")
-    args: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    found, args = architecture(files.path, name), files.config.get("model_args") or {}
+    if not isinstance(args, Mapping):
+        raise CheckpointError(f"{files.path}: config.json says model_args {args!r:.60}; expected an object")
     if unknown := [key for key in args if not HARMLESS.fullmatch(key) and args[key] not in (None, False, "")]:
         raise CheckpointError(
             f"{files.path}: config.json says {unknown[0]} {args[unknown[0]]!r:.60}, which edgetube does not know"
@@ -409,6 +413,6 @@ def _resize(what: Path, mode: object, size: tuple[int, int], share: float) -> di
 def _labels(files: Files, cfg: Mapping[str, Any]) -> Mapping[Any, str] | None:
     """Class names by number."""
     found = files.config.get("label_names") or cfg.get("label_names") or cfg.get("labels")
-    if isinstance(found, list):
-        return dict(enumerate(found))
-    return found if isinstance(found, Mapping) else None
+    if not isinstance(found, list | Mapping | None):
+        raise CheckpointError(f"{files.path}: config.json says label_names {found!r:.60}; expected a list or an object")
+    return dict(enumerate(found)) if isinstance(found, list) else found

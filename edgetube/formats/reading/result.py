@@ -23,6 +23,7 @@ def checkpoint(
     contract: InputContract,
     labels: tuple[str, ...],
     notes: tuple[str, ...] = (),
+    licence: str = "",
 ) -> Checkpoint:
     """The checkpoint of a model at its contract's clip.
 
@@ -30,6 +31,7 @@ def checkpoint(
         state: all of whose tensors have been taken or left out.
         spec: at the clip that stored positions are for.
         weights: exactly those of the spec.
+        licence: as the settings state it, for folders without a card that does.
 
     Raises:
         CheckpointError: tensors are left over, or missing for the spec.
@@ -48,7 +50,14 @@ def checkpoint(
     model = TubeViT(spec)
     model.load_state_dict(weights)
     made = Checkpoint(
-        name_of(files.path), model.eval(), contract, labels, files.digest, notes=notes, keys=keys, licence=files.licence
+        name_of(files.path),
+        model.eval(),
+        contract,
+        labels,
+        files.digest,
+        notes=notes,
+        keys=keys,
+        licence=files.licence or licence,
     )
     return made.at_spec(spec.with_clip(contract.frames, (contract.height, contract.width)))
 

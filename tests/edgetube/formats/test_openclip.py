@@ -145,7 +145,14 @@ def test_what_is_refused(text: ReadOptions, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--arch does not apply"):
         formats.load(folder, ReadOptions(arch="ViT-B-32", text_features=text.text_features))
     said = json.loads((folder / "open_clip_config.json").read_text())
-    for change, message in (({"scale_heads": True}, "says scale_heads"), ({"pool_type": "none"}, "pool_type 'none'")):
+    for change, message in (
+        ({"scale_heads": True}, "says scale_heads"),
+        ({"pool_type": "none"}, "pool_type 'none'"),
+        ({"layers": 3}, "has 2 blocks, and its settings say layers 3"),
+        ({"act_kwargs": {"approximate": "erf"}}, "act_kwargs"),
+        ({"norm_kwargs": {"eps": "small"}}, "eps"),
+        ({"head_width": 0}, "head_width"),
+    ):
         changed = said | {"model_cfg": said["model_cfg"] | {"vision_cfg": VISION | change}}
         (folder / "open_clip_config.json").write_text(json.dumps(changed))
         with pytest.raises(CheckpointError, match=message):

@@ -271,6 +271,27 @@ def test_an_input_that_no_contract_says(tmp_path: Path) -> None:
             formats.load(folder)
 
 
+def test_the_licence_is_that_of_the_settings(tmp_path: Path) -> None:
+    folder = folder_of(model_of(), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["license"] = "cc-by-nc-4.0"
+    (folder / "config.json").write_text(json.dumps(config))
+    found = formats.load(folder)
+    assert found.licence == "cc-by-nc-4.0"
+    assert any("commercial" in note for note in found.notes)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert formats.load(folder).licence == "mit"
+
+
+@pytest.mark.parametrize("change", [{"model_args": [1]}, {"label_names": 3}, {"pretrained_cfg": {"mean": "grey"}}])
+def test_settings_of_another_type_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    folder = folder_of(model_of(), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError):
+        formats.load(folder)
+
+
 def test_a_folder_of_the_first_layout(tmp_path: Path) -> None:
     """Everything at the top of config.json, `labels` for the names."""
     model = model_of()
