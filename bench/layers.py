@@ -22,7 +22,7 @@ from edgetube.bench.model_set import Artifact, OpenedModels
 from edgetube.bundle import Bundle
 from edgetube.datasets import ClipSet
 from edgetube.errors import BackendError, InputError
-from edgetube.model.tubevit import TubeViT
+from edgetube.model.transformer import VideoTransformer
 from edgetube.precision import Precision
 from edgetube.progress import Progress, silent
 from edgetube.roles import TOKENS, GraphRoles, roles_of
@@ -245,7 +245,7 @@ def _without_values(roles: GraphRoles) -> View:
     return view
 
 
-def as_exported(model: TubeViT, spec: ModelSpec) -> View:
+def as_exported(model: VideoTransformer, spec: ModelSpec) -> View:
     """Apply to the trained model's tensors what exported graphs fold into them: positions, and the queries' scale."""
     table = model.positions.detach().numpy()
     projections = {attention.projection: attention for attention in roles_of(spec).attention}

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgetube.export.static import MatMul, Pool, QuickGelu, Rotate, StaticBlock, StaticTubeViT
+from edgetube.export.static import MatMul, Pool, QuickGelu, Rotate, StaticBlock, StaticTransformer
 from edgetube.export.tokenizer import Conv2d, Gather, Linear, Slice
-from edgetube.model.tubevit import Act
+from edgetube.model.transformer import Act
 from edgetube.targets import Arithmetic
 from edgetube.video import Frames
 
@@ -60,7 +60,7 @@ class NoiseSimulation:
         clips: (N, T, H, W, 3) uint8; the first few are used.
     """
 
-    def __init__(self, module: StaticTubeViT, clips: Frames) -> None:
+    def __init__(self, module: StaticTransformer, clips: Frames) -> None:
         self.module, self.clips = module, clips[:MAX_CLIPS]
         with torch.inference_mode():
             self.exact = _logits(module, self.clips)
@@ -79,7 +79,7 @@ class NoiseSimulation:
         return float(np.mean(errors)) / max(float((self.exact**2).sum()), float(np.finfo(np.float64).tiny))
 
 
-def _logits(module: StaticTubeViT, clips: Frames) -> Tensor:
+def _logits(module: StaticTransformer, clips: Frames) -> Tensor:
     return torch.cat([module(torch.from_numpy(clip[None])) for clip in clips]).double()
 
 
@@ -117,7 +117,7 @@ def _add_noise(
     return noisy
 
 
-def _walks(module: StaticTubeViT, clips: Frames) -> dict[nn.Module, Tensor]:
+def _walks(module: StaticTransformer, clips: Frames) -> dict[nn.Module, Tensor]:
     """For each matrix product, sum_k s_k^2 by output channel: the mean over the rows of these clips."""
     found: dict[nn.Module, Tensor] = {}
 

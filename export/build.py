@@ -69,7 +69,7 @@ class Builder:
 
     def _trace(self, checkpoint: Checkpoint, lowering: str, batch: int) -> Graph:
         """The graph of the whole model, for clips or images according to the checkpoint."""
-        module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering, batch=batch)
+        module = static.StaticTransformer(checkpoint.model, checkpoint.contract, lowering, batch=batch)
         graph = canonical.trace(module, checkpoint.spec, checkpoint.contract, batch)
         return replace(graph, labels=checkpoint.labels)
 

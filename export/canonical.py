@@ -30,7 +30,7 @@ from onnxscript import optimizer, rewriter
 
 from edgetube.contract import InputContract
 from edgetube.errors import SpecError
-from edgetube.export.static import StaticTubeViT
+from edgetube.export.static import StaticTransformer
 from edgetube.export.statistics import tensor_shapes, weight_bytes
 from edgetube.export.tokenizer import StaticTokenizer
 from edgetube.roles import GraphRoles
@@ -67,7 +67,9 @@ class Graph:
     labels: tuple[str, ...] = ()
 
 
-def trace(module: StaticTubeViT | StaticTokenizer, spec: ModelSpec, contract: InputContract, batch: int = 1) -> Graph:
+def trace(
+    module: StaticTransformer | StaticTokenizer, spec: ModelSpec, contract: InputContract, batch: int = 1
+) -> Graph:
     """The canonical graph of a static model (or of its tokenizer alone, output `tokens`).
 
     Raises:
@@ -93,7 +95,7 @@ def trace(module: StaticTubeViT | StaticTokenizer, spec: ModelSpec, contract: In
     _share_constants(canonical.graph)
     _clean_up(canonical)
     canonical.doc_string = (
-        f"TubeViT: frames uint8 {(batch, *contract.shape)} RGB -> {module.output}; pixels are normalised inside"
+        f"frames uint8 {(batch, *contract.shape)} RGB -> {module.output}; pixels are normalised inside"
     )
     canonical.metadata_props.update(
         {"spec": _json(spec.to_json()), "input": _json(contract.to_json()), "lowering": module.lowering}
@@ -227,7 +229,7 @@ def _clean_up(model: ir.Model) -> None:
         value.metadata_props.clear()
     model.metadata_props.clear()
     model.ir_version, model.producer_name, model.producer_version = IR_VERSION, "edgetube", None
-    graph.name = "tubevit"
+    graph.name = "edgetube"
 
 
 def check(model: onnx.ModelProto) -> None:

@@ -94,7 +94,7 @@ class Prover:
 
     @cached_property
     def _noise_simulation(self) -> arithmetic.NoiseSimulation:
-        module = static.StaticTubeViT(self.checkpoint.model, self.checkpoint.contract)
+        module = static.StaticTransformer(self.checkpoint.model, self.checkpoint.contract)
         return arithmetic.NoiseSimulation(module, self.golden.frames)
 
     def _answers(self, backend: Answering, stage: str) -> parity.Answers:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from edgetube.contract import InputContract
 from edgetube.errors import SpecError
 from edgetube.export.tokenizer import Linear, StaticTokenizer
-from edgetube.model import tubevit
-from edgetube.model.tubevit import Block, QueryPooler, TubeViT
+from edgetube.model import transformer
+from edgetube.model.transformer import Block, QueryPooler, VideoTransformer
 from edgetube.roles import roles_of
 from edgetube.spec import QUERY, ModelSpec
 
@@ -66,7 +66,7 @@ class Rotate(nn.Module):
 class Attention(nn.Module):
     """Joint self-attention without a tensor above rank 4; 1 / sqrt(D / h) is folded into the query weights."""
 
-    def __init__(self, width: int, attention: tubevit.Attention, tables: Tensor | None = None) -> None:
+    def __init__(self, width: int, attention: transformer.Attention, tables: Tensor | None = None) -> None:
         super().__init__()
         qkv, proj, heads = attention.qkv, attention.proj, attention.heads
         scale = torch.ones(3 * width)
@@ -95,13 +95,13 @@ class QuickGelu(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("slope", torch.tensor(tubevit.QUICK_GELU))
+        self.register_buffer("slope", torch.tensor(transformer.QUICK_GELU))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(x * self.slope)
 
 
-def activation(act: tubevit.Act) -> nn.Module:
+def activation(act: transformer.Act) -> nn.Module:
     """The activation of an MLP, as modules whose operators the graph has."""
     known = {"gelu": nn.GELU(), "gelu-tanh": nn.GELU("tanh"), "quick-gelu": QuickGelu()}
     return known.get(act.kind, act)
@@ -110,7 +110,7 @@ def activation(act: tubevit.Act) -> nn.Module:
 class Mlp(nn.Module):
     """Linear, activation, linear; gated where the model's is."""
 
-    def __init__(self, mlp: tubevit.Mlp) -> None:
+    def __init__(self, mlp: transformer.Mlp) -> None:
         super().__init__()
         self.gated = mlp.gated
         self.fc1, self.fc2 = Linear(mlp.fc1.weight, mlp.fc1.bias), Linear(mlp.fc2.weight, mlp.fc2.bias)
@@ -205,7 +205,7 @@ class QueryPool(nn.Module):
         return y + self.mlp(self.mlp_norm(y))  # (B, D)
 
 
-def readout(model: TubeViT, part: str) -> nn.Module:
+def readout(model: VideoTransformer, part: str) -> nn.Module:
     """One part of `spec.readout`: (B, P + N, D) to (B, D)."""
     pool = model.pool
     if part == "attention" and pool.score is not None:
@@ -228,8 +228,8 @@ class Readout(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (B, F)
 
 
-class StaticTubeViT(nn.Module):
-    """`TubeViT` for export: logits (B, classes) float32 of uint8 frames (B, T, H, W, 3)."""
+class StaticTransformer(nn.Module):
+    """`VideoTransformer` for export: logits (B, classes) float32 of uint8 frames (B, T, H, W, 3)."""
 
     output = "logits"
     positions: Tensor | None
@@ -237,7 +237,7 @@ class StaticTubeViT(nn.Module):
 
     def __init__(
         self,
-        model: TubeViT,
+        model: VideoTransformer,
         contract: InputContract,
         lowering: str = "gather",
         head: str | None = None,

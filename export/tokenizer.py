@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from edgetube.contract import InputContract
 from edgetube.errors import SpecError
-from edgetube.model.tubevit import Tubes, TubeViT, tube_tokens
+from edgetube.model.transformer import Tubes, VideoTransformer, tube_tokens
 from edgetube.roles import tokenizer_roles
 from edgetube.spec import ModelSpec, Triple, TubeSpec
 from edgetube.video import Frames
@@ -217,7 +217,9 @@ class StaticTokenizer(nn.Module):
     output = "tokens"
     bias: Tensor
 
-    def __init__(self, model: TubeViT, contract: InputContract, lowering: str = "gather", batch: int = 1) -> None:
+    def __init__(
+        self, model: VideoTransformer, contract: InputContract, lowering: str = "gather", batch: int = 1
+    ) -> None:
         """
         Raises:
             SpecError: the lowering is unknown, or the contract's clip or colours are not the model's.
@@ -289,7 +291,7 @@ class LoweringError:
 
 
 def tokenizer_errors(
-    model: TubeViT, contract: InputContract, clips: Frames, lowerings: Sequence[str] = LOWERINGS
+    model: VideoTransformer, contract: InputContract, clips: Frames, lowerings: Sequence[str] = LOWERINGS
 ) -> dict[str, LoweringError]:
     """The error of each lowering's tokens on uint8 clips (B, T, H, W, 3), by its name.
 

@@ -63,14 +63,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from edgetube import demo
     from edgetube.contract import InputContract
     from edgetube.model import checkpoints
-    from edgetube.model.tubevit import TubeViT
+    from edgetube.model.transformer import VideoTransformer
     from edgetube.spec import ModelSpec, TubeSpec
 
     tubes = (TubeSpec((4, 8, 8), (4, 16, 16), space_to_depth=(2, 1, 1)), TubeSpec((1, 16, 16), (8, 16, 16)))
     spec = ModelSpec(tubes, 8, (32, 48), 24, 2, 2, (("motion", len(demo.LABELS)), ("other", 2)))
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = TubeViT(spec).eval()
+        model = VideoTransformer(spec).eval()
     contract = InputContract(8, 32, 48, fps=10.0, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
     checkpoints.save(checkpoints.Checkpoint("tiny", model, contract, demo.LABELS, "", {"other": ("no", "yes")}), path)

@@ -39,7 +39,7 @@ from edgetube.datasets import ClipSet, Item
 from edgetube.export import canonical, int8, integer, openvino, rewrite, static
 from edgetube.export.canonical import Graph
 from edgetube.export.quantize import apply, qdq
-from edgetube.model.tubevit import TubeViT
+from edgetube.model.transformer import VideoTransformer
 from edgetube.spec import ModelSpec, TubeSpec
 from edgetube.video import Clip
 
@@ -54,7 +54,7 @@ CONTRACT = InputContract(FRAMES, SIZE, SIZE, fps=10.0, mean=(0.485, 0.456, 0.406
 PREFIX = "backbone.encoder.layer"
 
 
-def tube_vit(source: Path) -> TubeViT:
+def tube_vit(source: Path) -> VideoTransformer:
     """The encoder of the ViT-S/14 at `source` as a sparse-tube model of 8 x 112 x 112 clips, without a classifier."""
     found = onnx.load(source)
     weights = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in found.graph.initializer}
@@ -66,7 +66,7 @@ def tube_vit(source: Path) -> TubeViT:
     spec = ModelSpec(
         tubes, FRAMES, (SIZE, SIZE), 384, 12, 6, (("digits", 10),), readout=("mean",), positions="stored", norm_eps=1e-6
     )
-    model = TubeViT(spec).eval()
+    model = VideoTransformer(spec).eval()
     state = model.state_dict()
     patch = weights["backbone.embeddings.patch_embeddings.projection.weight"]
     state["tubes.weights.0"] = patch[:, :, None].repeat(1, 1, STEP, 1, 1) / STEP
@@ -141,9 +141,9 @@ def digits(first: int, count: int) -> list[Item]:
     return [Item(f"digit/{i:04d}", str(data.target[i]), partial(read, index=i)) for i in chosen]
 
 
-def float_graph(model: TubeViT, path: Path) -> Graph:
+def float_graph(model: VideoTransformer, path: Path) -> Graph:
     """The canonical graph, with the pooled feature as a second output; also written to `path`."""
-    traced = canonical.trace(static.StaticTubeViT(model, CONTRACT, "gather"), model.spec, CONTRACT)
+    traced = canonical.trace(static.StaticTransformer(model, CONTRACT, "gather"), model.spec, CONTRACT)
     pooled = next(value for value in traced.model.graph.value_info if value.name == "pool")
     traced.model.graph.output.append(pooled)
     onnx.save(traced.model, path)
@@ -165,7 +165,7 @@ def open_candidate(path: Path) -> Callable[[np.ndarray], Any]:
     return lambda clip: call({"frames": clip[None]})
 
 
-def fit_probe(model: TubeViT, features: np.ndarray, labels: np.ndarray) -> None:
+def fit_probe(model: VideoTransformer, features: np.ndarray, labels: np.ndarray) -> None:
     """A ridge classifier on float features becomes the model's head."""
     centre, spread = features.mean(axis=0), features.std() + 1e-6
     x = (features - centre) / spread

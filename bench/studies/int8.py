@@ -102,7 +102,7 @@ def traced(checkpoint: Checkpoint, lowering: str, folder: Path) -> Path:
     """The float graph in another lowering, as a file; made once."""
     path = folder / f"{checkpoint.name}.{lowering}.onnx"
     if not path.exists():
-        module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering)
+        module = static.StaticTransformer(checkpoint.model, checkpoint.contract, lowering)
         canonical.save(canonical.trace(module, checkpoint.spec, checkpoint.contract).model, path)
     return path
 
@@ -256,7 +256,7 @@ def weights(args: argparse.Namespace) -> dict[str, Any]:
     Every form is calibrated anew. Where sums of 8-bit products overflow, only the last two give these numbers.
     """
     checkpoint, rows = checkpoints.load("demo"), []
-    module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, "gather")
+    module = static.StaticTransformer(checkpoint.model, checkpoint.contract, "gather")
     graph = canonical.trace(module, checkpoint.spec, checkpoint.contract)
     with tempfile.TemporaryDirectory() as name, np.load(args.windows) as windows:
         sets = (
@@ -370,7 +370,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     Linux and macOS only.
     """
     checkpoint = checkpoints.load(args.checkpoint)
-    module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, "gather")
+    module = static.StaticTransformer(checkpoint.model, checkpoint.contract, "gather")
     graph = canonical.trace(module, checkpoint.spec, checkpoint.contract)
     del module
     before = peak_mb()

@@ -27,7 +27,7 @@ from edgetube.demo.moves import DIRECTIONS, LABELS, Move
 from edgetube.demo.render import TEXTURE, Photo, generator, render_clip, texture
 from edgetube.files import atomic_write, replacing
 from edgetube.model import checkpoints, positions
-from edgetube.model.tubevit import TubeViT
+from edgetube.model.transformer import VideoTransformer
 from edgetube.spec import ModelSpec, TubeSpec
 from edgetube.video import Clip
 
@@ -365,7 +365,7 @@ class Trainee(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = TubeViT(SPEC)
+        self.model = VideoTransformer(SPEC)
         for tube, weight in zip(SPEC.tubes, self.model.tubes.weights, strict=True):
             if not tube.is_2d:
                 weight.data = gabors(*weight.shape)
@@ -521,7 +521,7 @@ def _save(
     }
     with replacing(args.work / "state.pt") as part:
         torch.save(saved, part)
-    model = TubeViT(SPEC)
+    model = VideoTransformer(SPEC)
     model.load_state_dict(ema.model.state_dict())
     checkpoints.save(checkpoints.Checkpoint("motion", model, CONTRACT, LABELS, ""), args.work / "motion.safetensors")
 

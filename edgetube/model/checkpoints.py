@@ -20,7 +20,7 @@ from edgetube.contract import InputContract
 from edgetube.errors import CheckpointError, FormatError, InputError, SpecError, printable
 from edgetube.files import replacing
 from edgetube.model import positions
-from edgetube.model.tubevit import TubeViT, shapes
+from edgetube.model.transformer import VideoTransformer, shapes
 from edgetube.spec import ModelSpec, named
 
 FRAMES, SECONDS = 8, 2
@@ -52,7 +52,7 @@ class Checkpoint:
     """
 
     name: str
-    model: TubeViT
+    model: VideoTransformer
     contract: InputContract
     labels: tuple[str, ...]
     digest: str
@@ -154,7 +154,7 @@ def random(name: str, seed: int = 0) -> Checkpoint:
     spec = named(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = TubeViT(spec).eval()
+        model = VideoTransformer(spec).eval()
     contract = InputContract(spec.frames, *spec.size, fps=15.0)
     labels = tuple(f"class-{i}" for i in range(spec.classifiers[0][1]))
     return Checkpoint(name, model, contract, labels, hashlib.sha256(f"{name}:{seed}".encode()).hexdigest())
@@ -164,13 +164,13 @@ def save(checkpoint: Checkpoint, path: str | Path) -> Path:
     """Write `checkpoint` to a safetensors file, beside the target first and then renamed; returns the path.
 
     Raises:
-        CheckpointError: the model is not a TubeViT but a wrapper of one.
+        CheckpointError: the model is not a VideoTransformer but a wrapper of one.
     """
     path = Path(path)
-    if not isinstance(checkpoint.model, TubeViT):
+    if not isinstance(checkpoint.model, VideoTransformer):
         raise CheckpointError(
-            f"the model is a {type(checkpoint.model).__name__}; save the TubeViT inside of it: model.module of "
-            "DataParallel, model._orig_mod of torch.compile"
+            f"the model is a {type(checkpoint.model).__name__}; save the VideoTransformer inside of it: model.module "
+            "of DataParallel, model._orig_mod of torch.compile"
         )
     header = {
         "spec": checkpoint.spec.to_json(),
@@ -206,7 +206,7 @@ def _read(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: {name} has weights that are NaN or infinite; save the model before it diverged"
             )
-    model = TubeViT(header.spec)
+    model = VideoTransformer(header.spec)
     model.load_state_dict(state)
     name = re.sub(r"[^\w.-]+", "-", path.stem).lstrip("-.") or "model"  # it becomes the name of files and folders
     return Checkpoint(name, model.eval(), header.contract, header.labels, sha256(path), header.other_labels)
@@ -342,13 +342,15 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 """Types of weights, as safetensors names them."""
 
 
-def _moved(model: TubeViT, spec: ModelSpec, table: tuple[ModelSpec, torch.Tensor] | None = None) -> TubeViT:
+def _moved(
+    model: VideoTransformer, spec: ModelSpec, table: tuple[ModelSpec, torch.Tensor] | None = None
+) -> VideoTransformer:
     """The same weights in a model of another clip shape or with fewer classifiers.
 
     Args:
         table: see `Checkpoint`.
     """
-    moved = TubeViT(spec)
+    moved = VideoTransformer(spec)
     state = model.state_dict()
     if spec.positions == "stored":
         old, stored = table or (model.spec, state["positions"])

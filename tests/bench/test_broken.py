@@ -48,7 +48,7 @@ def demo() -> Checkpoint:
 def sound(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The built-in model, which has learned something; a bundle without the pipeline's own proof."""
     folder = tmp_path_factory.mktemp("sound")
-    graph = canonical.trace(static.StaticTubeViT(demo.model, demo.contract), demo.spec, demo.contract)
+    graph = canonical.trace(static.StaticTransformer(demo.model, demo.contract), demo.spec, demo.contract)
     canonical.save(graph.model, folder / "model.onnx")
     checkpoint = {"name": demo.name, "source": demo.source, "sha256": demo.digest}
     bundle = Bundle(

@@ -46,7 +46,7 @@ def hard_graph(hard_checkpoint: Checkpoint) -> Graph:
     from edgetube.export import canonical, static
 
     c = hard_checkpoint
-    return canonical.trace(static.StaticTubeViT(c.model, c.contract, "gather"), c.spec, c.contract)
+    return canonical.trace(static.StaticTransformer(c.model, c.contract, "gather"), c.spec, c.contract)
 
 
 @pytest.fixture(scope="session")

@@ -26,18 +26,18 @@ def traced(tube: TubeSpec = PARTS, width: int = 16) -> Graph:
     """The canonical graph of a random model of one block and one head, with biases and positions other than zero."""
     import torch
 
-    from edgetube.model.tubevit import TubeViT
+    from edgetube.model.transformer import VideoTransformer
 
     spec = ModelSpec((tube,), 4, (8, 8), width, 1, 1, (("x", 3),), positions="stored")
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        model = TubeViT(spec).eval()
+        model = VideoTransformer(spec).eval()
     state = model.state_dict()
     with torch.no_grad():
         for name in state:  # biases and positions of a new model are zero
             if name.endswith("bias") or name == "positions":
                 state[name].normal_(0, 0.2, generator=torch.Generator().manual_seed(len(name)))
-    return canonical.trace(static.StaticTubeViT(model, CONTRACT, "gather"), spec, CONTRACT)
+    return canonical.trace(static.StaticTransformer(model, CONTRACT, "gather"), spec, CONTRACT)
 
 
 def noise(count: int, seed: int, prefix: str, most: int = 255) -> Clips:

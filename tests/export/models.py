@@ -15,8 +15,8 @@ from onnx import numpy_helper
 from edgetube.contract import InputContract
 from edgetube.export import canonical
 from edgetube.export.canonical import Graph
-from edgetube.export.static import StaticTubeViT
-from edgetube.model.tubevit import TubeViT
+from edgetube.export.static import StaticTransformer
+from edgetube.model.transformer import VideoTransformer
 from edgetube.runtimes.torch import normalise
 from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, ModelSpec, QueryPool, Rotary, TubeSpec
 
@@ -97,11 +97,11 @@ OTHERS = ("dense", "class-token", "rotary", "gated-mlp")
 
 
 @cache
-def model_of(name: str) -> tuple[TubeViT, InputContract]:
+def model_of(name: str) -> tuple[VideoTransformer, InputContract]:
     """A model none of whose biases, LayerNorms and gates is neutral."""
     torch.manual_seed(0)
     spec = SPECS[name]
-    model = TubeViT(spec).eval()
+    model = VideoTransformer(spec).eval()
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.ndim < 2 or p is model.prefix):
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -111,7 +111,7 @@ def model_of(name: str) -> tuple[TubeViT, InputContract]:
 @cache
 def trace(name: str, lowering: str = "gather", batch: int = 1, head: str | None = None) -> Graph:
     model, contract = model_of(name)
-    return canonical.trace(StaticTubeViT(model, contract, lowering, head, batch), model.spec, contract, batch)
+    return canonical.trace(StaticTransformer(model, contract, lowering, head, batch), model.spec, contract, batch)
 
 
 @cache
@@ -122,9 +122,9 @@ def trace_vit(rotary: bool) -> Graph:
         spec = replace(spec, positions="rotary", rotary=Rotary(("time", "height", "width")))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = TubeViT(spec).eval()
+        model = VideoTransformer(spec).eval()
     contract = InputContract(spec.frames, *spec.size)
-    return canonical.trace(StaticTubeViT(model, contract), spec, contract)
+    return canonical.trace(StaticTransformer(model, contract), spec, contract)
 
 
 def noise(name: str, batch: int = 1) -> np.ndarray:

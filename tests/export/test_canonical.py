@@ -18,10 +18,10 @@ from onnx import parser
 from edgetube.contract import InputContract
 from edgetube.errors import SpecError
 from edgetube.export import canonical
-from edgetube.export.static import StaticTubeViT
+from edgetube.export.static import StaticTransformer
 from edgetube.export.statistics import graph_statistics, tensor_shapes
 from edgetube.export.tokenizer import LOWERINGS, StaticTokenizer
-from edgetube.model.tubevit import TubeViT
+from edgetube.model.transformer import VideoTransformer
 from edgetube.runtimes.torch import normalise
 from tests.export.models import SPECS, constants, model_of, nodes, noise, reference, run, trace
 
@@ -133,9 +133,9 @@ def test_the_softmax_scale_is_in_the_query_weights() -> None:
 def test_equal_constants_keep_their_own_names() -> None:
     """A quantiser that shifts one bias must not shift another that happened to be equal."""
     spec = SPECS["paper"]
-    model = TubeViT(spec).eval()  # fresh: all biases are zero
+    model = VideoTransformer(spec).eval()  # fresh: all biases are zero
     contract = InputContract(spec.frames, *spec.size)
-    values = constants(canonical.trace(StaticTubeViT(model, contract), spec, contract).model)
+    values = constants(canonical.trace(StaticTransformer(model, contract), spec, contract).model)
     assert {f"blocks.{i}.{n}.bias" for i in (0, 1) for n in ("norm1", "attn.proj", "mlp.fc2")} <= values.keys()
 
 
@@ -155,7 +155,7 @@ def test_versions_and_description_but_nothing_of_this_machine() -> None:
 
 def test_bytes_are_the_same_every_time() -> None:
     model, contract = model_of("paper")
-    again = canonical.trace(StaticTubeViT(model, contract), model.spec, contract)
+    again = canonical.trace(StaticTransformer(model, contract), model.spec, contract)
     assert again.model.SerializeToString() == trace("paper").model.SerializeToString()
 
 
@@ -163,7 +163,7 @@ def test_bytes_are_the_same_every_time() -> None:
 def test_bytes_are_the_same_in_another_process() -> None:
     code = (
         "import hashlib; from edgetube.export import canonical, static; from edgetube.model import checkpoints as c;"
-        "x = c.random('tubevit-ti'); m = static.StaticTubeViT(x.model, x.contract);"
+        "x = c.random('tubevit-ti'); m = static.StaticTransformer(x.model, x.contract);"
         "print(hashlib.sha256(canonical.trace(m, x.spec, x.contract).model.SerializeToString()).hexdigest())"
     )
     digests = set()

@@ -30,7 +30,7 @@ from edgetube.export.build import MOMENT_CLIPS
 from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
-from edgetube.model.tubevit import TubeViT
+from edgetube.model.transformer import VideoTransformer
 from edgetube.precision import Precision
 from edgetube.runtimes import mil
 from edgetube.runtimes.torch import Reference
@@ -57,7 +57,7 @@ def traced(checkpoint: Checkpoint) -> Callable[..., Graph]:
     def trace(lowering: str = "gather", batch: int = 1, image: bool = False) -> Any:
         if (lowering, batch, image) not in known:
             part = checkpoint.with_clip(1, None) if image else checkpoint
-            module = static.StaticTubeViT(part.model, part.contract, lowering, batch=batch)
+            module = static.StaticTransformer(part.model, part.contract, lowering, batch=batch)
             graph = canonical.trace(module, part.spec, part.contract, batch)
             known[lowering, batch, image] = dataclasses.replace(graph, labels=part.labels)
         return known[lowering, batch, image]
@@ -220,9 +220,9 @@ def test_a_small_epsilon_does_not_become_zero_in_float16(tmp_path: Path, layout:
     spec = dataclasses.replace(models.SPECS["dense"], prefix=1)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = TubeViT(spec).eval()
+        model = VideoTransformer(spec).eval()
     contract = models.model_of("dense")[1]
-    graph = canonical.trace(static.StaticTubeViT(model, contract), spec, contract)
+    graph = canonical.trace(static.StaticTransformer(model, contract), spec, contract)
     build(graph, FP16.choose({"layout": layout}), tmp_path)
     assert layer_norm_epsilons(tmp_path / "model.mlpackage") == {2.0**-24, float(np.float16(1e-5))}
     frames = models.noise("dense")

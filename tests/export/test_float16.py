@@ -14,10 +14,10 @@ from onnx.reference import ReferenceEvaluator
 from edgetube.errors import SpecError
 from edgetube.export import canonical
 from edgetube.export.float16 import PIXEL_SCALE, convert_to_fp16
-from edgetube.export.static import StaticTubeViT
+from edgetube.export.static import StaticTransformer
 from edgetube.export.statistics import weight_bytes
 from edgetube.export.tokenizer import LOWERINGS
-from edgetube.model.tubevit import TubeViT
+from edgetube.model.transformer import VideoTransformer
 from edgetube.runtimes.torch import normalise
 from tests.export.models import OTHERS, SPECS, constants, model_of, nodes, noise, reference, run, trace
 
@@ -60,11 +60,11 @@ def test_epsilons_stay_float32() -> None:
 def test_half_precision_keeps_the_range_of_layernorm_and_softmax() -> None:
     """One channel of 1500, as trained ViTs have: its square is 34 times the largest float16."""
     spec = SPECS["paper"]
-    model, contract = TubeViT(spec).eval(), model_of("paper")[1]
+    model, contract = VideoTransformer(spec).eval(), model_of("paper")[1]
     with torch.no_grad():
         model.get_parameter("blocks.0.mlp.fc2.bias")[3] = 1500.0
         model.get_parameter("blocks.0.attn.qkv.weight").mul_(6)
-    narrow = convert_to_fp16(canonical.trace(StaticTubeViT(model, contract), spec, contract).model)
+    narrow = convert_to_fp16(canonical.trace(StaticTransformer(model, contract), spec, contract).model)
     frames = noise("paper")
     with torch.no_grad():
         expected = model(normalise(torch.from_numpy(frames), contract)).numpy()

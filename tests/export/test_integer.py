@@ -29,7 +29,7 @@ FORMS = {"any": ("uint8", False), "x86": ("uint8", True), "arm": ("int8", False)
 @pytest.fixture(scope="module")
 def graph(tiny_checkpoint: Path) -> Graph:
     c = checkpoints.load(tiny_checkpoint).select("motion")
-    return canonical.trace(static.StaticTubeViT(c.model, c.contract, "gather"), c.spec, c.contract)
+    return canonical.trace(static.StaticTransformer(c.model, c.contract, "gather"), c.spec, c.contract)
 
 
 @pytest.fixture(scope="module")

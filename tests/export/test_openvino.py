@@ -23,7 +23,7 @@ from edgetube.runtimes import openvino as runtime
 def test_convolutions_are_not_computed_in_bfloat16(lowering: str, tmp_path: Path) -> None:
     """On a processor with AMX, OpenVINO's convolutions in bfloat16 miss the built-in model's logits by their size."""
     checkpoint = checkpoints.load("demo")
-    module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering, batch=1)
+    module = static.StaticTransformer(checkpoint.model, checkpoint.contract, lowering, batch=1)
     graph = canonical.trace(module, checkpoint.spec, checkpoint.contract, 1)
     for name in ("openvino-fp16", "openvino-int8"):
         types = exporter.inference_precision(graph.model, export.target(name))

@@ -18,10 +18,10 @@ from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.torch import Reference
 
-Fault = Callable[[static.StaticTubeViT], None]
+Fault = Callable[[static.StaticTransformer], None]
 
 
-def swapped_frames(module: static.StaticTubeViT) -> None:
+def swapped_frames(module: static.StaticTransformer) -> None:
     """Frames 7 and 8 of 16 in each other's place, in the indices of the gathers."""
     _, height, width = module.spec.clip
     for tube in module.tubes.children():
@@ -32,7 +32,7 @@ def swapped_frames(module: static.StaticTubeViT) -> None:
         tube.index = (swapped * runs + rest).to(tube.index.dtype)
 
 
-def wrong_mean(module: static.StaticTubeViT) -> None:
+def wrong_mean(module: static.StaticTransformer) -> None:
     """0.45 for 0.5: every pixel is brighter by 0.1 of what the model was trained with."""
     for i, (tube, grid) in enumerate(zip(module.tubes.children(), module.spec.grids, strict=True)):
         assert isinstance(tube, tokenizer.Gather)
@@ -41,12 +41,12 @@ def wrong_mean(module: static.StaticTubeViT) -> None:
         module.tubes.bias[first : first + int(np.prod(grid))] += shift.repeat(tube.merge)
 
 
-def wrong_proj(module: static.StaticTubeViT) -> None:
+def wrong_proj(module: static.StaticTransformer) -> None:
     proj: Any = module.get_submodule("blocks.2.attn.proj")
     proj.weight *= 1.5
 
 
-def wrong_tube(module: static.StaticTubeViT) -> None:
+def wrong_tube(module: static.StaticTransformer) -> None:
     tube: Any = module.get_submodule("tubes.2")
     tube.weight *= 1.25
 
@@ -64,7 +64,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     right = canonical.trace
 
     def trace(module: Any, *given: Any) -> canonical.Graph:
-        if isinstance(module, static.StaticTubeViT):
+        if isinstance(module, static.StaticTransformer):
             with torch.no_grad():
                 fault(module)
         return right(module, *given)
@@ -108,7 +108,7 @@ def test_nor_are_they_beside_the_noise_of_integers(
 def test_float16_may_do_what_it_did_on_arm(demo: Checkpoint) -> None:
     """Computed in float16 on aarch64, the golden clips of the built-in model reached 32.5 dB: that has to pass."""
     clips = proof.golden_clips(proof.clips(demo, 8))
-    simulation = arithmetic.NoiseSimulation(static.StaticTubeViT(demo.model, demo.contract), clips)
+    simulation = arithmetic.NoiseSimulation(static.StaticTransformer(demo.model, demo.contract), clips)
     ratios = {kind: -10 * np.log10(simulation.logit_noise(kind)) for kind in arithmetic.UNIT_ROUNDOFF}
     assert 33 < ratios["float16"] < 37
     assert ratios["float16"] - 10 * np.log10(proof.ARITHMETIC_MARGIN) < 32.5 - 0.5

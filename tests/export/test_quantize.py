@@ -27,7 +27,7 @@ def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
 
 
 def traced(checkpoint: Checkpoint, lowering: str = "gather", batch: int = 1) -> Any:
-    module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, lowering, batch=batch)
+    module = static.StaticTransformer(checkpoint.model, checkpoint.contract, lowering, batch=batch)
     return canonical.trace(module, checkpoint.spec, checkpoint.contract, batch)
 
 

@@ -22,7 +22,7 @@ def test_whole_model_equals_reference(name: str, lowering: str) -> None:
     with torch.no_grad():
         for head in ("a", "b"):
             expected = model(normalise(clips, contract), head)
-            got = static.StaticTubeViT(model, contract, lowering, head, batch=2)(clips)
+            got = static.StaticTransformer(model, contract, lowering, head, batch=2)(clips)
             torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
             assert got.dtype == torch.float32
 
@@ -33,7 +33,7 @@ def test_gates_are_constants_and_a_closed_gate_is_nothing() -> None:
     with torch.no_grad():
         model.get_parameter("blocks.0.alpha").fill_(0.7)
         model.get_parameter("blocks.2.alpha").fill_(0.0)
-    rewritten = static.StaticTubeViT(model, contract)
+    rewritten = static.StaticTransformer(model, contract)
     gates: list[Any] = [block.gate for block in rewritten.blocks]
     assert float(gates[0]) == pytest.approx(math.tanh(0.7))
     assert gates[1] is None
@@ -44,11 +44,11 @@ def test_gates_are_constants_and_a_closed_gate_is_nothing() -> None:
         torch.testing.assert_close(rewritten(clips), expected, atol=1e-4, rtol=0)
         model.get_parameter("blocks.0.alpha").fill_(0.0)
         assert float((model(normalise(clips, contract)) - expected).abs().max()) > 1e-3
-        assert static.StaticTubeViT(model, contract).positions is None
+        assert static.StaticTransformer(model, contract).positions is None
 
 
 def test_the_model_is_left_as_it_was() -> None:
     model, contract = make(SPECS["paper"])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    static.StaticTubeViT(model, contract)(noise(model.spec))
+    static.StaticTransformer(model, contract)(noise(model.spec))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -32,7 +32,7 @@ from edgetube.export.canonical import Graph
 from edgetube.export.float16 import convert_to_fp16
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
-from edgetube.model.tubevit import TubeViT
+from edgetube.model.transformer import VideoTransformer
 from edgetube.runtimes.tensorrt.build import LEGACY, Settings, parse
 from edgetube.runtimes.tensorrt.build import build as build_engine
 from edgetube.runtimes.tensorrt.layers import summarize_engine_layers
@@ -52,7 +52,7 @@ def with_settings(name: str, **settings: str) -> Target:
 @pytest.fixture(scope="module", params=tokenizer.LOWERINGS)
 def graph(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> Graph:
     checkpoint = checkpoints.load(tiny_checkpoint)
-    module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, request.param, batch=2)
+    module = static.StaticTransformer(checkpoint.model, checkpoint.contract, request.param, batch=2)
     return canonical.trace(module, checkpoint.spec, checkpoint.contract, 2)
 
 
@@ -300,12 +300,12 @@ def small_checkpoint() -> Checkpoint:
     spec = ModelSpec(tubes, 8, (32, 32), 32, 2, 2, (("motion", len(demo.LABELS)),))
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        model = TubeViT(spec).eval()
+        model = VideoTransformer(spec).eval()
     return checkpoints.Checkpoint("small", model, InputContract(8, 32, 32, fps=10.0), demo.LABELS, "", {})
 
 
 def traced(checkpoint: Any) -> Any:
-    module = static.StaticTubeViT(checkpoint.model, checkpoint.contract, "gather")
+    module = static.StaticTransformer(checkpoint.model, checkpoint.contract, "gather")
     return canonical.trace(module, checkpoint.spec, checkpoint.contract)
 
 

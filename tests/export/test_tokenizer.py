@@ -14,16 +14,16 @@ from torch.nn import functional as F
 from edgetube.contract import InputContract
 from edgetube.errors import SpecError
 from edgetube.export import static, tokenizer
-from edgetube.model.tubevit import TubeViT
+from edgetube.model.transformer import VideoTransformer
 from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, ModelSpec, TubeSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def make(spec: ModelSpec, seed: int = 0) -> tuple[TubeViT, InputContract]:
+def make(spec: ModelSpec, seed: int = 0) -> tuple[VideoTransformer, InputContract]:
     """A model whose biases, gates and LayerNorms are not the neutral ones that fresh models have."""
     torch.manual_seed(seed)
-    model = TubeViT(spec).eval()
+    model = VideoTransformer(spec).eval()
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.ndim < 2):
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -196,9 +196,9 @@ def test_refusals_say_what_would_do() -> None:
     with pytest.raises(SpecError, match=r"the input is \(16, 64, 64\) but the model takes clips \(32, 64, 64\)"):
         tokenizer.StaticTokenizer(model, contract.with_clip(16))
     with pytest.raises(SpecError, match=r"no classifier is called 'c'; the model has a, b"):
-        static.StaticTubeViT(model, contract, head="c")
+        static.StaticTransformer(model, contract, head="c")
     with pytest.raises(SpecError, match=r"batch is 0; expected >= 1"):
-        static.StaticTubeViT(model, contract, batch=0)
+        static.StaticTransformer(model, contract, batch=0)
     grey, contract = make(spec_of(PAPER_TUBES, channels=1))
     with pytest.raises(SpecError, match=r"the model has 1 channels; frames \(T, H, W, 3\) have 3"):
         tokenizer.StaticTokenizer(grey, contract)

@@ -1,4 +1,4 @@
-"""Encoder blocks of other libraries as those of `edgetube.model.tubevit`: fused q, k, v, LayerScale folded in.
+"""Encoder blocks of other libraries as those of `edgetube.model.transformer`: fused q, k, v, LayerScale folded in.
 
 Exact at load: LayerScale goes into the linear before it (s * (W y + b) = (s W) y + s b), biases that are missing are
 zero, and the channels of queries and keys are reordered so that rotary partners are half a head apart.

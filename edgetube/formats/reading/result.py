@@ -11,7 +11,7 @@ from edgetube.formats.reading.blocks import Weights
 from edgetube.formats.reading.files import Files
 from edgetube.formats.reading.tensors import State
 from edgetube.model.checkpoints import Checkpoint
-from edgetube.model.tubevit import TubeViT, shapes
+from edgetube.model.transformer import VideoTransformer, shapes
 from edgetube.spec import ModelSpec
 
 
@@ -47,7 +47,7 @@ def checkpoint(
             f"{files.path} does not fit its configuration: {name} is {found.get(name)}, expected {wanted.get(name)}"
         )
     notes = notes if files.adapter is None else (*files.adapter.notes, *notes)
-    model = TubeViT(spec)
+    model = VideoTransformer(spec)
     model.load_state_dict(weights)
     made = Checkpoint(
         name_of(files.path),

@@ -22,7 +22,7 @@ from edgetube.contract import InputContract
 from edgetube.errors import CheckpointError, InputError, SpecError
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
-from edgetube.model.tubevit import TubeViT, shapes
+from edgetube.model.transformer import VideoTransformer, shapes
 from edgetube.precision import Precision
 from edgetube.spec import ModelSpec, TubeSpec, named
 
@@ -71,7 +71,7 @@ def models(draw: st.DrawFn) -> ModelSpec:
 @pytest.fixture
 def checkpoint() -> Checkpoint:
     torch.manual_seed(0)
-    model = TubeViT(SPEC).eval()
+    model = VideoTransformer(SPEC).eval()
     return Checkpoint("mine", model, CONTRACT, LABELS, digest="", other_labels=OTHERS)
 
 
@@ -101,7 +101,7 @@ class TestRoundTrip:
         self, tmp_path: Path, clips: torch.Tensor, checkpoint: Checkpoint, change: dict[str, Any]
     ) -> None:
         torch.manual_seed(1)
-        saved = replace(checkpoint, model=TubeViT(replace(SPEC, **change)).eval())
+        saved = replace(checkpoint, model=VideoTransformer(replace(SPEC, **change)).eval())
         path = checkpoints.save(saved, tmp_path / "motion.safetensors")
         loaded = checkpoints.load(path)
         assert loaded.spec == saved.spec
@@ -114,7 +114,7 @@ class TestRoundTrip:
             torch.testing.assert_close(loaded.model(clips, head), saved.model(clips, head), atol=0, rtol=0)
 
     def test_half_precision_weights_become_single(self, tmp_path: Path, checkpoint: Checkpoint) -> None:
-        path = checkpoints.save(replace(checkpoint, model=TubeViT(SPEC).half()), tmp_path / "half.safetensors")
+        path = checkpoints.save(replace(checkpoint, model=VideoTransformer(SPEC).half()), tmp_path / "half.safetensors")
         assert {value.dtype for value in checkpoints.load(path).model.state_dict().values()} == {torch.float32}
 
     def test_saving_replaces_the_file_and_leaves_nothing_beside_it(
@@ -147,7 +147,7 @@ class TestShapes:
     @given(models())
     @settings(max_examples=20)
     def test_they_are_those_of_the_model(self, spec: ModelSpec) -> None:
-        assert shapes(spec) == {name: tuple(value.shape) for name, value in TubeViT(spec).state_dict().items()}
+        assert shapes(spec) == {name: tuple(value.shape) for name, value in VideoTransformer(spec).state_dict().items()}
 
 
 class TestWhereACheckpointIs:
@@ -314,7 +314,7 @@ class TestRefusals:
         def made(*_: object) -> None:
             raise AssertionError("a model was made")
 
-        monkeypatch.setattr(checkpoints, "TubeViT", made)
+        monkeypatch.setattr(checkpoints, "VideoTransformer", made)
         wide = {"width": 24576, "depth": 1000, "classifiers": [["motion", 1 << 20]], "positions": "stored"}
         spec = {"labels": [str(i) for i in range(1 << 20)], "other_labels": {}}
         with pytest.raises(CheckpointError, match=r"does not fit its own spec: missing blocks.10.attn.proj.bias"):
@@ -380,7 +380,7 @@ class TestRefusals:
 
     def test_a_model_that_something_wraps_is_not_saved(self, tmp_path: Path, checkpoint: Checkpoint) -> None:
         wrapped = torch.nn.DataParallel(checkpoint.model)
-        with pytest.raises(CheckpointError, match="the model is a DataParallel; save the TubeViT inside of it"):
+        with pytest.raises(CheckpointError, match="a DataParallel; save the VideoTransformer inside of it"):
             checkpoints.save(replace(checkpoint, model=wrapped), tmp_path / "x.safetensors")  # type: ignore[arg-type]
         assert not list(tmp_path.iterdir())
 
@@ -402,7 +402,7 @@ class TestRefusals:
             checkpoints.load(rewrite(path, drop=gone))
 
     def test_stored_positions_of_another_clip(self, tmp_path: Path, checkpoint: Checkpoint) -> None:
-        model = TubeViT(replace(SPEC, positions="stored"))
+        model = VideoTransformer(replace(SPEC, positions="stored"))
         path = checkpoints.save(replace(checkpoint, model=model), tmp_path / "stored.safetensors")
         with pytest.raises(CheckpointError, match=r"positions is \(5, 24\), expected \(11, 24\)"):
             checkpoints.load(rewrite(path, positions=torch.zeros(5, 24)))
@@ -422,7 +422,7 @@ def test_a_stored_table_is_resized_from_what_was_stored(clips: torch.Tensor) -> 
     """By way of a small grid nothing is lost: the answers are those of the way straight there."""
     spec = replace(SPEC, gates=(), positions="stored", position_resize="bicubic")
     torch.manual_seed(0)
-    model = TubeViT(spec).eval()
+    model = VideoTransformer(spec).eval()
     torch.nn.init.normal_(model.positions)
     stored = Checkpoint("mine", model, CONTRACT, LABELS, digest="", other_labels=OTHERS)
     straight, detour = (

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from edgetube.model import positions
-from edgetube.model.tubevit import TubeViT
+from edgetube.model.transformer import VideoTransformer
 from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, TubeSpec, named
 
 
@@ -57,7 +57,7 @@ def test_the_table_of_a_model_is_the_one_that_it_adds() -> None:
     spec = named("tubevit-ti", 32, (64, 64), classes=2)
     expected = by_hand(spec.tubes, spec.clip, spec.width)
     np.testing.assert_allclose(positions.table(spec), expected, atol=1e-11)
-    table = TubeViT(spec).positions
+    table = VideoTransformer(spec).positions
     assert table.dtype == torch.float32
     np.testing.assert_allclose(table.numpy(), expected, atol=1e-6)
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgetube.errors import InputError
-from edgetube.model.tubevit import Attention, Readout, Tubes, TubeViT, tube_tokens
+from edgetube.model.transformer import Attention, Readout, Tubes, VideoTransformer, tube_tokens
 from edgetube.spec import ModelSpec, QueryPool, TubeSpec, named
 
 SMALL = ModelSpec(
@@ -35,10 +35,10 @@ SMALL = ModelSpec(
 )
 
 
-def model_of(spec: ModelSpec, seed: int = 0) -> TubeViT:
+def model_of(spec: ModelSpec, seed: int = 0) -> VideoTransformer:
     """A model in which nothing is zero, so that nothing can be left out unnoticed."""
     torch.manual_seed(seed)
-    model = TubeViT(spec).eval()
+    model = VideoTransformer(spec).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -101,7 +101,7 @@ class TestTubes:
     def test_a_flat_16x16_tube_is_the_patch_embedding_of_an_image_vit(self) -> None:
         spec = ModelSpec((TubeSpec((1, 16, 16), (1, 16, 16)),), 1, (48, 64), 32, 1, 4, (("a", 2),))
         vit = nn.Conv2d(3, 32, kernel_size=16, stride=16)
-        model = TubeViT(spec)
+        model = VideoTransformer(spec)
         with torch.no_grad():
             model.tubes.weights[0].copy_(vit.weight.unsqueeze(2))
             model.tubes.biases[0].copy_(vit.bias)
@@ -170,7 +170,7 @@ class TestEncoder:
 
     def test_a_gate_adds_tanh_alpha_of_the_bare_tube_tokens(self) -> None:
         plain = model_of(SMALL).blocks[0]
-        gated = TubeViT(replace(SMALL, gates=(0,))).blocks[0]
+        gated = VideoTransformer(replace(SMALL, gates=(0,))).blocks[0]
         assert gated.alpha == 0
         gated.load_state_dict(plain.state_dict() | {"alpha": torch.tensor(0.7)})
         x, z0 = torch.randn(2, 2, 9, 28, generator=torch.Generator().manual_seed(2))
@@ -178,7 +178,7 @@ class TestEncoder:
 
     def test_gates_see_the_tokens_before_the_positions_are_added(self) -> None:
         gated = model_of(replace(SMALL, gates=(0, 2)))
-        plain = TubeViT(SMALL).eval()
+        plain = VideoTransformer(SMALL).eval()
         alphas = [gated.get_parameter(f"blocks.{i}.alpha").item() for i in (0, 2)]
         plain.load_state_dict({k: v for k, v in gated.state_dict().items() if not k.endswith("alpha")})
         assert [b.alpha is None for b in gated.blocks] == [False, True, False]
@@ -190,7 +190,7 @@ class TestEncoder:
         assert not torch.allclose(gated(x), plain(x), atol=1e-3)
 
     def test_closed_gates_change_nothing(self) -> None:
-        gated, plain = model_of(replace(SMALL, gates=(1,))), TubeViT(SMALL).eval()
+        gated, plain = model_of(replace(SMALL, gates=(1,))), VideoTransformer(SMALL).eval()
         with torch.no_grad():
             gated.get_parameter("blocks.1.alpha").zero_()
         plain.load_state_dict({k: v for k, v in gated.state_dict().items() if not k.endswith("alpha")})
@@ -234,11 +234,11 @@ class TestHead:
     def test_a_query_pool_has_heads_and_an_epsilon_of_its_own(self) -> None:
         pool = QueryPool(heads=7, hidden=8, depth=1, norm=True, norm_eps=0.5)
         spec = replace(SMALL, readout=("query",), query_pool=pool)
-        model = TubeViT(spec)
+        model = VideoTransformer(spec)
         norms = [m for m in model.pool.modules() if isinstance(m, nn.LayerNorm)]
         assert [norm.eps for norm in norms] == [0.5] * 4
         assert [m.heads for m in model.modules() if isinstance(m, Attention)] == [SMALL.heads] * SMALL.depth + [7]
-        usual = TubeViT(replace(spec, query_pool=replace(pool, norm_eps=0.0)))
+        usual = VideoTransformer(replace(spec, query_pool=replace(pool, norm_eps=0.0)))
         assert usual.pool.query.mlp_norm.eps == SMALL.norm_eps
 
     def test_an_unknown_classifier_is_refused_with_the_known_ones(self) -> None:
@@ -263,7 +263,7 @@ class TestImages:
         assert not torch.allclose(logits, model(clips), atol=1e-3)
 
     def test_the_image_form_with_the_same_weights_agrees(self) -> None:
-        model, image = model_of(SMALL), TubeViT(SMALL.with_clip(frames=1)).eval()
+        model, image = model_of(SMALL), VideoTransformer(SMALL.with_clip(frames=1)).eval()
         image.load_state_dict(model.state_dict())
         x = clips_of(SMALL)[:, :, :1]
         torch.testing.assert_close(image(x), model(x))
@@ -285,7 +285,7 @@ class TestWhole:
     @pytest.mark.parametrize(("name", "millions"), [("tubevit-b", 90), ("tubevit-l", 311), ("tubevit-h", 635)])
     def test_parameters_of_the_published_sizes(self, name: str, millions: int) -> None:
         with torch.device("meta"):
-            model = TubeViT(named(name))
+            model = VideoTransformer(named(name))
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
 
     def test_parameters_by_hand(self) -> None:
@@ -293,7 +293,7 @@ class TestWhole:
         tubes = 7 * 3 * 64 + 7 + 28 * 3 * 72 + 28 + 28 * 3 * 64 + 28
         block = 2 * 2 * d + (3 * d * d + 3 * d) + (d * d + d) + (d * h + h) + (h * d + d)
         head = 2 * d + (d + 1) + (5 * d + 5) + (2 * d + 2)
-        assert sum(p.numel() for p in TubeViT(SMALL).parameters()) == tubes + 3 * block + head
+        assert sum(p.numel() for p in VideoTransformer(SMALL).parameters()) == tubes + 3 * block + head
 
     def test_multiply_accumulates_are_those_that_pytorch_counts(self) -> None:
         """On a dense tube: with sparse ones the convolution makes outputs that become no token."""
@@ -304,7 +304,7 @@ class TestWhole:
         assert counter.get_total_flops() / 2 == spec.macs() - weighted_sum
 
     def test_stored_positions_are_weights_and_fixed_ones_are_not(self) -> None:
-        assert "positions" not in TubeViT(SMALL).state_dict()
+        assert "positions" not in VideoTransformer(SMALL).state_dict()
         stored = model_of(replace(SMALL, positions="stored"))
         x = clips_of(SMALL)
         before = stored(x)
@@ -314,7 +314,7 @@ class TestWhole:
         assert not torch.allclose(stored(x), before, atol=1e-3)
 
     def test_every_parameter_learns(self) -> None:
-        model = TubeViT(replace(SMALL, gates=(1,), classifiers=(("motion", 5),)))
+        model = VideoTransformer(replace(SMALL, gates=(1,), classifiers=(("motion", 5),)))
         F.cross_entropy(model(clips_of(SMALL)), torch.tensor([1, 3])).backward()
         idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         # The bias of a softmax's scores moves all of them alike.

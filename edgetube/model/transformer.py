@@ -200,7 +200,7 @@ class Readout(nn.Module):
         return self.query(x) if name == QUERY else x[:, int(name.partition(".")[2])]
 
 
-class TubeViT(nn.Module):
+class VideoTransformer(nn.Module):
     """A video or image transformer fed by tubes; with sparse tubes, one model for clips and images.
 
     `forward` takes normalised float clips (B, C, T, H, W) of the spec's own size, or images as T = 1, and gives
@@ -321,7 +321,7 @@ def moved_positions(table: Tensor, old: ModelSpec, new: ModelSpec) -> Tensor:
 
 
 def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of `TubeViT(spec).state_dict()`, without making one."""
+    """Shapes of the tensors of `VideoTransformer(spec).state_dict()`, without making one."""
     d = spec.width
     found: dict[str, tuple[int, ...]] = {"positions": (spec.tokens, d)} if spec.positions == "stored" else {}
     found |= {"prefix": (spec.prefix, d)} if spec.prefix else {}
