@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,13 @@ def mask(tubes: Sequence[TubeSpec], clip: Triple) -> npt.NDArray[np.bool_]:
 
 def touched(spec: ModelSpec) -> float:
     """The share of the clip's voxels, 0..1, that at least one active tube reads."""
-    return float(mask([spec.tubes[i] for i in spec.active], spec.clip).mean())
+    return float(mask([placed(spec, i) for i in spec.active], spec.clip).mean())
+
+
+def placed(spec: ModelSpec, index: int) -> TubeSpec:
+    """Tube `index` as it lies in the whole clip: a model of single frames reads every frame alike."""
+    tube = spec.tubes[index]
+    return replace(tube, stride=(1, *tube.stride[1:])) if spec.per_frame else tube
 
 
 def strongest(weight: Array, count: int) -> Array:
@@ -120,7 +127,7 @@ def tubes(path: Path, spec: ModelSpec, clip: Frames, kernels: Mapping[int, Array
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
         _header(figure, spec, title)
         for row, index in enumerate(spec.active):
-            tube, colour, top = spec.tubes[index], COLOURS[row % len(COLOURS)], HEADER + ROW * row
+            tube, colour, top = placed(spec, index), COLOURS[row % len(COLOURS)], HEADER + ROW * row
             _facts(figure, top, spec, index, colour)
             _solid(_axes(figure, SOLID_X, top + 0.2, SOLID_W, ROW - 0.3), tube, clip, colour)
             _strip(figure, top, tube, clip, colour)
@@ -166,11 +173,12 @@ def _text(figure: Figure, x: float, y: float, text: str, **look: Any) -> None:
 
 def _header(figure: Figure, spec: ModelSpec, title: str) -> None:
     """Title, the numbers that describe the model, and a bar of tokens per tube."""
-    read = mask([spec.tubes[i] for i in spec.active], spec.clip)
+    read = mask([placed(spec, i) for i in spec.active], spec.clip)
+    prefix, where = (f" + {spec.prefix}" if spec.prefix else ""), (" a frame" if spec.per_frame else "")
     _text(figure, MARGIN, 0.5, title, size=min(22, 1600 / len(title or " ")), weight="bold")
     numbers = [
         (_times(spec.clip), "frames × height × width"),
-        (f"{spec.tokens:,}", "tokens (N)"),
+        (f"{spec.tokens:,}{prefix}", f"tokens {'+ prefix' if prefix else '(N)'}{where}"),
         (f"{100 * read.mean():.1f} %", "of the voxels read"),
         (f"{read.any(axis=(1, 2)).sum()} of {spec.frames}", "frames read"),
         (_macs(spec.macs()), "MACs a clip" if not spec.is_image else "MACs an image"),
@@ -202,7 +210,8 @@ def _header(figure: Figure, spec: ModelSpec, title: str) -> None:
 def _facts(figure: Figure, top: float, spec: ModelSpec, index: int, colour: str) -> None:
     """The left column: kernel, stride, offset, space-to-depth, tokens, share of voxels."""
     tube = spec.tubes[index]
-    grid, read = tube.grid(spec.clip), mask([tube], spec.clip)
+    grid, read = tube.grid(spec.encoded), mask([placed(spec, index)], spec.clip)
+    made = f"{_times(grid[1:] if spec.per_frame else grid)} = {math.prod(grid)}{' a frame' if spec.per_frame else ''}"
     axes = _axes(figure, FACTS_X, top + 0.1, WIDTH - 2 * MARGIN, 0.001)
     axes.axhline(0, color=PALE, linewidth=1.5, clip_on=False)
     badge = {"boxstyle": "round,pad=0.35", "facecolor": colour, "edgecolor": "none"}
@@ -212,7 +221,7 @@ def _facts(figure: Figure, top: float, spec: ModelSpec, index: int, colour: str)
         ("stride", _times(tube.stride)),
         ("offset", ", ".join(map(str, tube.offset))),
         ("S2D", "none" if tube.merge == 1 else _times(tube.space_to_depth)),
-        ("tokens", f"{_times(grid)} = {math.prod(grid)}"),
+        ("tokens", made),
         ("voxels", f"{100 * read.mean():.1f} % read"),
         ("frames", f"{read.any(axis=(1, 2)).sum()} of {spec.frames} read"),
     ]

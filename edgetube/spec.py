@@ -478,7 +478,10 @@ class ModelSpec:
         return self.frames if self.per_frame else 1
 
     def macs(self) -> int:
-        """Multiply-accumulates of one forward pass: tube GEMMs, linears, attention matmuls, pooling, head."""
+        """Multiply-accumulates of one forward pass: tube GEMMs, linears, attention matmuls, pooling, head.
+
+        Matrix products alone: means and rotations are not counted.
+        """
         n, d = self.sequence, self.width
         block = n * d * (4 * d + (3 if self.gated_mlp else 2) * self.hidden) + 2 * n * n * d
         encoder = self.depth * block + self._readout_macs()
@@ -489,7 +492,7 @@ class ModelSpec:
         if (pool := self.query_pool) is not None:
             block = n * d * (4 * d + 2 * pool.hidden) + 2 * n * n * d
             return pool.depth * block + 2 * n * d * pool.heads + d * d * (1 + pool.projection) + 2 * d * pool.hidden
-        return sum({"attention": 2 * n * d, "mean": self.tokens * d}.get(part, 0) for part in self.readout)
+        return 2 * n * d if "attention" in self.readout else 0
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)

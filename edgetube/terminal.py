@@ -388,22 +388,24 @@ def _model_facts(spec: ModelSpec, contract: InputContract) -> Iterator[tuple[str
     """What bundles and checkpoints say alike."""
     yield "frames", _sampling(contract)
     yield "pixels", _geometry(contract)
+    each = " a frame" if spec.per_frame else ""
     yield (
         "tubes",
         "; ".join(
-            f"{tube} every {'x'.join(map(str, tube.stride))} -> {'x'.join(map(str, grid))} tokens"
+            f"{tube} every {'x'.join(map(str, tube.stride))} -> {'x'.join(map(str, grid))} tokens{each}"
             for tube, grid in zip((spec.tubes[i] for i in spec.active), spec.grids, strict=True)
         ),
     )
-    yield "encoder", f"{spec.tokens} tokens, width {spec.width}, {spec.depth} blocks, {spec.heads} heads"
+    prefix = f" + {spec.prefix} prefix" if spec.prefix else ""
+    yield "encoder", f"{spec.tokens}{prefix} tokens{each}, width {spec.width}, {spec.depth} blocks, {spec.heads} heads"
 
 
 def _answer(spec: ModelSpec) -> str:
     """How the logits are made, in one line."""
     norm = {"tokens": "LayerNorm, then", "readout": "LayerNorm of", "none": "without LayerNorm"}[spec.final_norm]
-    prefix = f"{spec.prefix} prefix tokens, " if spec.prefix else ""
+    rotary = f" over {', '.join(spec.rotary.axes)}" if spec.rotary else ""
     return (
-        f"{prefix}{spec.positions} positions, {spec.activation}{' gated' if spec.gated_mlp else ''}, eps "
+        f"{spec.positions} positions{rotary}, {spec.activation}{' gated' if spec.gated_mlp else ''}, eps "
         f"{spec.norm_eps:g}; {norm} {' + '.join(spec.readout)}{', mean over frames' if spec.per_frame else ''}"
     )
 

@@ -149,6 +149,28 @@ def test_tubes_writes_one_png_with_a_row_a_tube(tmp_path: Path, spec: ModelSpec,
         assert kernels.std() > 0.1
 
 
+FRAMES = ModelSpec(
+    tubes=(TubeSpec((1, 8, 8), (32, 8, 8)),),
+    frames=6,
+    size=(32, 32),
+    prefix=2,
+    per_frame=True,
+    **HEAD,
+)
+
+
+def test_a_model_of_single_frames_reads_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tube's stride in time has no meaning; tokens are those of a frame."""
+    assert plot.touched(FRAMES) == 1
+    assert len(plot.boxes(plot.placed(FRAMES, 0), FRAMES.clip)) == 6 * 16
+    said: list[str] = []
+    text = plot._text
+    monkeypatch.setattr(plot, "_text", lambda *given, **look: (said.append(given[3]), text(*given, **look)))
+    plot.tubes(tmp_path / "tubes.png", FRAMES, clip_of(FRAMES), kernels_of(FRAMES), "t")
+    assert {"16 + 2", "tokens + prefix a frame", "4×4 = 16 a frame", "6 of 6", "6 of 6 read"} <= {*said}
+    assert "32×8×8" in said
+
+
 def test_tubes_without_kernels_draws_the_same_geometry(tmp_path: Path) -> None:
     with_kernels = rgb(plot.tubes(tmp_path / "a.png", SMALL, clip_of(SMALL), kernels_of(SMALL), "t"))
     without = rgb(plot.tubes(tmp_path / "b.png", SMALL, clip_of(SMALL), None, "t"))

@@ -142,3 +142,24 @@ def test_warnings_about_the_input_are_lines_and_others_are_pythons(monkeypatch: 
         read()
     assert written().splitlines() == [r"warning: a.ts is damaged\nat 1 s"] * 2
     assert len(others) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tubes", "encoder"),
+    [
+        ("paper", "-> 2x2x2 tokens;", "44 tokens, width 24, 2 blocks, 2 heads"),
+        ("dense", "2x8x8 every 2x8x8 -> 2x2x3 tokens", "12 tokens, width 24, 2 blocks, 2 heads"),
+        ("class-token", "1x8x8 every 1x8x8 -> 1x3x2 tokens", "6 + 3 prefix tokens, width 24, 2 blocks, 2 heads"),
+        ("rotary", "2x8x8 every 2x8x8 -> 2x2x3 tokens", "12 + 1 prefix tokens, width 48, 2 blocks, 3 heads"),
+        ("gated-mlp", "-> 1x2x3 tokens a frame", "6 + 1 prefix tokens a frame, width 24, 2 blocks, 2 heads"),
+    ],
+)
+def test_the_facts_of_any_transformer(name: str, tubes: str, encoder: str) -> None:
+    from tests.export.models import SPECS
+
+    spec = SPECS[name]
+    facts = dict(terminal._model_facts(spec, InputContract(spec.frames, *spec.size)))
+    assert tubes in facts["tubes"]
+    assert facts["encoder"] == encoder
+    if spec.rotary:
+        assert f"rotary positions over {', '.join(spec.rotary.axes)}, " in terminal._answer(spec)

@@ -27,13 +27,19 @@ def test_statistics_count_what_the_formulas_count() -> None:
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("name", SPECS)
+def test_the_costs_of_a_spec_are_those_of_its_graph(name: str, lowering: str) -> None:
+    assert SPECS[name].macs() == graph_statistics(trace(name, lowering).model)["macs"]
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("name", SPECS)
 def test_only_voxels_that_tubes_touch_become_float(name: str, lowering: str) -> None:
     model = trace(name, lowering).model
     types = {v.name: v.type.tensor_type.elem_type for v in [*model.graph.input, *model.graph.value_info]}
     known = tensor_shapes(model)
     cast = sum(math.prod(known[n.input[0]]) for n in nodes(model, "Cast") if types[n.input[0]] == TensorProto.UINT8)
     spec = SPECS[name]
-    touched = sum(
+    touched = (spec.frames if spec.per_frame else 1) * sum(
         3 * math.prod(spec.tubes[i].kernel) * spec.tubes[i].merge * math.prod(grid)
         for i, grid in zip(spec.active, spec.grids, strict=True)
     )

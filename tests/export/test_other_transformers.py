@@ -1,0 +1,59 @@
+"""Transformers that are no sparse-tube models through the whole pipeline, to every kind of target that runs here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgetube import demo, export
+from edgetube.export import int8, pipeline
+from edgetube.model.checkpoints import Checkpoint
+from tests.export.models import OTHERS, model_of
+
+FLOATS = ("onnx-fp32", "onnx-fp16", "openvino-fp32", "coreml-fp16", "rtx-fp16")
+INTEGERS = ("onnx-int8", "openvino-int8", "coreml-int8", "rtx-int8")
+PROCESSORS = dict(zip(OTHERS, ("any", "x86", "arm", "any"), strict=True))
+"""The form of onnx-int8 that is made of each."""
+
+
+def checkpoint(name: str) -> Checkpoint:
+    model, contract = model_of(name)
+    return Checkpoint(name, model, contract, tuple(f"class {i}" for i in range(5)), "0" * 64)
+
+
+def buildable(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if not export.target(name).missing(export.target(name).build_needs)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_float_targets_are_proven(name: str, tmp_path: Path) -> None:
+    """The proof compares the answers with the reference, also with the frames in another order, and every layer."""
+    names = buildable(FLOATS)
+    assert {"onnx-fp32", "onnx-fp16"} <= set(names)
+    options = pipeline.Options(lowering="gather")
+    for bundle in pipeline.export_models(names, checkpoint(name), tmp_path, options):
+        tolerance = export.target(bundle.target).tolerance
+        assert tolerance is not None
+        assert bundle.status in ("executed", "emulated")
+        assert bundle.parity["max_abs_error"] <= tolerance * max(1, bundle.parity["max_abs_logit"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_integer_targets_are_proven(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a tenth of the largest logit, with nearly all products in integers."""
+    monkeypatch.setattr(int8, "CALIBRATION_CLIPS", 9)
+    monkeypatch.setattr(int8, "JUDGING_CLIPS", 36)
+    # Where OpenVINO's float part runs in bfloat16, its noise is as large as that of the integers of so small a model.
+    monkeypatch.setattr(int8, "SQNR_LOSS", 6.0)
+    source = checkpoint(name)
+    np.save(tmp_path / "clips.npy", np.stack([clip.frames for clip in demo.evaluation(source.contract, 16)]))
+    for target in buildable(INTEGERS):
+        settings = {"cpu": PROCESSORS[name]} if target == "onnx-int8" else {}
+        options = pipeline.Options(lowering="gather", calib=tmp_path / "clips.npy", max_drop=100.0, settings=settings)
+        bundle = pipeline.export_model(target, source, tmp_path / "out", options)
+        assert bundle.parity["max_abs_error"] <= 0.1 * max(1, bundle.parity["max_abs_logit"])
+        assert bundle.build["int8"]["macs_share"] > 0.95
