@@ -34,8 +34,8 @@ Array = npt.NDArray[np.float32]
 View = Callable[[str, Array], Array]
 """(layer, tensor) -> the part or form of the tensor that can be compared between two models."""
 
-TOGETHER = 6
-"""Tensors that are read in one pass."""
+TOGETHER, TOGETHER_BYTES = 6, 128 << 20
+"""Tensors that are read in one pass; of the outputs of blocks, whose size is known, as many as take that memory."""
 
 VISIBLE, JUMP = 45.0, 8.0
 """An error jumps at a layer whose SQNR is below `VISIBLE` dB and `JUMP` dB below that of every layer before it.
@@ -187,7 +187,8 @@ def curve(
     if _is_equalised(bundle, reference):
         roles = roles_of(bundle.spec)
         shown, view = _unscaled(shown, roles), _without_values(roles)
-    measured = _measure(truth, backend, shown, clips, stated, view, bundle.name, progress)
+    passes = _passes(shown, bundle.spec)
+    measured = _measure(truth, backend, passes, clips, stated, view, bundle.name, progress)
     note = "" if shown else "this bundle's runtime shows no inner tensors"
     return Curve(bundle.name, len(clips), tuple(measured), note)
 
@@ -195,17 +196,17 @@ def curve(
 def _measure(
     truth: Backend,
     backend: Backend,
-    common: Sequence[str],
+    passes: Sequence[Sequence[str]],
     clips: Sequence[Frames],
     stated: View,
     view: View,
     name: str,
     progress: Progress,
 ) -> Iterator[Layer]:
-    """The SQNR of each layer over all clips."""
-    progress(f"{name}: layers", 0, len(common))
-    for start in range(0, len(common), TOGETHER):
-        some = common[start : start + TOGETHER]
+    """The SQNR of each layer over all clips; `passes` are the layers that are read together."""
+    done, total = 0, sum(map(len, passes))
+    progress(f"{name}: layers", 0, total)
+    for some in passes:
         taps = truth.tap(some), backend.tap(some)
         sums = dict.fromkeys(some, (0.0, 0.0))
         for clip in clips:
@@ -216,7 +217,16 @@ def _measure(
                 signal, noise = metrics.energies(ref, value)
                 sums[layer] = sums[layer][0] + signal, sums[layer][1] + noise
         yield from (Layer(layer, metrics.decibels(*sums[layer])) for layer in some)
-        progress(f"{name}: layers", start + len(some), len(common))
+        done += len(some)
+        progress(f"{name}: layers", done, total)
+
+
+def _passes(names: Sequence[str], spec: ModelSpec) -> list[Sequence[str]]:
+    """Layers in groups that are read together: each group runs the whole model once a clip."""
+    count = TOGETHER
+    if set(names) <= set(roles_of(spec).landmarks):
+        count = max(count, TOGETHER_BYTES // (4 * spec.sequence * spec.width))
+    return [names[start : start + count] for start in range(0, len(names), count)]
 
 
 def _is_equalised(*some: Bundle | None) -> bool:

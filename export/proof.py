@@ -22,11 +22,16 @@ from edgetube.precision import Precision
 from edgetube.roles import roles_of
 from edgetube.runtimes.base import Backend, Logits
 from edgetube.runtimes.torch import Reference
+from edgetube.spec import ModelSpec
 from edgetube.targets import Target
 from edgetube.video import Clip, Frames
 
-PROOF_CLIPS = 16
-"""Clips of the proof: one of noise, the others rendered from photographs."""
+PROOF_CLIPS, LEAST_PROOF_CLIPS, PROOF_MACS = 16, 4, 1.2e12
+"""Clips of the proof, one of noise, the others rendered from photographs: most, least, and between the two as many as
+take these multiply-accumulates."""
+
+ORDER_MACS = 0.4e12
+"""The same for the clips whose frames are reordered, and for those whose layers are compared: at least one."""
 
 GOLDEN_CLIPS, MAX_GOLDEN_BYTES = (4, 2), 24 << 20
 """Golden clips of a bundle: forwards and backwards; most bytes of all together, but at least two clips."""
@@ -43,6 +48,28 @@ MAX_REQUIRED_SQNR = 80.0
 """Most SQNR of the golden clips, dB, that is ever required; float32 sums in another order stay above it."""
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much is shown in a proof: less to models that are slow to answer, whose errors are seen as well on few clips.
+
+    Attributes:
+        clips: of the proof.
+        ordered, layers: clips whose frames are also reordered, and whose layers are compared.
+    """
+
+    clips: int
+    ordered: int
+    layers: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Effort:
+        """The effort for a model."""
+        work = spec.macs()
+        clips = max(LEAST_PROOF_CLIPS, min(PROOF_CLIPS, int(PROOF_MACS // work)))
+        few = max(1, int(ORDER_MACS // work))
+        return cls(clips, min(probe.ORDER_CLIPS, few), min(probe.LAYER_CLIPS, few))
+
+
 def clips(checkpoint: Checkpoint, count: int) -> list[Clip]:
     """The proof clips for any contract: rendered from photographs with camera motion, the second one noise.
 
@@ -55,11 +82,12 @@ def clips(checkpoint: Checkpoint, count: int) -> list[Clip]:
     return [rendered[1], Clip("noise", noise), rendered[0], *rendered[2:]]
 
 
-def golden_clips(proven: Sequence[Clip]) -> Frames:
-    """The golden clips (K, T, H, W, 3) of a bundle, from the proof clips without the noise."""
+def golden_clips(proven: Sequence[Clip], ordered: int = probe.ORDER_CLIPS) -> Frames:
+    """The golden clips (K, T, H, W, 3) of a bundle, from the proof clips without the noise; `ordered`: see `Effort`."""
     rendered = [clip.frames for clip in proven if clip.name != "noise"]
     plain, backwards = GOLDEN_CLIPS
-    chosen = rendered[:plain] + [form for frames in rendered[:backwards] for form in probe.reordered(frames)[:1]]
+    again = rendered[: min(backwards, ordered)]
+    chosen = rendered[:plain] + [form for frames in again for form in probe.reordered(frames)[:1]]
     most = max(2, MAX_GOLDEN_BYTES // rendered[0].nbytes)
     if len(chosen) > most:
         chosen = [*chosen[: most - 1], chosen[-1]]
@@ -118,12 +146,12 @@ class FrameOrderProbe:
 
 
 def largest_layer_jump(
-    checkpoint: Checkpoint, reference: Reference, backend: Backend, bundle: Bundle, some: Sequence[Frames]
+    checkpoint: Checkpoint, reference: Reference, backend: Backend, bundle: Bundle, clips: Sequence[Frames]
 ) -> tuple[str, float] | None:
     """The layer whose error rises most above that of all layers before it, and by how many dB."""
     wanted = roles_of(checkpoint.spec).landmarks
     stated = layers.as_exported(checkpoint.model, checkpoint.spec)
-    curve = layers.curve(reference, backend, bundle, some[: probe.LAYER_CLIPS], wanted, stated)
+    curve = layers.curve(reference, backend, bundle, clips, wanted, stated)
     return layers.largest_drop(curve, bundle.precision)
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import islice
 
 from edgetube import runtimes
-from edgetube.bench import parity, probe
+from edgetube.bench import parity
 from edgetube.bench.probe import Probe
 from edgetube.bench.remembering import Answering, Remembering
 from edgetube.bundle import Bundle
@@ -36,11 +36,12 @@ class Prover:
 
     def __init__(self, checkpoint: Checkpoint, judging: Callable[[], Clips], progress: Progress) -> None:
         self.checkpoint, self.judging, self.progress = checkpoint, judging, progress
-        self.clips = proof.clips(checkpoint, proof.PROOF_CLIPS)
+        self.effort = proof.Effort.of(checkpoint.spec)
+        self.clips = proof.clips(checkpoint, self.effort.clips)
         self.model = Reference(checkpoint.model, checkpoint.contract)
         self.answers = Remembering(self.model)
         self.reference = self._answers(self.answers, "reference answers")
-        golden = proof.golden_clips(self.clips)
+        golden = proof.golden_clips(self.clips, self.effort.ordered)
         self.golden = proof.Golden(golden, self.answers(golden))
         self._logit_noises: dict[Arithmetic, float] = {}
         self._probes: dict[bool, tuple[list[Frames], proof.FrameOrderProbe]] = {}
@@ -55,7 +56,7 @@ class Prover:
             answers = Remembering(backend)
             measured = parity.compare(self.reference, self._answers(answers, f"{target.name}: proof"))
             some, ordered = self.probe_clips(target.precision.quantises_activations)
-            jump = proof.largest_layer_jump(self.checkpoint, self.model, backend, bundle, some)
+            jump = proof.largest_layer_jump(self.checkpoint, self.model, backend, bundle, some[: self.effort.layers])
             found = Probe(ordered.agreement(answers), jump)
             proof.check(bundle, target, measured, found)
             golden = self.golden.measure(answers, max(map(self._logit_noise, target.arithmetic)))
@@ -76,9 +77,9 @@ class Prover:
         """Clips for frame order and layer errors: of the proof, or with `judged` some of the judging clips."""
         if judged not in self._probes:
             if judged:
-                some = list(islice(self.judging().frames, probe.ORDER_CLIPS))
+                some = list(islice(self.judging().frames, self.effort.ordered))
             else:
-                some = [clip.frames for clip in self.clips if clip.name != "noise"][: probe.ORDER_CLIPS]
+                some = [clip.frames for clip in self.clips if clip.name != "noise"][: self.effort.ordered]
             self._probes[judged] = some, proof.FrameOrderProbe.of(self.answers, some)
         return self._probes[judged]
 

@@ -17,6 +17,7 @@ from edgetube.export import arithmetic, canonical, int8, pipeline, proof, static
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.torch import Reference
+from edgetube.spec import named
 
 Fault = Callable[[static.StaticTransformer], None]
 
@@ -142,6 +143,23 @@ def test_golden_clips_go_backwards_too_and_are_few_when_they_are_large(
     np.testing.assert_array_equal(few, clips[[0, 1, 5]])
     monkeypatch.setattr(proof, "MAX_GOLDEN_BYTES", 1)
     assert len(proof.golden_clips(proven)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("tubevit-ti", (16, 6, 2)), ("tubevit-b", (16, 6, 2)), ("tubevit-l", (6, 2, 2)), ("tubevit-h", (4, 1, 1))],
+)
+def test_large_models_are_shown_fewer_clips(name: str, expected: tuple[int, int, int]) -> None:
+    effort = proof.Effort.of(named(name))
+    assert (effort.clips, effort.ordered, effort.layers) == expected
+    assert effort.clips * named(name).macs() <= proof.PROOF_MACS or effort.clips == 4
+
+
+def test_of_few_clips_few_go_backwards(demo: Checkpoint) -> None:
+    proven = proof.clips(demo, 4)
+    clips = proof.golden_clips(proven, ordered=1)
+    np.testing.assert_array_equal(clips[-1], proven[0].frames[::-1])
+    assert len(clips) == 4  # three rendered ones, one of them again
 
 
 def test_order_is_seen_by_how_logits_move(demo: Checkpoint) -> None:
