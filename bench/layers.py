@@ -213,8 +213,9 @@ def _measure(
             expected = taps[0](np.repeat(clip[None], truth.batch, axis=0))
             got = taps[1](np.repeat(clip[None], backend.batch, axis=0))
             for layer in some:
-                ref, value = view(layer, stated(layer, expected[layer][:1])), view(layer, got[layer][:1])
-                signal, noise = metrics.energies(ref, value)
+                ref = view(layer, stated(layer, _first_clip(expected[layer], truth.batch)))
+                value = view(layer, _first_clip(got[layer], backend.batch))
+                signal, noise = metrics.energies(ref, value.reshape(ref.shape))  # graphs keep some axes of length 1
                 sums[layer] = sums[layer][0] + signal, sums[layer][1] + noise
         yield from (Layer(layer, metrics.decibels(*sums[layer])) for layer in some)
         done += len(some)
@@ -227,6 +228,11 @@ def _passes(names: Sequence[str], spec: ModelSpec) -> list[Sequence[str]]:
     if set(names) <= set(roles_of(spec).landmarks):
         count = max(count, TOGETHER_BYTES // (4 * spec.sequence * spec.width))
     return [names[start : start + count] for start in range(0, len(names), count)]
+
+
+def _first_clip(values: Array, batch: int) -> Array:
+    """Of a tensor of `batch` clips, the rows of the first one: one, or one for each frame."""
+    return values[: len(values) // batch]
 
 
 def _is_equalised(*some: Bundle | None) -> bool:

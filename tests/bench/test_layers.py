@@ -45,6 +45,12 @@ def test_the_first_jump(ratios: tuple[float, ...], place: str | None) -> None:
     assert layers.first_jump(curve(*ratios)) == place
 
 
+@pytest.mark.parametrize(("rows", "batch", "kept"), [(2, 2, 1), (1, 1, 1), (12, 2, 6), (6, 1, 6)])
+def test_all_frames_of_the_first_clip_are_compared(rows: int, batch: int, kept: int) -> None:
+    values = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)
+    np.testing.assert_array_equal(layers._first_clip(values, batch), values[:kept])
+
+
 def test_names_are_those_of_the_graph(tiny_bundle: Path) -> None:
     import onnx
 

@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgetube import demo, export
+from edgetube import demo, export, runtimes
+from edgetube.bench import layers
+from edgetube.bundle import Bundle
 from edgetube.export import int8, pipeline
 from edgetube.model.checkpoints import Checkpoint
+from edgetube.roles import roles_of
+from edgetube.runtimes.torch import Reference
 from tests.export.models import OTHERS, model_of
 
 FLOATS = ("onnx-fp32", "onnx-fp16", "openvino-fp32", "coreml-fp16", "rtx-fp16")
@@ -39,6 +43,19 @@ def test_float_targets_are_proven(name: str, tmp_path: Path) -> None:
         assert tolerance is not None
         assert bundle.status in ("executed", "emulated")
         assert bundle.parity["max_abs_error"] <= tolerance * max(1, bundle.parity["max_abs_logit"])
+        compare_layers(bundle, checkpoint(name), 80.0 if bundle.target.endswith("fp32") else 45.0)
+
+
+def compare_layers(bundle: Bundle, source: Checkpoint, least: float) -> None:
+    """Every layer, of every frame where frames are sequences of their own, has at least so many dB."""
+    reference, stated = Reference(source.model, source.contract), layers.as_exported(source.model, source.spec)
+    roles, clips = roles_of(source.spec), [clip.frames for clip in demo.evaluation(source.contract, 2)]
+    wanted = reference.layers(roles.layers)
+    device = runtimes.proof_device(bundle.target, bundle.backend)
+    with runtimes.open_bundle(bundle, device=device) as backend:
+        found = layers.curve(reference, backend, bundle, clips, wanted, stated)
+    assert set(roles.landmarks) <= {each.layer for each in found.curve}
+    assert min(each.sqnr_db for each in found.curve) > least
 
 
 @pytest.mark.slow
