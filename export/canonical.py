@@ -93,6 +93,7 @@ def trace(
     _name(canonical, module.output)
     _state_shapes(canonical.graph)
     _share_constants(canonical.graph)
+    _share_tables(canonical.graph)
     _clean_up(canonical)
     canonical.doc_string = (
         f"frames uint8 {(batch, *contract.shape)} RGB -> {module.output}; pixels are normalised inside"
@@ -197,6 +198,22 @@ def _share_constants(graph: ir.Graph) -> None:
         else:
             shared[name] = value
             value.name = name
+
+
+def _share_tables(graph: ir.Graph) -> None:
+    """Share the tables of rotary positions, which are the same in every block: one initializer, with its first name.
+
+    They are what a Mul reads of rank 2; weights that happen to be equal keep their own names.
+    """
+    shared: dict[tuple[tuple[int, ...], bytes], ir.Value] = {}
+    for value in list(graph.initializers.values()):
+        constant = value.const_value
+        if constant is None or len(constant.shape) != 2 or {node.op_type for node, _ in value.uses()} != {"Mul"}:
+            continue
+        array = constant.numpy()
+        first = shared.setdefault((array.shape, array.tobytes()), value)
+        if first is not value:
+            ir.convenience.replace_all_uses_with(value, first)
 
 
 def _scope(node: ir.Node, scopes: dict[ir.Node, str]) -> str:

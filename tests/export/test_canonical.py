@@ -139,6 +139,16 @@ def test_equal_constants_keep_their_own_names() -> None:
     assert {f"blocks.{i}.{n}.bias" for i in (0, 1) for n in ("norm1", "attn.proj", "mlp.fc2")} <= values.keys()
 
 
+def test_tables_of_rotary_positions_are_stored_once() -> None:
+    """For queries (N, C) and for keys (C, N), whatever the number of blocks."""
+    for name in ("rotary", "gated-mlp"):
+        model, spec = trace(name).model, SPECS[name]
+        tables = [each for each in constants(model) if ".turn_" in each]
+        assert tables == [f"blocks.0.attn.turn_{side}.{table}" for side in "qk" for table in ("cos", "sin")]
+        readers = [node for node in nodes(model, "Mul") if set(tables) & set(node.input)]
+        assert len(readers) == 4 * spec.depth
+
+
 def test_versions_and_description_but_nothing_of_this_machine() -> None:
     traced = trace("paper")
     model = traced.model

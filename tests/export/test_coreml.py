@@ -176,7 +176,8 @@ def test_other_transformers_answer_like_pytorch(tmp_path: Path, name: str, layou
     kinds = Counter(o.kind for o in mlpackage.load(tmp_path / "model.mlpackage").functions["main"].operations)
     spec = models.SPECS[name]
     if layout == "columns":  # the tokens stay in columns from the embedding to the readout
-        assert kinds["einsum"] == 2 * spec.heads * (spec.depth + (spec.query_pool.depth if spec.query_pool else 0))
+        pooling = spec.query_pool.depth * spec.query_pool.heads if spec.query_pool else 0
+        assert kinds["einsum"] == 2 * (spec.depth * spec.heads + pooling)
         # Into columns and back, behind the convolution, of every head's keys; each operand of a query pool.
         assert kinds["transpose"] - kinds["einsum"] / 2 <= 4 + (4 if spec.query_pool else 0)
 
