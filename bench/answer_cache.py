@@ -2,7 +2,7 @@
 
 A row holds the logits of one model on one clip. The key of a model covers all that its logits depend on (hashes of its
 files, versions, processor: `edgetube.bench.model_set.ModelSet.keys`), the key of a clip its name, its file's size and
-modification time, and the input contract. A change of either key is a miss; stale rows are never read.
+modification time, the input contract, and the views. A change of either key is a miss; stale rows are never read.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from edgetube.contract import InputContract
 from edgetube.datasets import Item
 from edgetube.errors import InputError
 from edgetube.runtimes.base import Logits
+from edgetube.views import SINGLE, Views
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -89,8 +90,10 @@ class AnswerCache:
         self.close()
 
 
-def clip_key(item: Item, contract: InputContract) -> str:
-    """The key of a clip: its name, its version, and the input contract that it is decoded for."""
-    return hashlib.sha256(
-        json.dumps([item.name, item.version, contract.to_json()], sort_keys=True).encode()
-    ).hexdigest()
+def clip_key(item: Item, contract: InputContract, views: Views = SINGLE) -> str:
+    """The key of a clip: its name, its version, the input contract that it is decoded for, and its views.
+
+    A single view adds nothing, so that it has the keys of older versions.
+    """
+    parts = [item.name, item.version, contract.to_json(), *([str(views)] if views.count > 1 else [])]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from typing_extensions import Self
 
-from edgetube import formats, runtimes
+from edgetube import formats, metrics, runtimes
 from edgetube.bench import machine
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
@@ -30,6 +30,7 @@ from edgetube.runtimes.torch import Reference
 from edgetube.spec import ModelSpec
 from edgetube.targets import Status
 from edgetube.video import Clip, Frames
+from edgetube.views import SINGLE, Views
 
 CHUNK, CHUNK_BYTES = 8, 1 << 26
 """Clips that are in memory at a time: at most so many, of at most so many bytes, but one at least.
@@ -151,12 +152,14 @@ class ModelSet:
         contract: the input of all of them.
         labels: class names, in the order of the logits of all of them.
         threads: CPU threads of one call; None leaves the choice to each runtime.
+        views: of each clip; the answer to it is the mean of the softmax over them.
     """
 
     models: tuple[Model, ...]
     contract: InputContract
     labels: tuple[str, ...]
     threads: int | None = None
+    views: Views = SINGLE
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -166,8 +169,8 @@ class ModelSet:
 
     @property
     def chunk(self) -> int:
-        """Clips per job."""
-        return max(1, min(CHUNK, CHUNK_BYTES // int(np.prod(self.contract.shape))))
+        """Clips per job; each view is as large as a clip."""
+        return max(1, min(CHUNK, CHUNK_BYTES // int(np.prod(self.contract.shape))) // self.views.count)
 
 
 def of_bundles(bundles: Sequence[Bundle], reference: Bundle | None = None, threads: int | None = None) -> ModelSet:
@@ -223,7 +226,7 @@ class JobResult:
 
     Attributes:
         labels: of the clips; None where a clip has none.
-        logits: model index -> (n, classes) float32.
+        logits: model index -> (n, classes) float32; of several views those of their mean, `metrics.view_mean`.
     """
 
     labels: tuple[str | None, ...]
@@ -239,9 +242,13 @@ class OpenedModels:
         self._backends: dict[int, Backend] = {}
 
     def ask(self, job: Job) -> JobResult:
-        """Decode the clips of a job, then run each model on all of them."""
-        clips = [item.read(self.model_set.contract) for item in job.items]
-        return JobResult(tuple(clip.label for clip in clips), self.show(clips, job.models))
+        """Decode the clips of a job, then run each model on all of them, and average over the views of each."""
+        count = self.model_set.views.count
+        views = [clip for item in job.items for clip in item.clips(self.model_set.contract, self.model_set.views)]
+        logits = self.show(views, job.models)
+        if count > 1:
+            logits = {model: metrics.view_mean(of.reshape(-1, count, of.shape[1])) for model, of in logits.items()}
+        return JobResult(tuple(clip.label for clip in views[::count]), logits)
 
     def show(self, clips: Sequence[Clip], models: Sequence[int]) -> dict[int, Logits]:
         """The logits (n, classes) of each of the models."""

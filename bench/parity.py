@@ -29,6 +29,7 @@ from edgetube.progress import Progress, silent, track
 from edgetube.runtimes.base import Logits
 from edgetube.targets import Status
 from edgetube.video import Clip, Frames
+from edgetube.views import SINGLE, Views
 
 __all__ = [
     "Answers",
@@ -201,6 +202,7 @@ def measure(
     threads: int | None = None,
     run: workers.Runner = workers.here,
     answer_cache: AnswerCache | None = None,
+    views: Views = SINGLE,
     worst: int = WORST,
     progress: Progress = silent,
 ) -> Comparison:
@@ -214,14 +216,18 @@ def measure(
         threads: CPU threads of one call; None leaves the choice to each runtime.
         run: where the jobs run, see `edgetube.bench.workers`.
         answer_cache: logits are stored there; logits that it already has are not computed again.
+        views: of each clip; the metrics are of the mean of the softmax over them. The checks of `edgetube.bench.probe`
+            are always on the clip of the contract.
         worst: how many of the worst clips are named.
 
     Raises:
-        InputError: no bundles, bundles that do not belong together, no clips, or a label that the model has not.
+        InputError: no bundles, bundles that do not belong together, no clips, a label that the model has not, or
+            several views of what has one.
         CheckpointError: the checkpoint is no longer the one that the bundles were made from.
         ParityError: a bundle gave a logit that is not finite.
     """
-    models = model_set.of_bundles(bundles, reference, threads)
+    source.check_views(views)
+    models = replace(model_set.of_bundles(bundles, reference, threads), views=views)
     accumulator = MetricsAccumulator(models)
     jobs = _Jobs(models, source, answer_cache)
     done = 0
@@ -275,7 +281,7 @@ class _Jobs:
 
     def _cached(self, job: Job, answer_cache: AnswerCache) -> JobResult:
         """What the cache has: the models whose logits it holds for every clip of the job."""
-        clips = [clip_key(item, self.model_set.contract) for item in job.items]
+        clips = self._keys(job)
         labels: dict[str, str | None] = {}
         logits: dict[int, Logits] = {}
         for model in job.models:
@@ -285,8 +291,12 @@ class _Jobs:
                 labels |= {clip: found[clip][0] for clip in clips}
         return JobResult(tuple(labels.get(clip) for clip in clips), logits)
 
+    def _keys(self, job: Job) -> list[str]:
+        """The keys of the clips of a job."""
+        return [clip_key(item, self.model_set.contract, self.model_set.views) for item in job.items]
+
     def _keep(self, job: Job, result: JobResult, answer_cache: AnswerCache) -> None:
-        clips = [clip_key(item, self.model_set.contract) for item in job.items]
+        clips = self._keys(job)
         for model, logits in result.logits.items():
             answer_cache.put(self.model_set.keys[model], zip(clips, result.labels, logits, strict=True))
 
@@ -353,6 +363,7 @@ class MetricsAccumulator:
             "clips": len(names),
             "labelled": len(known),
             "classes": len(np.unique(known)),
+            "views": asdict(self.model_set.views),
         }
         answers = np.stack([found[0].reference, *(metrics.answer for metrics in found)])
         matrix = (answers[:, None] == answers[None]).mean(axis=2)

@@ -209,7 +209,7 @@ _opened: dict[str, OpenedModels] = {}
 
 
 def _ask(model_set: ModelSet, job: Job) -> JobResult:
-    key = f"{model_set.keys} {model_set.threads}"
+    key = f"{model_set.keys} {model_set.threads} {model_set.views}"
     if key not in _opened:
         for old in _opened.values():
             old.close()

@@ -26,6 +26,7 @@ from edgetube.runtime import Runtime
 from edgetube.spec import Prediction
 from edgetube.targets import need
 from edgetube.terminal import out, print_json, progress
+from edgetube.views import SINGLE, Views
 
 app = typer.Typer(
     name="edgetube",
@@ -398,6 +399,9 @@ def parity(
         typer.Option(help="Folder of clips, one sub-folder a class, .csv manifest, .npy or .npz; else built-in clips."),
     ] = None,
     clips: Annotated[int, typer.Option(help="How many of the built-in clips.")] = 504,
+    views: Annotated[
+        str | None, typer.Option(help="Temporal x spatial views of each clip, like 5x3; their softmax is averaged.")
+    ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="A bundle to compare with; the PyTorch model if left out.")
     ] = None,
@@ -445,6 +449,7 @@ def parity(
         max_kl=max_kl, max_error=max_error, max_sure_flips=max_sure_flips, min_sqnr=min_sqnr,
         min_order_agreement=min_order_agreement,
     )  # fmt: skip
+    asked_views = SINGLE if views is None else Views.parse(views)
     harness = need("edgetube.bench.parity", "export")
     found = _located([bundles.load(path) for path in bundle], checkpoint)
     held_against = bundles.load(reference) if reference else None
@@ -454,9 +459,10 @@ def parity(
     )  # fmt: skip
     with progress() as show:
         if watch:
-            if data or resume or ray or workers > 1:
+            if data or views is not None or resume or ray or workers > 1:
                 raise InputError(
-                    "--video is watched in order by one process; leave out --data, --resume, --workers and --ray"
+                    "--video is watched in order by one process; leave out --data, --views, --resume, --workers and "
+                    "--ray"
                 )
             gates.check_data(datasets.ClipSet(str(watch), ()))
             temporal = need("edgetube.bench.temporal", "export")
@@ -471,7 +477,7 @@ def parity(
                 comparison = harness.measure(
                     found, source, reference=held_against, threads=threads, run=_runner(workers, ray),
                     answer_cache=stack.enter_context(harness.AnswerCache(resume)) if resume else None,
-                    worst=worst, progress=show,
+                    views=asked_views, worst=worst, progress=show,
                 )  # fmt: skip
         curves = []
         if layers:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from edgetube.errors import InputError
 from edgetube.listing import ARRAYS, IMAGES, VIDEOS
 from edgetube.strict import shown
 from edgetube.video import Clip
+from edgetube.views import SINGLE, Views
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,30 @@ class Item:
         label: the true class, or None.
         read: the clip for a contract, with that name and label.
         version: changes when the clip does: size and time of last change of its file.
+        read_views: the views of its source, the crops of each temporal view together; None where the clip is all that
+            there is.
     """
 
     name: str
     label: str | None
     read: Callable[[InputContract], Clip]
     version: str = ""
+    read_views: Callable[[InputContract, Views], tuple[Clip, ...]] | None = None
+
+    def clips(self, contract: InputContract, views: Views) -> tuple[Clip, ...]:
+        """Read the views of the clip; a single one is the clip itself.
+
+        Raises:
+            InputError: it has no more than one view, or cannot be read.
+        """
+        if views.count == 1:
+            return (self.read(contract),)
+        if self.read_views is None:
+            raise InputError(f"{self.name} is one clip, made for the model's input, and has no {views} views: {REMEDY}")
+        return self.read_views(contract, views)
+
+
+REMEDY = "leave out --views, or give videos with --data"
 
 
 @dataclass(frozen=True)
@@ -107,6 +127,17 @@ class ClipSet:
                 f"{self.name} has {len(found)} labels, among them {', '.join(map(repr, unknown[:5]))}, which the model "
                 f"does not know; it has {len(labels)}: {', '.join(labels[:12])}"
             )
+        return self
+
+    def check_views(self, views: Views) -> ClipSet:
+        """Check, before any clip is read, that none is made for the model's input, and return the set.
+
+        Raises:
+            InputError: there are several views, and a clip with one.
+        """
+        if views.count > 1 and any(item.read_views is None for item in self.items):
+            made = f"{self.name} clips are made for the model's input and have one view"
+            raise InputError(f"{made}, not {views}: {REMEDY}")
         return self
 
 
@@ -187,7 +218,8 @@ def folder(path: Path, contract: InputContract | None = None) -> ClipSet:
         try:
             items.extend(_items(file, name, label))
         except InputError as error:  # whoever reads the clip is told
-            items.append(Item(name, label, partial(_refuse, str(error))))
+            refuse = partial(_refuse, str(error))
+            items.append(Item(name, label, refuse, read_views=refuse))
     return ClipSet(str(path), tuple(items), path, tuple(filter(None, [found.note(path)])))
 
 
@@ -314,10 +346,11 @@ def _seconds(text: str | None, where: str) -> float | None:
 def _items(file: Path, name: str, label: str | None, start: float | None = None) -> list[Item]:
     if file.suffix.lower() in ARRAYS:
         return _arrays(file, name, label)
-    return [Item(name, label, partial(_read_video, file, name, label, start), _version(file))]
+    asked = file, name, label, start
+    return [Item(name, label, partial(_read_video, *asked), _version(file), partial(_read_video_views, *asked))]
 
 
-def _refuse(reason: str, contract: InputContract) -> Clip:
+def _refuse(reason: str, *_: object) -> NoReturn:
     raise InputError(reason)
 
 
@@ -330,8 +363,15 @@ def _version(file: Path) -> str:
 
 
 def _read_video(file: Path, name: str, label: str | None, start: float | None, contract: InputContract) -> Clip:
+    return _read_video_views(file, name, label, start, contract, SINGLE)[0]
+
+
+def _read_video_views(
+    file: Path, name: str, label: str | None, start: float | None, contract: InputContract, views: Views
+) -> tuple[Clip, ...]:
     try:
-        return replace(video.load(file, contract, start), name=name, label=label)
+        found = video.load_views(file, contract, views, start)
+        return tuple(replace(clip, name=name, label=label) for clip in found)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
     except InputError as error:
@@ -347,14 +387,19 @@ def _arrays(file: Path, name: str, label: str | None) -> list[Item]:
     frames, labels = stored["frames"], stored.get("labels")
     if len(frames.shape) < 5:
         own = label if labels is None else str(np.array(labels).item())
-        return [Item(name, own, partial(_read_array, file, None, name, own), version)]
+        return [_array_item(file, None, name, own, version)]
     if labels is not None and len(labels) != len(frames):
         raise InputError(f"{file} has {len(frames)} clips and {len(labels)} labels; expected as many")
     items = []
     for i in range(len(frames)):
         one, own = f"{name}#{i:05d}", label if labels is None else str(labels[i])
-        items.append(Item(one, own, partial(_read_array, file, i, one, own), version))
+        items.append(_array_item(file, i, one, own, version))
     return items
+
+
+def _array_item(file: Path, index: int | None, name: str, label: str | None, version: str) -> Item:
+    asked = file, index, name, label
+    return Item(name, label, partial(_read_array, *asked), version, partial(_read_array_views, *asked))
 
 
 @lru_cache(maxsize=1)
@@ -371,6 +416,12 @@ def _open_arrays(file: Path, version: str) -> dict[str, RowArray]:
 
 
 def _read_array(file: Path, index: int | None, name: str, label: str | None, contract: InputContract) -> Clip:
+    return _read_array_views(file, index, name, label, contract, SINGLE)[0]
+
+
+def _read_array_views(
+    file: Path, index: int | None, name: str, label: str | None, contract: InputContract, views: Views
+) -> tuple[Clip, ...]:
     found = _open_arrays(file, _version(file))["frames"]
     try:
         frames = np.array(list(found)) if index is None else found[index]
@@ -379,8 +430,12 @@ def _read_array(file: Path, index: int | None, name: str, label: str | None, con
     if np.issubdtype(frames.dtype, np.floating) and not np.isfinite(frames).all():
         raise InputError(f"{file} holds NaN or infinite pixels; expected uint8 RGB in 0..255")
     if frames.dtype == np.uint8 and frames.shape == contract.shape:
-        return Clip(name, np.ascontiguousarray(frames), label)  # ready: a stride or a crop must not be applied twice
+        if views.count > 1:
+            raise InputError(f"{file} holds exactly the model's clip, {contract.shape}, and has one view: {REMEDY}")
+        return (Clip(name, np.ascontiguousarray(frames), label),)  # ready: no stride or crop must be applied twice
     try:
-        return Clip(name, preprocess.prepare(frames, contract), label)
+        return tuple(
+            Clip(name, preprocess.prepare(frames, contract, view=view), label) for crops in views for view in crops
+        )
     except InputError as error:
         raise InputError(f"{file}: {error}") from error

@@ -15,6 +15,22 @@ def softmax(logits: Array) -> npt.NDArray[np.float64]:
     return np.asarray(exp / exp.sum(axis=-1, keepdims=True), np.float64)
 
 
+def view_mean(logits: Array) -> npt.NDArray[np.float32]:
+    """Logits (N, classes) whose softmax is the mean, over the views, of the softmax of logits (N, views, classes).
+
+    They are ln(mean softmax) less its mean over the classes, because a softmax fixes logits up to a constant. A clip
+    with a logit that is not finite gets NaN.
+    """
+    finite = np.asarray(np.isfinite(logits).all(axis=(1, 2), keepdims=True))
+    wide = np.where(finite, logits, 0).astype(np.float64)
+    shifted = wide - wide.max(axis=2, keepdims=True)
+    log = shifted - np.log(np.exp(shifted).sum(axis=2, keepdims=True))
+    largest = log.max(axis=1, keepdims=True)
+    mean = (largest + np.log(np.exp(log - largest).mean(axis=1, keepdims=True)))[:, 0]
+    centred = mean - mean.mean(axis=1, keepdims=True)
+    return np.asarray(np.where(finite[:, 0], centred, np.nan), np.float32)
+
+
 def ranks(logits: Array, labels: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
     """Place (N,) of each row's label (N,) among its logits (N, classes), 0 the largest; equal ones in their order."""
     own = np.take_along_axis(logits, labels[:, None], axis=1)

@@ -18,6 +18,7 @@ from edgetube import resize
 from edgetube.contract import InputContract
 from edgetube.errors import InputError
 from edgetube.resize import Frames
+from edgetube.views import MIDDLE, View
 
 TOLERANCE = 1e-3
 """Seconds by which a frame may be late: containers round timestamps, many to milliseconds."""
@@ -76,23 +77,41 @@ def seconds(value: object, name: str) -> float:
     return found
 
 
-def window(contract: InputContract, duration: float, rate: float, start: float | None = None) -> float:
+def window(
+    contract: InputContract, duration: float, rate: float, start: float | None = None, view: View = MIDDLE
+) -> float:
     """The start of the clip in seconds.
 
     Args:
         duration: seconds of the source.
         rate: frames per second of the source; decides where the contract knows no rate.
         start: the wanted second, or None for the window in the middle.
+        view: of several temporal views the first begins with the source, the last ends with it, and the others begin
+            at equal distances between them.
 
     Raises:
-        InputError: `start` lies outside the source.
+        InputError: `start` lies outside the source, or there are several temporal views.
     """
     if start is None:
-        return max(0.0, (duration - contract.frames / contract.rate(rate)) / 2)
+        room = max(0.0, duration - contract.frames / contract.rate(rate))
+        return room / 2 if view.count == 1 else room * view.index / (view.count - 1)
+    if view.count > 1:
+        spread = f"{view.count} temporal views are spread over the whole source"
+        raise InputError(f"start is {start} s, but {spread}: leave start out, or ask for 1 temporal view")
     start = seconds(start, "start")
     if not 0 <= start < duration:
         raise InputError(f"start is {start} s; expected a time within the {duration:.3f} s of the source")
     return start
+
+
+def check_still(what: str, view: View) -> None:
+    """Refuse several temporal views of a still image.
+
+    Raises:
+        InputError: there are several.
+    """
+    if view.count > 1:
+        raise InputError(f"{what} is a still image and has 1 temporal view, not {view.count}: use --views 1x1 or 1x3")
 
 
 def resample(
@@ -170,8 +189,12 @@ def _every(shown: Iterator[tuple[float, T]], stride: int) -> Iterator[tuple[floa
         yield taken
 
 
-def segments(count: int, contract: InputContract, start: float | None = None) -> npt.NDArray[np.intp]:
+def segments(
+    count: int, contract: InputContract, start: float | None = None, view: View = MIDDLE
+) -> npt.NDArray[np.intp]:
     """(T,) indices of the middle frames of T equal parts of `count` frames: floor((k + 1/2) * count / T).
+
+    Of V temporal views number v takes the frames at v / V of each part: floor((k + v / V) * count / T).
 
     Raises:
         InputError: a `start`, which the whole source does not have.
@@ -179,11 +202,16 @@ def segments(count: int, contract: InputContract, start: float | None = None) ->
     if start is not None:
         taken = f"takes {contract.frames} frames from the whole of a source"
         raise InputError(f"start is {start} s, but this model {taken}: leave start out")
-    return (2 * np.arange(contract.frames) + 1) * count // (2 * contract.frames)
+    place, parts = (1, 2) if view.count == 1 else (view.index, view.count)
+    return (parts * np.arange(contract.frames) + place) * count // (parts * contract.frames)
 
 
 def sample(
-    count: int, source_fps: float | None, contract: InputContract, start: float | None = None
+    count: int,
+    source_fps: float | None,
+    contract: InputContract,
+    start: float | None = None,
+    view: View = MIDDLE,
 ) -> npt.NDArray[np.intp]:
     """Indices of the frames of the clip, of `count` frames.
 
@@ -192,6 +220,7 @@ def sample(
         source_fps: their rate in frames per second; None: they already are at the contract's rate. Where the contract
             knows no rate it only says what a `start` means.
         start: second at which the clip begins, None for the middle.
+        view: a temporal view takes the place of the middle, see `window` and `segments`.
 
     Returns:
         (T,) indices, never descending.
@@ -203,12 +232,12 @@ def sample(
     if count < 1:
         raise InputError("there are no frames; expected at least one")
     if contract.sampling == "segments":
-        return segments(count, contract, start)
+        return segments(count, contract, start, view)
     rate = contract.fps if source_fps is None else frame_rate(source_fps)
     if rate is None and start is not None:
         raise InputError(f"start is {start} s, but these frames have no clock: give source_fps too")
     rate = rate or 1.0
-    begin = window(contract, count / rate, rate, start)
+    begin = window(contract, count / rate, rate, start, view)
     first = max(0, math.floor(begin * rate) - 1)
     timed = ((i / rate, i) for i in range(first, count))
     return np.fromiter((i for _, i in pick(timed, contract, begin)), np.intp, contract.frames)
@@ -293,19 +322,24 @@ def _not_empty(pixels: Frames, what: str) -> Frames:
 
 
 def prepare(
-    frames: npt.ArrayLike, contract: InputContract, source_fps: float | None = None, start: float | None = None
+    frames: npt.ArrayLike,
+    contract: InputContract,
+    source_fps: float | None = None,
+    start: float | None = None,
+    view: View = MIDDLE,
 ) -> Frames:
     """Convert frames of any number and size to the clip of the contract. Only sampled frames are resized.
 
     Args:
         frames: (N, H0, W0, 3) uint8 RGB, any strides; one image (H0, W0, 3) when the contract takes images.
-        source_fps, start: see `sample`.
+        source_fps, start, view: see `sample`; the view has a crop of its own, too.
 
     Returns:
         (T, H, W, 3) uint8, contiguous, a copy.
 
     Raises:
-        InputError: wrong dtype, rank or colours, no frames, or times outside the frames.
+        InputError: wrong dtype, rank or colours, no frames, times outside the frames, or several temporal views of a
+            still image.
     """
     expected = "(frames, height, width, 3)"
     what = "the frames"
@@ -315,8 +349,10 @@ def prepare(
     if pixels.ndim != 4:
         raise InputError(f"{what}: shape {pixels.shape}; expected {expected}")
     _not_empty(pixels, what)
-    taken, repeats = np.unique(sample(len(pixels), source_fps, contract, start), return_counts=True)
-    resized = resize.spatial(pixels[taken], contract)
+    if contract.is_image and len(pixels) == 1:
+        check_still("a single frame", view)
+    taken, repeats = np.unique(sample(len(pixels), source_fps, contract, start, view), return_counts=True)
+    resized = resize.spatial(pixels[taken], contract, view.side)
     return np.ascontiguousarray(np.repeat(resized, repeats, axis=0))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetube.contract import InputContract
+from edgetube.views import Side
 
 Frames = npt.NDArray[np.uint8]
 """RGB frames, (T, H, W, 3) uint8."""
@@ -37,15 +38,19 @@ Weights = Callable[[int, int, int], tuple[int, npt.NDArray[np.float64]]]
 # --------------------------------------------------------------------------------------------------------- geometry
 
 
-def geometry(height: int, width: int, contract: InputContract) -> tuple[int, int, int, int]:
+def geometry(height: int, width: int, contract: InputContract, side: Side = "middle") -> tuple[int, int, int, int]:
     """Size of the resized frame and the crop's corner in it: (rows, columns, top, left).
 
-    "short-side" makes one side exact, the other is floor(size * scale). The corner is half of what is left over.
+    "short-side" makes one side exact, the other is floor(size * scale). The corner is half of what is left over; a
+    crop at the start or the end is moved along the axis where more is left over, the columns where it is equal.
     """
     rows, columns = _resized(height, width, contract)
     over = rows - contract.height, columns - contract.width
-    top, left = (x // 2 for x in over) if contract.crop == "center-floor" else (round(x / 2) for x in over)
-    return rows, columns, top, left
+    corner = [x // 2 if contract.crop == "center-floor" else round(x / 2) for x in over]
+    if side != "middle":
+        axis = 0 if over[0] > over[1] else 1
+        corner[axis] = 0 if side == "start" else over[axis]
+    return rows, columns, corner[0], corner[1]
 
 
 def _resized(height: int, width: int, contract: InputContract) -> tuple[int, int]:
@@ -135,8 +140,8 @@ def _blocks(weights: Weights, size: int, resized: int, first: int, count: int) -
 
 
 @lru_cache(maxsize=32)
-def _plan(height: int, width: int, contract: InputContract) -> _Plan:
-    rows, columns, top, left = geometry(height, width, contract)
+def _plan(height: int, width: int, contract: InputContract, side: Side) -> _Plan:
+    rows, columns, top, left = geometry(height, width, contract, side)
     weights, kind, _ = _FILTERS[contract.filter]
     vertical = tuple(
         _Block(b.at, b.low, b.high, b.matrix.astype(kind)) for b in _blocks(weights, height, rows, top, contract.height)
@@ -203,22 +208,23 @@ _FILTERS: dict[str, tuple[Weights, type[np.floating], Callable[[Frames, _Plan, F
 """By name: the weights, the type of the vertical matrices, and the two passes."""
 
 
-def spatial(frames: Frames, contract: InputContract) -> Frames:
-    """Resize with antialias and crop the centre; only the pixels that the crop needs are read.
+def spatial(frames: Frames, contract: InputContract, side: Side = "middle") -> Frames:
+    """Resize with antialias and crop, the centre by default; only the pixels that the crop needs are read.
 
     Args:
         frames: (N, H0, W0, 3) uint8, any strides.
+        side: of the crop, for a view of an evaluation.
 
     Returns:
         (N, H, W, 3) uint8; a view where nothing is resized, and the argument itself where nothing is cropped either.
     """
     count, height, width, _ = frames.shape
-    rows, columns, top, left = geometry(height, width, contract)
+    rows, columns, top, left = geometry(height, width, contract, side)
     if (rows, columns) == (height, width):
         if (height, width) == (contract.height, contract.width):
             return frames
         return frames[:, top : top + contract.height, left : left + contract.width]
-    plan = _plan(height, width, contract)
+    plan = _plan(height, width, contract, side)
     run = _FILTERS[contract.filter][2]
     out = np.empty((count, contract.height, contract.width, 3), np.uint8)
     for frame, target in zip(frames, out, strict=True):

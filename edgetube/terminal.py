@@ -238,6 +238,10 @@ def parity(document: Mapping[str, Any]) -> None:
             interval, number(row["kl"]), number(row["max_abs_error"]),
         )  # fmt: skip
     out.print(found)
+    views = document["data"]["views"]
+    if views["temporal"] * views["spatial"] > 1:
+        shown = f"{views['temporal']} x {views['spatial']}"
+        say(f"each answer is the mean of the softmax over {shown} views of the clip (temporal x spatial)")
     for row in document["bundles"]:
         if flipped := [clip for clip in row["worst"] if clip["flipped"]]:
             change = " -> ".join(flipped[0][key]["label"] for key in ("reference", "bundle"))

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,13 +28,14 @@ from edgetube.listing import IMAGES, VIDEOS
 from edgetube.preprocess import TOLERANCE
 from edgetube.resize import Frames
 from edgetube.targets import need
+from edgetube.views import SINGLE, View, Views
 
 if TYPE_CHECKING:  # PyAV takes half as long to import as numpy; `import edgetube` does not wait for it
     import av
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-__all__ = ["IMAGES", "VIDEOS", "Clip", "Frames", "Source", "frames", "load", "sources", "write"]
+__all__ = ["IMAGES", "VIDEOS", "Clip", "Frames", "Source", "frames", "load", "load_views", "sources", "write"]
 
 Source: TypeAlias = int | str | Path
 """A camera's index (also as digits), a URL, or a file."""
@@ -97,8 +98,21 @@ def load(path: str | Path, contract: InputContract, start: float | None = None) 
         InputError: no such file, no video in it, damaged or cut off within the clip, a still image for a model that
             takes several frames, or a `start` outside the video, or for segments of the whole video.
     """
-    path = Path(path)
-    out = np.empty(contract.shape, np.uint8)
+    return load_views(path, contract, SINGLE, start)[0]
+
+
+def load_views(path: str | Path, contract: InputContract, views: Views, start: float | None = None) -> tuple[Clip, ...]:
+    """The views of a file, the crops of each temporal view together; the file is decoded once for each temporal view.
+
+    Raises:
+        InputError: as `load` raises, or several temporal views of a still image, or with a `start`.
+    """
+    return tuple(clip for crops in views for clip in _load(Path(path), contract, start, crops))
+
+
+def _load(path: Path, contract: InputContract, start: float | None, views: Sequence[View]) -> list[Clip]:
+    """The clips of one temporal view, one for each of its crops."""
+    out = np.empty((len(views), *contract.shape), np.uint8)
     with _open(_file(path)) as reader:
         if reader.is_still:
             if not contract.is_image:
@@ -106,43 +120,52 @@ def load(path: str | Path, contract: InputContract, start: float | None = None) 
                 raise InputError(f"{path} is a still image; the model needs {contract.frames} frames: {remedy}")
             if start is not None:
                 raise InputError(f"start is {start} s, but {path} is a still image and has no clock")
+            preprocess.check_still(str(path), views[0])
         if reader.is_still:
-            times = _fill(out, reader.frames(), contract)
+            times = _fill(out, reader.frames(), contract, views)
         elif contract.sampling == "segments":
-            times = _fill_segments(out, reader, contract, start)
+            times = _fill_segments(out, reader, contract, start, views)
         else:
-            begin = preprocess.window(contract, reader.duration(), reader.rate, start)
-            times = _fill(out, preprocess.pick(reader.frames(begin), contract, begin), contract)
+            begin = preprocess.window(contract, reader.duration(), reader.rate, start, views[0])
+            times = _fill(out, preprocess.pick(reader.frames(begin), contract, begin), contract, views)
         if not times:
             raise InputError(f"{path} holds no frame that can be decoded")
-        if reader.is_still:
-            return Clip(str(path), out)
-        return Clip(str(path), out, start=times[0], end=times[-1] + 1 / reader.rate)
+        start, end = (None, None) if reader.is_still else (times[0], times[-1] + 1 / reader.rate)
+        return [Clip(str(path), frames, start=start, end=end) for frames in out]
 
 
-def _fill(out: Frames, chosen: Iterable[tuple[float, av.VideoFrame]], contract: InputContract) -> list[float]:
-    """Resize chosen frames into a clip, the same frame once; returns their times. Reads no more than fit."""
+def _fill(
+    out: Frames, chosen: Iterable[tuple[float, av.VideoFrame]], contract: InputContract, views: Sequence[View]
+) -> list[float]:
+    """Resize chosen frames into clips, the same frame once; returns their times. Reads no more than fit.
+
+    Args:
+        out: (V, T, H, W, 3), a clip for the crop of each of the views.
+    """
     times: list[float] = []
     previous = None
-    for slot, (seconds, frame) in zip(out, chosen, strict=False):
+    for slots, (seconds, frame) in zip(out.swapaxes(0, 1), chosen, strict=False):
         if frame is not previous:
-            pixels = resize.spatial(_rgb(frame)[None], contract)[0]
-        previous, slot[...] = frame, pixels
+            whole = _rgb(frame)[None]
+            crops = [resize.spatial(whole, contract, view.side)[0] for view in views]
+        previous, slots[...] = frame, crops
         times.append(seconds)
     return times
 
 
-def _fill_segments(out: Frames, reader: _Reader, contract: InputContract, start: float | None) -> list[float]:
-    """The middle frames of equal parts of a whole file, see `_fill`.
+def _fill_segments(
+    out: Frames, reader: _Reader, contract: InputContract, start: float | None, views: Sequence[View]
+) -> list[float]:
+    """The frames of equal parts of a whole file, see `_fill`.
 
     How many frames there are is known when all are decoded. So the number of packets is taken for it, and where that
     was wrong (packets that show nothing, or cannot be decoded) the file is decoded once more.
     """
     count = reader.packets()
     for source in (reader.frames(), reader.frames_again()):
-        wanted = preprocess.segments(count, contract, start)
+        wanted = preprocess.segments(count, contract, start, views[0])
         decoded = _Counted(source)
-        times = _fill(out, _numbered(decoded, wanted), contract)
+        times = _fill(out, _numbered(decoded, wanted), contract, views)
         deque(decoded, maxlen=0)  # to the end, where it shows that the file is whole
         if decoded.count == count:
             break

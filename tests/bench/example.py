@@ -33,7 +33,8 @@ def parity() -> dict[str, Any]:
     return {
         "schema": 1,
         "reference": {"runtime": "torch", "name": "demo", "target": None, "source": "demo", "sha256": "0" * 64},
-        "data": {"name": "built-in", "source": None, "clips": 252, "labelled": 252, "classes": 9},
+        "data": {"name": "built-in", "source": None, "clips": 252, "labelled": 252, "classes": 9,
+                 "views": {"temporal": 1, "spatial": 1}},
         "machine": "a machine",
         "versions": {"edgetube": "0.1.0"},
         "bundles": [_bundle(name, *target) for name, target in TARGETS.items()],

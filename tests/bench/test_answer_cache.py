@@ -16,6 +16,7 @@ from edgetube.bench import model_set, parity, workers
 from edgetube.bench.answer_cache import AnswerCache, clip_key
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError
+from edgetube.views import SINGLE, Views
 
 
 def test_answers_come_back_as_they_were(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -106,3 +107,20 @@ def test_labels_are_kept_with_the_answers(tiny_bundle: Path, tmp_path: Path) -> 
         for _ in range(2):
             got = parity.measure([bundle], ClipSet("x", labelled.items), answer_cache=answer_cache)
             assert [clip.label for clip in got.measured[0].worst] != [None, None]
+
+
+def test_answers_are_kept_apart_by_view(tiny_bundle: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    bundle = bundles.load(tiny_bundle)
+    np.save(tmp_path / "a.npy", rng.integers(0, 256, (24, 40, 90, 3), np.uint8))
+    source = datasets.load(tmp_path / "a.npy")
+    keys = {clip_key(source.items[0], bundle.contract, Views.parse(text)) for text in ("1x1", "2x1", "1x3", "2x3")}
+    assert len(keys) == 4
+    assert clip_key(source.items[0], bundle.contract) in keys
+    with AnswerCache(tmp_path / "answers") as answer_cache:
+        for views in (Views(2, 3), SINGLE, Views(1, 3)):
+            alone = parity.measure([bundle], source, views=views)
+            first, second = Counting(), Counting()
+            for counting in (first, second):
+                got = parity.measure([bundle], source, run=counting, answer_cache=answer_cache, views=views)
+                assert got.to_json() == alone.to_json()
+            assert (len(first.asked), second.asked) == (1, [])

@@ -12,11 +12,14 @@ import onnx
 import pytest
 
 from edgetube import bundle as bundles
-from edgetube import datasets
+from edgetube import datasets, resize, video
 from edgetube.bench import compare, model_set, parity
+from edgetube.contract import InputContract
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import CheckpointError, InputError, ParityError
+from edgetube.runtime import Runtime
 from edgetube.video import Clip
+from edgetube.views import Views
 
 
 def answers(logits: Any, labels: Any, names: Any = "abcd") -> parity.Answers:
@@ -141,7 +144,8 @@ def test_the_document_is_what_the_page_says(tiny_bundle: Path) -> None:
     for part in (document, first, first["flips"][0], first["classes"][0], first["worst"][0], document["gates"][0]):
         assert [key for key in part if key not in page] == []
     assert document["agreement"] == {"names": ["reference", bundle.name, "second"], "matrix": [[1.0] * 3] * 3}
-    assert document["data"] == {"name": "built-in", "source": None, "clips": 9, "labelled": 9, "classes": 9}
+    assert document["data"] == {"name": "built-in", "source": None, "clips": 9, "labelled": 9, "classes": 9,
+                                "views": {"temporal": 1, "spatial": 1}}  # fmt: skip
     assert document["reference"]["runtime"] == "torch"
 
 
@@ -212,3 +216,50 @@ def test_infinite_logits_name_the_bundle(tiny_bundle: Path, monkeypatch: pytest.
     monkeypatch.setattr(model_set.OpenedModels, "show", show)
     with pytest.raises(ParityError, match=f"{bundle.name}: the artifact gave NaN .* near evaluation/astronaut/0000"):
         parity.measure([bundle], datasets.built_in(2, bundle.labels))
+
+
+def moving(path: Path, shift: int) -> Path:
+    """A video of 2 s at 20 frames per second, wider than the tiny model's input."""
+    still = np.random.default_rng(shift).integers(0, 256, (6, 15, 3), np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+    return video.write(path, (np.roll(still, shift * i, axis=1) for i in range(40)), 20.0)
+
+
+def test_metrics_are_those_of_the_mean_over_the_views(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Each view is cut and answered here, one by one, from the decoded frames: 8 frames at 10 per second leave 1.2 s of
+    2 s, and 96 x 240 becomes 32 x 80 before a crop of 48 columns."""
+    bundle = bundles.load(tiny_bundle)
+    files = [moving(tmp_path / f"{shift}.mp4", shift) for shift in (1, 3)]
+    worse = replace(bundle, name="worse")
+    got = parity.measure([bundle, worse], datasets.load(tmp_path, bundle.contract), views=Views(3, 3))
+    assert got.data["views"] == {"temporal": 3, "spatial": 3}
+    scores, whole = {}, InputContract(8, 32, 80)
+    with Runtime(bundle) as runtime:
+        for file in files:
+            frames = np.stack([frame for _, frame in video.frames(file)])
+            seen = []
+            for first in (0, 12, 24):
+                resized = resize.spatial(frames[first : first + 16 : 2], whole)
+                seen += [runtime(resized[None, :, :, left : left + 48])[0] for left in (0, 16, 32)]
+            powers = np.exp(np.array(seen, np.float64))
+            mean = (powers / powers.sum(axis=1, keepdims=True)).mean(axis=0)
+            scores[file.name] = (bundle.labels[mean.argmax()], mean.max())
+    for one in got.measured:
+        assert one.parity.agreement == 1.0
+        assert {clip.name: clip.bundle[0] for clip in one.worst} == {name: label for name, (label, _) in scores.items()}
+        for clip in one.worst:
+            assert clip.bundle[1] == pytest.approx(scores[clip.name][1], abs=1e-5)
+            assert clip.reference[1] == pytest.approx(scores[clip.name][1], abs=1e-4)
+
+
+def test_one_view_changes_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = bundles.load(tiny_bundle)
+    moving(tmp_path / "a.mp4", 2)
+    source = datasets.load(tmp_path, bundle.contract)
+    assert parity.measure([bundle], source, views=Views(1, 1)).to_json() == parity.measure([bundle], source).to_json()
+
+
+def test_clips_with_one_view_are_refused_before_a_model_is_opened(tiny_bundle: Path) -> None:
+    bundle = bundles.load(tiny_bundle)
+    gone = replace(bundle, checkpoint={**bundle.checkpoint, "source": "gone"})
+    with pytest.raises(InputError, match="built-in clips are made for the model's input and have one view, not 5x3"):
+        parity.measure([gone], datasets.built_in(2, bundle.labels), views=Views(5, 3))

@@ -269,7 +269,12 @@ def test_parity_over_a_video(edgetube_cli: Callable[..., tuple[int, str, str]], 
     assert "30 frames, 20.00 fps" in out
     code, _, err = edgetube_cli("parity", tiny_bundle, "--video", clip, "--workers", 2)
     assert code == 2
-    assert "leave out --data, --resume, --workers and --ray" in " ".join(err.split())
+    assert "leave out --data, --views, --resume, --workers and --ray" in " ".join(err.split())
+    code, _, err = edgetube_cli("parity", tiny_bundle, "--video", clip, "--views", "1x1")
+    assert code == 2
+    code, _, err = edgetube_cli("parity", tiny_bundle, "--clips", 2, "--views", "1x3")
+    assert code == 2
+    assert "have one view, not 1x3: leave out --views, or give videos with --data" in " ".join(err.split())
 
 
 def test_parity_is_done_in_one_place(edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path) -> None:
@@ -287,6 +292,35 @@ def test_parity_on_a_folder_of_classes(
     code, out, _ = edgetube_cli("parity", tiny_bundle, "--data", tmp_path / "data", "--json")
     assert code == 0
     assert json.loads(out)["bundles"][0]["labelled"] == 2
+
+
+@pytest.mark.slow
+def test_parity_with_views(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """The same with one process, with two, and from the cache; and another answer than that to the middle."""
+    rng = np.random.default_rng(5)
+    for label in ("static", "pan-left"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        still = rng.integers(0, 256, (6, 15, 3), np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+        video.write(tmp_path / "data" / label / "a.mp4", (np.roll(still, i * i, axis=1) for i in range(40)), 20.0)
+    arguments = ("parity", tiny_bundle, "--data", tmp_path / "data", "--threads", 1)
+    documents = []
+    for options in (["--resume", "A"], ["--resume", "A"], ["--workers", 2], ["--resume", "A", "--views", "1x1"]):
+        given = [tmp_path / option if option == "A" else option for option in options]
+        code, out, _ = edgetube_cli(*arguments, "--views", "3x3", *given, "--json")
+        assert code == 0
+        documents.append(json.loads(out))
+    first, again, processes, single = documents
+    assert first == again == processes
+    assert first["data"]["views"] == {"temporal": 3, "spatial": 3}
+    assert single["data"]["views"] == {"temporal": 1, "spatial": 1}
+    score = {key: [clip["reference"]["score"] for clip in document["bundles"][0]["worst"]]
+             for key, document in (("views", first), ("single", single))}  # fmt: skip
+    assert score["views"] != pytest.approx(score["single"], abs=1e-6)
+    code, out, _ = edgetube_cli(*arguments, "--views", "3x3")
+    assert code == 0
+    assert "mean of the softmax over 3 x 3 views" in " ".join(out.split())
 
 
 @pytest.mark.slow
@@ -322,6 +356,8 @@ def test_bench_prints_tables_and_notes(edgetube_cli: Callable[..., tuple[int, st
         (["export", "--target", "onnx-fp32", "--batch", "100000000"], "--batch is 100000000; expected 1 to 1024"),
         (["export", "--target", "onnx-fp32", "--out", __file__], "test_cli.py, which is a file; expected a folder"),
         (["parity", "x", "--clips", "0"], "--clips is 0; expected 1 to"),
+        (["parity", "x", "--views", "5"], "views are '5'; expected temporal x spatial views like 5x3"),
+        (["parity", "x", "--views", "5x2"], "views are 5x2, with 2 spatial crops; expected 1 or 3"),
         (["parity", "x", "--min-agreement", "nan"], "--min-agreement is nan; expected a number"),
         (["parity", "x", "--layer-clips", "0"], "--layer-clips is 0; expected 1 to"),
         (["bench", "x", "--seconds", "inf"], "seconds is inf; expected more than 0, and finite"),

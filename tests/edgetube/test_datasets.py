@@ -17,6 +17,7 @@ from edgetube.contract import InputContract
 from edgetube.datasets import ClipSet, Item
 from edgetube.errors import InputError
 from edgetube.video import Clip
+from edgetube.views import SINGLE, Views
 
 CONTRACT = InputContract(4, 16, 24, fps=10.0)
 
@@ -313,3 +314,59 @@ def test_windows_of_one_video(tmp_path: Path, rng: np.random.Generator) -> None:
     clip = found.item("0.500s").read(CONTRACT)
     np.testing.assert_array_equal(clip.frames, video.load(path, CONTRACT, 0.5).frames)
     assert clip.name == "0.500s"
+
+
+class TestViews:
+    def test_of_arrays_that_hold_a_source(self, rng: np.random.Generator, tmp_path: Path) -> None:
+        frames = rng.integers(0, 256, (2, 30, 16, 40, 3), np.uint8)
+        np.savez(tmp_path / "set.npz", frames=frames, labels=np.array(["a", "b"]))
+        views = Views(2, 3)
+        for item, source in zip(datasets.load(tmp_path / "set.npz").check_views(views).items, frames, strict=True):
+            found = item.clips(CONTRACT, views)
+            assert {(clip.name, clip.label) for clip in found} == {(item.name, item.label)}
+            expected = [source[t : t + 4, :, left : left + 24] for t in (0, 26) for left in (0, 8, 16)]
+            np.testing.assert_array_equal([clip.frames for clip in found], expected)
+
+    def test_a_single_one_is_the_clip(self, clips: npt.NDArray[np.uint8], tmp_path: Path) -> None:
+        np.save(tmp_path / "set.npy", clips)
+        found = [item.clips(CONTRACT, SINGLE) for item in datasets.load(tmp_path / "set.npy").items]
+        np.testing.assert_array_equal([clip.frames for (clip,) in found], clips)
+
+    @pytest.mark.parametrize("views", [Views(2, 1), Views(1, 3)])
+    def test_an_array_that_is_exactly_one_clip_has_one(
+        self, clips: npt.NDArray[np.uint8], tmp_path: Path, views: Views
+    ) -> None:
+        np.save(tmp_path / "set.npy", clips)
+        for item in datasets.load(tmp_path / "set.npy").check_views(views).items:
+            with pytest.raises(
+                InputError, match=r"set\.npy holds exactly the model's clip, .* and has one view: leave"
+            ):
+                item.clips(CONTRACT, views)
+
+    def test_what_is_made_for_the_model_has_one(self) -> None:
+        built_in = datasets.built_in(2, demo.LABELS)
+        assert built_in.check_views(SINGLE) is built_in
+        message = "built-in clips are made for the model's input and have one view, not 1x3: leave out --views, or give"
+        with pytest.raises(InputError, match=message):
+            built_in.check_views(Views(1, 3))
+        with pytest.raises(InputError, match="is one clip, made for the model's input, and has no 1x3 views"):
+            built_in.items[0].clips(CONTRACT, Views(1, 3))
+
+    def test_a_start_of_a_manifest_has_crops_and_no_temporal_views(
+        self, rng: np.random.Generator, tmp_path: Path
+    ) -> None:
+        frames = rng.integers(0, 256, (30, 16, 48, 3), np.uint8)
+        video.write(tmp_path / "a.mp4", iter(frames), 10.0)
+        (tmp_path / "set.csv").write_text("path,start\na.mp4,1.5\n")
+        (item,) = datasets.load(tmp_path / "set.csv").items
+        assert [clip.start for clip in item.clips(CONTRACT, Views(1, 3))] == pytest.approx([1.5] * 3)
+        with pytest.raises(
+            InputError, match=r"a\.mp4: start is 1\.5 s, but 2 temporal views are spread over the whole"
+        ):
+            item.clips(CONTRACT, Views(2, 3))
+
+    def test_a_file_that_cannot_be_read_says_why(self, tmp_path: Path) -> None:
+        (tmp_path / "a.npy").write_bytes(b"nothing")
+        (item,) = datasets.load(tmp_path).check_views(Views(2, 3)).items
+        with pytest.raises(InputError, match=r"a\.npy cannot be read"):
+            item.clips(CONTRACT, Views(2, 3))

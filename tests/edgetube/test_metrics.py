@@ -80,3 +80,31 @@ def test_wilson_interval_of_the_textbook() -> None:
     assert (low, high) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert metrics.wilson(1.0, 0) == (0.0, 1.0)
     assert metrics.wilson(1.0, 100)[1] == 1.0
+
+
+views = arrays(np.float32, (5, 3, 4), elements=st.floats(-300, 300, width=32))
+
+
+@given(views)
+def test_the_mean_over_views_is_that_of_torchs_softmax(of: Any) -> None:
+    expected = torch.from_numpy(of).double().softmax(-1).mean(1).numpy()
+    found = metrics.view_mean(of)
+    assert (found.shape, found.dtype) == ((5, 4), np.float32)
+    np.testing.assert_allclose(metrics.softmax(found), expected, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(found.sum(axis=1), 0, atol=1e-3)
+
+
+def test_the_mean_over_views_by_hand() -> None:
+    """(0.5, 0.5) and (0.9, 0.1) are (0.7, 0.3); equal views are the view, less the mean of its logits."""
+    two = np.log(np.array([[[0.5, 0.5], [0.9, 0.1]]], np.float32)) + 7
+    np.testing.assert_allclose(metrics.view_mean(two), [[np.log(7 / 3) / 2, -np.log(7 / 3) / 2]], rtol=1e-6)
+    same = np.repeat(np.array([[[4.0, 1.0, -2.0]]], np.float32), 3, axis=1)
+    np.testing.assert_allclose(metrics.view_mean(same), [[3.0, 0.0, -3.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_view_that_is_not_finite_spoils_its_clip_alone(bad: float) -> None:
+    logits = np.zeros((3, 2, 4), np.float32)
+    logits[1, 0, 2] = bad
+    assert np.isnan(metrics.view_mean(logits)).all(axis=1).tolist() == [False, True, False]
+    assert (metrics.view_mean(logits)[[0, 2]] == 0).all()

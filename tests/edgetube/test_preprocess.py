@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from edgetube import preprocess, resize
 from edgetube.contract import InputContract
 from edgetube.errors import InputError
+from edgetube.views import View
 
 # ------------------------------------------------------------------------------------------------------------ sampling
 
@@ -222,7 +223,7 @@ def test_prepare_samples_then_resizes(rng: np.random.Generator) -> None:
 def test_prepare_resizes_only_what_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     spatial = resize.spatial
-    monkeypatch.setattr(resize, "spatial", lambda f, c: seen.append(len(f)) or spatial(f, c))
+    monkeypatch.setattr(resize, "spatial", lambda f, *how: seen.append(len(f)) or spatial(f, *how))
     frames = np.zeros((200, 20, 20, 3), np.uint8)
     preprocess.prepare(frames, InputContract(4, 10, 10, fps=5), source_fps=30)
     preprocess.prepare(frames[:2], InputContract(4, 10, 10))  # repeats are not resized again
@@ -321,3 +322,97 @@ def test_prepare_refuses_another_rank_and_nothing(shape: tuple[int, ...]) -> Non
 def test_image_contract_refuses_a_stack_of_images() -> None:
     with pytest.raises(InputError, match=r"\(2, 8, 8, 3\); expected \(1, 8, 8, 3\)"):
         preprocess.check(np.zeros((2, 8, 8, 3), np.uint8), InputContract(1, 8, 8))
+
+
+# --------------------------------------------------------------------------------------------------------------- views
+
+
+def places(count: int, contract: InputContract, views: int, source_fps: float | None = None) -> list[list[int]]:
+    """The frames of each temporal view."""
+    return [preprocess.sample(count, source_fps, contract, view=View(v, views)).tolist() for v in range(views)]
+
+
+@given(st.integers(1, 400), st.integers(1, 16), st.integers(1, 8), st.integers(2, 12))
+@example(300, 16, 4, 5)
+def test_temporal_views_of_a_stride_are_spread_over_the_room(count: Any, frames: Any, stride: Any, views: Any) -> None:
+    """`sample_linspace_sequence` of DMVR, which ViViT's authors call, in integers; short sources end as elsewhere."""
+    room = max(0, count - frames * stride)
+    for v, found in enumerate(places(count, strided(frames, stride), views)):
+        first = room * v // (views - 1)
+        every = list(range(first, count, stride))[:frames]
+        assert found == every + every[-1:] * (frames - len(every))
+
+
+def test_temporal_views_by_hand() -> None:
+    assert [found[0] for found in places(300, strided(16, 4), 5)] == [0, 59, 118, 177, 236]
+    assert places(300, strided(16, 4), 5)[-1][-1] == 296
+    assert places(10, strided(4, 2), 3) == [[0, 2, 4, 6], [1, 3, 5, 7], [2, 4, 6, 8]]
+    # 3 s at 30 per second leave 2.6 s of room beside 4 frames at 10 per second: 0, 1.3 and 2.6 s
+    uniform = InputContract(4, 8, 8, fps=10)
+    assert places(90, uniform, 3, 30) == [[0, 3, 6, 9], [39, 42, 45, 48], [78, 81, 84, 87]]
+    assert places(3, uniform, 2, 10) == [[0, 1, 2, 2]] * 2  # no room: all views are the same
+
+
+@pytest.mark.parametrize("count", [60, 61, 117, 16, 9])
+def test_two_temporal_views_of_segments_are_those_of_videomae(count: int) -> None:
+    """`SSVideoClsDataset` with test_num_segment=2: middles and starts of the parts are sorted and taken in turn."""
+    parts = 16
+    tick = count / parts
+    every = sorted([int(tick / 2 + tick * x) for x in range(parts)] + [int(tick * x) for x in range(parts)])
+    contract = InputContract(parts, 8, 8, sampling="segments")
+    assert places(count, contract, 2) == [every[0::2], every[1::2]]
+
+
+@given(st.integers(1, 300), st.integers(1, 20), st.integers(2, 9))
+def test_temporal_views_of_segments_move_inside_of_each_part(count: Any, parts: Any, views: Any) -> None:
+    tick = Fraction(count, parts)
+    for v, found in enumerate(places(count, InputContract(parts, 8, 8, sampling="segments"), views)):
+        assert found == [math.floor(j * tick + tick * v / views) for j in range(parts)]
+
+
+@given(
+    st.floats(0.01, 1e4), st.sampled_from(RATES), st.integers(1, 64), st.none() | st.sampled_from(RATES),
+    st.integers(2, 100),
+)  # fmt: skip
+def test_starts_of_views_lie_within_the_source(duration: Any, rate: Any, frames: Any, fps: Any, views: Any) -> None:
+    contract = InputContract(frames, 8, 8, fps=fps)
+    starts = [preprocess.window(contract, duration, rate, view=View(v, views)) for v in range(views)]
+    room = max(0.0, duration - frames / (fps or rate))
+    assert starts[0] == 0
+    assert starts[-1] == pytest.approx(room)
+    assert np.diff(starts) == pytest.approx(room / (views - 1), abs=1e-9 * duration)
+    assert max(starts) < duration
+    if views % 2:
+        assert starts[views // 2] == pytest.approx(preprocess.window(contract, duration, rate))
+
+
+def test_views_of_frames_in_memory_have_their_own_crop() -> None:
+    frames = np.arange(40, dtype=np.uint8)[:, None, None, None] + np.arange(30, dtype=np.uint8)[:, None] * np.ones(
+        (40, 10, 30, 3), np.uint8
+    )
+    contract = InputContract(4, 10, 10, sampling="stride", stride=5)
+    for v, first in enumerate((0, 10, 20)):
+        for side, column in (("start", 0), ("middle", 10), ("end", 20)):
+            found = preprocess.prepare(frames, contract, view=View(v, 3, side))  # type: ignore[arg-type]
+            np.testing.assert_array_equal(found, frames[first : first + 20 : 5, :, column : column + 10])
+
+
+@pytest.mark.parametrize(
+    ("pixels", "start", "contract", "message"),
+    [
+        (
+            (90, 8, 8, 3),
+            1.0,
+            InputContract(4, 8, 8, fps=10),
+            "start is 1.0 s, but 3 temporal views are spread over the",
+        ),
+        ((8, 9, 3), None, InputContract(1, 8, 8), "a single frame is a still image and has 1 temporal view, not 3"),
+        ((1, 8, 9, 3), None, InputContract(1, 8, 8), "a single frame is a still image"),
+    ],
+)
+def test_temporal_views_are_refused_where_there_is_no_room(
+    pixels: Any, start: Any, contract: Any, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        preprocess.prepare(np.zeros(pixels, np.uint8), contract, start=start, view=View(0, 3))
+    preprocess.prepare(np.zeros(pixels, np.uint8), contract, start=start, view=View(side="end"))

@@ -294,3 +294,55 @@ def test_reads_only_what_the_crop_needs() -> None:
     np.testing.assert_array_equal(resize.spatial(image[None], contract), before)
     image[:, 150:250] = 0
     assert np.any(resize.spatial(image[None], contract) != before)
+
+
+# --------------------------------------------------------------------------------------------------------------- views
+
+SIDES: Any = ("start", "middle", "end")
+
+
+@pytest.mark.parametrize(("height", "width"), [(240, 320), (320, 240), (1080, 1921), (225, 224), (224, 224)])
+def test_square_crops_are_those_of_the_authors(height: int, width: int) -> None:
+    """VideoMAE: the short side becomes that of the crop, int(index * (long - short) / 2) along the longer one."""
+    contract = InputContract(1, 224, 224, crop="center-floor")
+    long = math.floor(max(height, width) * Fraction(224, min(height, width)))
+    for index, side in enumerate(SIDES):
+        rows, columns, top, left = resize.geometry(height, width, contract, side)
+        along = int(index * (1.0 * (long - 224) / 2))
+        assert (rows, columns) == ((long, 224) if height > width else (224, long))
+        assert (top, left) == ((along, 0) if height > width else (0, along))
+
+
+def test_the_other_axis_stays_in_the_middle() -> None:
+    """`uniform_crop` of SlowFast: 256 x 341 leaves 32 rows and 117 columns beside 224 x 224."""
+    contract = InputContract(1, 224, 224, resize_size=256)
+    assert [resize.geometry(480, 640, contract, side)[2:] for side in SIDES] == [(16, 0), (16, 58), (16, 117)]
+    assert [resize.geometry(640, 480, contract, side)[2:] for side in SIDES] == [(0, 16), (58, 16), (117, 16)]
+    assert [resize.geometry(480, 480, contract, side)[2:] for side in SIDES] == [(16, 0), (16, 16), (16, 32)]
+
+
+def test_a_crop_that_is_not_square_moves_where_there_is_room() -> None:
+    """266 x 320 leaves 26 rows and no column beside 240 x 320, though its columns are the longer side."""
+    found = [resize.geometry(500, 600, InputContract(1, 240, 320), side) for side in SIDES]
+    assert found == [(266, 320, 0, 0), (266, 320, 13, 0), (266, 320, 26, 0)]
+
+
+@given(side, side, contracts(), KINDS)
+def test_crops_are_cut_from_the_resized_frame(height: Any, width: Any, contract: Any, kind: Any) -> None:
+    """To the byte; and they lie inside of it, the first at its start and the last at its end."""
+    image = picture(kind, height, width)[None]
+    rows, columns, *_ = expected_geometry(height, width, contract)
+    everything = InputContract(1, rows, columns, resize="stretch", filter=contract.filter)
+    whole = resize.spatial(image, everything)
+    corners = []
+    for at in SIDES:
+        *size, top, left = resize.geometry(height, width, contract, at)
+        assert size == [rows, columns]
+        assert 0 <= top <= rows - contract.height
+        assert 0 <= left <= columns - contract.width
+        corners.append((top, left))
+        crop = whole[:, top : top + contract.height, left : left + contract.width]
+        np.testing.assert_array_equal(resize.spatial(image, contract, at), crop)
+    assert corners[1] == expected_geometry(height, width, contract)[2:]
+    over = rows - contract.height, columns - contract.width
+    assert tuple(np.subtract(corners[2], corners[0])) == ((over[0], 0) if over[0] > over[1] else (0, over[1]))

@@ -27,6 +27,7 @@ from PIL import Image, ImageOps, ImageSequence
 from edgetube import preprocess, video
 from edgetube.contract import InputContract
 from edgetube.errors import InputError, InputWarning, MissingPackageError
+from edgetube.views import Views
 
 SIZE = 64
 BITS = 8
@@ -1101,3 +1102,53 @@ def test_write_keeps_the_old_file_when_the_frames_fail(tmp_path: Path) -> None:
         video.write(path, broken(), 10)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --------------------------------------------------------------------------------------------------------------- views
+
+
+@pytest.mark.parametrize("name", ["cfr.mp4", "one-key-frame.mp4", "cfr.mkv", "h264.ts", "mpeg4.avi", "raw.h264"])
+def test_temporal_views_of_a_file(clips: dict[str, Path], name: str) -> None:
+    """60 frames; 8 of every 4th leave room for 28."""
+    wanted = InputContract(8, SIZE, SIZE, sampling="stride", stride=4)
+    found = [numbers(clip.frames) for clip in video.load_views(clips[name], wanted, Views(5, 1))]
+    assert found == [list(range(first, first + 32, 4)) for first in (0, 7, 14, 21, 28)]
+    segments = InputContract(6, SIZE, SIZE, sampling="segments")
+    found = [numbers(clip.frames) for clip in video.load_views(clips[name], segments, Views(2, 1))]
+    assert found == [[0, 10, 20, 30, 40, 50], [5, 15, 25, 35, 45, 55]]
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"fps": 10.0}, {"fps": None}, {"sampling": "stride", "stride": 4}, {"sampling": "segments"}]
+)
+def test_views_of_a_file_and_of_its_frames_are_alike(clips: dict[str, Path], sampling: dict[str, Any]) -> None:
+    wanted = InputContract(6, 34, 30, resize_size=50, filter="bicubic", crop="center-floor", **sampling)
+    pixels = np.stack([frame for _, frame in video.frames(clips["cfr.mp4"])])
+    views = Views(3, 3)
+    found = video.load_views(clips["cfr.mp4"], wanted, views)
+    expected = [preprocess.prepare(pixels, wanted, 25.0, view=view) for crops in views for view in crops]
+    assert len(found) == 9
+    for clip, frames in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(clip.frames, frames)
+    assert len({clip.frames.tobytes() for clip in found}) == 9
+
+
+def test_the_crops_of_a_temporal_view_are_decoded_once(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    converted = []
+    rgb = video._rgb
+    monkeypatch.setattr(video, "_rgb", lambda frame: converted.append(frame.pts) or rgb(frame))
+    found = video.load_views(clips["cfr.mp4"], InputContract(4, 16, 16, resize_size=32, fps=5.0), Views(2, 3))
+    assert (len(found), len(converted)) == (6, 8)
+    assert [clip.start for clip in found] == pytest.approx([0.0] * 3 + [1.6] * 3)
+
+
+def test_a_still_image_has_crops_and_no_temporal_views(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    found = video.load_views(tmp_path / "a.png", InputContract(1, 20, 20), Views(1, 3))
+    for clip, left in zip(found, (0, 15, 30), strict=True):
+        np.testing.assert_array_equal(clip.frames[0], pixels[:, left : left + 20])
+    with pytest.raises(
+        InputError, match=r"a\.png is a still image and has 1 temporal view, not 5: use --views 1x1 or 1x3"
+    ):
+        video.load_views(tmp_path / "a.png", InputContract(1, 20, 20), Views(5, 3))
