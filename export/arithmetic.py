@@ -32,6 +32,10 @@ SUM_ROUNDOFF: dict[Arithmetic, float] = {"float32": 2.0**-24, "float16": 2.0**-1
 NOISE_DRAWS, MAX_CLIPS = 2, 3
 """Independent draws of the noise, and the most clips that are used."""
 
+ARITHMETIC_MARGIN = 3.0
+"""Factor on the energy of the simulated arithmetic, 4.8 dB. On aarch64 (ONNX Runtime under QEMU) the built-in model in
+float16 reached 32.5 dB where 34.9 are simulated: rounding errors of one layer are not independent of the next one's."""
+
 PREFIXES = 8
 """Places in a sum where its partial sum is looked at."""
 

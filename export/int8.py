@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from edgetube.calibration import Calibrated
 from edgetube.calibration.table import FLOAT32_SCALES, ActivationScheme, IntegerFormat
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
+from edgetube.export.arithmetic import ARITHMETIC_MARGIN
 from edgetube.export.base import Built, CalibrationRequest
 from edgetube.export.canonical import Graph
 from edgetube.model.checkpoints import Checkpoint
@@ -112,6 +114,16 @@ def macs_share(built: Built, calibrated: Calibrated, batch: int) -> float:
     return share
 
 
+def expected_sqnr(simulated: float, noise: float) -> float:
+    """SQNR in dB that an artifact should reach: with the noise of its integers, and of its float part's arithmetic.
+
+    Args:
+        simulated: of the Q/DQ graph in float32, dB.
+        noise: see `edgetube.export.arithmetic.NoiseSimulation.logit_noise`, of the arithmetic that it runs in here.
+    """
+    return -10 * math.log10(10 ** (-simulated / 10) + ARITHMETIC_MARGIN * noise) if noise else simulated
+
+
 def measure(
     calibrated: Calibrated, simulated_sqnr: float, int8: Candidate, plain: Candidate, progress: Progress
 ) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def check_accuracy(
     """Check the accuracy of an INT8 artifact on the judging clips; its record for the manifest.
 
     Args:
-        simulated_sqnr: SQNR in dB of the simulated Q/DQ graph on the same clips.
+        simulated_sqnr: SQNR in dB that is expected on the same clips, see `expected_sqnr`.
         alternative: target that an error proposes.
 
     Raises:

@@ -70,11 +70,13 @@ class Int8Builder:
             with runtimes.open_bundle(bundle, device=runtimes.EMULATED) as backend:
                 candidate = int8.Candidate(bundle, backend)
                 alternative = int8.float_baseline(target).name
-                simulated = self._simulated(calibrated, table, request.tensors)
-                report |= int8.check_accuracy(calibrated, simulated, candidate, alternative, self.progress)
+                expected = int8.expected_sqnr(
+                    self._simulated(calibrated, table, request.tensors), prover.logit_noise(backend.arithmetic)
+                )
+                report |= int8.check_accuracy(calibrated, expected, candidate, alternative, self.progress)
         elif not target.missing(target.run_needs):
             simulated = self._simulated(calibrated, table, request.tensors)
-            report |= self._measure(calibrated, simulated, bundle, target, graph)
+            report |= self._measure(calibrated, simulated, bundle, target, graph, prover)
         table.save(folder / bundles.CALIBRATION)
         return replace(bundle, build={**bundle.build, "int8": {"summary": int8.summary(report), **report}}), built
 
@@ -92,7 +94,7 @@ class Int8Builder:
         return float(calibrated.budget.verdict(logits).sqnr)
 
     def _measure(
-        self, calibrated: Calibrated, simulated: float, bundle: Bundle, target: Target, graph: Graph
+        self, calibrated: Calibrated, simulated: float, bundle: Bundle, target: Target, graph: Graph, prover: Prover
     ) -> dict[str, Any]:
         baseline = int8.float_baseline(target)
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -109,7 +111,8 @@ class Int8Builder:
                 )
                 for each in (bundle, plain)
             )
-            return int8.measure(calibrated, simulated, first, second, self.progress)
+            expected = int8.expected_sqnr(simulated, prover.logit_noise(first.backend.arithmetic))
+            return int8.measure(calibrated, expected, first, second, self.progress)
 
     def _calibrate(self, target: Target, out: Path) -> Calibrated:
         """The calibration under a target's scheme: of the `gather` graph at batch 1, for every lowering and batch.

@@ -17,6 +17,7 @@ from edgetube.bench.probe import Probe
 from edgetube.bench.remembering import Answering
 from edgetube.bundle import Bundle
 from edgetube.errors import ParityError
+from edgetube.export.arithmetic import ARITHMETIC_MARGIN
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.precision import Precision
 from edgetube.roles import roles_of
@@ -39,10 +40,6 @@ GOLDEN_CLIPS, MAX_GOLDEN_BYTES = (4, 2), 24 << 20
 GOLDEN_MARGIN = 2.0
 """Factor on the energy of the golden clips' error on another machine. Integer sums are exact, but one value rounded the
 other way changes the rounding in all later layers: an error of the same size, but another error."""
-
-ARITHMETIC_MARGIN = 3.0
-"""Factor on the energy of the simulated arithmetic, 4.8 dB. On aarch64 (ONNX Runtime under QEMU) the built-in model in
-float16 reached 32.5 dB where 34.9 are simulated: rounding errors of one layer are not independent of the next one's."""
 
 MAX_REQUIRED_SQNR = 80.0
 """Most SQNR of the golden clips, dB, that is ever required; float32 sums in another order stay above it."""

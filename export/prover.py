@@ -59,7 +59,7 @@ class Prover:
             jump = proof.largest_layer_jump(self.checkpoint, self.model, backend, bundle, some[: self.effort.layers])
             found = Probe(ordered.agreement(answers), jump)
             proof.check(bundle, target, measured, found)
-            golden = self.golden.measure(answers, max(map(self._logit_noise, target.arithmetic)))
+            golden = self.golden.measure(answers, max(map(self.logit_noise, target.arithmetic)))
         return replace(bundle, status=measured.status, parity=proof.record(measured, found, golden))
 
     def prove_image(self, bundle: Bundle, target: Target) -> Bundle:
@@ -83,7 +83,7 @@ class Prover:
             self._probes[judged] = some, proof.FrameOrderProbe.of(self.answers, some)
         return self._probes[judged]
 
-    def _logit_noise(self, kind: Arithmetic) -> float:
+    def logit_noise(self, kind: Arithmetic) -> float:
         """See `edgetube.export.arithmetic.NoiseSimulation`; the noise of float32 is negligible."""
         if kind == "float32":
             return 0.0

@@ -18,7 +18,7 @@ from edgetube import preprocess
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.errors import BackendError
-from edgetube.targets import Status
+from edgetube.targets import Arithmetic, Status
 from edgetube.video import Frames
 
 Logits = npt.NDArray[np.float32]
@@ -51,6 +51,8 @@ class Backend(ABC):
 
     thread_safe: ClassVar[bool] = False
     status: Status = "executed"
+    arithmetic: Arithmetic = "float32"
+    """What the floating-point part of the artifact is computed in here."""
 
     def __init__(self, contract: InputContract, batch: int) -> None:
         self.contract = contract

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
 from edgetube.precision import Precision
 from edgetube.runtimes.base import Backend, Interface, LayerOutputs, Logits, Tap, may_saturate
+from edgetube.targets import Arithmetic
 from edgetube.video import Frames
 
 
@@ -43,6 +44,9 @@ RUNS = ("openvino",)
 
 CAPABILITY = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
 """OpenVINO's names of device capabilities, by type."""
+
+ARITHMETIC: Mapping[str, Arithmetic] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+"""What a type that OpenVINO names computes in."""
 
 
 _core_lock = threading.Lock()
@@ -95,6 +99,7 @@ class Session(Backend):
         with _mapped(f"cannot open {bundle.artifact_path}"):
             self.compiled = compile_model(bundle.artifact_path, *self.how)
             self.request = self.compiled.create_infer_request()
+            self.arithmetic = ARITHMETIC[self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()]
 
     def interface(self) -> Interface:
         inputs, outputs = (

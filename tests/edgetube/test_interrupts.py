@@ -1,4 +1,4 @@
-"""Signals that end a command, in this process; `test_cli_signals.py` sends them to whole commands."""
+"""Signals that end a command, in this process; `test_cli.py` sends them to whole commands."""
 
 import contextlib
 import os

@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +18,13 @@ from onnx import numpy_helper
 from edgetube import bundle as bundles
 from edgetube import export, runtimes
 from edgetube.calibration import numeric
-from edgetube.calibration.search import Verdict
+from edgetube.calibration.clips import Clips
+from edgetube.calibration.search import AccuracyBudget, Verdict
 from edgetube.calibration.table import CalibrationTable
 from edgetube.errors import InputError, ParityError
 from edgetube.export import int8, integer, pipeline
 from edgetube.model import checkpoints
+from edgetube.progress import silent
 from edgetube.spec import ModelSpec
 
 GATHER = pipeline.Options(lowering="gather")
@@ -231,3 +235,30 @@ def test_slower_is_called_slower() -> None:
     assert "1 linears fell back" in slow
     assert int8.summary(report | {"speedup": 2.0, "size_ratio": 0.3}).startswith("2.00x faster than x-fp32")
     assert int8.summary(report).startswith("not run here, speed unknown")
+
+
+def test_what_is_expected_of_an_artifact_also_has_the_noise_of_its_float_part() -> None:
+    """40 dB of integers and 40 of arithmetic, by hand: 1e-4 + 3e-4 is 34 dB."""
+    assert int8.expected_sqnr(40.0, 0.0) == 40.0
+    assert int8.expected_sqnr(40.0, 1e-4) == pytest.approx(33.98, abs=0.01)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_one_clip_that_points_elsewhere_is_an_error(turned: bool) -> None:
+    """All answers unchanged and little noise in all, but the logits of one clip have a cosine below the least."""
+    logits = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32) * 10
+    logits[7] = [0.3, 0.1, 0.1, 0.1, 0.1]
+    changed = logits.copy()
+    if turned:
+        changed[7] = [0.3, -0.1, -0.1, -0.1, -0.1]
+    frames = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1, 1)
+    clips = Clips("drawn", frames, np.full(40, -1), tuple(map(str, range(40))), "")
+    calibrated: Any = SimpleNamespace(budget=AccuracyBudget(clips, logits, None))
+    candidate: Any = SimpleNamespace(name="onnx-int8", backend=lambda clip: changed[int(clip.ravel()[0])][None])
+    if not turned:
+        assert int8.check_accuracy(calibrated, 20.0, candidate, "onnx-fp32", silent)["accuracy"]["cosine"] == 1.0
+        return
+    with pytest.raises(
+        ParityError, match=r"cosine of the logits on the worst of 40 clips is 0\.[0-9]+, at least 0\.98 is"
+    ):
+        int8.check_accuracy(calibrated, 20.0, candidate, "onnx-fp32", silent)

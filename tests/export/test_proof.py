@@ -112,7 +112,7 @@ def test_float16_may_do_what_it_did_on_arm(demo: Checkpoint) -> None:
     simulation = arithmetic.NoiseSimulation(static.StaticTransformer(demo.model, demo.contract), clips)
     ratios = {kind: -10 * np.log10(simulation.logit_noise(kind)) for kind in arithmetic.UNIT_ROUNDOFF}
     assert 33 < ratios["float16"] < 37
-    assert ratios["float16"] - 10 * np.log10(proof.ARITHMETIC_MARGIN) < 32.5 - 0.5
+    assert ratios["float16"] - 10 * np.log10(arithmetic.ARITHMETIC_MARGIN) < 32.5 - 0.5
     assert 50 < ratios["bfloat16"] < 58
     assert ratios["float32"] > 110
 
