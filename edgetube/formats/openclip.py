@@ -92,9 +92,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     state.leave([TEXT], "it is of the text tower")
     named = labels(files.path, options, None, len(text))
     made, notes = settings.contract(said, spec)
-    return result.checkpoint(
-        files, state, spec, weights, made, named, (*zeroshot.notes(options, _SCALE in state), *notes)
-    )
+    return result.checkpoint(files, state, spec, weights, made, named, (*zeroshot.notes(_SCALE in state), *notes))
 
 
 def _one_tower(files: Files) -> Any:

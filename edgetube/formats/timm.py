@@ -158,19 +158,15 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     notes: tuple[str, ...] = ()
     if text is not None:
         weights |= _zero_shot(files.path, state, spec, text)
-        spec, notes = replace(spec, classifiers=(("classes", len(text)),)), zeroshot.notes(options, scaled=False)
+        spec, notes = replace(spec, classifiers=(("classes", len(text)),)), zeroshot.notes(scaled=False)
     else:
         heads = ("head", "head_dist") if "head_dist.weight" in state else ("head",)
         weights |= blocks.mean_classifier(state, heads, spec)
-    made, more = _contract(files.path, said, cfg, spec)
+    made = _contract(files.path, said, cfg, spec)
     known = _labels(files, cfg) if text is None else None
-    if not known and text is None and options.labels is None:
-        more = (*more, "it has no names of classes: give them with --labels")
     named = labels(files.path, options, known, spec.classifiers[0][1])
     stated = cfg.get("license")
-    return result.checkpoint(
-        files, state, spec, weights, made, named, (*notes, *more), stated if isinstance(stated, str) else ""
-    )
+    return result.checkpoint(files, state, spec, weights, made, named, notes, stated if isinstance(stated, str) else "")
 
 
 def _architecture(files: Files, options: ReadOptions) -> Architecture:
@@ -376,9 +372,8 @@ def _zero_shot(what: Path, state: State, spec: ModelSpec, text: Tensor) -> Weigh
     return zeroshot.linear(what, text, projection, offset, spec.features, zeroshot.SCALE)
 
 
-def _contract(what: Path, said: Said, cfg: Mapping[str, Any], spec: ModelSpec) -> tuple[InputContract, tuple[str, ...]]:
-    """The input as timm prepares it for evaluation, and notes; what the settings leave out has timm's defaults."""
-    notes: tuple[str, ...] = ()
+def _contract(what: Path, said: Said, cfg: Mapping[str, Any], spec: ModelSpec) -> InputContract:
+    """The input as timm prepares it for evaluation; what the settings of a folder leave out has timm's defaults."""
     try:
         _, height, width = strict.items(cfg.get("input_size") or (3, *spec.size), "input_size", 3, 3)
         share = strict.number(cfg.get("crop_pct") or 0.875, "crop_pct", 1e-3, 1)
@@ -387,14 +382,12 @@ def _contract(what: Path, said: Said, cfg: Mapping[str, Any], spec: ModelSpec) -
         raise CheckpointError(f"{what}: {error}") from error
     height, width = said.input.get("height", size[0]), said.input.get("width", size[1])
     found: dict[str, Any] = {"frames": 1, "height": height, "width": width}
-    if not {"resize", "resize_size"} & said.input.keys():
+    if cfg and not {"resize", "resize_size"} & said.input.keys():
         found |= _resize(what, cfg.get("crop_mode") or "center", (height, width), share)
     if cfg:
         found |= {name: cfg.get(name) or IMAGENET[name] for name in IMAGENET}
-    elif "resize_size" not in said.input:
-        notes = ("nothing says the size before the crop: timm's default, the input's size / 0.875, is taken",)
     found["filter"] = cfg.get("interpolation") or "bicubic"
-    return input_contract(what, said, found), notes
+    return input_contract(what, said, found, resized=True)
 
 
 def _resize(what: Path, mode: object, size: tuple[int, int], share: float) -> dict[str, Any]:

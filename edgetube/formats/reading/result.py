@@ -9,6 +9,7 @@ from edgetube.contract import InputContract
 from edgetube.errors import CheckpointError
 from edgetube.formats.reading.blocks import Weights
 from edgetube.formats.reading.files import Files
+from edgetube.formats.reading.said import unnamed
 from edgetube.formats.reading.tensors import State
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.model.transformer import VideoTransformer, shapes
@@ -47,6 +48,8 @@ def checkpoint(
             f"{files.path} does not fit its configuration: {name} is {found.get(name)}, expected {wanted.get(name)}"
         )
     notes = notes if files.adapter is None else (*files.adapter.notes, *notes)
+    if labels == unnamed(len(labels)):
+        notes = (*notes, "its classes have no names: give them with --labels")
     model = VideoTransformer(spec)
     model.load_state_dict(weights)
     made = Checkpoint(

@@ -75,17 +75,24 @@ class Said:
         return found
 
 
-def input_contract(what: Path, said: Said, found: Mapping[str, Any]) -> InputContract:
+def input_contract(what: Path, said: Said, found: Mapping[str, Any], resized: bool = False) -> InputContract:
     """The input contract of fields that the files say and those that the user says, which count.
 
+    Args:
+        resized: `resize` or `resize_size` must be said, as models of this kind are resized to different sizes before
+            the crop.
+
     Raises:
-        CheckpointError: nothing says mean and std, or the fields contradict one another.
+        CheckpointError: nothing says mean, std or how to resize, or the fields contradict one another.
     """
     fields_ = {**found, **said.input}
-    if missing := [name for name in ("mean", "std") if name not in fields_]:
+    missing = [name for name in ("mean", "std") if name not in fields_]
+    if resized and not fields_.keys() & {"resize", "resize_size"}:
+        missing.append("resize_size")
+    if missing:
         raise CheckpointError(
-            f"{what} does not say {missing[0]} of its input; say how it was made with --spec FILE, a JSON file like "
-            '{"input": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "resize_size": 256}}'
+            f"{what} does not say {', '.join(missing)} of its input; say how it was made with --spec FILE, a JSON file "
+            'like {"input": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "resize_size": 256}}'
         )
     try:
         return InputContract(**fields_)
@@ -104,6 +111,11 @@ def size_of(what: Path, value: Any) -> tuple[int, int]:
     except FormatError as error:
         raise CheckpointError(f"{what}: {error} (height, width)") from error
     return height, width
+
+
+def unnamed(classes: int) -> tuple[str, ...]:
+    """Labels of classes that nobody named."""
+    return tuple(f"class-{i}" for i in range(classes))
 
 
 def labels(what: Path, options: ReadOptions, found: Mapping[Any, str] | None, classes: int) -> tuple[str, ...]:
@@ -125,7 +137,7 @@ def labels(what: Path, options: ReadOptions, found: Mapping[Any, str] | None, cl
         except ValueError as error:
             raise CheckpointError(f"{what}: the numbers of its labels are not integers: {error}") from error
     else:
-        names = [f"class-{i}" for i in range(classes)]
+        names = list(unnamed(classes))
     if len(names) != classes:
         raise CheckpointError(
             f"{what} has {classes} classes and {len(names)} labels; expected as many: name them with --labels"

@@ -124,7 +124,7 @@ class Tower:
         made = contract(files, Said.of(options), processor, 1, {})
         notes, names = whole.label_notes(), whole.id2label
         if self.text is not None:
-            notes, names = zeroshot.notes(options, "logit_scale" in self.state), None
+            notes, names = zeroshot.notes("logit_scale" in self.state), None
         found = labels(files.path, options, names, self.classes)
         return result.checkpoint(files, self.state, spec, weights, made, found, notes)
 

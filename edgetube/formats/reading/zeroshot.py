@@ -23,15 +23,13 @@ SCALE = 100.0
 """Of the logits, where a tower was saved without it: what training goes to and does not exceed."""
 
 
-def notes(options: ReadOptions, scaled: bool) -> tuple[str, ...]:
+def notes(scaled: bool) -> tuple[str, ...]:
     """What a user of text features has to know.
 
     Args:
         scaled: whether the checkpoint says the scale of its logits.
     """
     found = [NOTE]
-    if options.labels is None:
-        found.append("its classes have no names: give them with --labels")
     if not scaled:
         found.append(f"it was saved without the scale of its logits, for which {SCALE:g} was taken")
     return tuple(found)

@@ -117,8 +117,8 @@ def test_a_tower_saved_alone_lacks_the_scale(tmp_path: Path) -> None:
     expected = (100 * feature @ text.T).numpy()
     np.testing.assert_allclose(answers(found, frames), expected, atol=1e-4 * np.abs(expected).max())
     assert [note.partition(":")[0] for note in found.notes[1:]] == [
-        "its classes have no names",
         "it was saved without the scale of its logits, for which 100 was taken",
+        "its classes have no names",
     ]
 
 

@@ -94,15 +94,17 @@ def test_a_bare_state_dict_needs_the_name_of_its_architecture(name: str, tmp_pat
     agrees(formats.load(tmp_path / "trained.pth.tar.pth", ReadOptions(spec=str(said))), model)
     with pytest.raises(CheckpointError, match=r"does not say heads \(give its architecture with --arch NAME"):
         formats.load(tmp_path / "bare.safetensors", ReadOptions(spec=str(said)))
-    with pytest.raises(CheckpointError, match="does not say mean of its input"):
+    with pytest.raises(CheckpointError, match="does not say mean, std, resize_size of its input"):
         formats.load(tmp_path / "bare.safetensors", ReadOptions(arch=name))
     said.write_text(
         '{"model": {"heads": 12, "activation": "quick-gelu", "norm_eps": 1e-5}, '
-        '"input": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}'
+        '"input": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "resize": "stretch"}}'
     )
     found = formats.load(tmp_path / "bare.safetensors", ReadOptions(spec=str(said)))
-    assert (found.spec.activation, found.contract.resize_size) == ("quick-gelu", 36)
-    assert "timm's default" in found.notes[0]
+    assert (found.spec.activation, found.contract.resize) == ("quick-gelu", "stretch")
+    said.write_text('{"input": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}')
+    with pytest.raises(CheckpointError, match="does not say resize_size of its input"):
+        formats.load(tmp_path / "bare.safetensors", ReadOptions(arch=name, spec=str(said)))
 
 
 def test_positions_follow_timm_to_another_size(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_what_the_tensors_cannot_tell(said: ReadOptions, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="torchvision has no ViT 'vit_b_15'"):
         formats.load(tmp_path / "m.pth", ReadOptions(arch="vit_b_15"))
     (tmp_path / "heads.json").write_text('{"model": {"heads": 3}}')
-    with pytest.raises(CheckpointError, match="does not say mean of its input"):
+    with pytest.raises(CheckpointError, match="does not say mean, std, resize_size of its input"):
         formats.load(tmp_path / "m.pth", ReadOptions(spec=str(tmp_path / "heads.json")))
     torch.save(model_of(representation_size=7).state_dict(), tmp_path / "r.pth")
     with pytest.raises(CheckpointError, match="a layer before its classifier"):
