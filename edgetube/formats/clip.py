@@ -22,12 +22,7 @@ DEFAULTS = {
 }  # fmt: skip
 """Of `CLIPVisionConfig`."""
 
-PROCESSOR = {
-    "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "resample": 3,
-    "default_to_square": False,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-}  # fmt: skip
-"""Of `CLIPImageProcessor`."""
+PROCESSOR = "CLIPImageProcessor"
 
 
 def detect(files: Files) -> bool:

@@ -15,9 +15,10 @@ from edgetube.formats.reading import blocks, result
 from edgetube.formats.reading.blocks import BlockNames, Weights
 from edgetube.formats.reading.dialects import one_dialect
 from edgetube.formats.reading.files import Files, ReadOptions
+from edgetube.formats.reading.processors import contract
 from edgetube.formats.reading.said import Said, labels
 from edgetube.formats.reading.tensors import State
-from edgetube.formats.reading.transformers import ACTIVATIONS, Config, contract
+from edgetube.formats.reading.transformers import ACTIVATIONS, Config
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.spec import ModelSpec, PositionResize, TubeSpec
 
@@ -35,12 +36,7 @@ OWN_DEFAULTS = {PLAIN: {"patch_size": 14}, REGISTERS: {"patch_size": 16, "num_re
 RESIZE: dict[str, PositionResize] = {PLAIN: "bicubic", REGISTERS: "bicubic-antialias"}
 """How each class takes its position table, of 37x37 patches in the published files, to the size of the input."""
 
-PROCESSOR = {
-    "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "resample": 3,
-    "default_to_square": False,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-}  # fmt: skip
-"""Of `BitImageProcessor`."""
+PROCESSOR = "BitImageProcessor"
 
 BLOCK = BlockNames(
     norm1="norm1",

@@ -16,9 +16,10 @@ from edgetube.errors import CheckpointError
 from edgetube.formats.reading import blocks, result
 from edgetube.formats.reading.blocks import BlockNames, Weights
 from edgetube.formats.reading.files import Files, ReadOptions
+from edgetube.formats.reading.processors import contract
 from edgetube.formats.reading.said import Said, labels
 from edgetube.formats.reading.tensors import State
-from edgetube.formats.reading.transformers import ACTIVATIONS, Config, contract
+from edgetube.formats.reading.transformers import ACTIVATIONS, Config
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.spec import ModelSpec, Rotary, TubeSpec
 
@@ -31,11 +32,7 @@ DEFAULTS = {
 }  # fmt: skip
 """Of `DINOv3ViTConfig`."""
 
-PROCESSOR = {
-    "size": {"height": 224, "width": 224}, "resample": 2, "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-}  # fmt: skip
-"""Of `DINOv3ViTImageProcessor`."""
+PROCESSOR = "DINOv3ViTImageProcessor"
 
 BLOCK = BlockNames(
     norm1="norm1",

@@ -26,11 +26,7 @@ DEFAULTS = {
 }  # fmt: skip
 """Of `SiglipVisionConfig`."""
 
-PROCESSOR = {
-    "size": {"height": 224, "width": 224}, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-    "default_to_square": False,
-}  # fmt: skip
-"""Of `SiglipImageProcessor`."""
+PROCESSOR = "SiglipImageProcessor"
 
 
 def detect(files: Files) -> bool:

@@ -10,9 +10,10 @@ from edgetube.errors import CheckpointError
 from edgetube.formats.reading import blocks, result, tables
 from edgetube.formats.reading.dialects import one_dialect
 from edgetube.formats.reading.files import Files, ReadOptions
+from edgetube.formats.reading.processors import contract
 from edgetube.formats.reading.said import Said, labels
 from edgetube.formats.reading.tensors import State
-from edgetube.formats.reading.transformers import ACTIVATIONS, CLASSIC, Config, contract
+from edgetube.formats.reading.transformers import ACTIVATIONS, CLASSIC, Config
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.spec import ModelSpec, TubeSpec
 
@@ -25,11 +26,7 @@ DEFAULTS = {
 }  # fmt: skip
 """Of `VideoMAEConfig`."""
 
-PROCESSOR = {
-    "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "resample": 2,
-    "default_to_square": False, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
-}  # fmt: skip
-"""Of `VideoMAEImageProcessor`."""
+PROCESSOR = "VideoMAEImageProcessor"
 
 READOUT_EPS = 1e-5
 """Of `fc_norm`: the class leaves it at PyTorch's default, whatever the configuration says."""

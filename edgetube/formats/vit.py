@@ -12,9 +12,10 @@ from edgetube.errors import CheckpointError
 from edgetube.formats.reading import blocks, result
 from edgetube.formats.reading.dialects import one_dialect
 from edgetube.formats.reading.files import Files, ReadOptions
+from edgetube.formats.reading.processors import contract
 from edgetube.formats.reading.said import Said, labels
 from edgetube.formats.reading.tensors import State
-from edgetube.formats.reading.transformers import ACTIVATIONS, CLASSIC, Config, contract
+from edgetube.formats.reading.transformers import ACTIVATIONS, CLASSIC, Config
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.spec import ModelSpec, TubeSpec
 
@@ -26,14 +27,7 @@ DEFAULTS = {
 }  # fmt: skip
 """Of `ViTConfig` and `DeiTConfig`."""
 
-PROCESSORS = {
-    "vit": {"size": {"height": 224, "width": 224}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
-    "deit": {
-        "size": {"height": 256, "width": 256}, "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": 224, "width": 224}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-    },
-}  # fmt: skip
-"""Of `ViTImageProcessor` and `DeiTImageProcessor`."""
+PROCESSORS = {"vit": "ViTImageProcessor", "deit": "DeiTImageProcessor"}
 
 
 def detect(files: Files) -> bool:

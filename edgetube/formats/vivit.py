@@ -10,9 +10,10 @@ from edgetube.errors import CheckpointError
 from edgetube.formats.reading import blocks, result
 from edgetube.formats.reading.dialects import one_dialect
 from edgetube.formats.reading.files import Files, ReadOptions
+from edgetube.formats.reading.processors import CLASSES, class_of, contract
 from edgetube.formats.reading.said import Said, labels
 from edgetube.formats.reading.tensors import State
-from edgetube.formats.reading.transformers import ACTIVATIONS, CLASSIC, Config, contract
+from edgetube.formats.reading.transformers import ACTIVATIONS, CLASSIC, Config
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.spec import ModelSpec, TubeSpec
 
@@ -24,12 +25,7 @@ DEFAULTS = {
 }  # fmt: skip
 """Of `VivitConfig`."""
 
-PROCESSOR = {
-    "size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "resample": 2,
-    "default_to_square": False,
-    "rescale_factor": 1 / 127.5, "offset": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
-}  # fmt: skip
-"""Of `VivitImageProcessor`."""
+PROCESSOR = "VivitImageProcessor"
 
 
 def detect(files: Files) -> bool:
@@ -84,9 +80,12 @@ def _spec(config: Config, classes: int) -> ModelSpec:
 
 def _range_notes(files: Files, said: Said, made: InputContract) -> tuple[str, ...]:
     """A note where the processor shifts the pixels by its offset and by a mean as well, as its class does by itself."""
-    settings = {**PROCESSOR, **files.processor}
-    normalised = settings.get("do_normalize", True) and any(settings["image_mean"])
-    if not files.processor or "mean" in said.input or not (settings["offset"] and normalised):
+    if not files.processor or "mean" in said.input:
+        return ()
+    settings = {**CLASSES[class_of(files.processor, PROCESSOR)], **files.processor}
+    mean = settings["image_mean"]
+    normalised = settings.get("do_normalize", True) and any(mean if isinstance(mean, list) else [mean])
+    if not (settings.get("offset") and settings.get("do_rescale", True) and normalised):
         return ()
     low, high = (((black - made.mean[0]) / made.std[0]) for black in (0, 1))
     return (

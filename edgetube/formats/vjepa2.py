@@ -11,9 +11,10 @@ from edgetube.errors import CheckpointError
 from edgetube.formats.reading import blocks, result
 from edgetube.formats.reading.blocks import BlockNames, Weights
 from edgetube.formats.reading.files import Files, ReadOptions
+from edgetube.formats.reading.processors import CLASSES, class_of, contract
 from edgetube.formats.reading.said import Said, labels
 from edgetube.formats.reading.tensors import State
-from edgetube.formats.reading.transformers import ACTIVATIONS, Config, contract
+from edgetube.formats.reading.transformers import ACTIVATIONS, Config
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.spec import AXES, ModelSpec, QueryPool, Rotary, TubeSpec
 
@@ -26,11 +27,7 @@ DEFAULTS = {
 }  # fmt: skip
 """Of `VJEPA2Config`."""
 
-PROCESSOR = {
-    "size": {"shortest_edge": 292}, "do_center_crop": True, "crop_size": 256, "resample": 2,
-    "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
-}  # fmt: skip
-"""Of `VJEPA2VideoProcessor`."""
+PROCESSOR = "VJEPA2VideoProcessor"
 
 POOLER_RATIO = 4
 """Hidden width of the pooler's MLPs over the model's, whatever `mlp_ratio` says."""
@@ -141,8 +138,9 @@ def _sampling(files: Files, frames: int) -> dict[str, Any]:
     and every 2nd for 32 and 64.
     """
     found: dict[str, Any] = {"sampling": "stride", "stride": 4 if frames <= 16 else 2}
-    if files.processor:
-        crop = files.processor.get("crop_size", PROCESSOR["crop_size"])
+    settings = files.processor
+    if settings and class_of(settings, PROCESSOR) == PROCESSOR and settings.get("do_resize", True):
+        crop = settings.get("crop_size", CLASSES[PROCESSOR]["crop_size"])
         side = crop.get("height") if isinstance(crop, dict) else crop
-        found |= {"resize_size": int(side * 256 / 224)} if isinstance(side, int) else {}
+        found |= {"resize": "short-side", "resize_size": int(side * 256 / 224)} if isinstance(side, int) else {}
     return found

@@ -21,6 +21,9 @@ CONFIG = "config.json"
 PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")
 """Settings of a processor; the first one that is there counts, as it does in transformers 5."""
 
+WHOLE_PROCESSOR, PIXELS = "processor_config.json", ("video_processor", "image_processor")
+"""Settings of a processor of texts and images, and those in it that are of images; they count before the others."""
+
 SETTINGS = re.compile(r"(?!tokenizer|generation|adapter).*config\.json")
 """Names of files with settings of a model or its input; they are part of its digest."""
 
@@ -132,6 +135,9 @@ class Files:
     @cached_property
     def processor(self) -> dict[str, Any]:
         """The settings of the processor; empty where there are none."""
+        whole = self.json(WHOLE_PROCESSOR) or {}
+        if isinstance(nested := next((whole[name] for name in PIXELS if name in whole), None), dict):
+            return nested
         return next((found for name in PROCESSORS if (found := self.json(name)) is not None), {})
 
     @property

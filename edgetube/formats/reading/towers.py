@@ -12,9 +12,10 @@ from edgetube.errors import CheckpointError
 from edgetube.formats.reading import blocks, result, zeroshot
 from edgetube.formats.reading.blocks import BlockNames, Weights
 from edgetube.formats.reading.files import Files, ReadOptions
+from edgetube.formats.reading.processors import contract
 from edgetube.formats.reading.said import Said, labels
 from edgetube.formats.reading.tensors import State
-from edgetube.formats.reading.transformers import ACTIVATIONS, Config, contract
+from edgetube.formats.reading.transformers import ACTIVATIONS, Config
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.spec import ModelSpec, TubeSpec
 
@@ -118,8 +119,8 @@ class Tower:
         shape = self.state.shape(name)
         return self.state.take(name, "classifiers.classes", (1,) if shape else ()).reshape(())
 
-    def checkpoint(self, spec: ModelSpec, weights: Weights, processor: Mapping[str, Any]) -> Checkpoint:
-        """The checkpoint, once everything was taken or left out; `processor` has the defaults of its class."""
+    def checkpoint(self, spec: ModelSpec, weights: Weights, processor: str) -> Checkpoint:
+        """The checkpoint, once everything was taken or left out; `processor` is its usual class."""
         files, options, whole = self.files, self.options, Config(self.files, {})
         made = contract(files, Said.of(options), processor, 1, {})
         notes, names = whole.label_notes(), whole.id2label
