@@ -46,7 +46,7 @@ def test_defaults_are_those_of_the_class(name: str) -> None:
 @pytest.mark.parametrize("name", ["BitImageProcessorFast", "BitImageProcessorPil", "BitFeatureExtractor"])
 def test_the_named_class_has_its_own_defaults(name: str, tmp_path: Path) -> None:
     key = "feature_extractor_type" if name.endswith("Extractor") else "image_processor_type"
-    settings = {key: name, "size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    settings: dict[str, Any] = {key: name, "size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
     found = formats.load(folder_of(tmp_path / "m", **settings)).contract
     assert (found.resize, found.resize_size, found.height, found.filter) == ("short-side", 36, 32, "bicubic")
     np.testing.assert_allclose(found.mean, transformers.BitImageProcessor().image_mean)
