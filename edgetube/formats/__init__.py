@@ -85,7 +85,10 @@ def load(source: str | Path = "demo", options: ReadOptions | None = None) -> Che
     if not found:
         known = ", ".join(one.NAME for one in formats())
         raise CheckpointError(f"{files.path} is no checkpoint that edgetube knows: {files.summary()}; it reads {known}")
-    checkpoint = found[0].read(files, options)
+    try:
+        checkpoint = found[0].read(files, options)
+    except SpecError as error:
+        raise SpecError(f"{files.path}: {error}") from error
     if options.pool_frames is not None:
         checkpoint = checkpoint.over_frames()
     return replace(

@@ -95,7 +95,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     weights |= blocks.classifier(state, "classifier", spec)
     made = contract(files, said, PROCESSOR, 1, {})
     return result.checkpoint(
-        files, state, spec, weights, made, labels(files.path, options, config.id2label, classes), config.label_notes()
+        files, state, spec, weights, made, labels(files.path, options, config.id2label, classes), config.answer_notes()
     )
 
 

@@ -101,7 +101,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     state.leave(["embeddings.mask_token"], "it is for pre-training")
     made = contract(files, said, PROCESSOR, 1, {})
     read_by = "the class token" if len(readout) == 1 else "the class token and the mean of the patches"
-    notes = (f"its classifier is taken to read {read_by}, by the number of its inputs", *config.label_notes())
+    notes = (f"its classifier is taken to read {read_by}, by the number of its inputs", *config.answer_notes())
     found = labels(files.path, options, config.id2label, classes)
     return result.checkpoint(files, state, spec, weights, made, found, notes)
 

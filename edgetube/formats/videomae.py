@@ -81,5 +81,5 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     weights |= {"classifiers.classes.weight": weight, "classifiers.classes.bias": bias}
     made = contract(files, said, PROCESSOR, spec.frames, {"sampling": "stride", "stride": 4})
     return result.checkpoint(
-        files, state, spec, weights, made, labels(files.path, options, config.id2label, classes), config.label_notes()
+        files, state, spec, weights, made, labels(files.path, options, config.id2label, classes), config.answer_notes()
     )

@@ -78,5 +78,5 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     state.leave([f"{kind}.pooler."], "the classifier does not read it")
     made = contract(files, said, PROCESSORS[kind], 1, {})
     return result.checkpoint(
-        files, state, spec, weights, made, labels(files.path, options, config.id2label, classes), config.label_notes()
+        files, state, spec, weights, made, labels(files.path, options, config.id2label, classes), config.answer_notes()
     )

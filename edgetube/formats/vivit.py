@@ -53,7 +53,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     made = contract(files, said, PROCESSOR, spec.frames, {"sampling": "stride", "stride": 2})
     names = labels(files.path, options, config.id2label, spec.classifiers[0][1])
     return result.checkpoint(
-        files, state, spec, weights, made, names, (*config.label_notes(), *_range_notes(files, said, made))
+        files, state, spec, weights, made, names, (*config.answer_notes(), *_range_notes(files, said, made))
     )
 
 

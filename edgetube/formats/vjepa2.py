@@ -79,9 +79,13 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     weights |= blocks.classifier(state, "classifier", spec)
     state.leave(["vjepa2.predictor."], "it is for pre-training")
     made = contract(files, said, PROCESSOR, spec.frames, _sampling(files, spec.frames))
-    return result.checkpoint(
-        files, state, spec, weights, made, labels(files.path, options, config.id2label, classes), config.label_notes()
-    )
+    names, notes = labels(files.path, options, config.id2label, classes), config.answer_notes()
+    if spec.size != (made.height, made.width):
+        notes += (
+            f"its configuration is for {spec.size[0]} pixels and its input has {made.height} x {made.width}: the "
+            "positions are those of this input, where transformers numbers them as in the other",
+        )
+    return result.checkpoint(files, state, spec, weights, made, names, notes)
 
 
 def _spec(config: Config, classes: int) -> ModelSpec:

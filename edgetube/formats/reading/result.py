@@ -48,7 +48,7 @@ def checkpoint(
             f"{files.path} does not fit its configuration: {name} is {found.get(name)}, expected {wanted.get(name)}"
         )
     notes = notes if files.adapter is None else (*files.adapter.notes, *notes)
-    if labels == unnamed(len(labels)):
+    if labels in (unnamed(len(labels)), unnamed(len(labels), "LABEL_")):
         notes = (*notes, "its classes have no names: give them with --labels")
     model = VideoTransformer(spec)
     model.load_state_dict(weights)

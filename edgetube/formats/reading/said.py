@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,15 @@ def size_of(what: Path, value: Any) -> tuple[int, int]:
     return height, width
 
 
-def unnamed(classes: int) -> tuple[str, ...]:
-    """Labels of classes that nobody named."""
-    return tuple(f"class-{i}" for i in range(classes))
+def unnamed(classes: int, prefix: str = "class-") -> tuple[str, ...]:
+    """Labels of classes that nobody named; those of transformers begin with `LABEL_`."""
+    return tuple(f"{prefix}{i}" for i in range(classes))
+
+
+def _distinct(names: Sequence[Any]) -> list[Any]:
+    """Names that several classes have, as the cranes of ImageNet (134, 517), with the number of their class."""
+    counts = Counter(str(name) for name in names)
+    return [f"{name} ({i})" if name and counts[str(name)] > 1 else name for i, name in enumerate(names)]
 
 
 def labels(what: Path, options: ReadOptions, found: Mapping[Any, str] | None, classes: int) -> tuple[str, ...]:
@@ -123,7 +130,7 @@ def labels(what: Path, options: ReadOptions, found: Mapping[Any, str] | None, cl
 
     Raises:
         InputError: the file cannot be read.
-        CheckpointError: their number is not that of the classes.
+        CheckpointError: their number is not that of the classes, or they leave out numbers of classes.
     """
     if options.labels is not None:
         try:
@@ -133,9 +140,12 @@ def labels(what: Path, options: ReadOptions, found: Mapping[Any, str] | None, cl
         names = [line.strip() for line in lines if line.strip()]
     elif found:
         try:
-            names = [found[key] for key in sorted(found, key=int)]
+            numbers = {int(key): name for key, name in found.items()}
         except ValueError as error:
             raise CheckpointError(f"{what}: the numbers of its labels are not integers: {error}") from error
+        names = [numbers[key] for key in sorted(numbers)]
+        if len(names) == classes and (wrong := next((i for i in range(classes) if i not in numbers), None)) is not None:
+            raise CheckpointError(f"{what}: its labels have no name for class {wrong}; name all of them with --labels")
     else:
         names = list(unnamed(classes))
     if len(names) != classes:
@@ -143,6 +153,6 @@ def labels(what: Path, options: ReadOptions, found: Mapping[Any, str] | None, cl
             f"{what} has {classes} classes and {len(names)} labels; expected as many: name them with --labels"
         )
     try:
-        return parse_labels(names, "the labels")
+        return parse_labels(_distinct(names), "a label")
     except FormatError as error:
         raise CheckpointError(f"{what}: {error}") from error

@@ -123,7 +123,7 @@ class Tower:
         """The checkpoint, once everything was taken or left out; `processor` is its usual class."""
         files, options, whole = self.files, self.options, Config(self.files, {})
         made = contract(files, Said.of(options), processor, 1, {})
-        notes, names = whole.label_notes(), whole.id2label
+        notes, names = whole.answer_notes(), whole.id2label
         if self.text is not None:
             notes, names = zeroshot.notes("logit_scale" in self.state), None
         found = labels(files.path, options, names, self.classes)

@@ -26,6 +26,15 @@ ACTIVATIONS: Mapping[str, Activation] = {
 """`hidden_act` -> the activation of the spec."""
 
 
+ANSWERS = {
+    "multi_label_classification": "it answers yes or no for each class (problem_type multi_label_classification), but "
+    "the scores of edgetube are a softmax: take the sigmoid of the logits",
+    "regression": "its outputs are values (problem_type regression), but the scores of edgetube are a softmax: take "
+    "the logits",
+}
+"""`problem_type` -> what a user has to know."""
+
+
 class Config:
     """A configuration with the defaults of its class.
 
@@ -94,15 +103,10 @@ class Config:
         found = self.values.get("id2label")
         return found if isinstance(found, dict) and found else None
 
-    def label_notes(self) -> tuple[str, ...]:
-        """A warning where nobody named the classes."""
-        found = self.id2label or {}
-        unnamed = found and all(name == f"LABEL_{key}" for key, name in found.items())
-        return (
-            ("its labels are LABEL_0, LABEL_1 ...: nobody named the classes; give names with --labels",)
-            if unnamed
-            else ()
-        )
+    def answer_notes(self) -> tuple[str, ...]:
+        """A warning where the outputs are not of one class out of several."""
+        kind = self.values.get("problem_type")
+        return (ANSWERS[kind],) if isinstance(kind, str) and kind in ANSWERS else ()
 
 
 CLASSIC = BlockNames(

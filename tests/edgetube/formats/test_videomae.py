@@ -72,7 +72,7 @@ def test_labels_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 def test_nobody_named_the_classes(tmp_path: Path) -> None:
     folder = save(model_of(), tmp_path / "m", processor_of())
-    assert "nobody named the classes" in formats.load(folder).notes[0]
+    assert "its classes have no names" in formats.load(folder).notes[0]
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\n")
     assert formats.load(folder, ReadOptions(labels=str(tmp_path / "names.txt"))).labels == ("a", "b", "c", "d", "e")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from edgetube import formats
+from edgetube.errors import SpecError
 from tests.edgetube.formats.families import answers, frames_of, pixels_of, save, shake, transformers
 
 SMALL = {
@@ -57,3 +59,17 @@ def test_positions_follow_transformers_to_another_size(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(pixels_of(found, frames)[:, 0], interpolate_pos_encoding=True).logits.numpy()
     np.testing.assert_allclose(answers(found, frames), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_scores_of_several_answers_at_once_are_noted(tmp_path: Path) -> None:
+    model, processor = vit(problem_type="multi_label_classification")
+    notes = formats.load(save(model, tmp_path / "m", processor)).notes
+    assert "take the sigmoid of the logits" in notes[0]
+
+
+def test_an_impossible_geometry_names_the_checkpoint(tmp_path: Path) -> None:
+    folder = save(vit()[0], tmp_path / "m", vit()[1])
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": 5}))
+    with pytest.raises(SpecError, match=r"m: width 24 is not divisible by 5 attention heads"):
+        formats.load(folder)
