@@ -30,7 +30,7 @@ from edgetube.views import SINGLE, Views
 
 app = typer.Typer(
     name="edgetube",
-    help="Export a trained sparse-tube video transformer to a device, with measured proof that it still answers the "
+    help="Export a trained video or image transformer to a device, with measured proof that it still answers the "
     "same. Start with: edgetube export --target onnx-fp32",
     add_completion=False,
     rich_markup_mode="rich",

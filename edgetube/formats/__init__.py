@@ -24,7 +24,7 @@ from edgetube import demo
 from edgetube.bundle import READ_OPTIONS, Bundle
 from edgetube.errors import CheckpointError, InputError, SpecError
 from edgetube.formats.reading import licence, report
-from edgetube.formats.reading.files import Files, ReadOptions
+from edgetube.formats.reading.files import CONFIG, PATHS, Files, ReadOptions
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 
@@ -83,6 +83,8 @@ def load(source: str | Path = "demo", options: ReadOptions | None = None) -> Che
             f"{files.path} could be {' or '.join(one.NAME for one in found)}; give the folder or file of one model"
         )
     if not found:
+        if not files.is_folder and (files.path.parent / CONFIG).is_file():
+            raise CheckpointError(f"{files.path} lies beside a {CONFIG} that belongs to it; give the folder of both")
         known = ", ".join(one.NAME for one in formats())
         raise CheckpointError(f"{files.path} is no checkpoint that edgetube knows: {files.summary()}; it reads {known}")
     try:
@@ -135,19 +137,29 @@ def of_bundle(bundle: Bundle) -> Checkpoint:
     """The checkpoint that a bundle was made from, at the bundle's clip shape and with its classifier.
 
     Raises:
-        CheckpointError: it was moved, deleted or changed.
+        CheckpointError: it, or a file that it was read with, was moved, deleted or changed.
     """
     source, digest = bundle.checkpoint["source"], bundle.checkpoint["sha256"]
     remedy = f"give --checkpoint FILE_OR_FOLDER with the file whose sha256 is {digest[:16]}..., or export it again"
+    options = _options(bundle)
+    beside = {f"--{name.replace('_', '-')} {path}": path for name in PATHS if (path := getattr(options, name))}
+    if gone := [said for said, path in beside.items() if not Path(path).exists()]:
+        raise CheckpointError(
+            f"{bundle.path} was made with {gone[0]}, which is not there; put it back, or export it again"
+        )
     try:
-        checkpoint = load(source, _options(bundle))
+        checkpoint = load(source, options)
     except InputError as error:
         raise CheckpointError(
             f"{bundle.path} was made from the checkpoint {source or 'of a program'}, which is not there; {remedy}"
         ) from error
+    held = " with ".join([source, *beside])
     if checkpoint.digest != digest:
-        raise CheckpointError(f"{bundle.path} was made from other weights than {source} holds now; {remedy}")
-    return checkpoint.select(bundle.spec.classifiers[0][0]).with_clip(bundle.spec.frames, bundle.spec.size)
+        raise CheckpointError(f"{bundle.path} was made from other weights than {held} holds now; {remedy}")
+    found = checkpoint.select(bundle.spec.classifiers[0][0]).with_clip(bundle.spec.frames, bundle.spec.size)
+    if beside and (found.spec, found.contract, found.labels) != (bundle.spec, bundle.contract, bundle.labels):
+        raise CheckpointError(f"{bundle.path} was made from another model than {held} says now; export it again")
+    return found
 
 
 def _options(bundle: Bundle) -> ReadOptions:

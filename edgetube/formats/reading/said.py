@@ -136,7 +136,9 @@ def labels(what: Path, options: ReadOptions, found: Mapping[Any, str] | None, cl
         try:
             lines = Path(options.labels).read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--labels {options.labels} cannot be read: {error}") from error
+            raise InputError(
+                f"--labels {options.labels} cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from error
         names = [line.strip() for line in lines if line.strip()]
     elif found:
         try:

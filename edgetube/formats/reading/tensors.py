@@ -79,6 +79,8 @@ def _instead(path: Path) -> str:
     """What a folder without weights has, and what to do."""
     if partial := [p for p in sorted(path.rglob("*")) if p.name.endswith(PARTIAL)]:
         return f"{printable(partial[0].name)} is half a download: finish it"
+    if (path / "adapter_config.json").is_file():
+        return "it is an adapter: give the folder of its model, and this one with --adapter"
     below = sorted({p.parent.name for p in path.glob("*/*") if p.suffix in SUFFIXES and not OTHERS.match(p.name)})
     if below:
         return f"those below it have: give one of {', '.join(map(printable, below[:SHOWN]))}"
