@@ -192,7 +192,8 @@ def exported(made: Sequence[Bundle], rows: Sequence[Mapping[str, Any]]) -> None:
             for note in int8["notes"]:
                 warn("warning", note)
     if made:
-        command = f"edgetube run {shlex.quote(printable(made[0].path))} VIDEO"
+        source = "IMAGE" if made[0].contract.is_image else "VIDEO"
+        command = f"edgetube run {shlex.quote(printable(made[0].path))} {source}"
         out.print(Text.assemble("next: ", (command, "bold")), soft_wrap=True)
 
 

@@ -106,8 +106,8 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         place = f"encoder.layers.encoder_layer_{i}."
         weights |= blocks.read_block(state, place, f"blocks.{i}", blocks.TORCHVISION, width, spec.hidden)
     weights |= blocks.norm(state, "encoder.ln", "norm", width) | blocks.classifier(state, head, spec)
-    found = {"frames": 1, "height": spec.size[0], "width": spec.size[1]} | named.input
-    made = input_contract(files.path, said, found, resized=True)
+    known = {"frames": 1, "height": spec.size[0], "width": spec.size[1]} | named.input
+    made = input_contract(files.path, said, known, resized=True)
     names = labels(files.path, options, None, spec.classifiers[0][1])
     return result.checkpoint(files, state, spec, weights, made, names, named.notes)
 
