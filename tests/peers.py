@@ -1,25 +1,5 @@
-"""Libraries whose models are oracles: transformers, timm and torchvision beside any build of PyTorch."""
+"""Libraries whose models are oracles; importing this module makes torchvision importable, see `beside.py`."""
 
-from __future__ import annotations
-
-import os
-
-import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-_OPERATORS: list[torch.library.Library] = []
-"""Kept alive: a library's operators vanish with it."""
-
-
-def declare_torchvision() -> None:
-    """Declare two operators of torchvision: its CUDA build cannot be imported beside PyTorch without CUDA otherwise."""
-    if _OPERATORS:
-        return
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _OPERATORS.append(library)
-
+from edgetube.bench.studies.peers.beside import declare_torchvision
 
 declare_torchvision()

@@ -31,6 +31,7 @@ from edgetube import bundle as bundles
 from edgetube.bench.latency import interleave
 from edgetube.bench.machine import describe
 from edgetube.bench.studies.peers import naive
+from edgetube.bench.studies.peers.beside import declare_torchvision
 from edgetube.bench.studies.static_vs_conv3d import export
 from edgetube.contract import InputContract
 from edgetube.export import pipeline
@@ -56,6 +57,7 @@ class AsPublished(nn.Module):
 
 def published(name: str, folder: Path) -> tuple[nn.Module, str]:
     """Save a model of the library with random weights; the model, and the name of its input."""
+    declare_torchvision()
     transformers: Any = import_module("transformers")
     torch.manual_seed(0)
     if name == "videomae-b":
