@@ -5,11 +5,12 @@ The classes' defaults are those of transformers 5; older folders leave out what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from edgetube import strict
-from edgetube.errors import CheckpointError, FormatError
+from edgetube.errors import CheckpointError, FormatError, printable
 from edgetube.formats.reading.blocks import BlockNames
 from edgetube.formats.reading.files import Files
 from edgetube.spec import Activation
@@ -35,6 +36,13 @@ ANSWERS = {
 """`problem_type` -> what a user has to know."""
 
 
+ATTENTION_BIAS = re.compile(r"\.attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)?(?:\.|_)bias$")
+"""Biases of the encoder's queries, keys and values, in both dialects; of VideoMAE they are `q_bias` and `v_bias`."""
+
+BIAS_FLAGS = {"qkv_bias": "qkv", "qv_bias": "qv", "query_bias": "q", "key_bias": "k", "value_bias": "v"}
+"""Fields of a configuration -> which of these biases there are."""
+
+
 class Config:
     """A configuration with the defaults of its class.
 
@@ -45,6 +53,21 @@ class Config:
 
     def __init__(self, files: Files, defaults: Mapping[str, Any], values: Mapping[str, Any] | None = None) -> None:
         self.files, self.values = files, {**defaults, **(files.config if values is None else values)}
+        self._check_biases()
+
+    def _check_biases(self) -> None:
+        """Check that there are no biases of attention that the configuration says the model has not.
+
+        transformers leaves such tensors out, so one of the two belongs to another model.
+        """
+        places = {name: found[1] for name in self.files.tensors.names() if (found := ATTENTION_BIAS.search(name))}
+        for flag, parts in BIAS_FLAGS.items():
+            biases = [name for name, part in places.items() if part in parts]
+            if self.values.get(flag) is False and biases:
+                raise CheckpointError(
+                    f"{self.files.path}: config.json says {flag} false, and there is {printable(min(biases))}: is it "
+                    "the configuration of this model?"
+                )
 
     def integer(self, name: str, most: int = 1 << 20, least: int = 1) -> int:
         """An integer, positive unless `least` says otherwise.

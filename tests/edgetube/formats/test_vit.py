@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from edgetube import formats
-from edgetube.errors import SpecError
+from edgetube.errors import CheckpointError, SpecError
 from tests.edgetube.formats.families import answers, frames_of, pixels_of, save, shake, transformers
 
 SMALL = {
@@ -72,4 +72,14 @@ def test_an_impossible_geometry_names_the_checkpoint(tmp_path: Path) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": 5}))
     with pytest.raises(SpecError, match=r"m: width 24 is not divisible by 5 attention heads"):
+        formats.load(folder)
+
+
+@pytest.mark.parametrize("how", [{}, {"save_original_format": False}])
+def test_biases_that_the_configuration_denies_are_another_model_s(how: dict[str, Any], tmp_path: Path) -> None:
+    model, processor = vit()
+    folder = save(model, tmp_path / "m", processor, **how)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"qkv_bias": False}))
+    with pytest.raises(CheckpointError, match=r"says qkv_bias false, and there is vit\..*k(ey|_proj)\.bias"):
         formats.load(folder)
