@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 from edgetube import bundle as bundles
@@ -24,6 +27,7 @@ from edgetube.calibration.table import CalibrationTable
 from edgetube.errors import InputError, ParityError
 from edgetube.export import int8, integer, pipeline
 from edgetube.model import checkpoints
+from edgetube.precision import Precision
 from edgetube.progress import silent
 from edgetube.spec import ModelSpec
 
@@ -262,3 +266,54 @@ def test_one_clip_that_points_elsewhere_is_an_error(turned: bool) -> None:
         ParityError, match=r"cosine of the logits on the worst of 40 clips is 0\.[0-9]+, at least 0\.98 is"
     ):
         int8.check_accuracy(calibrated, 20.0, candidate, "onnx-fp32", silent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx-int8", "trt-int8", "rtx-int8", "coreml-int8"])
+def test_channels_that_are_nearly_dead_are_exported(target: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Of weights of 1e-7 and 1e-5: float16 has no scale for the first, nor for half of the second."""
+    if missing := export.target(target).missing(export.target(target).build_needs):
+        pytest.skip(f"{target} needs {', '.join(missing)}")
+    dead = checkpoints.load(tiny_checkpoint)
+    first: Any = dead.model.blocks[1]
+    with torch.no_grad():
+        for row, size in ((5, 1e-7), (6, 1e-5)):
+            first.mlp.fc1.weight[row] *= size
+    bundle = pipeline.export_model(target, dead, tmp_path, GATHER)
+    assert bundle.parity["agreement"] >= 0.9
+
+
+class Double:
+    """An artifact whose runtime shows no layers, or all, and answers better when it does."""
+
+    def __init__(self, shown: bool = False, status: str = "executed") -> None:
+        self.batch, self.shown, self.status = 1, shown, status
+
+    def layers(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return names if self.shown else ()
+
+    def __call__(self, clips: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        return np.array([[1.0, 0.5]], np.float32)
+
+    def tap(self, names: tuple[str, ...]) -> Callable[[npt.NDArray[np.uint8]], dict[str, npt.NDArray[np.float32]]]:
+        return lambda clips: {"logits": np.array([[1.0, 0.01]], np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("integers", "backend", "cause"),
+    [
+        ({"asked": 9, "executed": 7, "saturates": False}, Double(), "computes 2 of 9 linears in float"),
+        ({"asked": 9, "executed": 9, "saturates": False}, Double(shown=True), "fuses operators wrongly: .* 3[34].. dB"),
+        ({"asked": 9, "executed": 9, "saturates": True}, Double(), "sums of its 8-bit products may overflow"),
+        ({"asked": 9, "executed": 9, "saturates": True}, Double(status="emulated"), "the cause cannot be told"),
+        ({"asked": 9, "executed": 9, "saturates": False}, Double(), "the cause cannot be told"),
+    ],
+)
+def test_the_cause_of_a_larger_error_is_named(
+    integers: dict[str, Any], backend: Any, cause: str, tiny_bundle: Path
+) -> None:
+    """Answers (1, 0.5) where (1, 0) is right, and (1, 0.01) with every layer shown: 34 dB better, by hand."""
+    made = replace(bundles.load(tiny_bundle), precision=Precision.W8A8, build={"integers": integers})
+    clip = np.zeros(made.contract.shape, np.uint8)
+    found = int8.diagnose(int8.Candidate(made, backend), clip, np.array([1.0, 0.0], np.float32))
+    assert re.search(cause, found)
