@@ -12,8 +12,9 @@ import pytest
 
 from edgetube import interrupts
 
+pytestmark = pytest.mark.usefixtures("heard_signals")
 
-@pytest.mark.usefixtures("heard_signals")
+
 @pytest.mark.parametrize("number", interrupts.SIGNALS)
 def test_a_signal_raises_in_the_block_and_the_handlers_are_put_back(number: int) -> None:
     before = signal.getsignal(number)

@@ -65,6 +65,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.usefixtures("heard_signals")
 def test_a_signal_finds_its_stack_after_sessions_were_closed(exported: dict[str, Bundle]) -> None:
     """OpenVINO's CPU plugin replaces the stack of signal handlers, and unmaps its own; see `core`."""
     made = subprocess.run(
