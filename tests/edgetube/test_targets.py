@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edgetube import targets
+from edgetube import export, targets
 from edgetube.precision import Precision
 
 
@@ -86,3 +86,10 @@ def test_a_remedy_is_what_pip_can_bring(
     monkeypatch.setattr("edgetube.targets.ctypes.CDLL", lambda _: Driver(gpus=0))
     target = targets.Target("x-fp32", Precision.FP32, "x", "for the test", build, run, extra="beads")
     assert target.remedy == remedy
+
+
+def test_a_setting_goes_to_the_targets_that_have_it() -> None:
+    both = [export.target(name) for name in ("onnx-fp32", "onnx-int8")]
+    plain, integer = targets.choose(both, {"cpu": "arm"})
+    assert plain == both[0]
+    assert (integer.setting("cpu"), both[1].setting("cpu")) == ("arm", "any")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from edgetube import bundle as bundles
 from edgetube import export
 
 INT8 = [t.name for t in export.targets().values() if t.precision.quantises_activations]
@@ -38,3 +40,17 @@ def test_int8_answers_filmed_videos_like_pytorch(
     found = films.judge(exported(name), windows)
     assert found["windows"] == films.COUNT
     assert min(found["agreement"], found["worst_cosine"]) >= films.BAR, found
+
+
+SATURATION = 0.083
+"""Relative error of the logits that saturating sums gave `openvino-int8` on a processor without VNNI."""
+
+
+@pytest.mark.machines
+@pytest.mark.parametrize("name", INT8)
+def test_doctor_asks_for_more_than_saturation_leaves(name: str, exported: Callable[..., Path]) -> None:
+    target = export.target(name)
+    if absent := target.missing(target.build_needs):
+        pytest.skip(f"{name} needs {', '.join(absent)}")
+    least = bundles.load(exported(name)).parity["golden"]["min_sqnr"]
+    assert least > -20 * math.log10(SATURATION)
