@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from edgetube.export.base import Built
 from edgetube.export.build import Builder
 from edgetube.export.canonical import Graph
 from edgetube.export.prover import Prover
-from edgetube.runtimes.base import Logits
+from edgetube.runtimes.base import Backend, Logits
 from edgetube.targets import Target
 
 
@@ -66,17 +66,18 @@ class Int8Builder:
         unread = {name: why for clips in self.clips for name, why in clips.unread.items()}
         report = {**calibrated.report, "notes": [*calibrated.report["notes"], *built.notes], "unread": unread}
         report["macs_share"] = int8.macs_share(built, calibrated, self.builder.batch)
+
+        def expected(backend: Backend) -> float:
+            simulated = self._simulated(calibrated, table, request.tensors)
+            return int8.expected_sqnr(simulated, prover.logit_noise(backend.arithmetic))
+
         if runtimes.proof_device(target.name, target.backend) == runtimes.EMULATED:
             with runtimes.open_bundle(bundle, device=runtimes.EMULATED) as backend:
                 candidate = int8.Candidate(bundle, backend)
                 alternative = int8.float_baseline(target).name
-                expected = int8.expected_sqnr(
-                    self._simulated(calibrated, table, request.tensors), prover.logit_noise(backend.arithmetic)
-                )
-                report |= int8.check_accuracy(calibrated, expected, candidate, alternative, self.progress)
+                report |= int8.check_accuracy(calibrated, expected(backend), candidate, alternative, self.progress)
         elif not target.missing(target.run_needs):
-            simulated = self._simulated(calibrated, table, request.tensors)
-            report |= self._measure(calibrated, simulated, bundle, target, graph, prover)
+            report |= self._measure(calibrated, expected, bundle, target, graph)
         table.save(folder / bundles.CALIBRATION)
         return replace(bundle, build={**bundle.build, "int8": {"summary": int8.summary(report), **report}}), built
 
@@ -94,7 +95,12 @@ class Int8Builder:
         return float(calibrated.budget.verdict(logits).sqnr)
 
     def _measure(
-        self, calibrated: Calibrated, simulated: float, bundle: Bundle, target: Target, graph: Graph, prover: Prover
+        self,
+        calibrated: Calibrated,
+        expected: Callable[[Backend], float],
+        bundle: Bundle,
+        target: Target,
+        graph: Graph,
     ) -> dict[str, Any]:
         baseline = int8.float_baseline(target)
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -111,8 +117,7 @@ class Int8Builder:
                 )
                 for each in (bundle, plain)
             )
-            expected = int8.expected_sqnr(simulated, prover.logit_noise(first.backend.arithmetic))
-            return int8.measure(calibrated, expected, first, second, self.progress)
+            return int8.measure(calibrated, expected(first.backend), first, second, self.progress)
 
     def _calibrate(self, target: Target, out: Path) -> Calibrated:
         """The calibration under a target's scheme: of the `gather` graph at batch 1, for every lowering and batch.

@@ -12,7 +12,6 @@ The folder is the one that transformers writes, with random weights (they do not
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -32,7 +31,7 @@ from edgetube.bench.latency import interleave
 from edgetube.bench.machine import describe
 from edgetube.bench.studies.peers import naive
 from edgetube.bench.studies.peers.beside import declare_torchvision
-from edgetube.bench.studies.static_vs_conv3d import export
+from edgetube.bench.studies.static_vs_conv3d import export, tell
 from edgetube.contract import InputContract
 from edgetube.export import pipeline
 from edgetube.runtimes.torch import normalise
@@ -124,16 +123,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         calls, cost = candidates(args.model, Path(folder), stack)
         timings = interleave(calls, seconds=args.seconds, minimum=2, warmup=1)
-    eager = timings["library, PyTorch"].p50_ms
     print(f"{args.model}, batch 1; {describe()}")
     print(f"edgetube export --target onnx-fp32: {cost['seconds']:.0f} s, {cost['peak_gb']:.1f} GB peak")
-    print("\n| candidate | p50 ms | p10 - p90 | against PyTorch |\n|---|---|---|---|")
-    for name, t in timings.items():
-        print(f"| {name} | {t.p50_ms:.0f} | {t.p10_ms:.0f} - {t.p90_ms:.0f} | {eager / t.p50_ms:.2f}x |")
-    if args.json:
-        rows = {name: timing.to_json() for name, timing in timings.items()}
-        document = {"model": args.model, "machine": describe(), "export": cost, "latency": rows}
-        args.json.write_text(json.dumps(document, indent=2) + "\n")
+    tell(timings, "library, PyTorch", "PyTorch", {"model": args.model, "export": cost}, args.json)
 
 
 if __name__ == "__main__":

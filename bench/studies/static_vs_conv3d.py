@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import onnxruntime as ort
 
 from edgetube import Runtime, demo
 from edgetube import bundle as bundles
-from edgetube.bench.latency import interleave
+from edgetube.bench.latency import Timing, interleave
 from edgetube.bench.machine import describe
 from edgetube.bench.studies.peers import naive
 from edgetube.model import checkpoints
@@ -41,6 +42,17 @@ def export(source: str, out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     unit = 1 if platform.system() == "Darwin" else 1024
     return {"seconds": seconds, "peak_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9}
+
+
+def tell(timings: Mapping[str, Timing], first: str, called: str, about: Mapping[str, Any], json_: Path | None) -> None:
+    """Print the timings, with the speed of each candidate against that of `first`; write them to a file, too."""
+    print(f"\n| candidate | p50 ms | p10 - p90 | against {called} |\n|---|---|---|---|")
+    for name, t in timings.items():
+        speed = timings[first].p50_ms / t.p50_ms
+        print(f"| {name} | {t.p50_ms:.0f} | {t.p10_ms:.0f} - {t.p90_ms:.0f} | {speed:.2f}x |")
+    if json_:
+        rows = {name: timing.to_json() for name, timing in timings.items()}
+        json_.write_text(json.dumps({**about, "machine": describe(), "latency": rows}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -66,18 +78,11 @@ def main() -> None:
                 "ONNX Runtime, edgetube onnx-fp32": partial(rt, frames),
             }
             timings = interleave(calls, seconds=args.seconds)
-    eager = timings["PyTorch eager"].p50_ms
     print(f"{checkpoint.name}, clip {checkpoint.contract.shape}, batch 1; {describe()}")
     print(
         f"export: {cost['seconds']:.0f} s, {cost['peak_gb']:.1f} GB peak; lowering {bundle.build['lowering']['chosen']}"
     )
-    print("\n| candidate | p50 ms | p10 - p90 | against eager |\n|---|---|---|---|")
-    for name, t in timings.items():
-        print(f"| {name} | {t.p50_ms:.0f} | {t.p10_ms:.0f} - {t.p90_ms:.0f} | {eager / t.p50_ms:.2f}x |")
-    if args.json:
-        rows = {name: timing.to_json() for name, timing in timings.items()}
-        document = {"checkpoint": checkpoint.name, "machine": describe(), "export": cost, "latency": rows}
-        args.json.write_text(json.dumps(document, indent=2) + "\n")
+    tell(timings, "PyTorch eager", "eager", {"checkpoint": checkpoint.name, "export": cost}, args.json)
 
 
 if __name__ == "__main__":

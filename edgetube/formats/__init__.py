@@ -3,7 +3,7 @@
 ::
 
     NAME: str                                              # for people: "transformers VideoMAE"
-    def detect(files: Files) -> bool: ...                  # from names, configuration and keys; opens no weights
+    def detect(files: Files) -> bool: ...                  # from names, configuration and the tensors' names
     def read(files: Files, options: ReadOptions) -> Checkpoint: ...
 
 Exactly one format has to recognise a source: formats are never guessed. Third parties add formats by entry points of
@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 from edgetube import demo
 from edgetube.bundle import READ_OPTIONS, Bundle
 from edgetube.errors import CheckpointError, InputError, SpecError
-from edgetube.formats.reading import licence, report
+from edgetube.formats.reading import licence, report, tensors
 from edgetube.formats.reading.files import CONFIG, PATHS, Files, ReadOptions
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
@@ -189,11 +189,8 @@ def _candidates(where: Path) -> list[Path]:
     """Files of weights at or below `where`, and the folders that hold them."""
     if not where.is_dir():
         return [where]
-    files = sorted(path for path in where.rglob("*") if path.suffix in WEIGHT_SUFFIXES)
+    files = sorted(path for path in where.rglob("*") if path.suffix in tensors.SUFFIXES)
     return [*files, *dict.fromkeys(path.parent for path in files)]
-
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def at_source(bundle: Bundle, source: str) -> Bundle:

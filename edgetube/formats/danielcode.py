@@ -59,8 +59,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         place = f"encoder.layers.encoder_layer_{i}."
         weights |= blocks.read_block(state, place, f"blocks.{i}", blocks.TORCHVISION, width, spec.hidden)
     weights |= blocks.norm(state, "encoder.ln", "norm", width)
-    score, bias = blocks.linear(state, "attention_pooling.W", "pool.score", (1, width))
-    weights |= {"pool.score.weight": score, "pool.score.bias": bias}
+    weights |= blocks.placed_linear(state, "attention_pooling.W", "pool.score", (1, width))
     weights |= blocks.classifier(state, "heads.head", spec)
     made = input_contract(files.path, said, _input(spec, said))
     named = labels(files.path, options, None, spec.classifiers[0][1])

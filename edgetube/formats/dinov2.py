@@ -74,9 +74,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         tubes=(TubeSpec((1, rows, columns), (1, rows, columns)),),
         frames=1,
         size=(height, across),
-        width=width,
-        depth=config.integer("num_hidden_layers"),
-        heads=config.integer("num_attention_heads"),
+        **config.encoder(),
         classifiers=(("classes", classes),),
         hidden=_hidden(width, config.number("mlp_ratio"), gated),
         prefix=1 + (config.integer("num_register_tokens") if kind == REGISTERS else 0),
@@ -85,7 +83,6 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         gated_mlp=gated,
         positions="stored",
         position_resize=RESIZE[kind],
-        norm_eps=config.number("layer_norm_eps"),
     )
     weights = _embedding(state, f"{kind}.embeddings.", spec)
     names = BLOCK if not gated else FUSED if f"{kind}.layers.0.mlp.weights_in.weight" in state else SPLIT

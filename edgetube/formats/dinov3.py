@@ -74,9 +74,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         tubes=(TubeSpec((1, rows, columns), (1, rows, columns)),),
         frames=1,
         size=(height, across),
-        width=width,
-        depth=config.integer("num_hidden_layers"),
-        heads=config.integer("num_attention_heads"),
+        **config.encoder(),
         classifiers=(("classes", classes),),
         hidden=config.integer("intermediate_size"),
         prefix=1 + config.integer("num_register_tokens", least=0),
@@ -85,7 +83,6 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         gated_mlp=gated,
         positions="rotary",
         rotary=Rotary(("height", "width"), base=config.number("rope_theta"), coordinates="centred"),
-        norm_eps=config.number("layer_norm_eps"),
     )
     if spec.width // spec.heads % 4:
         raise CheckpointError(

@@ -75,6 +75,5 @@ def _pool(tower: Tower, spec: ModelSpec) -> Weights:
         ("head.mlp.fc1", "mlp.fc1", (pool.hidden, width)),
         ("head.mlp.fc2", "mlp.fc2", (width, pool.hidden)),
     ):
-        weight, bias = blocks.linear(state, name, f"{to}.{part}", shape)
-        weights |= {f"{to}.{part}.weight": weight, f"{to}.{part}.bias": bias}
+        weights |= blocks.placed_linear(state, name, f"{to}.{part}", shape)
     return weights | blocks.norm(state, "head.layernorm", f"{to}.mlp_norm", width)

@@ -358,8 +358,7 @@ def _query_pool(state: State, spec: ModelSpec, pool: QueryPool) -> Weights:
         f"{to}.value.bias": bias[width:].clone(),
     }
     for part, shape in (("proj", (width, width)), ("mlp.fc1", (pool.hidden, width)), ("mlp.fc2", (width, pool.hidden))):
-        weight, offset = blocks.linear(state, f"attn_pool.{part}", f"{to}.{part}", shape)
-        found |= {f"{to}.{part}.weight": weight, f"{to}.{part}.bias": offset}
+        found |= blocks.placed_linear(state, f"attn_pool.{part}", f"{to}.{part}", shape)
     return found | blocks.norm(state, "attn_pool.norm", f"{to}.mlp_norm", width)
 
 

@@ -59,9 +59,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         tubes=(TubeSpec(kernel, kernel),),
         frames=config.integer("num_frames"),
         size=(height, across),
-        width=width,
-        depth=config.integer("num_hidden_layers"),
-        heads=config.integer("num_attention_heads"),
+        **config.encoder(),
         classifiers=(("classes", classes),),
         hidden=config.integer("intermediate_size"),
         readout=("mean",),
@@ -70,15 +68,12 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         activation=config.choice("hidden_act", ACTIVATIONS),
         positions="stored",
         position_resize="bicubic",
-        norm_eps=config.number("layer_norm_eps"),
     )
     weights = blocks.tube(state, "videomae.embeddings.patch_embeddings.projection", width, kernel)
     weights["positions"] = tables.sine(spec.tokens, width)
     for i in range(spec.depth):
         weights |= blocks.read_block(state, f"videomae.layers.{i}.", f"blocks.{i}", CLASSIC, width, spec.hidden)
-    weights |= blocks.norm(state, "fc_norm", "norm", width)
-    weight, bias = blocks.linear(state, "classifier", "classifiers.classes", (classes, width))
-    weights |= {"classifiers.classes.weight": weight, "classifiers.classes.bias": bias}
+    weights |= blocks.norm(state, "fc_norm", "norm", width) | blocks.classifier(state, "classifier", spec)
     made = contract(files, said, PROCESSOR, spec.frames, {"sampling": "stride", "stride": 4})
     return result.checkpoint(
         files, state, spec, weights, made, labels(files.path, options, config.id2label, classes), config.answer_notes()

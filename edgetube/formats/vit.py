@@ -52,9 +52,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         tubes=(TubeSpec((1, patch, patch), (1, patch, patch)),),
         frames=1,
         size=(height, across),
-        width=width,
-        depth=config.integer("num_hidden_layers"),
-        heads=config.integer("num_attention_heads"),
+        **config.encoder(),
         classifiers=(("classes", classes),),
         hidden=config.integer("intermediate_size"),
         prefix=len(tokens),
@@ -62,7 +60,6 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         activation=config.choice("hidden_act", ACTIVATIONS),
         positions="stored",
         position_resize="bicubic",
-        norm_eps=config.number("layer_norm_eps"),
     )
     place = f"{kind}.embeddings."
     weights = blocks.tube(state, f"{place}patch_embeddings.projection", width, (1, patch, patch))

@@ -64,9 +64,7 @@ def _spec(config: Config, classes: int) -> ModelSpec:
         tubes=(TubeSpec((frames, down, across), (frames, down, across)),),
         frames=config.integer("num_frames"),
         size=(height, width),
-        width=config.integer("hidden_size"),
-        depth=config.integer("num_hidden_layers"),
-        heads=config.integer("num_attention_heads"),
+        **config.encoder(),
         classifiers=(("classes", classes),),
         hidden=config.integer("intermediate_size"),
         prefix=1,
@@ -74,7 +72,6 @@ def _spec(config: Config, classes: int) -> ModelSpec:
         activation=config.choice("hidden_act", ACTIVATIONS),
         positions="stored",
         position_resize="bicubic",
-        norm_eps=config.number("layer_norm_eps"),
     )
 
 

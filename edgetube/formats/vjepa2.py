@@ -14,7 +14,7 @@ from edgetube.formats.reading.files import Files, ReadOptions
 from edgetube.formats.reading.processors import CLASSES, class_of, contract
 from edgetube.formats.reading.said import Said, labels
 from edgetube.formats.reading.tensors import State
-from edgetube.formats.reading.transformers import ACTIVATIONS, Config
+from edgetube.formats.reading.transformers import ACTIVATIONS, SELF_ATTENTION, Config
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.spec import AXES, ModelSpec, QueryPool, Rotary, TubeSpec
 
@@ -41,15 +41,6 @@ ENCODER = BlockNames(
     fc2="mlp.fc2",
 )
 
-POOLER = BlockNames(
-    norm1="layer_norm1",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    proj="self_attn.out_proj",
-    norm2="layer_norm2",
-    fc1=("mlp.fc1",),
-    fc2="mlp.fc2",
-)
-
 
 def detect(files: Files) -> bool:
     """A folder whose configuration says so."""
@@ -69,7 +60,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     spec = _spec(config, state.shape("classifier.weight")[0])
     width, kernel = spec.width, spec.tubes[0].kernel
     weights = blocks.tube(state, "vjepa2.encoder.embeddings.patch_embeddings.proj", width, kernel)
-    order = blocks.rotary_order(width, spec.heads, "adjacent")
+    order = blocks.rotary_order(width, spec.heads)
     for i in range(spec.depth):
         place = f"vjepa2.encoder.layer.{i}."
         weights |= blocks.read_block(state, place, f"blocks.{i}", ENCODER, width, spec.hidden, order)
@@ -97,9 +88,7 @@ def _spec(config: Config, classes: int) -> ModelSpec:
         tubes=(TubeSpec(kernel, kernel),),
         frames=config.integer("frames_per_clip"),
         size=(size, size),
-        width=width,
-        depth=config.integer("num_hidden_layers"),
-        heads=heads,
+        **config.encoder(),
         classifiers=(("classes", classes),),
         hidden=int(width * config.number("mlp_ratio")),
         readout=("query",),
@@ -107,7 +96,6 @@ def _spec(config: Config, classes: int) -> ModelSpec:
         activation=config.choice("hidden_act", ACTIVATIONS),
         positions="rotary",
         rotary=Rotary(AXES, frequencies="channels"),
-        norm_eps=config.number("layer_norm_eps"),
     )
 
 
@@ -118,7 +106,7 @@ def _pooler(state: State, spec: ModelSpec) -> Weights:
     weights: Weights = {}
     for i in range(pool.depth):
         place = f"pooler.self_attention_layers.{i}."
-        weights |= blocks.read_block(state, place, f"{to}.blocks.{i}", POOLER, width, pool.hidden)
+        weights |= blocks.read_block(state, place, f"{to}.blocks.{i}", SELF_ATTENTION, width, pool.hidden)
     place, square = "pooler.cross_attention_layer.", (width, width)
     query = state.take("pooler.query_tokens", f"{to}.score, {to}.value", (1, 1, width))[0, 0]
     state.leave([f"{place}cross_attn.k_proj.bias"], "a softmax over keys does not see it")

@@ -52,7 +52,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     spec = _spec(state, said)
     width = spec.width
     weights = blocks.tube(state, "patch_embed.proj", width, spec.tubes[0].kernel)
-    order = blocks.rotary_order(width, spec.heads, "adjacent")
+    order = blocks.rotary_order(width, spec.heads)
     for i in range(spec.depth):
         weights |= blocks.read_block(state, f"blocks.{i}.", f"blocks.{i}", BLOCK, width, spec.hidden, order)
     weights |= blocks.norm(state, "norm", "norm", width) | _pool(state, spec)

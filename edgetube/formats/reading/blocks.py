@@ -7,7 +7,6 @@ zero, and the channels of queries and keys are reordered so that rotary partners
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -114,6 +113,12 @@ def linear(state: State, name: str, to: str, shape: tuple[int, int]) -> tuple[Te
     return state.take(f"{name}.weight", to, shape), _bias(state, f"{name}.bias", to, shape[0])
 
 
+def placed_linear(state: State, name: str, to: str, shape: tuple[int, int]) -> Weights:
+    """The two tensors of a linear, see `linear`."""
+    weight, bias = linear(state, name, to, shape)
+    return {f"{to}.weight": weight, f"{to}.bias": bias}
+
+
 def classifier(state: State, name: str, spec: ModelSpec) -> Weights:
     """The linear `name` as the first classifier of a model."""
     return mean_classifier(state, (name,), spec)
@@ -142,10 +147,8 @@ def tube(state: State, name: str, width: int, kernel: tuple[int, int, int], inde
     return {to: weight.reshape(shape), f"tubes.biases.{index}": bias}
 
 
-def rotary_order(width: int, heads: int, partners: Literal["adjacent", "halves"]) -> Tensor | None:
+def rotary_order(width: int, heads: int) -> Tensor:
     """Source row (D,) of each row of queries and keys where partners are adjacent: evens of a head, then odds."""
-    if partners == "halves":
-        return None
     head = torch.arange(width).reshape(heads, -1)  # (h, C)
     return torch.cat([head[:, 0::2], head[:, 1::2]], dim=1).flatten()
 
@@ -192,7 +195,6 @@ def reading_query(
         f"{to}.value.bias": value[1] + query,
     }
     for name, shape in (("mlp.fc1", (pool.hidden, width)), ("mlp.fc2", (width, pool.hidden))):
-        weight, bias = linear(state, f"{prefix}{name}", f"{to}.{name}", shape)
-        weights |= {f"{to}.{name}.weight": weight, f"{to}.{name}.bias": bias}
+        weights |= placed_linear(state, f"{prefix}{name}", f"{to}.{name}", shape)
     weights |= norm(state, f"{prefix}{norms[0]}", f"{to}.norm", width)
     return weights | norm(state, f"{prefix}{norms[1]}", f"{to}.mlp_norm", width)

@@ -10,23 +10,14 @@ from torch import Tensor
 
 from edgetube.errors import CheckpointError
 from edgetube.formats.reading import blocks, result, zeroshot
-from edgetube.formats.reading.blocks import BlockNames, Weights
+from edgetube.formats.reading.blocks import Weights
 from edgetube.formats.reading.files import Files, ReadOptions
 from edgetube.formats.reading.processors import contract
 from edgetube.formats.reading.said import Said, labels
 from edgetube.formats.reading.tensors import State
-from edgetube.formats.reading.transformers import ACTIVATIONS, Config
+from edgetube.formats.reading.transformers import ACTIVATIONS, SELF_ATTENTION, Config
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.spec import ModelSpec, TubeSpec
-
-BLOCK = BlockNames(
-    norm1="layer_norm1",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    proj="self_attn.out_proj",
-    norm2="layer_norm2",
-    fc1=("mlp.fc1",),
-    fc2="mlp.fc2",
-)
 
 
 @dataclass(frozen=True)
@@ -79,15 +70,12 @@ class Tower:
             tubes=(TubeSpec((1, patch, patch), (1, patch, patch)),),
             frames=1,
             size=(height, across),
-            width=config.integer("hidden_size"),
-            depth=config.integer("num_hidden_layers"),
-            heads=config.integer("num_attention_heads"),
+            **config.encoder(),
             classifiers=(("classes", self.classes),),
             hidden=config.integer("intermediate_size"),
             activation=config.choice("hidden_act", ACTIVATIONS),
             positions="stored",
             position_resize="bicubic",
-            norm_eps=config.number("layer_norm_eps"),
             **others,
         )
 
@@ -101,7 +89,9 @@ class Tower:
             token = state.take("embeddings.class_embedding", "prefix", (width,))
             weights["prefix"] = token[None] + table[:1]  # (1, D)
         for i in range(spec.depth):
-            weights |= blocks.read_block(state, f"encoder.layers.{i}.", f"blocks.{i}", BLOCK, width, spec.hidden)
+            weights |= blocks.read_block(
+                state, f"encoder.layers.{i}.", f"blocks.{i}", SELF_ATTENTION, width, spec.hidden
+            )
         return weights
 
     def zero_shot(self, spec: ModelSpec, projection: Tensor | None) -> Weights:

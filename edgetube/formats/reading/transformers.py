@@ -69,6 +69,15 @@ class Config:
                     "the configuration of this model?"
                 )
 
+    def encoder(self) -> dict[str, Any]:
+        """Fields of a `ModelSpec` that all classes say in the same words."""
+        return {
+            "width": self.integer("hidden_size"),
+            "depth": self.integer("num_hidden_layers"),
+            "heads": self.integer("num_attention_heads"),
+            "norm_eps": self.number("layer_norm_eps"),
+        }
+
     def integer(self, name: str, most: int = 1 << 20, least: int = 1) -> int:
         """An integer, positive unless `least` says otherwise.
 
@@ -141,3 +150,13 @@ CLASSIC = BlockNames(
     fc2="mlp.fc2",
 )
 """The block of ViT, DeiT, ViViT and VideoMAE in `one_dialect`."""
+
+SELF_ATTENTION = BlockNames(
+    norm1="layer_norm1",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    proj="self_attn.out_proj",
+    norm2="layer_norm2",
+    fc1=("mlp.fc1",),
+    fc2="mlp.fc2",
+)
+"""The block of image-text towers, and of V-JEPA 2's pooler."""
