@@ -1,0 +1,1 @@
+"""Live video: sources that fail and come back, windows over their frames, and one engine for many of them."""
