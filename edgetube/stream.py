@@ -8,14 +8,16 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
-from typing import Any
 
 import numpy as np
 
 from edgetube import preprocess, resize
 from edgetube.contract import InputContract
 from edgetube.errors import InputError, InputWarning
+from edgetube.live.feeds import timed
 from edgetube.video import Clip, Frames
+
+__all__ = ["TimedFrame", "check", "count_of", "ticks", "timed", "windows"]
 
 TimedFrame = tuple[float, Frames]
 """(seconds, frame (H, W, 3) uint8)."""
@@ -42,40 +44,6 @@ def count_of(value: object, name: str) -> int:
     if found < 1:
         raise InputError(f"{name} is {found}; expected >= 1")
     return found
-
-
-def timed(frames: Iterable[Any], fps: float | None) -> Iterator[TimedFrame]:
-    """Check and copy a caller's frames, and give each a time.
-
-    Args:
-        frames: (H, W, 3) uint8 RGB, of which number i is shown at i / fps; or (seconds, frame) tuples.
-        fps: frames per second of bare frames; None counts whole seconds.
-
-    Raises:
-        InputError: `frames` is not iterable, or a frame or its time cannot be used; says which and why.
-    """
-    rate = 1.0 if fps is None else preprocess.frame_rate(fps)
-    try:
-        items = iter(frames)
-    except TypeError as error:
-        raise InputError(
-            f"the source is a {type(frames).__name__}; expected a file, a camera, a URL or frames"
-        ) from error
-    return _timed(items, rate)
-
-
-def _timed(items: Iterator[Any], rate: float) -> Iterator[TimedFrame]:
-    clocked: bool | None = None
-    for i, item in enumerate(items):
-        what = f"frame {i} of the stream"
-        paired = isinstance(item, tuple) and len(item) == 2 and not isinstance(item[0], bool | np.bool_)
-        if clocked not in (None, paired):
-            raise InputError(f"{what} has {'a' if paired else 'no'} time, unlike those before; expected one kind")
-        clocked = paired
-        if paired:
-            yield preprocess.seconds(item[0], f"the time of {what}"), preprocess.frame(item[1], what)
-        else:
-            yield i / rate, preprocess.frame(item, what)
 
 
 def check(contract: InputContract) -> None:

@@ -213,7 +213,7 @@ def frames(source: Source) -> Iterator[tuple[float, Frames]]:
     Raises:
         InputError: the source cannot be opened or decoded, ends before its time, or stays silent for `TIMEOUT` s.
     """
-    with _open(_parse_source(source)) as reader:
+    with _open(parse(source)) as reader:
         empty = True
         for seconds, frame in reader.frames():
             empty = False
@@ -228,7 +228,7 @@ def rate(source: Source) -> float:
     Raises:
         InputError: the source cannot be opened.
     """
-    with _open(_parse_source(source)) as reader:
+    with _open(parse(source)) as reader:
         return reader.rate
 
 
@@ -253,7 +253,7 @@ def search(source: Source, contract: InputContract | None = None) -> tuple[list[
     Raises:
         InputError: nothing is found.
     """
-    parsed = _parse_source(source)
+    parsed = parse(source)
     if not isinstance(parsed, Path) or parsed.is_file():
         return [parsed], ""
     if parsed.is_dir():
@@ -325,7 +325,7 @@ class _Address:
     """The local file, or None for what is live."""
 
 
-def _parse_source(source: Source) -> Source:
+def parse(source: Source) -> Source:
     """Digits become a camera's index, and text without `://` becomes a path.
 
     Raises:

@@ -1,0 +1,147 @@
+"""What frames come from: the caller's own, or what `edgetube.video` decodes. A feed knows no thread and no queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+
+from edgetube import preprocess, video
+from edgetube.errors import EdgetubeError, InputError
+from edgetube.resize import Frames
+
+
+class Arrival(NamedTuple):
+    """What came from a source.
+
+    Attributes:
+        stamp: seconds of the source's own clock; None where it has none.
+        pixels: (H, W, 3) uint8 RGB, upright, that nobody changes; None for a frame that could not be decoded.
+        turn: how the stored picture was turned to be upright; None where the source says nothing.
+    """
+
+    stamp: float | None
+    pixels: Frames | None
+    turn: object = None
+
+
+class Feed(Protocol):
+    """Where frames come from.
+
+    Attributes:
+        name: for messages and people; without credentials.
+        live: whether frames come in real time by themselves; a feed may learn it when it is opened.
+        again: whether it can be opened again after it ended or failed.
+    """
+
+    name: str
+    live: bool
+    again: bool
+
+    def open(self) -> AbstractContextManager[Iterator[Arrival]]:
+        """Its frames, from its beginning or from now.
+
+        Raises:
+            EdgetubeError: it cannot be opened or read.
+        """
+
+
+class Given:
+    """A caller's frames: (H, W, 3) uint8 RGB, number i at i / fps; or (seconds, frame) pairs."""
+
+    again = False
+
+    def __init__(self, frames: Iterable[Any], name: str, fps: float | None, live: bool) -> None:
+        self.name, self.live = name, live
+        self._timed = checked(frames) if live and fps is None else timed(frames, fps)
+
+    @contextmanager
+    def open(self) -> Iterator[Iterator[Arrival]]:
+        """Its frames, as the caller's iterator gives them."""
+        yield self._arrivals()
+
+    def _arrivals(self) -> Iterator[Arrival]:
+        while True:
+            try:
+                item = next(self._timed, None)
+            except EdgetubeError:
+                raise
+            except Exception as error:
+                raise InputError(f"{self.name} failed: {type(error).__name__}: {error}") from error
+            if item is None:
+                return
+            yield Arrival(*item)
+
+
+class Decoded:
+    """What `edgetube.video` opens: a video or a picture, a camera, a URL."""
+
+    def __init__(self, source: video.Source, name: str) -> None:
+        self.name = name
+        self.live = self.again = not isinstance(source, Path)
+        self._source = source
+
+    @contextmanager
+    def open(self) -> Iterator[Iterator[Arrival]]:
+        """Its frames, from its beginning or from now."""
+        yield (Arrival(seconds, pixels) for seconds, pixels in video.frames(self._source))
+
+
+def choose(source: object, name: str | None, fps: float | None, live: bool) -> Feed:
+    """The feed of a source; see `edgetube.live.source.FrameSource`.
+
+    Raises:
+        InputError: a source, a name or a rate that cannot be used.
+    """
+    if isinstance(source, bool) or source is None or isinstance(source, bytes):
+        raise InputError(f"the source is {source!r:.60}; expected a path, a URL, a camera's index, or frames")
+    if isinstance(source, int | str | Path):
+        parsed = video.parse(source)
+        return Decoded(parsed, name or str(source))
+    return Given(cast("Iterable[Any]", source), name or "the frames", fps, live)
+
+
+def timed(frames: Iterable[Any], fps: float | None) -> Iterator[tuple[float, Frames]]:
+    """Check and copy a caller's frames, and give each a time.
+
+    Args:
+        frames: (H, W, 3) uint8 RGB, of which number i is shown at i / fps; or (seconds, frame) tuples.
+        fps: frames per second of bare frames; None counts whole seconds.
+
+    Raises:
+        InputError: `frames` is not iterable, or a frame or its time cannot be used; says which and why.
+    """
+    rate = 1.0 if fps is None else preprocess.frame_rate(fps)
+    return ((i / rate if seconds is None else seconds, frame) for i, (seconds, frame) in enumerate(checked(frames)))
+
+
+def checked(frames: Iterable[Any]) -> Iterator[tuple[float | None, Frames]]:
+    """Check and copy a caller's frames, with the times of pairs; bare frames have None.
+
+    Raises:
+        InputError: as `timed` raises.
+    """
+    try:
+        items = iter(frames)
+    except TypeError as error:
+        raise InputError(
+            f"the source is a {type(frames).__name__}; expected a file, a camera, a URL or frames"
+        ) from error
+    return _checked(items)
+
+
+def _checked(items: Iterator[Any]) -> Iterator[tuple[float | None, Frames]]:
+    clocked: bool | None = None
+    for i, item in enumerate(items):
+        what = f"frame {i} of the stream"
+        paired = isinstance(item, tuple) and len(item) == 2 and not isinstance(item[0], bool | np.bool_)
+        if clocked not in (None, paired):
+            raise InputError(f"{what} has {'a' if paired else 'no'} time, unlike those before; expected one kind")
+        clocked = paired
+        if paired:
+            yield preprocess.seconds(item[0], f"the time of {what}"), preprocess.frame(item[1], what)
+        else:
+            yield None, preprocess.frame(item, what)

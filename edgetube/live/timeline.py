@@ -1,0 +1,158 @@
+"""The clock of a source: the time of each frame, and where a frame does not continue the frames before it."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median_high
+from typing import NamedTuple
+
+from edgetube.preprocess import TOLERANCE
+
+GAP_PERIODS = 1.5
+"""Periods of a live source without a frame that are a gap: half a period more than a rate has."""
+
+FREEZE_S = 10.0
+"""Seconds that a file may hold a frame. Recordings of a still scene do that on purpose; after more it is a gap."""
+
+MAX_LATE, LATE_S = 4, 1.0
+"""Frames in a row, and seconds, by which frames may be out of order; with more the clock was set back."""
+
+JUMP_S = 1.0
+"""Seconds by which a source's clock may be ahead of the frames' arrival; with more it jumped, and nothing is missing
+for that long. Networks bring frames in bursts of up to half a second."""
+
+JITTER_S = 0.02
+"""Seconds by which arrivals vary on any machine; they are the clock of sources that have none."""
+
+REMEMBERED = 31
+"""Differences of frames' times that a period is taken from: about a second."""
+
+
+class Look(NamedTuple):
+    """What a window needs its frames to have in common."""
+
+    height: int
+    width: int
+    turn: object = None
+    """How the stored picture was turned to be upright, as the source says it; None where it says nothing."""
+
+
+class Placed(NamedTuple):
+    """The place of a frame in its source: what `edgetube.live.frame.Frame` says of it."""
+
+    seconds: float
+    restarted: str | None
+
+
+class Rhythm:
+    """The period of a live source: the median of the last differences between its frames.
+
+    Args:
+        arrivals: whether the times are those of arrival. They vary with the network, so what came twice of late is
+            taken for usual.
+    """
+
+    def __init__(self, arrivals: bool) -> None:
+        self._arrivals = arrivals
+        self._steps: deque[float] = deque(maxlen=REMEMBERED)
+
+    def is_gap(self, step: float) -> bool:
+        """Whether frames are missing within `step` seconds between two frames; remembers it."""
+        longest = self._longest()
+        gap = longest is not None and step > longest
+        if gap and not self._arrivals:
+            self._steps.clear()  # the rate may be another from here on: one gap, not one for each frame
+        if step > 0:
+            self._steps.append(step)
+        return gap
+
+    def _longest(self) -> float | None:
+        if not self._steps:
+            return None
+        usual: float = median_high(self._steps)
+        if not self._arrivals:
+            return GAP_PERIODS * usual + TOLERANCE
+        usual = max(usual, sorted(self._steps)[-2:][0])
+        return max(GAP_PERIODS * usual, usual + JITTER_S)
+
+
+class Timeline:
+    """Places the frames of one source on its clock.
+
+    Stamps are the source's own times; a source without them is placed by arrival. The seconds of a live source begin
+    at 0 and go on where its clock does not: after a jump, or over a new connection, by the time that passed meanwhile
+    on arrival. Those of a file or of the caller's pairs are the stamps.
+
+    Args:
+        live: whether frames come in real time by themselves. Then a gap is more than `GAP_PERIODS` periods, else more
+            than `FREEZE_S`.
+    """
+
+    def __init__(self, live: bool) -> None:
+        self._live = live
+        self._rhythm = Rhythm(arrivals=False)
+        self._shift: float | None = None
+        self._stamped = False
+        self._time = self._arrived = self._seconds = 0.0
+        self._look: Look | None = None
+        self._late = 0
+        self._pending: str | None = None
+
+    def interrupt(self, why: str) -> None:
+        """The next frame does not continue the last one, and its stamps may begin anywhere: a new connection."""
+        if self._look is not None:
+            self._pending = why
+
+    def place(self, stamp: float | None, arrived: float, look: Look) -> Placed | None:
+        """Place the next frame; None for one that is older than a frame before it, which is to be left out.
+
+        Args:
+            stamp: seconds of the source's own clock, from any beginning; None where it has none.
+            arrived: seconds of the monotonic clock.
+        """
+        time = arrived if stamp is None else stamp
+        if self._shift is None or self._look is None:
+            self._shift = -time if self._live else 0.0
+            self._rhythm = Rhythm(arrivals=stamp is None)
+            return self._settle(time, arrived, look, stamp is not None, None)
+        passed = max(0.0, arrived - self._arrived)
+        why, jumped = self._pending, self._pending is not None
+        if not jumped and (stamp is not None) != self._stamped:
+            why, jumped = "its clock is another", True
+        if not jumped:
+            step = time - self._time
+            if -LATE_S <= step < 0 and self._late < MAX_LATE:
+                self._late += 1
+                return None
+            why, jumped = self._judge(step, passed)
+        if jumped:
+            self._rhythm = Rhythm(arrivals=stamp is None)
+            if self._live:
+                self._shift = self._seconds + passed - time
+        if look != self._look and why is None:
+            why = _change(self._look, look)
+        return self._settle(time, arrived, look, stamp is not None, why)
+
+    def _judge(self, step: float, passed: float) -> tuple[str | None, bool]:
+        """Why a frame does not continue the last one, and whether that is because the clock jumped."""
+        if step < 0:
+            return f"its clock jumped back by {-step:.3f} s", True
+        gap = self._rhythm.is_gap(step) if self._live else step > FREEZE_S
+        if not gap:
+            return None, False
+        if self._live and step - passed > JUMP_S:
+            return f"its clock jumped ahead by {step - passed:.3f} s", True
+        return f"no frame for {step:.3f} s", False
+
+    def _settle(self, time: float, arrived: float, look: Look, stamped: bool, why: str | None) -> Placed:
+        assert self._shift is not None, "set with the first frame"
+        self._time, self._arrived, self._look, self._stamped = time, arrived, look, stamped
+        self._seconds = time + self._shift
+        self._late, self._pending = 0, None
+        return Placed(self._seconds, why)
+
+
+def _change(before: Look, now: Look) -> str:
+    if before[:2] != now[:2]:
+        return f"its size changed from {before.width}x{before.height} to {now.width}x{now.height}"
+    return "its rotation changed"
