@@ -7,9 +7,10 @@ The definition, with formulas and independent oracles, is in `docs/preprocessing
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,23 @@ def number(value: object, name: str, expected: str) -> float:
         raise InputError(f"{name} is {value!r:.60}; expected {expected}") from error
     if not math.isfinite(found):
         raise InputError(f"{name} is {value!r:.60}; expected {expected}")
+    return found
+
+
+def count_of(value: object, name: str) -> int:
+    """Check a caller's integer >= 1.
+
+    Raises:
+        InputError: it is not one.
+    """
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        found = operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise InputError(f"{name} is {value!r:.60}; expected a whole number >= 1") from error
+    if found < 1:
+        raise InputError(f"{name} is {found}; expected >= 1")
     return found
 
 
@@ -114,51 +132,65 @@ def check_still(what: str, view: View) -> None:
         raise InputError(f"{what} is a still image and has 1 temporal view, not {view.count}: use --views 1x1 or 1x3")
 
 
-def resample(
-    timed: Iterable[tuple[float, T]], fps: float | None, start: float | None = None, hold: bool = False
-) -> Iterator[tuple[float, T]]:
+class Resampler(Generic[T]):
     """Frames at a constant rate: for each time start + k / fps the frame that is on display then.
 
     That is the first frame whose timestamp lies within `TOLERANCE` of the time, else the last one before it; times
-    before the first frame get the first frame. A frame is given out as soon as its time has come.
+    before the first frame get the first frame. A frame is given out as soon as its time has come; it can come out more
+    than once, or never.
 
     Args:
-        timed: (seconds, frame) in the order of display; any rate, also a varying one.
         fps: frames per second to give out; None gives the frame that is on display at `start`, and all after it.
         start: seconds of the first one; None: the timestamp of the first frame.
-        hold: repeat the last frame for ever; else it is on display for as long as the one before it was.
-
-    Yields:
-        (seconds, frame) as they came in; a frame can come out more than once, or never.
     """
-    count, gap = 0, 0.0
-    wanted = -math.inf if start is None else start
-    last: tuple[float, T] | None = None
+
+    def __init__(self, fps: float | None, start: float | None = None) -> None:
+        self._fps, self._start, self._count, self._gap = fps, start, 0, 0.0
+        self._wanted = -math.inf if start is None else start
+        self._last: tuple[float, T] | None = None
+
+    def push(self, now: float, frame: T) -> Iterator[tuple[float, T]]:
+        """The frames (seconds, frame) whose time has come with the next one, in the order of display; to be read to
+        its end before the next call."""
+        last = self._last
+        if last is None and self._start is None:
+            self._wanted = self._start = now
+        while last is not None and self._wanted < now - TOLERANCE:
+            yield last
+            self._advance()
+        if self._fps is None and self._count:
+            self._wanted = now
+        self._gap = 0.0 if last is None else now - last[0]
+        self._last = now, frame
+        while self._wanted <= now + TOLERANCE:
+            yield self._last
+            self._advance()
+
+    def end(self, hold: bool = False) -> Iterator[tuple[float, T]]:
+        """What follows the last frame.
+
+        Args:
+            hold: repeat it for ever; else it is on display for as long as the one before it was.
+        """
+        rounded = 3 * TOLERANCE  # this timestamp, and the two that make the gap
+        while self._last is not None and (hold or self._wanted < self._last[0] + self._gap - rounded):
+            yield self._last
+            self._advance()
+
+    def _advance(self) -> None:
+        """The time of the following frame; without a rate it is unknown until that frame arrives."""
+        self._count += 1
+        self._wanted = (self._start or 0.0) + self._count / self._fps if self._fps else math.inf
+
+
+def resample(
+    timed: Iterable[tuple[float, T]], fps: float | None, start: float | None = None, hold: bool = False
+) -> Iterator[tuple[float, T]]:
+    """The frames of `timed`, (seconds, frame) in the order of display, at a constant rate: see `Resampler`."""
+    resampler = Resampler[T](fps, start)
     for now, frame in timed:
-        if last is None and start is None:
-            wanted = start = now
-        while last is not None and wanted < now - TOLERANCE:
-            yield last
-            count += 1
-            wanted = _due(start, fps, count)
-        if fps is None and count:
-            wanted = now
-        gap = 0.0 if last is None else now - last[0]
-        last = now, frame
-        while wanted <= now + TOLERANCE:
-            yield last
-            count += 1
-            wanted = _due(start, fps, count)
-    rounded = 3 * TOLERANCE  # this timestamp, and the two that make the gap
-    while last is not None and (hold or wanted < last[0] + gap - rounded):
-        yield last
-        count += 1
-        wanted = _due(start, fps, count)
-
-
-def _due(start: float | None, fps: float | None, count: int) -> float:
-    """The time of frame `count`; without a rate it is unknown until that frame arrives."""
-    return (start or 0.0) + count / fps if fps else math.inf
+        yield from resampler.push(now, frame)
+    yield from resampler.end(hold)
 
 
 def pick(timed: Iterable[tuple[float, T]], contract: InputContract, start: float) -> Iterator[tuple[float, T]]:

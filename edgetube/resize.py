@@ -5,9 +5,12 @@ The definition, with formulas and independent oracles, is in `docs/preprocessing
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -157,20 +160,43 @@ def _plan(height: int, width: int, contract: InputContract, side: Side) -> _Plan
     return _Plan(vertical, horizontal, top, bottom, left, right)
 
 
+class _Scratch(threading.local):
+    """Arrays of one thread that the passes write their intermediate results to: for large new ones the system would
+    have to clear memory at every frame, which takes as long as the passes."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, npt.NDArray[Any]] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], kind: type[np.generic]) -> npt.NDArray[Any]:
+        """An array that is overwritten when the same name is asked for again."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or len(held) < size:
+            self._held[name] = held = np.empty(size, kind)
+        return held[:size].reshape(shape)
+
+
+_scratch = _Scratch()
+
+
 def _bilinear(frame: Frames, plan: _Plan, out: Frames) -> None:
     """Resize and crop one frame, (H0, W0, 3) -> (H, W, 3): rows in float32, columns in float64, rounded once."""
     height, width, _ = out.shape
-    tall = np.empty((height, (plan.right - plan.left) * 3), np.float32)
+    wide = (plan.right - plan.left) * 3
+    tall = _scratch("tall", (height, wide), np.float32)
     for b in plan.vertical:
-        source = frame[b.low : b.high, plan.left : plan.right].astype(np.float32)
-        np.matmul(b.matrix, source.reshape(b.high - b.low, -1), out=tall[b.at : b.at + len(b.matrix)])
-    result = np.empty((height, width * 3))
+        source = _scratch("source", (b.high - b.low, wide), np.float32)
+        source.reshape(len(source), -1, 3)[...] = frame[b.low : b.high, plan.left : plan.right]
+        np.matmul(b.matrix, source, out=tall[b.at : b.at + len(b.matrix)])
+    exact = _scratch("exact", tall.shape, np.float64)
+    exact[...] = tall
+    result = _scratch("result", (height, width * 3), np.float64)
     for b in plan.horizontal:
-        band = tall[:, (b.low - plan.left) * 3 : (b.high - plan.left) * 3].astype(np.float64)
-        result[:, b.at * 3 : b.at * 3 + b.matrix.shape[1]] = band @ b.matrix
+        band = exact[:, (b.low - plan.left) * 3 : (b.high - plan.left) * 3]
+        np.matmul(band, b.matrix, out=result[:, b.at * 3 : b.at * 3 + b.matrix.shape[1]])
     result *= 1.0 / (ONE * ONE)
     result += 0.5  # the cast below truncates: half goes up; at most 255.5, so nothing to clip
-    out[...] = result.astype(np.uint8).reshape(out.shape)
+    out[...] = result.reshape(out.shape)
 
 
 def _bicubic(frame: Frames, plan: _Plan, out: Frames) -> None:
@@ -183,8 +209,9 @@ def _bicubic(frame: Frames, plan: _Plan, out: Frames) -> None:
     wide = np.empty((plan.bottom - plan.top, width * 3), np.uint8)
     for at in range(0, len(wide), STRIP):
         strip = frame[plan.top + at : min(plan.top + at + STRIP, plan.bottom), plan.left : plan.right]
-        pixels = strip.astype(np.float64).reshape(len(strip), -1)
-        sums = np.empty((len(strip), width * 3))
+        pixels = _scratch("strip", (len(strip), strip.shape[1] * 3), np.float64)
+        pixels.reshape(strip.shape)[...] = strip
+        sums = _scratch("sums", (len(strip), width * 3), np.float64)
         for b in plan.horizontal:
             band = pixels[:, (b.low - plan.left) * 3 : (b.high - plan.left) * 3]
             np.matmul(band, b.matrix, out=sums[:, b.at * 3 : b.at * 3 + b.matrix.shape[1]])

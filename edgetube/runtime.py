@@ -118,7 +118,7 @@ class Runtime:
         Frames of OpenCV are BGR: give `cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)`.
         """
         began = time.perf_counter()
-        top_k = stream.count_of(top_k, "top_k")
+        top_k = preprocess.count_of(top_k, "top_k")
         if fps is not None:
             fps = preprocess.frame_rate(fps)
         return self._predict(self._clip(source, fps, start), top_k, began)
@@ -157,7 +157,7 @@ class Runtime:
         ...         yield time.monotonic(), cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
         >>> for p in rt.stream(camera(cv2.VideoCapture(0))): ...
         """
-        top_k = stream.count_of(top_k, "top_k")
+        top_k = preprocess.count_of(top_k, "top_k")
         fps = self.contract.fps if fps is None else preprocess.frame_rate(fps)
         frames = video.frames(source) if isinstance(source, Source) else stream.timed(source, fps)
         clips = stream.windows(frames, self.contract, hop)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import time
 import warnings
 from collections import deque
@@ -27,23 +26,6 @@ MAX_GAP = 10.0
 
 MAX_LATE = 4
 """Frames in a row that may be out of order. With one more the clock was set back, and the window starts again."""
-
-
-def count_of(value: object, name: str) -> int:
-    """Check a caller's integer >= 1.
-
-    Raises:
-        InputError: it is not one.
-    """
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        found = operator.index(value)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise InputError(f"{name} is {value!r:.60}; expected a whole number >= 1") from error
-    if found < 1:
-        raise InputError(f"{name} is {found}; expected >= 1")
-    return found
 
 
 def check(contract: InputContract) -> None:
@@ -83,7 +65,7 @@ def windows(
         InputError: hop < 1, a source without frames, or a model that samples segments.
     """
     check(contract)
-    hop = max(1, contract.frames // 4) if hop is None else count_of(hop, "hop")
+    hop = max(1, contract.frames // 4) if hop is None else preprocess.count_of(hop, "hop")
     return _windows(frames, contract, hop)
 
 

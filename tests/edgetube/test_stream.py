@@ -334,4 +334,4 @@ def test_what_cannot_be_windowed_is_refused() -> None:
         next(stream.windows([], contract))
     for hop in (2.5, True, "2", None):
         with pytest.raises(InputError, match="expected a whole number >= 1"):
-            stream.count_of(hop, "hop")
+            preprocess.count_of(hop, "hop")
