@@ -3,7 +3,7 @@ import threading
 from edgetube.live.frame import Account, Ledger
 
 
-def test_the_account_balances_at_every_moment():
+def test_the_account_balances_at_every_moment() -> None:
     ledger, stop, wrong = Ledger(), threading.Event(), []
 
     def look() -> None:
