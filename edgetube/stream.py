@@ -13,10 +13,9 @@ import numpy as np
 from edgetube import preprocess, resize
 from edgetube.contract import InputContract
 from edgetube.errors import InputError, InputWarning
-from edgetube.live.feeds import timed
+from edgetube.live.feeds import timed as timed
 from edgetube.video import Clip, Frames
 
-__all__ = ["TimedFrame", "check", "count_of", "ticks", "timed", "windows"]
 
 TimedFrame = tuple[float, Frames]
 """(seconds, frame (H, W, 3) uint8)."""
