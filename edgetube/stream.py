@@ -16,7 +16,6 @@ from edgetube.errors import InputError, InputWarning
 from edgetube.live.feeds import timed as timed
 from edgetube.video import Clip, Frames
 
-
 TimedFrame = tuple[float, Frames]
 """(seconds, frame (H, W, 3) uint8)."""
 
