@@ -15,6 +15,11 @@ def softmax(logits: Array) -> npt.NDArray[np.float64]:
     return np.asarray(exp / exp.sum(axis=-1, keepdims=True), np.float64)
 
 
+def sigmoid(logits: Array) -> npt.NDArray[np.float64]:
+    """1 / (1 + exp(-x)) of each logit, in float64; large ones do not overflow."""
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64))), np.float64)
+
+
 def view_mean(logits: Array) -> npt.NDArray[np.float32]:
     """Logits (N, classes) whose softmax is the mean, over the views, of the softmax of logits (N, views, classes).
 

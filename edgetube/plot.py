@@ -1,7 +1,6 @@
 """One picture of a model: where its tubes sample a clip, and the kernels that they learned.
 
-The geometry (`boxes`, `mask`, `touched`) needs numpy only; drawing needs matplotlib, and uses its `Figure` directly,
-so no window system and no global state are involved.
+Drawing needs matplotlib, and uses its `Figure` directly, so no window system and no global state are involved.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from edgetube.files import replacing
 from edgetube.spec import ModelSpec, Triple, TubeSpec
 from edgetube.targets import need
 from edgetube.video import Frames
+from edgetube.voxels import boxes, mask, placed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,41 +47,6 @@ LEGEND = (
 
 SHOWN = 4  # frames in the strip
 SLICES = 4  # at most, in the solid
-
-
-def boxes(tube: TubeSpec, clip: Triple) -> npt.NDArray[np.int64]:
-    """The voxels of every kernel position: (n, 3, 2) as (start, stop) along time, height and width.
-
-    One box a token, times `tube.merge` with space-to-depth: each neighbour reads a box of its own.
-    """
-    starts = [
-        (o + s * np.arange(g)[:, None] + step * np.arange(m)).ravel()
-        for o, s, g, step, m in zip(
-            tube.offset, tube.stride, tube.grid(clip), tube.conv_stride, tube.space_to_depth, strict=True
-        )
-    ]
-    low = np.stack(np.meshgrid(*starts, indexing="ij"), axis=-1).reshape(-1, 3)
-    return np.stack([low, low + tube.kernel], axis=-1).astype(np.int64)
-
-
-def mask(tubes: Sequence[TubeSpec], clip: Triple) -> npt.NDArray[np.bool_]:
-    """Which voxels the tubes read: (T, H, W) bool."""
-    read = np.zeros(clip, bool)
-    for tube in tubes:
-        for (t0, t1), (h0, h1), (w0, w1) in boxes(tube, clip):
-            read[t0:t1, h0:h1, w0:w1] = True
-    return read
-
-
-def touched(spec: ModelSpec) -> float:
-    """The share of the clip's voxels, 0..1, that at least one active tube reads."""
-    return float(mask([placed(spec, i) for i in spec.active], spec.clip).mean())
-
-
-def placed(spec: ModelSpec, index: int) -> TubeSpec:
-    """Tube `index` as it lies in the whole clip: a model of single frames reads every frame alike."""
-    tube = spec.tubes[index]
-    return replace(tube, stride=(1, *tube.stride[1:])) if spec.per_frame else tube
 
 
 def strongest(weight: Array, count: int) -> Array:

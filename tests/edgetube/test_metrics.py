@@ -29,6 +29,12 @@ def test_softmax_is_torchs_and_sums_to_one(a: Any) -> None:
     np.testing.assert_allclose(metrics.softmax(a), expected, atol=1e-12)
 
 
+@given(logits)
+def test_sigmoid_is_torchs(a: Any) -> None:
+    np.testing.assert_allclose(metrics.sigmoid(a), torch.from_numpy(a).double().sigmoid().numpy(), atol=1e-12)
+    assert metrics.sigmoid(np.array([-1e4, 0, 1e4])).tolist() == [0.0, 0.5, 1.0]
+
+
 def test_top_k_counts_rows_whose_label_is_among_the_best() -> None:
     scores = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [2.0, 3.0, 1.0], [1.0, 3.0, 2.0]])
     labels = np.array([0, 0, 0, 0])
