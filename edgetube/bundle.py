@@ -298,7 +298,7 @@ def parse_labels(value: Any, where: str) -> tuple[str, ...]:
     return labels
 
 
-READ_OPTIONS = ("adapter", "spec", "arch", "ema", "text_features", "labels", "pool_frames")
+READ_OPTIONS = ("adapter", "classifier", "spec", "arch", "ema", "text_features", "labels", "pool_frames")
 """Keys of `checkpoint` that say how it was read, the options of `edgetube export` of the same names."""
 
 

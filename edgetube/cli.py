@@ -143,6 +143,9 @@ def _reading(
     adapter: Annotated[
         Path | None, typer.Option(help="Folder of a peft adapter (LoRA), merged into the weights.")
     ] = None,
+    classifier: Annotated[
+        Path | None, typer.Option(help="Weight and bias of a linear: a classifier for a tower without one.")
+    ] = None,
     spec: Annotated[Path | None, typer.Option(help="JSON file with what the checkpoint does not say.")] = None,
     arch: Annotated[
         str | None, typer.Option(help="Architecture of a bare state dict, as its library names it.")
@@ -157,7 +160,9 @@ def _reading(
     pool_frames: Annotated[str | None, typer.Option(help="mean: an image model over every frame of a clip.")] = None,
 ) -> Mapping[str, Any]:
     """What the user says about a checkpoint: the options that were given."""
-    paths = {"adapter": adapter, "spec": spec, "text_features": text_features, "labels": labels}
+    paths = {
+        "adapter": adapter, "classifier": classifier, "spec": spec, "text_features": text_features, "labels": labels
+    }  # fmt: skip
     texts = {key: None if path is None else str(path) for key, path in paths.items()}
     given = {**texts, "arch": arch, "ema": ema, "pool_frames": pool_frames}
     return {key: value for key, value in given.items() if value is not None}

@@ -13,6 +13,7 @@ scikit-learn's digits held still; a linear probe is fitted on pooled float featu
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -23,10 +24,10 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from edgetube import calibration, export, metrics, video
+from edgetube import calibration, export, formats, metrics, video
 from edgetube.bench import machine
 from edgetube.bench.latency import interleave
 from edgetube.bench.studies.int8 import keep
@@ -39,6 +40,7 @@ from edgetube.datasets import ClipSet, Item
 from edgetube.export import canonical, int8, integer, openvino, rewrite, static
 from edgetube.export.canonical import Graph
 from edgetube.export.quantize import apply, qdq
+from edgetube.formats.reading.files import ReadOptions
 from edgetube.model.transformer import VideoTransformer
 from edgetube.spec import ModelSpec, TubeSpec
 from edgetube.video import Clip
@@ -51,63 +53,31 @@ FRAMES, SIZE, STEP = 8, 112, 4
 
 LABELS = tuple("0123456789")
 CONTRACT = InputContract(FRAMES, SIZE, SIZE, fps=10.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-PREFIX = "backbone.encoder.layer"
+SAID = {"mean": CONTRACT.mean, "std": CONTRACT.std, "resize": "stretch", "height": SIZE, "width": SIZE}
 
 
-def tube_vit(source: Path) -> VideoTransformer:
+def tube_vit(source: Path, folder: Path) -> VideoTransformer:
     """The encoder of the ViT-S/14 at `source` as a sparse-tube model of 8 x 112 x 112 clips, without a classifier."""
-    found = onnx.load(source)
-    weights = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in found.graph.initializer}
-    for node in found.graph.node:  # the exporter gave the matrices numbers for names
-        if node.op_type == "MatMul" and node.input[1] in weights:
-            weights[node.name] = weights[node.input[1]]
-    grid = SIZE // 14
+    (folder / "spec.json").write_text(json.dumps({"model": {"heads": 6}, "input": SAID}))
+    save_file({"weight": torch.zeros(10, 384)}, folder / "classifier.safetensors")
+    image = formats.load(
+        source, ReadOptions(spec=str(folder / "spec.json"), classifier=str(folder / "classifier.safetensors"))
+    ).model
     tubes = (TubeSpec((STEP, 14, 14), (STEP, 14, 14)), TubeSpec((1, 14, 14), (FRAMES, SIZE, SIZE)))
     spec = ModelSpec(
         tubes, FRAMES, (SIZE, SIZE), 384, 12, 6, (("digits", 10),), readout=("mean",), positions="stored", norm_eps=1e-6
     )
     model = VideoTransformer(spec).eval()
-    state = model.state_dict()
-    patch = weights["backbone.embeddings.patch_embeddings.projection.weight"]
-    state["tubes.weights.0"] = patch[:, :, None].repeat(1, 1, STEP, 1, 1) / STEP
-    state["tubes.biases.0"] = weights["backbone.embeddings.patch_embeddings.projection.bias"]
+    state, found = model.state_dict(), image.state_dict()
+    state |= {name: value for name, value in found.items() if name.startswith(("blocks.", "norm."))}
+    state["tubes.weights.0"] = found["tubes.weights.0"].repeat(1, 1, STEP, 1, 1) / STEP
+    state["tubes.biases.0"] = found["tubes.biases.0"]
     state["tubes.weights.1"] = torch.zeros_like(state["tubes.weights.1"])
-    state["tubes.biases.1"] = weights["backbone.embeddings.cls_token"].reshape(-1)
-    table = weights["onnx::Reshape_1962"].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
-    table = F.interpolate(table, size=(grid, grid), mode="bicubic", align_corners=False)
-    patches = table.permute(0, 2, 3, 1).reshape(-1, 384).repeat(FRAMES // STEP, 1)
-    state["positions"] = torch.cat([patches, weights["onnx::Concat_1957"].reshape(1, 384)])
-    for i in range(12):
-        state |= {f"blocks.{i}.{name}": value for name, value in block(weights, i).items()}
-    state["norm.weight"], state["norm.bias"] = weights["backbone.layernorm.weight"], weights["backbone.layernorm.bias"]
+    position = torch.zeros(1, 384)  # the prefix holds the class token with its position
+    state["tubes.biases.1"] = found["prefix"][0]
+    state["positions"] = torch.cat([found["positions"].repeat(FRAMES // STEP, 1), position])
     model.load_state_dict(state)
     return model
-
-
-def block(weights: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
-    """The tensors of one block under our names; LayerScale is part of the linear before it."""
-
-    def matrix(name: str) -> torch.Tensor:
-        return weights[f"/backbone/encoder/layer.{index}/{name}/MatMul"].T
-
-    def bias(name: str) -> torch.Tensor:
-        return weights[f"{PREFIX}.{index}.{name}.bias"]
-
-    attention = [f"attention/attention/{part}" for part in ("query", "key", "value")]
-    scale1, scale2 = (weights[f"{PREFIX}.{index}.layer_scale{n}.lambda1"] for n in (1, 2))
-    found = {
-        "attn.qkv.weight": torch.cat([matrix(name) for name in attention]),
-        "attn.qkv.bias": torch.cat([bias(name.replace("/", ".")) for name in attention]),
-        "attn.proj.weight": matrix("attention/output/dense") * scale1[:, None],
-        "attn.proj.bias": bias("attention.output.dense") * scale1,
-        "mlp.fc1.weight": matrix("mlp/fc1"),
-        "mlp.fc1.bias": bias("mlp.fc1"),
-        "mlp.fc2.weight": matrix("mlp/fc2") * scale2[:, None],
-        "mlp.fc2.bias": bias("mlp.fc2") * scale2,
-    }
-    for norm in ("norm1", "norm2"):
-        found |= {f"{norm}.{kind}": weights[f"{PREFIX}.{index}.{norm}.{kind}"] for kind in ("weight", "bias")}
-    return found
 
 
 def videos(folder: Path, count: int) -> list[Item]:
@@ -261,7 +231,7 @@ def text(table: Mapping[str, Any]) -> str:
 
 def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All candidates on the same clips."""
-    model = tube_vit(next((folder / "wheels").rglob("vit_s_focus.onnx")))
+    model = tube_vit(next((folder / "wheels").rglob("vit_s_focus.onnx")), folder)
     gather = partial(collect, contract=CONTRACT, labels=LABELS, workspace=folder)
     kinds = videos(folder / "wheels", args.calibration), digits(0, args.calibration)
     seen = gather(ClipSet("videos and digits", (*kinds[0], *kinds[1])))

@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 from edgetube import demo
 from edgetube.bundle import READ_OPTIONS, Bundle
 from edgetube.errors import CheckpointError, InputError, SpecError
-from edgetube.formats.reading import licence, report, tensors
+from edgetube.formats.reading import licence, onnx_files, report, tensors
 from edgetube.formats.reading.files import CONFIG, PATHS, Files, ReadOptions
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
@@ -76,7 +76,7 @@ def load(source: str | Path = "demo", options: ReadOptions | None = None) -> Che
     if demo.is_built_in(source):
         options.allow()
         return checkpoints.load(source)
-    files = Files(Path(source), options.ema, options.adapter)
+    files = Files(Path(source), options)
     found = _recognising(files)
     if len(found) > 1:
         raise CheckpointError(
@@ -189,7 +189,7 @@ def _candidates(where: Path) -> list[Path]:
     """Files of weights at or below `where`, and the folders that hold them."""
     if not where.is_dir():
         return [where]
-    files = sorted(path for path in where.rglob("*") if path.suffix in tensors.SUFFIXES)
+    files = sorted(path for path in where.rglob("*") if path.suffix in (*tensors.SUFFIXES, onnx_files.SUFFIX))
     return [*files, *dict.fromkeys(path.parent for path in files)]
 
 

@@ -1,4 +1,7 @@
-"""DINOv2 image classifiers, with registers or without, as transformers saves them: LayerScale, class token and mean.
+"""DINOv2 image classifiers and towers, with registers or without, as transformers saves them: LayerScale.
+
+The classifier of transformers reads the class token and the mean of the patches; one beside a tower may read the class
+token alone.
 
 Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024; Darcet et al., "Vision
 Transformers Need Registers", ICLR 2024.
@@ -10,8 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from edgetube.errors import CheckpointError
-from edgetube.formats.reading import blocks, result
+from edgetube.formats.reading import blocks, heads, result
 from edgetube.formats.reading.blocks import BlockNames, Weights
 from edgetube.formats.reading.dialects import one_dialect
 from edgetube.formats.reading.files import Files, ReadOptions
@@ -59,17 +61,13 @@ def detect(files: Files) -> bool:
 
 def read(files: Files, options: ReadOptions) -> Checkpoint:
     """See `edgetube.formats.Format`."""
-    options.allow("spec", "labels", "adapter")
+    options.allow("spec", "labels", "adapter", "classifier")
     kind = files.model_type
     config, said = Config(files, DEFAULTS | OWN_DEFAULTS[kind]), Said.of(options)
-    state = State(files.path, files.tensors, one_dialect)
-    if "classifier.weight" not in state:
-        raise CheckpointError(
-            f"{files.path} has no classifier: it is DINOv2's tower alone; train a head on labels first"
-        )
+    state = State(files.path, files.tensors, lambda name: one_dialect(name).removeprefix(f"{kind}."))
     gated, width = config.flag("use_swiglu_ffn"), config.integer("hidden_size")
     (height, across), (rows, columns) = config.pair("image_size"), config.pair("patch_size")
-    classes = state.shape("classifier.weight")[0]
+    classes, readout, note = heads.readout(files.path, state, width)
     spec = ModelSpec(
         tubes=(TubeSpec((1, rows, columns), (1, rows, columns)),),
         frames=1,
@@ -78,22 +76,28 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         classifiers=(("classes", classes),),
         hidden=_hidden(width, config.number("mlp_ratio"), gated),
         prefix=1 + (config.integer("num_register_tokens") if kind == REGISTERS else 0),
-        readout=("prefix.0", "mean"),
+        readout=readout,
         activation="silu" if gated else config.choice("hidden_act", ACTIVATIONS),
         gated_mlp=gated,
         positions="stored",
         position_resize=RESIZE[kind],
     )
-    weights = _embedding(state, f"{kind}.embeddings.", spec)
-    names = BLOCK if not gated else FUSED if f"{kind}.layers.0.mlp.weights_in.weight" in state else SPLIT
-    for i in range(spec.depth):
-        weights |= blocks.read_block(state, f"{kind}.layers.{i}.", f"blocks.{i}", names, width, spec.hidden)
-    weights |= blocks.norm(state, f"{kind}.layernorm", "norm", width)
-    weights |= blocks.classifier(state, "classifier", spec)
+    weights = _embedding(state, spec) | read_encoder(state, spec)
     made = contract(files, said, PROCESSOR, 1, {})
-    return result.checkpoint(
-        files, state, spec, weights, made, labels(files.path, options, config.id2label, classes), config.answer_notes()
-    )
+    notes = (*([note] if files.classifier else []), *config.answer_notes())
+    names = None if files.classifier else config.id2label
+    found = labels(files.path, options, names, classes)
+    return result.checkpoint(files, state, spec, weights, made, found, notes)
+
+
+def read_encoder(state: State, spec: ModelSpec) -> Weights:
+    """Blocks, last LayerNorm and classifier, by names without what stands before `layers.`."""
+    names = BLOCK if not spec.gated_mlp else FUSED if "layers.0.mlp.weights_in.weight" in state else SPLIT
+    weights: Weights = {}
+    for i in range(spec.depth):
+        weights |= blocks.read_block(state, f"layers.{i}.", f"blocks.{i}", names, spec.width, spec.hidden)
+    weights |= blocks.norm(state, "layernorm", "norm", spec.width)
+    return weights | blocks.classifier(state, heads.NAME, spec)
 
 
 def _hidden(width: int, ratio: float, gated: bool) -> int:
@@ -102,9 +106,9 @@ def _hidden(width: int, ratio: float, gated: bool) -> int:
     return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
 
 
-def _embedding(state: State, place: str, spec: ModelSpec) -> Weights:
+def _embedding(state: State, spec: ModelSpec) -> Weights:
     """The tube, the positions of the patches, and the prefix: the class token at its position, registers without."""
-    width, registers = spec.width, spec.prefix - 1
+    place, width, registers = "embeddings.", spec.width, spec.prefix - 1
     weights = blocks.tube(state, f"{place}patch_embeddings.projection", width, spec.tubes[0].kernel)
     table = state.take(f"{place}position_embeddings", "positions, prefix", (1, 1 + spec.tokens, width))[0]
     rows = state.take(f"{place}cls_token", "prefix", (1, 1, width))[0] + table[:1]  # (1, D)

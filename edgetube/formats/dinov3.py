@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from edgetube.errors import CheckpointError
-from edgetube.formats.reading import blocks, result
+from edgetube.formats.reading import blocks, heads, result
 from edgetube.formats.reading.blocks import BlockNames, Weights
 from edgetube.formats.reading.files import Files, ReadOptions
 from edgetube.formats.reading.processors import contract
@@ -48,9 +48,6 @@ GATED = replace(BLOCK, fc1=("mlp.gate_proj", "mlp.up_proj"), gated=True)
 OUTER = re.compile(r"^(?:(?:backbone|encoder|tower|vit|dinov3|dinov3_vit|model)\.)*(?=(?:embeddings|layer|norm)\.)")
 """What stands before the tower's own names: the attribute of a training module, or that of transformers' encoder."""
 
-READOUTS = (("prefix.0",), ("prefix.0", "mean"))
-"""What a classifier reads, one whose inputs are the width of the tower, and one whose inputs are twice that."""
-
 
 def detect(files: Files) -> bool:
     """A folder whose configuration says so."""
@@ -60,15 +57,13 @@ def detect(files: Files) -> bool:
 def read(files: Files, options: ReadOptions) -> Checkpoint:
     """See `edgetube.formats.Format`.
 
-    The classifier is `classifier.weight` and `classifier.bias` beside the tower. It reads the class token behind the
-    last LayerNorm (what transformers calls the pooler's output), or with twice as many inputs that and the mean of the
-    patches, in this order.
+    The classifier is `classifier.weight` and `classifier.bias` beside the tower, or in a file of its own.
     """
-    options.allow("spec", "labels", "adapter")
+    options.allow("spec", "labels", "adapter", "classifier")
     config, said = Config(files, DEFAULTS), Said.of(options)
     state = State(files.path, files.tensors, lambda name: OUTER.sub("", name))
     gated, width = config.flag("use_gated_mlp"), config.integer("hidden_size")
-    classes, readout = _classifier(files, state, width)
+    classes, readout, note = heads.readout(files.path, state, width)
     (height, across), (rows, columns) = config.pair("image_size"), config.pair("patch_size")
     spec = ModelSpec(
         tubes=(TubeSpec((1, rows, columns), (1, rows, columns)),),
@@ -97,27 +92,9 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     weights |= blocks.norm(state, "norm", "norm", width) | blocks.classifier(state, "classifier", spec)
     state.leave(["embeddings.mask_token"], "it is for pre-training")
     made = contract(files, said, PROCESSOR, 1, {})
-    read_by = "the class token" if len(readout) == 1 else "the class token and the mean of the patches"
-    notes = (f"its classifier is taken to read {read_by}, by the number of its inputs", *config.answer_notes())
+    notes = (note, *config.answer_notes())
     found = labels(files.path, options, config.id2label, classes)
     return result.checkpoint(files, state, spec, weights, made, found, notes)
-
-
-def _classifier(files: Files, state: State, width: int) -> tuple[int, tuple[str, ...]]:
-    """Its number of classes and what it reads."""
-    if "classifier.weight" not in state:
-        raise CheckpointError(
-            f"{files.path} has no classifier: it is the tower alone, and transformers has no classifier for it; train "
-            "a linear head on labels, and save it as classifier.weight and classifier.bias beside the tower's tensors"
-        )
-    shape = state.shape("classifier.weight")
-    known = {width * len(parts): parts for parts in READOUTS}
-    if len(shape) != 2 or shape[1] not in known:
-        raise CheckpointError(
-            f"{files.path}: classifier.weight is {shape}; expected (classes, {width}), of the class token, or "
-            f"(classes, {2 * width}), of the class token and the mean of the patches"
-        )
-    return shape[0], known[shape[1]]
 
 
 def _prefix(state: State, spec: ModelSpec) -> Weights:

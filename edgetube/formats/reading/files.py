@@ -13,7 +13,7 @@ from typing import Any
 from edgetube import strict
 from edgetube.bundle import sha256
 from edgetube.errors import CheckpointError, FormatError, InputError
-from edgetube.formats.reading import licence, tensors
+from edgetube.formats.reading import heads, licence, onnx_files, tensors
 from edgetube.formats.reading.adapters import Adapter
 from edgetube.formats.reading.tensors import TensorSource
 
@@ -37,6 +37,7 @@ class ReadOptions:
 
     Attributes:
         adapter: folder of a peft adapter that is merged into the weights.
+        classifier: file with the weight and the bias of a linear, for towers that have no classifier.
         spec: JSON file with fields of the model and its input that the files do not say, see `docs/checkpoints.md`.
         arch: architecture of a bare state dict, by the name that its library gives it.
         ema: take the exponential moving average of the weights (True) or the weights themselves (False) where a file
@@ -47,6 +48,7 @@ class ReadOptions:
     """
 
     adapter: str | None = None
+    classifier: str | None = None
     spec: str | None = None
     arch: str | None = None
     ema: bool | None = None
@@ -87,7 +89,9 @@ class ReadOptions:
         return cls(ema=ema, **known)
 
 
-PATHS = ("adapter", "spec", "text_features", "labels")
+NO_OPTIONS = ReadOptions()
+
+PATHS = ("adapter", "classifier", "spec", "text_features", "labels")
 
 
 class Files:
@@ -95,19 +99,21 @@ class Files:
 
     Args:
         path: a file of weights, or a folder with `config.json`.
-        ema, adapter: see `ReadOptions`.
+        options: those of `ema`, `adapter` and `classifier` say which tensors there are.
 
     Raises:
         InputError: there is nothing, or an adapter is given for a file.
     """
 
-    def __init__(self, path: Path, ema: bool | None = None, adapter: str | None = None) -> None:
-        self.path, self.ema = path.absolute(), ema
+    def __init__(self, path: Path, options: ReadOptions = NO_OPTIONS) -> None:
+        adapter, classifier = options.adapter, options.classifier
+        self.path, self.ema = path.absolute(), options.ema
         if not self.path.exists():
             raise InputError(f"no checkpoint at {self.path}; give a folder or a file of weights, demo, or random:NAME")
         if adapter is not None and not self.path.is_dir():
             raise InputError(f"--adapter is merged into the folder of a model of transformers; {self.path} is a file")
         self.adapter = None if adapter is None else Adapter(Path(adapter).absolute())
+        self.classifier = None if classifier is None else Path(classifier).absolute()
 
     @property
     def is_folder(self) -> bool:
@@ -157,13 +163,17 @@ class Files:
 
     @cached_property
     def tensors(self) -> TensorSource:
-        """The tensors, by name, those of an adapter merged in; opened when first asked for.
+        """The tensors, by name, an adapter merged in and a classifier beside them; opened when first asked for.
 
         Raises:
             CheckpointError: the weights cannot be read.
         """
-        source = tensors.open_source(self.weights, self.ema)
-        return source if self.adapter is None else self.adapter.merged(source, self.path)
+        if self.path.suffix == onnx_files.SUFFIX and self.path.is_file():
+            source = onnx_files.open_source(self.path)
+        else:
+            source = tensors.open_source(self.weights, self.ema)
+        source = source if self.adapter is None else self.adapter.merged(source, self.path)
+        return source if self.classifier is None else heads.with_classifier(source, self.classifier)
 
     @cached_property
     def digest(self) -> str:
@@ -174,19 +184,21 @@ class Files:
         return _joined([f"{path.name} {sha256(path)}" for path in sorted([*told, *self.weights])])
 
     def digest_with(self, options: ReadOptions) -> str:
-        """`digest`; with an adapter or text features, which are weights of their own, that of all their digests.
+        """`digest`; with an adapter, a classifier or text features, which are weights of their own, that of all theirs.
 
         Raises:
-            InputError: the text features cannot be read, or there is no adapter.
+            InputError: a file cannot be read, or there is no adapter.
         """
         parts = [self.digest]
         if options.adapter is not None:
             parts.append(_joined([f"{path.name} {sha256(path)}" for path in Adapter(Path(options.adapter)).files]))
-        if options.text_features is not None:
-            try:
-                parts.append(sha256(Path(options.text_features)))
-            except OSError as error:
-                raise InputError(f"--text-features {options.text_features} cannot be read: {error.strerror}") from error
+        for name in ("classifier", "text_features"):
+            if (given := getattr(options, name)) is not None:
+                try:
+                    parts.append(sha256(Path(given)))
+                except OSError as error:
+                    option = name.replace("_", "-")
+                    raise InputError(f"--{option} {given} cannot be read: {error.strerror}") from error
         return _joined(parts) if len(parts) > 1 else self.digest
 
     @cached_property

@@ -48,7 +48,7 @@ def refusal(source: str | Path, options: ReadOptions, error: Exception) -> dict[
     """
     found: dict[str, Any] = {"source": str(source), "error": str(error), "options": options.to_json(), "keys": []}
     try:
-        files = Files(Path(source), options.ema, options.adapter)
+        files = Files(Path(source), options)
         found |= {"config": files.config, "processor": files.processor, "licence": files.licence}
         shapes = files.tensors.shapes
     except (CheckpointError, InputError):

@@ -91,7 +91,9 @@ def test_preprocessing_is_that_of_the_processor(tmp_path: Path) -> None:
 
 def test_a_tower_alone_has_no_classifier(tmp_path: Path) -> None:
     model = transformers.Dinov2Model(transformers.Dinov2Config(**SMALL))
-    with pytest.raises(CheckpointError, match="no classifier: it is DINOv2's tower alone; train a head"):
+    with pytest.raises(
+        CheckpointError, match="no classifier: it is the tower alone; train a linear on labels, and give its weight"
+    ):
         formats.load(save(model, tmp_path / "m", processor_of()))
 
 
