@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import onnx
 import torch
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, external_data_helper, numpy_helper
 from torch import Tensor
 
