@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from edgetube import preprocess, video
+from edgetube import address, preprocess, video
 from edgetube.errors import EdgetubeError, InputError
 from edgetube.resize import Frames
 
@@ -99,7 +99,7 @@ def choose(source: object, name: str | None, fps: float | None, live: bool) -> F
     if isinstance(source, bool) or source is None or isinstance(source, bytes):
         raise InputError(f"the source is {source!r:.60}; expected a path, a URL, a camera's index, or frames")
     if isinstance(source, int | str | Path):
-        parsed = video.parse(source)
+        parsed = address.parse(source)
         return Decoded(parsed, name or str(source))
     return Given(cast("Iterable[Any]", source), name or "the frames", fps, live)
 

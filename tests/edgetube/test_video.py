@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, ImageSequence
 
-from edgetube import preprocess, video
+from edgetube import address, decoding, preprocess, video
 from edgetube.contract import InputContract
 from edgetube.errors import InputError, InputWarning, MissingPackageError
 from edgetube.views import Views
@@ -232,7 +232,7 @@ def test_segments_of_a_file_whose_packets_are_not_its_frames(tmp_path: Path, mon
     path = encode(tmp_path / "a.mp4", count=30)
     wanted = InputContract(5, SIZE, SIZE, sampling="segments")
     for guess in (0, 1, 29, 31, 400):
-        monkeypatch.setattr(video._Reader, "packets", lambda _, guess=guess: guess)
+        monkeypatch.setattr(decoding.Reader, "packets", lambda _, guess=guess: guess)
         assert numbers(video.load(path, wanted).frames) == [3, 9, 15, 21, 27]
 
 
@@ -259,8 +259,8 @@ def test_an_image_is_one_frame_of_any_sampling(tmp_path: Path, sampling: dict[st
 
 def test_only_sampled_frames_are_converted(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     converted = []
-    rgb = video._rgb
-    monkeypatch.setattr(video, "_rgb", lambda frame: converted.append(frame.pts) or rgb(frame))
+    rgb = decoding.rgb
+    monkeypatch.setattr(video, "rgb", lambda frame: converted.append(frame.pts) or rgb(frame))
     video.load(clips["cfr.mp4"], contract(4, fps=5.0))
     video.load(clips["cfr.mp4"], InputContract(4, SIZE, SIZE, sampling="stride", stride=9))
     video.load(clips["cfr.mp4"], InputContract(4, SIZE, SIZE, sampling="segments"))
@@ -270,8 +270,8 @@ def test_only_sampled_frames_are_converted(clips: dict[str, Path], monkeypatch: 
 def test_a_late_clip_does_not_decode_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = encode(tmp_path / "long.mp4", count=250)
     decoded = []
-    clock = video._Reader._seconds
-    monkeypatch.setattr(video._Reader, "_seconds", lambda *a: decoded.append(1) or clock(*a))
+    clock = decoding.Reader._seconds
+    monkeypatch.setattr(decoding.Reader, "_seconds", lambda *a: decoded.append(1) or clock(*a))
     assert numbers(video.load(path, contract(4), start=9.0).frames) == [225, 226, 227, 228]
     assert len(decoded) < 30
 
@@ -628,7 +628,7 @@ class Candidate:
 )
 def test_the_stream_that_a_player_would_show(streams: list[tuple[Any, ...]], best: int | None) -> None:
     candidates = [Candidate(*stream) for stream in streams]
-    found = video._film(candidates)  # type: ignore[arg-type]
+    found = decoding.film(candidates)  # type: ignore[arg-type]
     assert (None if found is None else candidates.index(found)) == best  # type: ignore[arg-type]
 
 
@@ -869,7 +869,7 @@ def test_colours_follow_the_matrix_and_range_of_the_frame(space: int, red: float
     )
     r, b = y + 2 * (1 - red) * v, y + 2 * (1 - blue) * u
     g = (y - red * r - blue * b) / (1 - red - blue)
-    assert np.abs(video._rgb(frame)[16, 16] - np.array([r, g, b])).max() <= 3
+    assert np.abs(decoding.rgb(frame)[16, 16] - np.array([r, g, b])).max() <= 3
 
 
 # ------------------------------------------------------------------------------------------------- cameras and network
@@ -892,15 +892,15 @@ def test_cameras_elsewhere_are_opened_by_their_system(
     devices.append(av.DeviceInfo("Front", "", False, ["video"]))
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(av, "enumerate_input_devices", lambda form: devices)
-    address = video._address(2)
-    assert (address.file, address.format) == (file, form)
+    camera = address.of(2)
+    assert (camera.file, camera.format) == (file, form)
     if platform == "win32":
         with pytest.raises(InputError, match="there is no camera 3; this machine has A, B, Front"):
-            video._address(3)
+            address.of(3)
 
 
 def test_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "TIMEOUT", 0.3)
+    monkeypatch.setattr(decoding, "TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/clip.mp4"
         with pytest.raises(InputError, match=r"did not answer within 0.3 s; is it on, and can it be reached"):
@@ -960,8 +960,8 @@ class Hesitant:
 def test_camera_that_is_not_ready_is_asked_again(clips: dict[str, Path]) -> None:
     with av.open(str(clips["cfr.mp4"])) as container:
         stream = container.streams.video[0]
-        reader = video._Reader(video._Address("camera 0", None), cast(Any, Hesitant(container, stream)), stream)
-        assert numbers(video._rgb(frame) for _, frame in reader.frames()) == list(range(60))
+        reader = decoding.Reader(address.Address("camera 0", None), cast(Any, Hesitant(container, stream)), stream)
+        assert numbers(decoding.rgb(frame) for _, frame in reader.frames()) == list(range(60))
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
@@ -1135,8 +1135,8 @@ def test_views_of_a_file_and_of_its_frames_are_alike(clips: dict[str, Path], sam
 
 def test_the_crops_of_a_temporal_view_are_decoded_once(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     converted = []
-    rgb = video._rgb
-    monkeypatch.setattr(video, "_rgb", lambda frame: converted.append(frame.pts) or rgb(frame))
+    rgb = decoding.rgb
+    monkeypatch.setattr(video, "rgb", lambda frame: converted.append(frame.pts) or rgb(frame))
     found = video.load_views(clips["cfr.mp4"], InputContract(4, 16, 16, resize_size=32, fps=5.0), Views(2, 3))
     assert (len(found), len(converted)) == (6, 8)
     assert [clip.start for clip in found] == pytest.approx([0.0] * 3 + [1.6] * 3)

@@ -119,8 +119,9 @@ def test_a_closed_source_drops_what_waits() -> None:
 
 
 def test_states_are_told_in_order_and_until_unsubscribed() -> None:
-    stalled, told = threading.Event(), []
+    stalled = threading.Event()
     with FrameSource.pushed("porch", stall_after=0.05) as source:
+        told: list[str] = [source.state]
 
         def tell(state: str, why: str) -> None:
             told.append(state)
@@ -128,15 +129,14 @@ def test_states_are_told_in_order_and_until_unsubscribed() -> None:
                 stalled.set()
 
         unsubscribe = source.subscribe(tell)
-        assert source.state == "connecting"
         source.push(picture())
         assert stalled.wait(PATIENCE_S)
         assert source.state == "stalled"
         source.push(picture())
         unsubscribe()
-    assert told[:3] == ["live", "stalled", "live"]
-    assert source.state == "closed"
+    assert told[:4] == ["connecting", "live", "stalled", "live"]
     assert "closed" not in told
+    assert repr(source) == "<FrameSource porch: closed>"
 
 
 @pytest.mark.parametrize("stamp", [float("nan"), float("inf"), "now", 1e15])

@@ -1,0 +1,114 @@
+"""Where a video comes from: a file, a camera or a URL, and how PyAV opens it."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from edgetube import pictures
+from edgetube.errors import InputError
+from edgetube.listing import IMAGES
+
+Source: TypeAlias = int | str | Path
+"""A camera's index (also as digits), a URL, or a file."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """How PyAV opens a source.
+
+    Attributes:
+        name: for messages; without credentials.
+        file: what PyAV opens; it may hold credentials.
+        path: the local file, or None for what is live.
+    """
+
+    name: str
+    file: Any = field(repr=False)
+    format: str | None = None
+    options: tuple[tuple[str, str], ...] = ()
+    path: Path | None = None
+
+
+def parse(source: Source) -> Source:
+    """Digits become a camera's index, and text without `://` becomes a path.
+
+    Raises:
+        InputError: neither an integer, a string nor a path.
+    """
+    if isinstance(source, bool) or not isinstance(source, Source):
+        raise InputError(f"the source is {source!r:.60}; expected a path, a URL or a camera's index")
+    if isinstance(source, str):
+        if source.isdecimal():
+            return int(source)
+        return source if "://" in source else Path(source)
+    return source
+
+
+def plain(url: str) -> str:
+    """A URL for messages: without user name and password, and without its query, which may hold a key."""
+    shown = re.sub(r"(?<=://).*@", "***@", url, flags=re.DOTALL)  # to the last @: a password may hold one, or a /
+    return re.sub(r"\?.*", "?***", shown, flags=re.DOTALL)
+
+
+def of(source: Source) -> Address:
+    """How a source is opened.
+
+    Args:
+        source: as `parse` returns it.
+
+    Raises:
+        InputError: there is no such file or camera.
+    """
+    if isinstance(source, Path):
+        return of_file(source)
+    if isinstance(source, str):
+        # RTSP over UDP loses packets without a word; a server that has TCP is asked for it first.
+        options = (("rtsp_flags", "prefer_tcp"),) if source.startswith("rtsp") else ()
+        return Address(plain(source), source, options=options)
+    return _camera(source)
+
+
+def of_file(path: Path) -> Address:
+    """How a file is opened.
+
+    Raises:
+        InputError: there is no file, or nothing in it.
+    """
+    if not path.is_file():
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path} is a link to {path.readlink()}, which is not there")
+        raise InputError(f"{path} is {'a folder, not' if path.is_dir() else 'not'} a file")
+    if not path.stat().st_size:
+        raise InputError(f"{path} is empty (0 bytes)")
+    # Images go in as bytes: FFmpeg's image reader would take a % in the name as the pattern of a sequence.
+    # "file:" keeps a colon in the name from being read as a protocol.
+    with path.open("rb") as opened:
+        animated = pictures.is_animated_webp(opened.read(21))
+    if animated:
+        return Address(str(path), pictures.as_apng(path), path=path)
+    file = io.BytesIO(path.read_bytes()) if path.suffix.lower() in IMAGES else f"file:{path}"
+    return Address(str(path), file, options=(("pattern_type", "none"),), path=path)
+
+
+def _camera(index: int) -> Address:
+    name = f"camera {index}"
+    if sys.platform == "darwin":
+        # The built-in cameras offer 30, and FFmpeg's default of 29.97 is refused.
+        return Address(name, f"{index}:none", "avfoundation", (("framerate", "30"),))
+    if sys.platform == "win32":
+        import av
+
+        found = [device.name for device in av.enumerate_input_devices("dshow") if "video" in device.media_types]
+        if not 0 <= index < len(found):
+            raise InputError(f"there is no {name}; this machine has {', '.join(found) or 'none'}")
+        return Address(name, f"video={found[index]}", "dshow")
+    device = Path(f"/dev/video{index}")
+    if not device.exists():
+        present = ", ".join(sorted(map(str, device.parent.glob("video*")))) or "none"
+        raise InputError(f"there is no {name} ({device}); this machine has {present}")
+    return Address(name, str(device), "video4linux2,v4l2")

@@ -1,0 +1,453 @@
+"""Decoding with PyAV: the clock of a video, and its pictures as RGB."""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from fractions import Fraction
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from edgetube import address as addresses
+from edgetube import pictures
+from edgetube.address import Address, Source
+from edgetube.errors import InputError, InputWarning
+from edgetube.preprocess import TOLERANCE
+from edgetube.resize import Frames
+
+if TYPE_CHECKING:  # PyAV takes half as long to import as numpy; `import edgetube` does not wait for it
+    import av
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+SET_BACK, MAX_GAP = 0.1, 10.0
+"""Seconds by which a broadcast's clock may jump back or ahead between two frames; beyond that its parts were joined."""
+
+TIMEOUT = 10.0
+"""Seconds that a URL or a camera may take to open, and again for each next frame."""
+
+_MP4, _MATROSKA, _TS, _AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "avi"
+_HEADED = frozenset((_MP4, _MATROSKA, _AVI))
+"""Containers whose header says how long they are; for others FFmpeg guesses, from the bit rate at worst."""
+
+_ANIMATIONS = frozenset(("gif", "apng", "webp_anim"))
+_PICTURE_BRANDS = frozenset(("avif", "heic", "heix", "heim", "heis", "mif1", "miaf"))
+"""What a file says of itself that has the container of MP4 and holds a picture: AVIF and HEIF."""
+
+_BROADCAST = frozenset((_TS, "mpeg"))
+"""Containers made for lossy channels and for joining: parts may be missing, and the clock may start again."""
+
+_SOUGHT = frozenset((_MP4, _MATROSKA, _TS))
+"""Containers in which timestamps are right after a seek; others are decoded from their beginning."""
+
+
+@contextmanager
+def vendor_errors(name: object) -> Iterator[None]:
+    """Turn PyAV's errors into `InputError`."""
+    import av
+
+    try:
+        yield
+    except (av.ExitError, av.TimeoutError) as error:
+        raise InputError(f"{name} did not answer within {TIMEOUT:g} s; is it on, and can it be reached?") from error
+    except (av.InvalidDataError, av.EOFError) as error:
+        raise InputError(f"{name} cannot be decoded: it is not a video, or the file was cut off") from error
+    except av.FFmpegError as error:
+        raise InputError(f"{name} cannot be used: {error.strerror}") from error
+
+
+@contextmanager
+def opened(source: Source | Address) -> Iterator[Reader]:
+    import av
+    from av.container import InputContainer
+
+    # Titles that are not UTF-8 must not stop a film: PyAV before 19 has to be told, later ones have no such option.
+    lenient: dict[str, Any] = {"metadata_errors": "ignore"} if hasattr(InputContainer, "metadata_errors") else {}
+    address = source if isinstance(source, Address) else addresses.of(source)
+    with (
+        vendor_errors(address.name),
+        av.open(
+            address.file,
+            "r",
+            format=address.format,
+            options=dict(address.options),
+            timeout=None if address.path else TIMEOUT,
+            **lenient,
+        ) as container,
+    ):
+        found = film(container.streams.video)
+        if found is None or container.format.name == "tty":  # FFmpeg renders any .txt as a video of its text
+            raise InputError(f"{address.name} has no video in it")
+        reader = Reader(address, container, found)
+        reader.check_picture()
+        yield reader
+
+
+def film(streams: Iterable[VideoStream]) -> VideoStream | None:
+    """The stream that a player would show: no cover, thumbnail or tile of a picture; the default stream, then the
+    largest, then the first."""
+    from av.stream import Disposition
+
+    beside = Disposition.still_image | Disposition.timed_thumbnails
+
+    def rank(stream: VideoStream) -> tuple[bool, bool, bool, int]:
+        moving = stream.frames != 1 and not stream.disposition & beside
+        is_default = bool(stream.disposition & Disposition.default)
+        known = stream.codec_context is not None
+        return known, moving, is_default, stream.width * stream.height if known else 0
+
+    shown = [s for s in streams if not s.disposition & Disposition.attached_pic]
+    return max(shown, key=rank, default=None)  # the first of equals
+
+
+class _Clock:
+    """Seconds that go on where the timestamps of joined recordings start again."""
+
+    def __init__(self, step: float) -> None:
+        self.step = step
+        self.shift = 0.0
+        self.leaps = 0
+        self._last: float | None = None
+
+    def __call__(self, seconds: float) -> float:
+        now = seconds + self.shift
+        if self._last is not None and not self._last - SET_BACK <= now <= self._last + MAX_GAP:
+            self.leaps += 1
+            self.shift += self._last + self.step - now
+            now = self._last + self.step
+        self._last = now
+        return now
+
+
+class Reader:
+    """An open source: its clock, and its frames in the order of display.
+
+    Seconds count from the stream's start in a file, and from the first frame in a live source.
+    """
+
+    def __init__(self, address: Address, container: InputContainer, stream: VideoStream) -> None:
+        self.address = address
+        self.container = container
+        self.stream = stream
+        self.live = address.path is None
+        self.form = container.format.name
+        self.tick = stream.time_base or Fraction(1, 1_000_000)
+        self.origin = None if self.live else stream.start_time or 0
+        self.rate = float(stream.guessed_rate or stream.average_rate or 25)
+        # AVI has no display times, only a slot for each packet in the order of decoding: frames take them in turn.
+        self._slots: deque[int] | None = deque() if self.form == _AVI else None
+        self._clock = _Clock(1 / self.rate) if self.form in _BROADCAST else None
+        self._joined = False  # whether a scan found that the clock starts again
+        self._packets_read = self._packets_bad = 0
+        self._warned = False
+        self._end = 0.0  # second at which the last packet that was read leaves the display
+        if not self.live:
+            stream.thread_type = "AUTO"  # frames in parallel; costs delay, so not for cameras
+        if self._is_picture and stream.codec_context.name == "mjpeg":  # which fills what is missing with grey
+            stream.codec_context.options = {"err_detect": "explode"}
+
+    @cached_property
+    def _is_picture(self) -> bool:
+        """Whether the format, whatever is in the file, is one of single pictures."""
+        if self.form == _MP4:
+            return self.container.metadata.get("major_brand") in _PICTURE_BRANDS
+        return self.form in ("image2", "ico") or self.form.endswith("_pipe")
+
+    @property
+    def is_still(self) -> bool:
+        """A picture, or an animation of one frame."""
+        return self._is_picture or (self.form in _ANIMATIONS and not self.live and self._scan()[0] == 1)
+
+    def check_picture(self) -> None:
+        """Refuse pictures and animations that are incomplete.
+
+        Raises:
+            InputError: a picture or an animation without its end, or a HEIF picture in tiles, each of them a stream.
+        """
+        from av.stream import Disposition
+
+        if not (self._is_picture or self.form in _ANIMATIONS) or self.address.path is None:
+            return
+        if self.stream.disposition & Disposition.dependent:
+            raise InputError(f"{self.address.name} is a picture in tiles, as phones store HEIC: convert it to JPEG")
+        whole = pictures.WHOLE.get(self.form if self.form in _ANIMATIONS else self.stream.codec_context.name)
+        if whole and not whole(self.address.path.read_bytes()):
+            raise InputError(f"{self.address.name} is cut off or damaged: copy or record it again")
+
+    def declared(self) -> float | None:
+        """The duration in the header, of the video or else the longest stream, in seconds; None where it has none."""
+        if self.form not in _HEADED:
+            return None
+        if self.form == _AVI and self.stream.frames:  # slots; its duration is a guess where the index was cut off
+            return float(self.stream.frames * self.tick)
+        if self.stream.duration is not None:
+            return float(self.stream.duration * self.tick)
+        ends = self._stated_end or (self.container.duration and self.container.duration / 1e6)
+        return ends - float((self.origin or 0) * self.tick) if ends else None
+
+    @cached_property
+    def _stated_end(self) -> float | None:
+        """When the video ends, where Matroska says so in a tag: 00:00:02.023000000."""
+        found = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", self.stream.metadata.get("DURATION", ""))
+        return found and int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
+
+    @cached_property
+    def _is_outlasted(self) -> bool:
+        """Whether a whole file, of which only the longest stream's length is known, goes on after its video."""
+        exact = self.stream.duration is not None or len(self.container.streams) == 1 or self._stated_end
+        promised = None if exact or self.live else self.declared()
+        if promised is None:
+            return False
+        import av
+
+        end = 0.0
+        with self._again() as fresh:
+            try:
+                for packet in fresh.container.demux():
+                    stamp = packet.dts if packet.pts is None else packet.pts
+                    if stamp is not None and packet.time_base:
+                        end = max(end, float((stamp + (packet.duration or 0)) * packet.time_base))
+            except av.FFmpegError:
+                pass  # what is cut off does not reach its end
+        return end - float((self.origin or 0) * self.tick) > promised - 0.5
+
+    def duration(self) -> float:
+        """Seconds of the video: the header's, or where it has none, read through the file without decoding."""
+        if (promised := self.declared()) and not self._is_outlasted:
+            return promised
+        _, seconds, leaps = self._scan()
+        self._joined = leaps > 0
+        return seconds
+
+    def frames(self, since: float = 0.0) -> Iterator[tuple[float, av.VideoFrame]]:
+        """Decoded frames from one at or before `since` on; from the first on where the source cannot be sought.
+
+        Raises:
+            InputError: a file is damaged, or ends before its header says.
+        """
+        if since <= 0:
+            yield from self._decode()
+            return
+        # A seek goes by decoding time in some formats, and to no key frame in others, so it may land too late.
+        for earlier in (0.0, 10.0):
+            if not self._seek(max(0.0, since - earlier)):
+                break
+            decoded = self._decode(sought=True)
+            first = next(decoded, None)
+            if first is not None and first[0] <= since + TOLERANCE:
+                yield first
+                yield from decoded
+                return
+        yield from self.frames_again()
+
+    def frames_again(self) -> Iterator[tuple[float, av.VideoFrame]]:
+        """`frames` of a whole file that was read already."""
+        with self._again() as fresh:
+            fresh._warned = self._warned
+            yield from fresh.frames()
+
+    def packets(self) -> int:
+        """Packets of a file with a picture in them: as a rule its frames."""
+        return self._scan()[0]
+
+    def _again(self) -> AbstractContextManager[Reader]:
+        """Reopen the file at its beginning."""
+        assert self.address.path is not None, "a live source has no beginning"
+        return opened(addresses.of_file(self.address.path))
+
+    def _seek(self, second: float) -> bool:
+        """Go to the key frame at or before `second`; False where the source cannot."""
+        import av
+
+        if self.form not in _SOUGHT or self.stream.start_time is None or self._joined:
+            return False
+        try:
+            self.container.seek(int(second / self.tick) + self.stream.start_time, stream=self.stream)
+        except av.FFmpegError:
+            return False
+        return True
+
+    def _packets(self) -> Iterator[av.Packet[VideoStream]]:
+        import av
+
+        heard = time.monotonic()
+        while True:
+            try:
+                for packet in self.container.demux(self.stream):
+                    yield packet
+                    heard = time.monotonic()
+                return
+            except (
+                IndexError
+            ):  # PyAV at the end of a file in which streams began that were not there when it was opened
+                return
+            except av.BlockingIOError as error:  # avfoundation's way to say that the next frame is not there yet
+                if not self.live or time.monotonic() - heard > TIMEOUT:
+                    raise InputError(f"{self.address.name} gave no frame for {TIMEOUT:g} s") from error
+                time.sleep(0.002)
+
+    def _decode(self, sought: bool = False) -> Iterator[tuple[float, av.VideoFrame]]:
+        import av
+
+        seconds: float | None = None
+        if self._clock:
+            self._clock = _Clock(1 / self.rate)
+        try:
+            for packet in self._packets():
+                self._packets_read += 1
+                if packet.is_corrupt and not self.live:
+                    self._damaged(packet, seconds)
+                self._end = max(self._end, self._leaves(packet))
+                if sought and packet.size and not packet.is_keyframe:
+                    continue  # what it refers to was not read
+                sought = False
+                if self._slots is not None and packet.size and packet.dts is not None:
+                    self._slots.append(packet.dts)
+                if not packet.size and packet.dts is None:  # the end, where decoders give out what they held back
+                    self._check_end()
+                try:
+                    decoded = packet.decode()
+                except av.InvalidDataError:
+                    if self._is_picture or not (self.live or seconds is None or self.form in _BROADCAST):
+                        raise
+                    if not self.live and seconds is not None:
+                        self._damaged(packet, seconds)
+                    continue  # else joined in the middle of a group of pictures
+                for frame in decoded:
+                    leaps = self._clock.leaps if self._clock else 0
+                    seconds = self._seconds(frame, seconds)
+                    if self._clock and self._clock.leaps > leaps and not self.live:
+                        self._damaged(packet, seconds)
+                    yield seconds, frame
+        except av.InvalidDataError as error:
+            if self.live:
+                raise
+            raise self._cut_off() from error
+
+    def _seconds(self, frame: av.VideoFrame, previous: float | None) -> float:
+        """When `frame` is displayed; the clock never goes back, whatever the timestamps do."""
+        due = 0.0 if previous is None else previous + 1 / self.rate
+        stamp = frame.pts
+        if self._slots is not None:
+            stamp = self._slots.popleft() if self._slots else None
+        if stamp is None:
+            return due
+        if self.origin is None:
+            self.origin = stamp
+        seconds = float((stamp - self.origin) * self.tick)
+        if self._clock:
+            seconds = self._clock(seconds)
+        return seconds if previous is None or seconds > previous else due
+
+    def _leaves(self, packet: av.Packet[VideoStream], clock: _Clock | None = None) -> float:
+        """When the picture of a packet leaves the display; packets come in the order of decoding."""
+        shown = packet.dts if packet.pts is None else packet.pts
+        if shown is None:
+            return 0.0
+        decoded = shown if packet.dts is None else packet.dts
+        if not clock:
+            return float((shown + (packet.duration or 0) - (self.origin or 0)) * self.tick)
+        delay = float((shown - decoded) * self.tick)
+        delay = delay if 0 <= delay <= MAX_GAP else 0.0  # at a join one time may be of the old clock, one of the new
+        return (
+            clock(float((decoded - (self.origin or 0)) * self.tick)) + delay + float((packet.duration or 0) * self.tick)
+        )
+
+    def _damaged(self, packet: av.Packet[VideoStream], seconds: float | None) -> None:
+        """Something is missing at a packet of a file: an error, but a warning where the format is made for that and
+        little is missing.
+
+        Raises:
+            InputError: the format is another, or more than a tenth is missing.
+        """
+        self._packets_bad += 1
+        if self.form not in _BROADCAST or self._packets_bad > 2 + self._packets_read // 10:
+            raise self._cut_off()
+        if not self._warned:
+            self._warned = True
+            about = self._leaves(packet) if seconds is None else seconds
+            where = f"{self.address.name} is damaged or was joined at about {about:.1f} s"
+            warnings.warn(f"{where}: it is read, but pictures there may be wrong", InputWarning, stacklevel=2)
+
+    def _check_end(self) -> None:
+        """Refuse a file whose video ends more than two frames before its time."""
+        promised = None if self.live else self.declared()
+        if promised is not None and promised - self._end > 2 / self.rate and not self._is_outlasted:
+            raise self._cut_off()
+
+    def _scan(self) -> tuple[int, float, int]:
+        """(frames, seconds, leaps of the clock) of what can be read of a file, found without decoding."""
+        import av
+
+        count, end = 0, 0.0
+        with self._again() as fresh:
+            clock = fresh._clock
+            try:
+                for packet in fresh._packets():
+                    if packet.size and not (packet.is_corrupt and self.form not in _BROADCAST):
+                        count, end = count + 1, max(end, fresh._leaves(packet, clock))
+            except av.FFmpegError:
+                pass  # whatever ends the reading is where the readable part ends
+        return count, end or count / self.rate, clock.leaps if clock else 0
+
+    def _cut_off(self) -> InputError:
+        if self._is_picture:
+            return InputError(f"{self.address.name} is cut off or damaged: copy or record it again")
+        count, seconds, _ = self._scan()
+        promised = self.declared()
+        of = ""
+        if promised is not None:
+            frames = self.stream.frames if self.form != _AVI else 0
+            of = f" of {frames or round(promised * self.rate)} ({promised:.2f} s)"
+        remedy = "copy or record it again, or choose an earlier start"
+        return InputError(
+            f"{self.address.name} is cut off or damaged: {count} frames ({seconds:.2f} s){of} can be read: {remedy}"
+        )
+
+
+def rgb(frame: av.VideoFrame) -> Frames:
+    """(H, W, 3) uint8, by the matrix and range that the frame says, turned and mirrored as it is to be shown."""
+    pixels: Frames = frame.to_ndarray(format="rgb24")  # type: ignore[assignment]
+    matrix = _display_matrix(frame)
+    if matrix is None:
+        return pixels
+    (xx, xy), (yx, yy) = matrix  # a stored pixel at (x, y) is shown at (xx * x + yx * y, xy * x + yy * y)
+    if abs(xy) + abs(yx) > abs(xx) + abs(yy):
+        pixels, xx, yy = pixels.swapaxes(0, 1), yx, xy
+    return pixels[:: -1 if yy < 0 else 1, :: -1 if xx < 0 else 1]
+
+
+def _display_matrix(frame: av.VideoFrame) -> list[list[int]] | None:
+    """The upper left 2 x 2 of the display matrix, from a container or from EXIF; None where there is none."""
+    from av.sidedata.sidedata import Type
+
+    try:
+        data: Any = frame.side_data
+    except ValueError:  # a kind of side data, EXIF for one, that this PyAV has no name for
+        data = _without_unnamed(frame).side_data
+    found = data.get(Type.DISPLAYMATRIX)
+    return None if found is None else np.frombuffer(found, np.int32).reshape(3, 3)[:2, :2].tolist()
+
+
+def _without_unnamed(frame: av.VideoFrame) -> av.VideoFrame:
+    """The frame without the side data that FFmpeg knows and PyAV does not."""
+    from av.filter import Graph
+    from av.sidedata.sidedata import Type
+
+    graph = Graph()
+    named: set[Any] = {kind.value for kind in Type}
+    chain = [graph.add("buffer", f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1")]
+    chain += [graph.add("sidedata", f"mode=delete:type={kind}") for kind in range(64) if kind not in named]
+    chain.append(graph.add("buffersink"))
+    for source, sink in pairwise(chain):
+        source.link_to(sink)
+    graph.configure()
+    graph.push(frame)
+    return cast("av.VideoFrame", graph.pull())
