@@ -51,8 +51,13 @@ def parse(source: Source) -> Source:
 
 def plain(url: str) -> str:
     """A URL for messages: without user name and password, and without its query, which may hold a key."""
-    shown = re.sub(r"(?<=://).*@", "***@", url, flags=re.DOTALL)  # to the last @: a password may hold one, or a /
-    return re.sub(r"\?.*", "?***", shown, flags=re.DOTALL)
+    bare = re.sub(r"(?<=://).*@", "***@", url, flags=re.DOTALL)  # to the last @: a password may hold one, or a /
+    return re.sub(r"\?.*", "?***", bare, flags=re.DOTALL)
+
+
+def shown(source: Source) -> str:
+    """The name of a source, as `parse` returns it, for messages."""
+    return f"camera {source}" if isinstance(source, int) else plain(source) if isinstance(source, str) else str(source)
 
 
 def of(source: Source) -> Address:
@@ -69,7 +74,8 @@ def of(source: Source) -> Address:
     if isinstance(source, str):
         # RTSP over UDP loses packets without a word; a server that has TCP is asked for it first.
         options = (("rtsp_flags", "prefer_tcp"),) if source.startswith("rtsp") else ()
-        return Address(plain(source), source, options=options)
+        # FFmpeg would watch 20 frames to find their rate, four seconds of a slow camera.
+        return Address(plain(source), source, options=(("fpsprobesize", "0"), *options))
     return _camera(source)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from functools import cached_property
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from edgetube import address as addresses
-from edgetube import pictures
+from edgetube import hwdecode, pictures
 from edgetube.address import Address, Source
 from edgetube.errors import InputError, InputWarning
+from edgetube.hwdecode import Decoder
 from edgetube.preprocess import TOLERANCE
 from edgetube.resize import Frames
 
@@ -48,29 +50,64 @@ _SOUGHT = frozenset((_MP4, _MATROSKA, _TS))
 """Containers in which timestamps are right after a seek; others are decoded from their beginning."""
 
 
+_CLOCKLESS = frozenset(("mpjpeg", "mjpeg", "mjpeg_2000", "h264", "hevc", "m4v", "mpegvideo", "obu", "image2pipe"))
+"""Formats whose frames have no times: FFmpeg counts them, at a rate that it guesses."""
+
+_WRAP = 1 << 33
+"""Ticks after which the clock of a broadcast begins again."""
+
+
+class Refused(InputError):
+    """A server that refuses who asks: to ask again is of no use."""
+
+
 @contextmanager
 def vendor_errors(name: object) -> Iterator[None]:
-    """Turn PyAV's errors into `InputError`."""
+    """Turn PyAV's errors into `InputError`.
+
+    What PyAV says of a URL holds the password, so it is not shown as the cause.
+    """
     import av
 
     try:
         yield
     except (av.ExitError, av.TimeoutError) as error:
-        raise InputError(f"{name} did not answer within {TIMEOUT:g} s; is it on, and can it be reached?") from error
+        raise InputError(f"{name} did not answer within {TIMEOUT:g} s; is it on, and can it be reached?") from _of(
+            error
+        )
     except (av.InvalidDataError, av.EOFError) as error:
-        raise InputError(f"{name} cannot be decoded: it is not a video, or the file was cut off") from error
+        what = (
+            "it is no video, or it ended early" if "://" in str(name) else "it is not a video, or the file was cut off"
+        )
+        raise InputError(f"{name} cannot be decoded: {what}") from _of(error)
+    except (av.HTTPUnauthorizedError, av.HTTPForbiddenError) as error:
+        remedy = "check the user name and the password of its URL"
+        raise Refused(f"{name} refuses access ({error.strerror}): {remedy}") from _of(error)
     except av.FFmpegError as error:
-        raise InputError(f"{name} cannot be used: {error.strerror}") from error
+        lost = "://" in str(name) and error.errno in (errno.EIO, errno.ECONNRESET, errno.EPIPE)
+        what = "was lost: the other side is gone, or the network" if lost else f"cannot be used: {error.strerror}"
+        raise InputError(f"{name} {what}") from _of(error)
+
+
+def _of(error: av.FFmpegError) -> av.FFmpegError | None:
+    """An error as the cause of another, unless it names a URL."""
+    return None if "://" in str(error) else error
 
 
 @contextmanager
-def opened(source: Source | Address) -> Iterator[Reader]:
+def opened(source: Source | Address, decoder: Decoder = "cpu") -> Iterator[Reader]:
+    """Open a source.
+
+    Raises:
+        InputError: it cannot be opened, or has no video in it.
+    """
     import av
     from av.container import InputContainer
 
     # Titles that are not UTF-8 must not stop a film: PyAV before 19 has to be told, later ones have no such option.
     lenient: dict[str, Any] = {"metadata_errors": "ignore"} if hasattr(InputContainer, "metadata_errors") else {}
     address = source if isinstance(source, Address) else addresses.of(source)
+    name, accelerated, reasons = hwdecode.choose(decoder, live=address.path is None)
     with (
         vendor_errors(address.name),
         av.open(
@@ -79,6 +116,7 @@ def opened(source: Source | Address) -> Iterator[Reader]:
             format=address.format,
             options=dict(address.options),
             timeout=None if address.path else TIMEOUT,
+            hwaccel=accelerated,
             **lenient,
         ) as container,
     ):
@@ -86,6 +124,9 @@ def opened(source: Source | Address) -> Iterator[Reader]:
         if found is None or container.format.name == "tty":  # FFmpeg renders any .txt as a video of its text
             raise InputError(f"{address.name} has no video in it")
         reader = Reader(address, container, found)
+        if accelerated and not found.codec_context.is_hwaccel:
+            name, reasons = "cpu", (*reasons, f"{name}: it does not decode {found.codec_context.name}")
+        reader.decoder, reader.fallbacks = name, reasons
         reader.check_picture()
         yield reader
 
@@ -130,7 +171,14 @@ class Reader:
     """An open source: its clock, and its frames in the order of display.
 
     Seconds count from the stream's start in a file, and from the first frame in a live source.
+
+    Attributes:
+        live: whether it is no local file.
+        decoder: what decodes it, and fallbacks: why not the decoders that were asked for.
     """
+
+    decoder = "cpu"
+    fallbacks: tuple[str, ...] = ()
 
     def __init__(self, address: Address, container: InputContainer, stream: VideoStream) -> None:
         self.address = address
@@ -225,6 +273,64 @@ class Reader:
         _, seconds, leaps = self._scan()
         self._joined = leaps > 0
         return seconds
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it ends by itself: a file, also a server's, and a recording that a server plays; no camera."""
+        if self.address.path is not None:
+            return True
+        if self.address.format is not None or self.form in _CLOCKLESS:
+            return False
+        return self.container.size > 0 or bool(self.container.duration and self.container.duration > 0)
+
+    def film(self) -> Iterator[tuple[float, av.VideoFrame]]:
+        """All `frames` of what is finite.
+
+        Raises:
+            InputError: as `frames` raises, or there is none.
+        """
+        seconds = None
+        for seconds, frame in self.frames():
+            yield seconds, frame
+        if seconds is None:
+            raise InputError(f"{self.address.name} holds no frame that can be decoded")
+
+    def arrivals(self) -> Iterator[tuple[float, float | None, av.VideoFrame | None]]:
+        """The frames of a live source as they come, from the first that can be decoded on.
+
+        Yields:
+            (seconds of `time.monotonic()` at which it came; seconds of the source's clock from any beginning, None
+            where it has none; the frame, None for one that is damaged).
+        """
+        import av
+
+        begun, stamped, ticks = False, self.form not in _CLOCKLESS, None
+        is_jpeg = self.stream.codec_context.name == "mjpeg"  # whose decoder fills what is missing with grey
+        for packet in self._packets():
+            came = time.monotonic()
+            decoded: Sequence[av.VideoFrame | None]
+            try:
+                decoded = packet.decode()
+            except av.InvalidDataError:
+                decoded = [None] if begun else []  # else joined in the middle of a group of pictures
+            whole = not packet.is_corrupt and not (is_jpeg and packet.size and not pictures.whole_jpeg(bytes(packet)))
+            for frame in decoded:
+                if frame is None or frame.is_corrupt or not whole:
+                    if begun:
+                        yield came, None, None
+                    continue
+                begun, stamped = True, stamped and frame.pts is not None
+                if not stamped or frame.pts is None:
+                    yield came, None, frame
+                    continue
+                ticks = self._unwrapped(frame.pts, ticks)
+                yield came, float(ticks * self.tick), frame
+
+    def _unwrapped(self, stamp: int, before: int | None) -> int:
+        """A time in ticks, after a clock of 33 bits began again."""
+        if before is None or self.form not in _BROADCAST:
+            return stamp
+        return before + (stamp - before + _WRAP // 2) % _WRAP - _WRAP // 2
 
     def frames(self, since: float = 0.0) -> Iterator[tuple[float, av.VideoFrame]]:
         """Decoded frames from one at or before `since` on; from the first on where the source cannot be sought.
@@ -415,7 +521,7 @@ class Reader:
 def rgb(frame: av.VideoFrame) -> Frames:
     """(H, W, 3) uint8, by the matrix and range that the frame says, turned and mirrored as it is to be shown."""
     pixels: Frames = frame.to_ndarray(format="rgb24")  # type: ignore[assignment]
-    matrix = _display_matrix(frame)
+    matrix = turn(frame)
     if matrix is None:
         return pixels
     (xx, xy), (yx, yy) = matrix  # a stored pixel at (x, y) is shown at (xx * x + yx * y, xy * x + yy * y)
@@ -424,7 +530,7 @@ def rgb(frame: av.VideoFrame) -> Frames:
     return pixels[:: -1 if yy < 0 else 1, :: -1 if xx < 0 else 1]
 
 
-def _display_matrix(frame: av.VideoFrame) -> list[list[int]] | None:
+def turn(frame: av.VideoFrame) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """The upper left 2 x 2 of the display matrix, from a container or from EXIF; None where there is none."""
     from av.sidedata.sidedata import Type
 
@@ -433,7 +539,10 @@ def _display_matrix(frame: av.VideoFrame) -> list[list[int]] | None:
     except ValueError:  # a kind of side data, EXIF for one, that this PyAV has no name for
         data = _without_unnamed(frame).side_data
     found = data.get(Type.DISPLAYMATRIX)
-    return None if found is None else np.frombuffer(found, np.int32).reshape(3, 3)[:2, :2].tolist()
+    if found is None:
+        return None
+    xx, xy, _, yx, yy = np.frombuffer(found, np.int32)[:5].tolist()
+    return (xx, xy), (yx, yy)
 
 
 def _without_unnamed(frame: av.VideoFrame) -> av.VideoFrame:

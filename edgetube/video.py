@@ -183,12 +183,8 @@ def frames(source: Source) -> Iterator[tuple[float, Frames]]:
             `edgetube.decoding.TIMEOUT` s.
     """
     with opened(parse(source)) as reader:
-        empty = True
-        for seconds, frame in reader.frames():
-            empty = False
+        for seconds, frame in reader.film():
             yield seconds, rgb(frame)
-        if empty:
-            raise InputError(f"{reader.address.name} holds no frame that can be decoded")
 
 
 def rate(source: Source) -> float:

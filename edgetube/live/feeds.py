@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from edgetube import address, preprocess, video
+from edgetube import address, decoding, listing, preprocess
+from edgetube.decoding import rgb, turn
 from edgetube.errors import EdgetubeError, InputError
+from edgetube.hwdecode import Decoder
 from edgetube.resize import Frames
 
 
@@ -18,11 +22,13 @@ class Arrival(NamedTuple):
     """What came from a source.
 
     Attributes:
+        came: seconds of `time.monotonic()`.
         stamp: seconds of the source's own clock; None where it has none.
         pixels: (H, W, 3) uint8 RGB, upright, that nobody changes; None for a frame that could not be decoded.
         turn: how the stored picture was turned to be upright; None where the source says nothing.
     """
 
+    came: float
     stamp: float | None
     pixels: Frames | None
     turn: object = None
@@ -73,24 +79,72 @@ class Given:
                 raise InputError(f"{self.name} failed: {type(error).__name__}: {error}") from error
             if item is None:
                 return
-            yield Arrival(*item)
+            yield Arrival(time.monotonic(), *item)
 
 
 class Decoded:
-    """What `edgetube.video` opens: a video or a picture, a camera, a URL."""
+    """What `edgetube.decoding` opens: a video or a picture, a camera, a URL.
 
-    def __init__(self, source: video.Source, name: str) -> None:
-        self.name = name
+    Attributes:
+        decoder: what decodes it, and fallbacks: why not the decoders before; known when it is open.
+    """
+
+    def __init__(self, source: address.Source, name: str | None, decoder: Decoder) -> None:
+        self.name = name or address.shown(source)
         self.live = self.again = not isinstance(source, Path)
-        self._source = source
+        self.decoder = "cpu"
+        self.fallbacks: tuple[str, ...] = ()
+        self._source, self._asked = source, decoder
 
     @contextmanager
     def open(self) -> Iterator[Iterator[Arrival]]:
         """Its frames, from its beginning or from now."""
-        yield (Arrival(seconds, pixels) for seconds, pixels in video.frames(self._source))
+        with decoding.opened(self._source, self._asked) as reader:
+            self.decoder, self.fallbacks = reader.decoder, reader.fallbacks
+            self.live = self.again = not reader.is_finite
+            yield _live(reader) if self.live else _film(reader)
 
 
-def choose(source: object, name: str | None, fps: float | None, live: bool) -> Feed:
+def _live(reader: decoding.Reader) -> Iterator[Arrival]:
+    for came, stamp, frame in reader.arrivals():
+        yield Arrival(came, stamp, None) if frame is None else Arrival(came, stamp, rgb(frame), turn(frame))
+
+
+def _film(reader: decoding.Reader) -> Iterator[Arrival]:
+    for seconds, frame in reader.film():
+        yield Arrival(time.monotonic(), seconds, rgb(frame), turn(frame))
+
+
+class Folder:
+    """The pictures of a folder in the order of their names, where 10 comes after 9: number i is shown at i / fps."""
+
+    live = again = False
+
+    def __init__(self, folder: Path, name: str | None, fps: float | None) -> None:
+        self.name = name or str(folder)
+        self._rate = 1.0 if fps is None else preprocess.frame_rate(fps)
+        self._folder = folder
+
+    @contextmanager
+    def open(self) -> Iterator[Iterator[Arrival]]:
+        """Its pictures, from the first."""
+        found = listing.walk(self._folder, listing.IMAGES).required(self._folder, listing.IMAGES)
+        yield self._arrivals(sorted(found, key=_natural))
+
+    def _arrivals(self, paths: list[Path]) -> Iterator[Arrival]:
+        for i, path in enumerate(paths):
+            with decoding.opened(path) as reader:
+                frame = next(frame for _, frame in reader.film())
+                yield Arrival(time.monotonic(), i / self._rate, rgb(frame))
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """What paths are sorted by, so that the numbers in them count."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def choose(source: object, name: str | None, fps: float | None, live: bool, decoder: Decoder) -> Feed:
     """The feed of a source; see `edgetube.live.source.FrameSource`.
 
     Raises:
@@ -100,7 +154,9 @@ def choose(source: object, name: str | None, fps: float | None, live: bool) -> F
         raise InputError(f"the source is {source!r:.60}; expected a path, a URL, a camera's index, or frames")
     if isinstance(source, int | str | Path):
         parsed = address.parse(source)
-        return Decoded(parsed, name or str(source))
+        if isinstance(parsed, Path) and parsed.is_dir():
+            return Folder(parsed, name, fps)
+        return Decoded(parsed, name, decoder)
     return Given(cast("Iterable[Any]", source), name or "the frames", fps, live)
 
 

@@ -17,8 +17,11 @@ from typing import Any, Literal, TypeAlias
 
 from typing_extensions import Self
 
-from edgetube import interrupts, preprocess, video
+from edgetube import hwdecode, interrupts, preprocess
+from edgetube.address import Source
+from edgetube.decoding import Refused
 from edgetube.errors import EdgetubeError, InputError
+from edgetube.hwdecode import Decoder
 from edgetube.live import feeds
 from edgetube.live.feeds import Arrival, Feed
 from edgetube.live.frame import Frame, Ledger, State
@@ -83,6 +86,8 @@ class FrameSource:
         fps: of pictures in a folder and of bare frames: number i is shown at i / fps. None counts whole seconds; live
             frames then have the time of their arrival.
         capacity: frames that wait at most; None: 32 for "latest", 4 for "all".
+        decoder: what decodes cameras and URLs: "cpu", "nvdec" (NVIDIA), "vaapi" (Intel, AMD), or "auto", the first of
+            these devices that is there. Where one cannot, the CPU decodes, and `fallbacks` says why.
         reconnect: open a camera or a URL again when it is lost, until it is closed; False: that is an error.
         stall_after: seconds without a frame after which a live source is "stalled".
         open_within: seconds within which a camera or a URL has to give its first frame; until then it is tried again
@@ -98,18 +103,20 @@ class FrameSource:
 
     def __init__(
         self,
-        source: video.Source | Iterable[Any],
+        source: Source | Iterable[Any],
         *,
         name: str | None = None,
         policy: Policy | None = None,
         fps: float | None = None,
         capacity: int | None = None,
+        decoder: Decoder = "auto",
         reconnect: bool = True,
         stall_after: float = STALL_AFTER_S,
         open_within: float | None = OPEN_WITHIN_S,
     ) -> None:
-        self._arguments = (source, name, policy, fps, capacity, reconnect, stall_after, open_within)
-        feed = feeds.choose(source, name, fps, live=policy == "latest")
+        self._arguments = (source, name, policy, fps, capacity, decoder, reconnect, stall_after, open_within)
+        hwdecode.check(decoder)
+        feed = feeds.choose(source, name, fps, live=policy == "latest", decoder=decoder)
         self._prepare(feed.name, feed.live, policy, capacity, stall_after)
         self._feed: Feed | None = feed
         self._reconnect = reconnect
@@ -168,11 +175,10 @@ class FrameSource:
 
     def _start(self, read: Callable[[], None] | None) -> None:
         _open_sources.add(self)
-        for run, what in ((read, "frames"), (self._watch, "watch")):
+        for run in (read, self._watch if self._live else None):
             if run is not None:
-                thread = threading.Thread(target=run, name=f"edgetube {what} of {self.name}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                self._threads.append(threading.Thread(target=run, name=f"edgetube: {self.name}", daemon=True))
+                self._threads[-1].start()
 
     # ------------------------------------------------------------------------------------------------------ for the app
 
@@ -185,6 +191,16 @@ class FrameSource:
     def policy(self) -> Policy:
         """What happens when the source is faster than its reader."""
         return self._asked or ("latest" if self._live else "all")
+
+    @property
+    def decoder(self) -> str | None:
+        """What decodes it: cpu, nvdec or vaapi; of frames that come decoded None."""
+        return self._feed.decoder if isinstance(self._feed, feeds.Decoded) else None
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """Why each decoder that was to be taken before is not taken; known when the source is open."""
+        return self._feed.fallbacks if isinstance(self._feed, feeds.Decoded) else ()
 
     @property
     def state(self) -> State:
@@ -232,7 +248,7 @@ class FrameSource:
         if self._feed is not None:
             raise InputError(f"{self.name} reads its own frames; make a source for pushed ones with FrameSource.pushed")
         with self._pushing:
-            arrived = time.monotonic()
+            came = time.monotonic()
             what = f"the frame pushed to {self.name}"
             stamp = None if captured_at is None else preprocess.seconds(captured_at, f"captured_at of {what}")
             pixels = preprocess.frame(frame, what)
@@ -240,7 +256,7 @@ class FrameSource:
                 known = "has a" if stamp is not None else "has no"
                 raise InputError(f"{what} {known} captured_at, unlike those before; expected one kind")
             self._paired = stamp is not None
-            self._take(Arrival(stamp, pixels), arrived)
+            self._take(Arrival(came, stamp, pixels))
 
     def read(self, timeout: float | None = None) -> Frame | None:
         """Take the oldest waiting frame.
@@ -351,9 +367,10 @@ class FrameSource:
         """Read it to its end; returns why it ended, None where that is how it ends."""
         try:
             with feed.open() as arrivals:
-                self._live = feed.live
+                if self._live != feed.live:  # a URL turns out to be a finite file
+                    self._live, self._timeline = feed.live, Timeline(feed.live)
                 for arrival in arrivals:
-                    self._take(arrival, time.monotonic())
+                    self._take(arrival)
                     if self._ended:
                         return None
         except EdgetubeError as error:
@@ -366,32 +383,38 @@ class FrameSource:
 
     def _is_final(self, failure: EdgetubeError, began: float) -> bool:
         assert self._feed is not None, "only sources with a feed fail"
-        if self._ended or not self._reconnect or not self._feed.again:
+        if self._ended or not self._reconnect or not self._feed.again or isinstance(failure, Refused):
             return True
         if self._heard is not None or self._open_within is None:
             return False
         return time.monotonic() - began >= self._open_within
 
-    def _take(self, arrival: Arrival, arrived: float) -> None:
-        """Count what came, and put it into the queue or leave it out."""
-        with self._changed:
-            number = self.ledger.capture()
-            if self._ended:
-                self.ledger.drop("closed")
-                return
-            if arrival.pixels is None:
-                self.ledger.drop("damaged")
-                return
-            self._heard = arrived
-            self._error = None
-            self._enter("live", "frames come")
-            height, width = arrival.pixels.shape[:2]
-            placed = self._timeline.place(arrival.stamp, arrived, Look(height, width, arrival.turn))
-            if placed is None:
-                self.ledger.drop("late")
-            else:
-                self._queue(Frame(arrival.pixels, number, arrived, placed.seconds, placed.restarted))
+    def _take(self, arrival: Arrival) -> None:
+        """Count what came, and put it into the queue or leave it out. One thread at a time."""
+        with self._lock:
+            frame = self._count(arrival)
         self._tell()
+        if frame is not None:
+            with self._lock:
+                self._queue(frame)
+
+    def _count(self, arrival: Arrival) -> Frame | None:
+        """The frame that came; None where it is left out."""
+        number, pixels = self.ledger.capture(), arrival.pixels
+        if self._ended:
+            self.ledger.drop("closed")
+            return None
+        if pixels is None:
+            self.ledger.drop("damaged")
+            return None
+        self._heard, self._error = arrival.came, None
+        self._enter("live", "frames come")
+        look = Look(pixels.shape[0], pixels.shape[1], arrival.turn)
+        placed = self._timeline.place(arrival.stamp, arrival.came, look)
+        if placed is None:
+            self.ledger.drop("late")
+            return None
+        return Frame(pixels, number, arrival.came, placed.seconds, placed.restarted)
 
     def _queue(self, frame: Frame) -> None:
         """Called with the lock held, which it gives away while it waits for room."""
@@ -400,9 +423,9 @@ class FrameSource:
             self._blocked = True
             self._changed.wait_for(lambda: self._ended or len(self._waiting) < capacity)
             self._blocked, self._heard = False, time.monotonic()
-            if self._ended:
-                self.ledger.drop("closed")
-                return
+        if self._ended:
+            self.ledger.drop("closed")
+            return
         why = None
         while len(self._waiting) >= capacity:
             why = self._waiting.popleft().restarted or "frames were left out: they came faster than they were read"
@@ -419,8 +442,8 @@ class FrameSource:
                 while not self._is_stalled():
                     if self._ended:
                         return
-                    live = self._state == "live" and self._heard is not None
-                    self._entered.wait(self._stall_after / 4 if live else None)
+                    silent = 0.0 if self._heard is None or self._blocked else time.monotonic() - self._heard
+                    self._entered.wait(self._stall_after - silent if self._state == "live" else None)
                 self._enter("stalled", f"no frame for {self._stall_after:g} s")
             self._tell()
 
@@ -463,13 +486,14 @@ class FrameSource:
 
 
 def _rebuild(*arguments: Any) -> FrameSource:
-    source, name, policy, fps, capacity, reconnect, stall_after, open_within = arguments
+    source, name, policy, fps, capacity, decoder, reconnect, stall_after, open_within = arguments
     return FrameSource(
         source,
         name=name,
         policy=policy,
         fps=fps,
         capacity=capacity,
+        decoder=decoder,
         reconnect=reconnect,
         stall_after=stall_after,
         open_within=open_within,

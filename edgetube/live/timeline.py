@@ -21,11 +21,12 @@ JUMP_S = 1.0
 """Seconds by which a source's clock may be ahead of the frames' arrival; with more it jumped, and nothing is missing
 for that long. Networks bring frames in bursts of up to half a second."""
 
-JITTER_S = 0.02
+JITTER_S = 0.015
 """Seconds by which arrivals vary on any machine; they are the clock of sources that have none."""
 
-REMEMBERED = 31
-"""Differences of frames' times that a period is taken from: about a second."""
+REMEMBERED, FEWEST = 31, 8
+"""Differences of frames' times that a period is taken from, about a second; and the fewest of arrivals, because what a
+server or a driver kept comes all at once in the beginning."""
 
 
 class Look(NamedTuple):
@@ -49,7 +50,7 @@ class Rhythm:
 
     Args:
         arrivals: whether the times are those of arrival. They vary with the network, so what came twice of late is
-            taken for usual.
+            taken for usual, too.
     """
 
     def __init__(self, arrivals: bool) -> None:
@@ -62,12 +63,11 @@ class Rhythm:
         gap = longest is not None and step > longest
         if gap and not self._arrivals:
             self._steps.clear()  # the rate may be another from here on: one gap, not one for each frame
-        if step > 0:
-            self._steps.append(step)
+        self._steps.append(step)
         return gap
 
     def _longest(self) -> float | None:
-        if not self._steps:
+        if len(self._steps) < (FEWEST if self._arrivals else 1):
             return None
         usual: float = median_high(self._steps)
         if not self._arrivals:
@@ -104,7 +104,7 @@ class Timeline:
             self._pending = why
 
     def place(self, stamp: float | None, arrived: float, look: Look) -> Placed | None:
-        """Place the next frame; None for one that is older than a frame before it, which is to be left out.
+        """Place the next frame; None for one that is not newer than a frame before it, which is to be left out.
 
         Args:
             stamp: seconds of the source's own clock, from any beginning; None where it has none.
@@ -121,7 +121,8 @@ class Timeline:
             why, jumped = "its clock is another", True
         if not jumped:
             step = time - self._time
-            if -LATE_S <= step < 0 and self._late < MAX_LATE:
+            is_late = step < 0 or (self._live and step == 0)
+            if is_late and step >= -LATE_S and self._late < MAX_LATE:
                 self._late += 1
                 return None
             why, jumped = self._judge(step, passed)
@@ -135,6 +136,8 @@ class Timeline:
 
     def _judge(self, step: float, passed: float) -> tuple[str | None, bool]:
         """Why a frame does not continue the last one, and whether that is because the clock jumped."""
+        if self._live and step == 0:
+            return "its clock stands still", True
         if step < 0:
             return f"its clock jumped back by {-step:.3f} s", True
         gap = self._rhythm.is_gap(step) if self._live else step > FREEZE_S
