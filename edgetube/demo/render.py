@@ -83,8 +83,12 @@ def render_clip(photo: Photo, move: Move, frames: int, size: tuple[int, int], rn
     """
     view = choose(photo, move, size, rng)
     points = project(view, move.path(frames), size, _grid(size))  # (2, T, H*W), photo pixels
-    picture = _sample_photo(photo, points, view.scale / min(size), move.blur * view.scale)
-    return _develop(picture.reshape(frames, *size, 3), move, rng)
+    planes, at = _plate(photo, points, view.scale / min(size), move.blur * view.scale)
+    gains = _gains(move, frames, rng)
+    seen: Frames = np.empty((frames, *size, 3), np.uint8)
+    for index, gain in enumerate(gains):  # frame by frame: what a frame needs fits into the processor's cache
+        seen[index] = _develop(_bilinear(planes, at[:, index]).reshape(*size, 3), gain, move.noise, rng)
+    return seen
 
 
 def choose(photo: Photo, move: Move, size: tuple[int, int], rng: np.random.Generator) -> View:
@@ -105,7 +109,7 @@ def choose(photo: Photo, move: Move, size: tuple[int, int], rng: np.random.Gener
         cx, cy = 1 + slack * (x, y) - fit * low
         view = View((float(cx), float(cy)), fit, unit.angle)
         points = project(view, np.zeros((1, 4), np.float32), size, preview)
-        seen = texture(_sample_photo(photo, points, fit / PREVIEW, 0.0).reshape(PREVIEW, PREVIEW, 3))
+        seen = texture(_sample_photo(photo, points, fit / PREVIEW).reshape(PREVIEW, PREVIEW, 3))
         if seen > best:
             best, chosen = seen, view
         if seen >= TEXTURE:
@@ -135,9 +139,14 @@ def project(view: View, path: FloatArray, size: tuple[int, int], points: FloatAr
     turn = roll + np.float32(view.angle)
     cos, sin = np.cos(turn) * np.exp(-zoom), np.sin(turn) * np.exp(-zoom)
     across, down = dx * width, dy * height
-    x = points[0] * cos - points[1] * sin + (across * np.cos(view.angle) - down * np.sin(view.angle))
-    y = points[0] * sin + points[1] * cos + (across * np.sin(view.angle) + down * np.cos(view.angle))
-    seen: FloatArray = np.stack([x * step + view.centre[0], y * step + view.centre[1]]).astype(np.float32)
+    shift = (
+        across * np.cos(view.angle) - down * np.sin(view.angle),
+        across * np.sin(view.angle) + down * np.cos(view.angle),
+    )
+    seen = np.empty((2, len(path), points.shape[1]), np.float32)
+    for t in range(len(path)):
+        seen[0, t] = (points[0] * cos[t] - points[1] * sin[t] + shift[0][t]) * step + view.centre[0]
+        seen[1, t] = (points[0] * sin[t] + points[1] * cos[t] + shift[1][t]) * step + view.centre[1]
     return seen
 
 
@@ -148,21 +157,28 @@ def _grid(size: tuple[int, int]) -> FloatArray:
     return np.stack([x - (width - 1) / 2, y - (height - 1) / 2]).astype(np.float32).reshape(2, -1)
 
 
-def _sample_photo(photo: Photo, points: FloatArray, step: float, blur: float) -> FloatArray:
-    """Colours (T, N, 3) at photo coordinates (2, T, N).
+def _sample_photo(photo: Photo, points: FloatArray, step: float) -> FloatArray:
+    """Colours (T, N, 3) at photo coordinates (2, T, N), without blur."""
+    planes, at = _plate(photo, points, step, 0.0)
+    return _bilinear(planes, at.reshape(2, -1)).reshape(*points.shape[1:], 3)
+
+
+def _plate(photo: Photo, points: FloatArray, step: float, blur: float) -> tuple[FloatArray, FloatArray]:
+    """The part of a photo that is seen at photo coordinates (2, T, N): planes (3, h, w), and the coordinates there.
 
     Antialiased by reading from the halving whose pixels are nearest to `step` photo pixels; `blur` is a Gaussian
-    sigma in photo pixels, applied to the part of the photo that is seen.
+    sigma in photo pixels.
     """
     level = int(np.clip(np.round(np.log2(max(step, 1e-6))), 0, len(photo.levels) - 1))
     pixels = photo.levels[level]
-    at = (points.reshape(2, -1) + np.float32(0.5)) / np.float32(2**level) - np.float32(0.5)
+    at = (points + np.float32(0.5)) / np.float32(2**level) - np.float32(0.5)
     sigma = blur / 2**level
     margin = int(np.ceil(3 * sigma)) + 1
-    low = np.maximum(np.floor(at.min(axis=1)).astype(int) - margin, 0)
-    high = np.minimum(np.ceil(at.max(axis=1)).astype(int) + margin + 2, pixels.shape[1::-1])
+    low = np.maximum(np.floor(at.min(axis=(1, 2))).astype(int) - margin, 0)
+    high = np.minimum(np.ceil(at.max(axis=(1, 2))).astype(int) + margin + 2, pixels.shape[1::-1])
     plate = _gaussian(pixels[low[1] : high[1], low[0] : high[0]], sigma)
-    return _bilinear(plate, at - low.astype(np.float32)[:, None]).reshape(*points.shape[1:], 3)
+    at -= low.astype(np.float32)[:, None, None]
+    return np.ascontiguousarray(plate.transpose(2, 0, 1)), at
 
 
 def _gaussian(picture: FloatArray, sigma: float) -> FloatArray:
@@ -179,27 +195,34 @@ def _gaussian(picture: FloatArray, sigma: float) -> FloatArray:
     return picture
 
 
-def _bilinear(picture: FloatArray, at: FloatArray) -> FloatArray:
-    """Colours (N, 3) of picture (h, w, 3) at (x, y) positions (2, N), clamped to the picture."""
-    h, w = picture.shape[:2]
+def _bilinear(planes: FloatArray, at: FloatArray) -> FloatArray:
+    """Colours (N, 3) of a picture's planes (3, h, w) at (x, y) positions (2, N), clamped to the picture."""
+    h, w = planes.shape[1:]
     x, y = np.clip(at[0], 0, w - 1), np.clip(at[1], 0, h - 1)
     column, row = np.minimum(x.astype(np.int32), w - 2), np.minimum(y.astype(np.int32), h - 2)
-    fx, fy = x - column, y - row
-    corner = row * w + column
-    weights = {0: (1 - fx) * (1 - fy), 1: fx * (1 - fy), w: (1 - fx) * fy, w + 1: fx * fy}
-    colours = np.zeros((at.shape[1], 3), np.float32)
-    for channel in range(3):  # plane by plane: gathers of whole pixels take twice as long
-        plane = picture[..., channel].ravel()
-        colours[:, channel] = sum(plane.take(corner + step) * weight for step, weight in weights.items())
+    fx, fy = x - column, y - row  # float64, as all arithmetic on them
+    corner = (row * w + column).astype(np.intp)
+    gx, gy = 1 - fx, 1 - fy
+    weights = {0: gx * gy, 1: fx * gy, w: gx * fy, w + 1: fx * fy}
+    corners = [(corner + step, weight) for step, weight in weights.items()]
+    colours = np.empty((at.shape[1], 3), np.float32)
+    for channel, plane in enumerate(planes.reshape(3, -1)):  # gathers of whole pixels take twice as long
+        colours[:, channel] = sum(plane.take(where) * weight for where, weight in corners)
     return colours
 
 
-def _develop(light: FloatArray, move: Move, rng: np.random.Generator) -> Frames:
-    """Exposure, sensor noise and rounding: (T, H, W, 3) float32 to uint8."""
-    frames = len(light)
+def _gains(move: Move, frames: int, rng: np.random.Generator) -> FloatArray:
+    """Exposure of each frame (T,)."""
     drift = np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(1)
-    gain = 1 + move.exposure * drift + move.flicker * rng.standard_normal(frames)
-    light = light * gain.astype(np.float32)[:, None, None, None]
-    light += rng.standard_normal(light.shape, dtype=np.float32) * np.float32(move.noise)
-    grey: Frames = np.clip(light + 0.5, 0, 255).astype(np.uint8)
+    return (1 + move.exposure * drift + move.flicker * rng.standard_normal(frames)).astype(np.float32)
+
+
+def _develop(light: FloatArray, gain: np.float32, noise: float, rng: np.random.Generator) -> Frames:
+    """Exposure, sensor noise and rounding of a frame: (H, W, 3) float32 to uint8."""
+    light *= gain
+    grain = rng.standard_normal(light.shape, dtype=np.float32)
+    grain *= np.float32(noise)
+    light += grain
+    light += np.float32(0.5)
+    grey: Frames = np.clip(light, 0, 255, out=light).astype(np.uint8)
     return grey

@@ -39,7 +39,7 @@ def test_view_without_scaling_is_the_photo_itself() -> None:
     photo = render.Photo("p", picture(96, 128))
     view = render.View((50.5, 40.5), 32.0, 0.0)  # between pixels: an even frame has no middle pixel
     points = render.project(view, np.zeros((1, 4), np.float32), (32, 48), render._grid((32, 48)))
-    seen = render._sample_photo(photo, points, 1.0, 0.0).reshape(32, 48, 3)
+    seen = render._sample_photo(photo, points, 1.0).reshape(32, 48, 3)
     np.testing.assert_allclose(seen, photo.pixels[25:57, 27:75], atol=1e-3)
 
 
@@ -47,7 +47,7 @@ def test_quarter_roll_clockwise_turns_the_picture_counter_clockwise() -> None:
     photo = render.Photo("p", picture(96, 96))
     view = render.View((47.5, 47.5), 32.0, 0.0)
     path = np.array([[0, 0, 0, 0], [0, 0, 0, np.pi / 2]], np.float32)
-    seen = render._sample_photo(photo, render.project(view, path, (32, 32), render._grid((32, 32))), 1.0, 0.0)
+    seen = render._sample_photo(photo, render.project(view, path, (32, 32), render._grid((32, 32))), 1.0)
     first, last = seen.reshape(2, 32, 32, 3)
     np.testing.assert_allclose(last, np.rot90(first), atol=0.05)  # np.rot90 turns counter-clockwise
 
@@ -57,7 +57,7 @@ def test_shift_and_zoom_move_the_picture_the_other_way() -> None:
     view = render.View((63.5, 63.5), 32.0, 0.0)
     path = np.array([[0, 0, 0, 0], [0.25, 0, 0, 0], [0, -0.25, 0, 0], [0, 0, np.log(2), 0]], np.float32)
     points = render.project(view, path, (32, 32), render._grid((32, 32)))
-    seen = render._sample_photo(photo, points, 1.0, 0.0).reshape(4, 32, 32, 3)
+    seen = render._sample_photo(photo, points, 1.0).reshape(4, 32, 32, 3)
     np.testing.assert_allclose(seen[1][:, :-8], seen[0][:, 8:], atol=1e-3)  # camera right, picture left
     np.testing.assert_allclose(seen[2][8:], seen[0][:-8], atol=1e-3)  # camera up, picture down
     blocks = seen[3].reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))  # twice as large: 2x2 pixels show what one did
@@ -69,7 +69,7 @@ def test_far_views_read_means_of_the_photo() -> None:
     photo = render.Photo("p", np.repeat(pixels[..., None], 3, axis=-1).astype(np.uint8))
     view = render.View((127.5, 127.5), 200.0, 0.1)
     points = render.project(view, np.zeros((1, 4), np.float32), (50, 50), render._grid((50, 50)))
-    seen = render._sample_photo(photo, points, 4.0, 0.0)
+    seen = render._sample_photo(photo, points, 4.0)
     np.testing.assert_allclose(seen, 127.5, atol=0.01)
 
 
