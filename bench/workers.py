@@ -13,14 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from edgetube import interrupts
+from edgetube import interrupts, processes
 from edgetube.bench.model_set import Job, JobResult, ModelSet, OpenedModels
 from edgetube.errors import BackendError, InputError
 from edgetube.targets import need
@@ -35,9 +33,6 @@ ALONE = 2
 
 CONNECT_S = 10.0
 """Seconds to wait for a connection to a cluster."""
-
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-"""Read by BLAS libraries once, when they are loaded."""
 
 
 def here(model_set: ModelSet, jobs: Iterable[Job]) -> Results:
@@ -61,11 +56,11 @@ def in_processes(model_set: ModelSet, jobs: Iterable[Job], *, workers: int) -> R
         raise InputError(f"workers is {workers}; expected >= 1")
     model_set = replace(model_set, threads=model_set.threads or max(1, (os.cpu_count() or 1) // workers))
     source, suspects = iter(jobs), deque[Job]()
-    with _threads(model_set.threads):
+    with processes.threads(model_set.threads):
         while True:
             yield from _alone(model_set, suspects)
             running: dict[Future[JobResult], Job] = {}
-            with _pool(workers) as pool:
+            with processes.pool(workers) as pool:
                 try:
                     _submit(pool, model_set, islice(source, workers), running, suspects)
                     while running:
@@ -99,7 +94,7 @@ def _alone(model_set: ModelSet, suspects: deque[Job]) -> Results:
     """Run jobs one at a time; a job that crashes its process is split, and a single clip is tried `ALONE` times."""
     tries = 0
     while suspects:
-        with _pool(1) as pool:
+        with processes.pool(1) as pool:
             try:
                 while suspects:
                     with interrupts.kept_from_children():
@@ -113,37 +108,6 @@ def _alone(model_set: ModelSet, suspects: deque[Job]) -> Results:
                 if tries >= ALONE:
                     raise _blame(job) from error
                 suspects.extendleft(reversed(list(job.singles())))
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Spawned processes, because forking a process with threads may deadlock. An error in the block ends them."""
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), interrupts.end_with_parent)
-    done = False
-    try:
-        yield pool
-        done = True
-    finally:
-        processes = list((pool._processes or {}).values())
-        if not done:
-            for process in processes:
-                process.terminate()
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Processes that are started in the block use `count` threads for linear algebra."""
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(count)))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def on_cluster(model_set: ModelSet, jobs: Iterable[Job], *, address: str) -> Results:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import IO, BinaryIO, Protocol
 
@@ -45,17 +46,25 @@ class DiskArray:
 
     Args:
         folder: of the temporary file, which has no name and is deleted with the array.
+        file: takes its place: a new file, which stays, or one that holds the rows already and is only read.
 
     Raises:
         OSError: the disk is full or fails, here or when a row is written.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shape: tuple[int, ...],
+        dtype: npt.DTypeLike,
+        file: BufferedReader | BufferedRandom | None = None,
+    ) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
         self._row = math.prod(shape[1:]) * self.dtype.itemsize
-        self._file = tempfile.TemporaryFile(dir=folder, suffix=".raw")  # noqa: SIM115  # closed below
+        self._file = file or tempfile.TemporaryFile(dir=folder, suffix=".raw")  # noqa: SIM115  # closed below
         weakref.finalize(self, self._file.close)
-        self._file.truncate(len(self) * self._row)
+        if self._file.writable():
+            self._file.truncate(len(self) * self._row)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -156,12 +156,12 @@ def built_in_calibration(count: int, labels: tuple[str, ...]) -> ClipSet:
 
 
 def _rendered(name: str, photos: tuple[str, ...], count: int, labels: tuple[str, ...]) -> ClipSet:
-    known = set(demo.LABELS) <= set(labels)
+    known, version = set(demo.LABELS) <= set(labels), f"{__version__} {demo.VERSION}"
     items = []
     for index in range(count):
         photo, label = photos[index // len(demo.LABELS) % len(photos)], demo.LABELS[index % len(demo.LABELS)]
         read = partial(_render, name, photos, index, known)
-        items.append(Item(f"{name}/{photo}/{index:04d}", label if known else None, read, __version__))
+        items.append(Item(f"{name}/{photo}/{index:04d}", label if known else None, read, version))
     return ClipSet("built-in", tuple(items))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from typing_extensions import Self
 
 from edgetube import bundle as bundles
-from edgetube import calibration, export, runtimes
+from edgetube import calibration, export, processes, runtimes
 from edgetube.bench import machine
 from edgetube.bundle import Bundle
 from edgetube.calibration import Calibrated, search
@@ -165,7 +165,15 @@ class Int8Builder:
         """The calibration clips and the judging clips; read once."""
         folder, checkpoint = Path(self._workspace.name), self.checkpoint
         statistics, judged = (
-            collect(source, checkpoint.contract, checkpoint.labels, folder, progress=self.progress)
+            collect(
+                source,
+                checkpoint.contract,
+                checkpoint.labels,
+                folder,
+                workers=processes.cores(),
+                keep=True,
+                progress=self.progress,
+            )
             for source in int8.sources(checkpoint, self.given)
         )
         return statistics, judged

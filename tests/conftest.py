@@ -16,6 +16,9 @@ import pytest
 # ONNX Runtime are imported, and for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Tests leave no clips in the user's cache folder.
+os.environ["EDGETUBE_CLIPS_GB"] = "0"
+
 # The same examples in every run, so that a failure is a change of the code; HYPOTHESIS_PROFILE=explore looks further.
 hypothesis.settings.register_profile("repeat", derandomize=True, deadline=None, max_examples=50, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)

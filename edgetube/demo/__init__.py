@@ -12,11 +12,12 @@ from pathlib import Path
 
 from edgetube.contract import InputContract
 from edgetube.demo.moves import LABELS, Move
-from edgetube.demo.render import Photo, generator, render_clip
+from edgetube.demo.render import VERSION, Photo, generator, render_clip
 from edgetube.video import Clip
 
 __all__ = [
     "LABELS",
+    "VERSION",
     "WEIGHTS",
     "calibration",
     "clip",

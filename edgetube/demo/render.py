@@ -22,6 +22,9 @@ VIEW = (0.4, 0.98)  # how much of the photo's room the path of the view takes, f
 TILTED = float(np.radians(12))  # highest rotation of the view against the photo
 TEXTURE = 3.0  # grey levels per 1/32 of the view that a view must change by, in most of its quarters
 TRIES = 8
+
+VERSION = 1
+"""Of the rendered bytes: clips are kept between exports, so it is raised when a clip of the same number changes."""
 PREVIEW = 32
 
 
