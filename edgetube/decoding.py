@@ -53,12 +53,15 @@ _SOUGHT = frozenset((_MP4, _MATROSKA, _TS))
 _CLOCKLESS = frozenset(("mpjpeg", "mjpeg", "mjpeg_2000", "h264", "hevc", "m4v", "mpegvideo", "obu", "image2pipe"))
 """Formats whose frames have no times: FFmpeg counts them, at a rate that it guesses."""
 
+_PLAYLISTS = frozenset(("hls", "dash"))
+"""Formats that name other files: how long they are does not say whether they end."""
+
 _WRAP = 1 << 33
 """Ticks after which the clock of a broadcast begins again."""
 
 
 class Refused(InputError):
-    """A server that refuses who asks: to ask again is of no use."""
+    """A URL that is refused, for who asks or for what it is: to ask again is of no use."""
 
 
 @contextmanager
@@ -83,6 +86,8 @@ def vendor_errors(name: object) -> Iterator[None]:
     except (av.HTTPUnauthorizedError, av.HTTPForbiddenError) as error:
         remedy = "check the user name and the password of its URL"
         raise Refused(f"{name} refuses access ({error.strerror}): {remedy}") from _of(error)
+    except av.ProtocolNotFoundError as error:
+        raise Refused(f"{name} cannot be used: this FFmpeg does not know its protocol") from _of(error)
     except av.FFmpegError as error:
         lost = "://" in str(name) and error.errno in (errno.EIO, errno.ECONNRESET, errno.EPIPE)
         what = "was lost: the other side is gone, or the network" if lost else f"cannot be used: {error.strerror}"
@@ -281,7 +286,9 @@ class Reader:
             return True
         if self.address.format is not None or self.form in _CLOCKLESS:
             return False
-        return self.container.size > 0 or bool(self.container.duration and self.container.duration > 0)
+        if self.container.duration and self.container.duration > 0:
+            return True
+        return self.form not in _PLAYLISTS and self.container.size > 0
 
     def film(self) -> Iterator[tuple[float, av.VideoFrame]]:
         """All `frames` of what is finite.
@@ -304,7 +311,7 @@ class Reader:
         """
         import av
 
-        begun, stamped, ticks = False, self.form not in _CLOCKLESS, None
+        begun, has_clock, ticks = False, self.form not in _CLOCKLESS, None
         is_jpeg = self.stream.codec_context.name == "mjpeg"  # whose decoder fills what is missing with grey
         for packet in self._packets():
             came = time.monotonic()
@@ -313,18 +320,19 @@ class Reader:
                 decoded = packet.decode()
             except av.InvalidDataError:
                 decoded = [None] if begun else []  # else joined in the middle of a group of pictures
-            whole = not packet.is_corrupt and not (is_jpeg and packet.size and not pictures.whole_jpeg(bytes(packet)))
+            whole = not (is_jpeg and packet.size) or pictures.whole_jpeg(bytes(packet))
+            if packet.is_corrupt and self.form not in _PLAYLISTS:  # where each file counts its packets anew
+                whole = False
             for frame in decoded:
                 if frame is None or frame.is_corrupt or not whole:
                     if begun:
                         yield came, None, None
                     continue
-                begun, stamped = True, stamped and frame.pts is not None
-                if not stamped or frame.pts is None:
-                    yield came, None, frame
-                    continue
-                ticks = self._unwrapped(frame.pts, ticks)
-                yield came, float(ticks * self.tick), frame
+                begun, seconds = True, None
+                if has_clock and frame.pts is not None:
+                    ticks = self._unwrapped(frame.pts, ticks)
+                    seconds = float(ticks * self.tick)
+                yield came, seconds, frame
 
     def _unwrapped(self, stamp: int, before: int | None) -> int:
         """A time in ticks, after a clock of 33 bits began again."""

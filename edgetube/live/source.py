@@ -42,7 +42,7 @@ STALL_AFTER_S = 2.0
 OPEN_WITHIN_S = 10.0
 """Seconds after which a live source that never gave a frame is given up."""
 
-JOIN_S = 2.0
+JOIN_S = 1.0
 """Seconds that `close` waits for the thread. Only a call of FFmpeg that waits for a network takes longer, and ends by
 its own time limit."""
 
@@ -298,15 +298,15 @@ class FrameSource:
         if os.getpid() != self._process:
             return  # it is the parent's
         self._stop()
+        self._join(time.monotonic() + JOIN_S)
+
+    def _join(self, until: float) -> None:
         _open_sources.discard(self)
-        until = time.monotonic() + JOIN_S
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
 
     def _stop(self) -> None:
-        if os.getpid() != self._process:
-            return
         with self._lock:
             self._closed = True
             if self._waiting:
@@ -503,8 +503,9 @@ def _rebuild(*arguments: Any) -> FrameSource:
 @atexit.register
 def _close_all() -> None:
     """A thread in a call of FFmpeg must not outlive the interpreter."""
-    left = list(_open_sources)
+    left = [source for source in _open_sources if source._process == os.getpid()]
     for source in left:
         source._stop()
+    until = time.monotonic() + JOIN_S
     for source in left:
-        source.close()
+        source._join(until)

@@ -110,29 +110,29 @@ class Timeline:
             stamp: seconds of the source's own clock, from any beginning; None where it has none.
             arrived: seconds of the monotonic clock.
         """
-        time = arrived if stamp is None else stamp
+        time, stamped = arrived if stamp is None else stamp, stamp is not None
         if self._shift is None or self._look is None:
             self._shift = -time if self._live else 0.0
-            self._rhythm = Rhythm(arrivals=stamp is None)
-            return self._settle(time, arrived, look, stamp is not None, None)
+            self._rhythm = Rhythm(arrivals=not stamped)
+            return self._settle(time, arrived, look, stamped, None)
         passed = max(0.0, arrived - self._arrived)
-        why, jumped = self._pending, self._pending is not None
-        if not jumped and (stamp is not None) != self._stamped:
-            why, jumped = "its clock is another", True
-        if not jumped:
+        why, anew = self._pending, self._pending is not None
+        if not anew and self._stamped and not stamped:  # one among others that have a stamp
+            return self._settle(self._time + max(passed, TOLERANCE), arrived, look, True, None)
+        if not anew and stamped and not self._stamped:  # cameras send the first frames before they know the time
+            anew = True
+        if not anew:
             step = time - self._time
             is_late = step < 0 or (self._live and step == 0)
             if is_late and step >= -LATE_S and self._late < MAX_LATE:
                 self._late += 1
                 return None
-            why, jumped = self._judge(step, passed)
-        if jumped:
-            self._rhythm = Rhythm(arrivals=stamp is None)
+            why, anew = self._judge(step, passed)
+        if anew:
+            self._rhythm = Rhythm(arrivals=not stamped)
             if self._live:
                 self._shift = self._seconds + passed - time
-        if look != self._look and why is None:
-            why = _change(self._look, look)
-        return self._settle(time, arrived, look, stamp is not None, why)
+        return self._settle(time, arrived, look, stamped, why)
 
     def _judge(self, step: float, passed: float) -> tuple[str | None, bool]:
         """Why a frame does not continue the last one, and whether that is because the clock jumped."""
@@ -149,6 +149,8 @@ class Timeline:
 
     def _settle(self, time: float, arrived: float, look: Look, stamped: bool, why: str | None) -> Placed:
         assert self._shift is not None, "set with the first frame"
+        if why is None and self._look not in (None, look):
+            why = _change(self._look, look)
         self._time, self._arrived, self._look, self._stamped = time, arrived, look, stamped
         self._seconds = time + self._shift
         self._late, self._pending = 0, None

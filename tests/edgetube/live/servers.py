@@ -22,7 +22,7 @@ class Connection:
     """One request, and what is sent as its answer. Sending raises OSError when the other side is gone."""
 
     def __init__(self, handler: BaseHTTPRequestHandler, stopped: threading.Event) -> None:
-        self.headers = handler.headers
+        self.path = handler.path
         self.stopped = stopped
         self._handler = handler
 

@@ -10,6 +10,7 @@ import re
 import threading
 import traceback
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from edgetube import decoding
 from edgetube.errors import InputError
 from edgetube.live.frame import Frame, State
 from edgetube.live.source import Ended, FrameSource
+from tests.edgetube.live.rtsp import filming
 from tests.edgetube.live.servers import MJPEG, PACKET, Connection, Script, film, grey, jpeg, part, serving, spliced
 from tests.edgetube.live.test_source import PATIENCE_S, drain, picture
 
@@ -198,6 +200,51 @@ def test_pictures_that_are_cut_off_are_counted_and_not_filled_with_grey() -> Non
         assert source.ledger.account().dropped["damaged"] >= 4
 
 
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_camera_of_rtsp_jumps_is_killed_and_comes_back(hours: float) -> None:
+    with (
+        filming("me:hunter2", jump=(20, 3600 * hours)) as camera,
+        FrameSource(camera.url("me:hunter2@"), capacity=500) as source,
+    ):
+        found = reasons(take(source, 40))
+        assert len(found) == 1
+        # RTP counts 32 bits: FFmpeg takes a clock that was set back for one that is about to begin again.
+        assert found[0].startswith("its clock jumped ahead by")
+        camera.kill()
+        camera.jump = None
+        camera.start()
+        while (frame := take(source, 1)[0]).restarted is None:
+            pass
+        assert frame.restarted == "a new connection"
+        after = take(source, 20)
+        assert not reasons(after)
+        assert [b.seconds - a.seconds for a, b in pairwise(after[2:])] == pytest.approx([1 / FPS] * 17)
+
+
+def test_segments_that_a_server_adds_to_are_live_and_those_of_a_whole_film_are_finite() -> None:
+    segments = [film(times(FPS, 10.0 + k)) for k in range(4)]
+
+    def script(connection: Connection) -> None:
+        if connection.path.endswith(".ts"):
+            data = segments[int(connection.path[1:-3])]
+        else:
+            listed = "".join(f"#EXTINF:1.0,\n{k}.ts\n" for k in range(4))
+            end = "#EXT-X-ENDLIST\n" * connection.path.startswith("/whole")
+            data = f"#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n{listed}{end}".encode()
+        connection.begin("video/any", len(data))
+        connection.send(data)
+
+    with serving(script) as server:
+        with FrameSource(server.url("whole.m3u8")) as source:
+            frames = drain(source)
+            assert len(frames) == 4 * FPS
+            assert not source.is_live
+        with FrameSource(server.url("growing.m3u8"), capacity=200) as source:
+            frames = take(source, FPS)
+            assert not reasons(frames)
+            assert source.is_live
+
+
 # --------------------------------------------------------------------------------------------------- finite and refused
 
 
@@ -246,6 +293,21 @@ def test_a_wrong_password_is_one_clear_error_without_it() -> None:
         said = "".join(traceback.format_exception(caught.value)) + repr(source) + str(source.error) + " ".join(told)
         assert not [secret for secret in SECRETS if secret in said]
         assert asked <= 2  # FFmpeg asks without a password first
+
+
+def test_a_wrong_password_of_rtsp() -> None:
+    with filming("me:sesame") as camera:
+        with FrameSource(camera.url("me:hunter2@"), open_within=None) as source:
+            with pytest.raises(InputError, match=r"127.0.0.1:\d+/live refuses access") as caught:
+                source.read(PATIENCE_S)
+            assert camera.requests <= 3
+        assert not [secret for secret in SECRETS if secret in "".join(traceback.format_exception(caught.value))]
+
+
+def test_a_protocol_that_is_unknown_is_an_error_at_once() -> None:
+    said = r"smoke://\*\*\*@hill/signal cannot be used: this FFmpeg does not know"
+    with FrameSource("smoke://me:hunter2@hill/signal") as source, pytest.raises(InputError, match=said):
+        source.read(PATIENCE_S)
 
 
 @pytest.mark.parametrize("url", ["rtsp://me:hunter2@127.0.0.1:9/s?key=sesame", "http://me:hunter2@127.0.0.1:9/v"])

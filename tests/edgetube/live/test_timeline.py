@@ -121,6 +121,15 @@ def test_frames_out_of_order_are_left_out_until_the_clock_was_set_back() -> None
     assert list(reasons(placed)) == [34]
 
 
+def test_frames_without_a_stamp_among_others_are_placed_by_arrival() -> None:
+    stamps: list[float | None] = [*steady(100, begin=7000.0)]
+    for i in (0, 1, 40, 70, 71):
+        stamps[i] = None
+    placed = place(stamps, steady(100))
+    assert not reasons(placed)
+    assert [item.seconds for item in placed if item] == pytest.approx([i / 25 for i in range(100)])
+
+
 def test_a_clock_that_stands_still_is_told() -> None:
     placed = place([7.0] * 12, steady(12))
     assert [i for i, item in enumerate(placed) if item is None] == [1, 2, 3, 4, 6, 7, 8, 9, 11]
