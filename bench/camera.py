@@ -1,79 +1,78 @@
-"""A runtime behind a simulated camera, which delivers frames at a fixed rate.
+"""A runtime behind simulated cameras, which deliver frames at a fixed rate.
 
 A benchmark that calls in a loop keeps the processor's clock up and its caches warm; a camera leaves gaps between calls.
-A runtime that is too slow for the camera also drops frames.
+A runtime that is too slow for its cameras also loses frames.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgetube import preprocess
 from edgetube.contract import InputContract
+from edgetube.errors import BackendError
+from edgetube.live.cameras import Cameras
+from edgetube.live.frame import Frame
+from edgetube.live.source import FrameSource
+from edgetube.live.window import step
+from edgetube.resize import Frames
 from edgetube.runtime import Runtime
-from edgetube.video import Frames
+from edgetube.spec import Prediction
 
-HELD = 4
-"""Size of the camera driver's frame queue; when it is full, a new frame replaces the oldest."""
+DRAIN_S = 2.0
+"""Seconds that the last frames may take to be read."""
+
+NOT_LOST = frozenset(("sampling", "closed"))
+"""Causes of dropped frames that say nothing about speed."""
 
 
-class Camera:
-    """Frames at a fixed rate, in real time; an iterator of (seconds, frame (H, W, 3) uint8).
-
-    Args:
-        frames: (N, H, W, 3) uint8, shown in a loop.
-        fps: frames per second.
-        seconds: how long it runs.
-        now, sleep: the clock; tests bring their own.
+class Camera(FrameSource):
+    """A source that frames are pushed into.
 
     Attributes:
-        captured, read, dropped: frames so far; a dropped one left the queue before it was read.
-        late: frames that were read more than one frame's time after they were captured.
-        idle: seconds that the reader waited for a frame.
+        late: frames that were read more than `interval` seconds after they came.
     """
 
-    def __init__(
-        self,
-        frames: Frames,
-        fps: float,
-        seconds: float,
-        now: Callable[[], float] = time.perf_counter,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self.frames, self.fps, self.total = frames, fps, round(seconds * fps)
-        self.now, self.sleep = now, sleep
-        self.captured = self.read = self.dropped = self.late = 0
-        self.idle = 0.0
-        self.begin = 0.0
+    interval = float("inf")
+    late = 0
 
-    def age(self, seconds: float) -> float:
-        """Seconds since the frame with that timestamp was captured."""
-        return self.now() - self.begin - seconds
+    def read(self, timeout: float | None = None) -> Frame | None:
+        frame = super().read(timeout)
+        if frame is not None:
+            self.late += time.monotonic() - frame.captured_at > self.interval
+        return frame
 
-    def __iter__(self) -> Iterator[tuple[float, Frames]]:
-        self.begin = self.now()
-        following = 0  # frame k is captured at k / fps
-        while following < self.total:
-            elapsed = self.now() - self.begin
-            oldest = int(elapsed * self.fps + 1e-9) - HELD + 1
-            if oldest > following:
-                self.dropped += min(oldest, self.total) - following
-                following = oldest
-                continue
-            due = following / self.fps
-            if due > elapsed:
-                self.sleep(due - elapsed)
-                self.idle += due - elapsed
-            elif elapsed - due > 1 / self.fps:
-                self.late += 1
-            self.read += 1
-            following += 1
-            yield due, self.frames[(following - 1) % len(self.frames)]
-        self.captured = self.total
+
+class Busy:
+    """A runtime that counts the seconds in which it is called at all."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.contract, self.labels, self.batch = runtime.contract, runtime.labels, runtime.batch
+        self.parallel_calls = runtime.parallel_calls
+        self.seconds = 0.0
+        self._runtime = runtime
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._began = 0.0
+
+    def __call__(self, clips: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        with self._lock:
+            self._calls += 1
+            if self._calls == 1:
+                self._began = time.monotonic()
+        try:
+            return self._runtime(clips)
+        finally:
+            with self._lock:
+                self._calls -= 1
+                if not self._calls:
+                    self.seconds += time.monotonic() - self._began
 
 
 def pace(
@@ -83,40 +82,76 @@ def pace(
     seconds: float,
     hop: int | None = None,
     size: tuple[int, int] = (480, 640),
-    clock: tuple[Callable[[], float], Callable[[float], None]] = (time.perf_counter, time.sleep),
+    cameras: int = 1,
 ) -> dict[str, Any]:
-    """Run `Runtime.stream` on a camera of `fps` frames of `size` (height, width) for `seconds`.
+    """Run `edgetube.Cameras` on cameras of `fps` frames of `size` (height, width) for `seconds`.
 
-    The time to fill the first clip comes on top. Latency is from the capture of a clip's newest frame to its
-    prediction. A prediction is late when the next one was due before it arrived.
+    The time to fill the first clip comes on top. The frames of several cameras come evenly one after the other.
+    Latency is from the arrival of a clip's newest frame to its prediction. A prediction is late when the next one was
+    due before it arrived.
 
     Returns:
         The keys of `camera` in `docs/benchmarking.md`.
+
+    Raises:
+        BackendError: the runtime failed, or gave no answer.
     """
     contract = runtime.contract
     rate = contract.rate(fps)
-    hop = max(1, contract.frames // 4) if hop is None else hop
-    source = Camera(enlarge(runtime.bundle.golden()[0][0], size), fps, seconds + contract.frames / rate, *clock)
-    latencies: list[float] = []
-    for prediction in runtime.stream(source, hop=hop, fps=fps):
-        newest = (prediction.end or 0.0) - (1 / contract.fps if contract.fps else 0.0)
-        latencies.append(source.age(newest) * 1e3)
-    p50, p90, p99 = (float(v) for v in np.percentile(latencies, [50, 90, 99]))
+    hop = step(hop, contract).frames
+    total = round((seconds + contract.frames / rate) * fps)
+    frames = enlarge(runtime.bundle.golden()[0][0], size)
+    answers: list[Prediction] = []
+    errors: list[BaseException] = []
+    busy = Busy(runtime)
+    sources = [Camera.pushed(f"camera {i}") for i in range(preprocess.count_of(cameras, "cameras"))]
+    callbacks: dict[str, Any] = {"on_prediction": answers.append, "on_error": lambda _, error: errors.append(error)}
+    try:
+        with Cameras(busy, {source.name: source for source in sources}, hop=hop, **callbacks):
+            took = _show(sources, frames, fps, total)
+    finally:
+        for source in sources:
+            source.close()
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise BackendError(f"no answer within {took:.1f} s: give --camera-seconds more")
+    ages = np.array([answer.age_ms for answer in answers])
+    dropped = [source.ledger.account().dropped for source in sources]
+    p50, p90, p99 = (float(v) for v in np.percentile(ages, [50, 90, 99]))
     due = 1e3 * hop / rate
     return {
         "fps": fps,
+        "cameras": len(sources),
         "hop": hop,
         "due_ms": due,
-        "predictions": len(latencies),
+        "predictions": len(answers),
         "p50_ms": p50,
         "p90_ms": p90,
         "p99_ms": p99,
-        "late": sum(latency > due for latency in latencies),
-        "frames": source.total,
-        "late_frames": source.late,
-        "dropped_frames": source.dropped,
-        "idle_share": source.idle / (source.total / fps),
+        "late": int((ages > due).sum()),
+        "frames": total * len(sources),
+        "late_frames": sum(source.late for source in sources),
+        "dropped_frames": sum(n for causes in dropped for cause, n in causes.items() if cause not in NOT_LOST),
+        "idle_share": max(0.0, 1 - busy.seconds / took),
     }
+
+
+def _show(sources: Sequence[Camera], frames: Frames, fps: float, total: int) -> float:
+    """Push frames (N, H, W, 3) in a loop, `total` into each source, in real time; returns the seconds that it took."""
+    began = time.monotonic()
+    for source in sources:
+        source.interval = 1 / fps
+    for number in range(total):
+        for i, source in enumerate(sources):
+            due = began + (number + i / len(sources)) / fps
+            time.sleep(max(0.0, due - time.monotonic()))
+            source.push(frames[number % len(frames)], number / fps)
+    until = time.monotonic() + DRAIN_S
+    # The newest frame of each waits for the one after it.
+    while any(source.ledger.account().waiting > 1 for source in sources) and time.monotonic() < until:
+        time.sleep(1 / fps)
+    return time.monotonic() - began
 
 
 def enlarge(clip: Frames, size: tuple[int, int]) -> Frames:

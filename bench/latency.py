@@ -21,10 +21,11 @@ from typing import Any, cast
 import numpy as np
 from typing_extensions import Self
 
-from edgetube import errors, runtimes, stream
+from edgetube import errors, runtimes
 from edgetube.bench import energy, machine, peak
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, EdgetubeError, InputError, MissingPackageError
+from edgetube.live import window
 from edgetube.precision import Precision
 from edgetube.progress import Progress, silent
 
@@ -99,6 +100,7 @@ class Options:
         camera_size: (height, width) of a camera's frames, for the preprocessing and for `camera_fps`.
         hop: frames between two predictions of `camera_fps`; None takes a quarter of the clip.
         camera_seconds: how long it runs.
+        cameras: how many such cameras share each bundle.
         reference: also time the PyTorch model that the bundles were made from.
     """
 
@@ -111,12 +113,13 @@ class Options:
     camera_size: tuple[int, int] = (480, 640)
     hop: int | None = None
     camera_seconds: float = 10.0
+    cameras: int = 1
     reference: bool = False
 
     def __post_init__(self) -> None:
         for count in self.threads:
             runtimes.check_threads(count)
-        for name in ("seconds", "warm", "starts", "camera_fps", "camera_seconds", "hop"):
+        for name in ("seconds", "warm", "starts", "camera_fps", "camera_seconds", "cameras", "hop"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name.replace('_', '-')} is {value}; expected more than 0, and finite")
@@ -236,7 +239,7 @@ def measure(bundles: Sequence[Bundle], options: Options | None = None, progress:
         raise InputError("no bundles to time")
     if options.camera_fps is not None:
         for bundle in bundles:
-            stream.check(bundle.contract)
+            window.check(bundle.contract)
     candidates = [c for threads in options.threads for c in _candidates(bundles, threads, options)]
     best = peaks(options.threads)
     rows = run_interleaved(candidates, options, progress)
@@ -319,7 +322,7 @@ def run_interleaved(
         for done, (index, process) in enumerate(running.items()):
             if options.camera_fps is not None:
                 progress("camera", done, len(running))
-                paced = {"fps": options.camera_fps, "seconds": options.camera_seconds}
+                paced = {"fps": options.camera_fps, "seconds": options.camera_seconds, "cameras": options.cameras}
                 row, size = rows[index], options.camera_size
                 row["camera"] = process.ask("camera", hop=options.hop, size=size, **paced)
         if options.camera_fps is not None:

@@ -6,7 +6,7 @@ the health of the stream, because dropped or repeated frames explain some of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetube import datasets, stream, video
+from edgetube import datasets
 from edgetube.bench import model_set, parity
 from edgetube.bench.model_set import JobResult, OpenedModels
 from edgetube.bench.parity import Comparison, MetricsAccumulator
 from edgetube.bundle import Bundle
 from edgetube.datasets import ClipSet
+from edgetube.live.frame import Frame
+from edgetube.live.scheduler import clips
+from edgetube.live.source import FrameSource
+from edgetube.live.window import Window
 from edgetube.progress import Progress, silent
-from edgetube.stream import TimedFrame
 from edgetube.video import Clip
 
 Integers = npt.NDArray[np.int64]
@@ -37,6 +40,9 @@ which is at least `MOVING` grey levels."""
 
 STEP = 8
 """Stride of the pixels that are compared to see whether a frame changed."""
+
+MOST = 255.0
+"""Grey levels by which a frame changes whose size is another."""
 
 ENDS = 4
 """The drift compares the rates of the first and the last of this many parts of the video."""
@@ -76,22 +82,22 @@ class Health:
 
 
 class Watch:
-    """Passes frames on and records the time and the change of each."""
+    """Records the time and the change of each frame."""
 
-    def __init__(self, frames: Iterable[TimedFrame]) -> None:
-        self.frames = frames
+    def __init__(self) -> None:
         self.times: list[float] = []
         self.changes: list[float] = []
+        self._previous: npt.NDArray[np.int16] | None = None
 
-    def __iter__(self) -> Iterator[TimedFrame]:
-        previous: npt.NDArray[np.int16] | None = None
-        for seconds, frame in self.frames:
-            sample = np.asarray(frame)[::STEP, ::STEP].astype(np.int16)
-            if previous is not None:
-                self.changes.append(float(np.abs(sample - previous).mean()))
-            previous = sample
-            self.times.append(seconds)
-            yield seconds, frame
+    def see(self, frame: Frame) -> None:
+        """The next frame."""
+        sample = frame.pixels[::STEP, ::STEP].astype(np.int16)
+        if self._previous is not None and self._previous.shape == sample.shape:
+            self.changes.append(float(np.abs(sample - self._previous).mean()))
+        elif self._previous is not None:
+            self.changes.append(MOST)
+        self._previous = sample
+        self.times.append(frame.seconds)
 
     def health(self) -> Health:
         """The health of the stream, after all frames have passed."""
@@ -250,11 +256,12 @@ def watch(
     models = model_set.of_bundles(bundles, reference, threads)
     contract = models.contract
     hop = max(1, contract.frames // 4) if hop is None else hop
+    window = Window(contract, hop)
     accumulator, ends, starts = MetricsAccumulator(models), list[float](), list[float]()
-    frames = Watch(video.frames(source))
-    clips = (clip for _, clip in stream.windows(frames, contract, hop))
-    with OpenedModels(models) as opened:
-        while some := list(islice(clips, models.chunk)):
+    frames = Watch()
+    with OpenedModels(models) as opened, FrameSource(source) as film:
+        found = clips(film, window, came=frames.see)
+        while some := list(islice(found, models.chunk)):
             logits = opened.show(some, range(len(models.models)))
             accumulator.add(
                 range(len(ends), len(ends) + len(some)), _names(some), JobResult((None,) * len(some), logits)

@@ -25,6 +25,9 @@ from edgetube.errors import (
 if TYPE_CHECKING:
     from edgetube.contract import InputContract
     from edgetube.export.pipeline import export_model
+    from edgetube.live.cameras import Cameras
+    from edgetube.live.source import FrameSource
+    from edgetube.live.window import Window
     from edgetube.runtime import Runtime
     from edgetube.spec import ModelSpec, Prediction, TubeSpec
 
@@ -33,8 +36,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BundleError",
+    "Cameras",
     "CheckpointError",
     "EdgetubeError",
+    "FrameSource",
     "InputContract",
     "InputError",
     "InputWarning",
@@ -45,16 +50,20 @@ __all__ = [
     "Runtime",
     "SpecError",
     "TubeSpec",
+    "Window",
     "__version__",
     "export_model",
 ]
 
 _LAZY = {
     "Runtime": "edgetube.runtime",
+    "Cameras": "edgetube.live.cameras",
+    "FrameSource": "edgetube.live.source",
     "InputContract": "edgetube.contract",
     "ModelSpec": "edgetube.spec",
     "Prediction": "edgetube.spec",
     "TubeSpec": "edgetube.spec",
+    "Window": "edgetube.live.window",
     "export_model": "edgetube.export.pipeline",
 }
 

@@ -22,6 +22,7 @@ from edgetube import bundle as bundles
 from edgetube.bench import latency
 from edgetube.bundle import Bundle
 from edgetube.errors import CheckpointError, EdgetubeError, InputError, ParityError
+from edgetube.live import window
 from edgetube.runtime import Runtime
 from edgetube.spec import Prediction
 from edgetube.targets import need
@@ -255,7 +256,9 @@ def run(
     stream: Annotated[
         bool, typer.Option("--stream", help="Slide a window over the source instead of one clip.")
     ] = False,
-    hop: Annotated[int | None, typer.Option(help="Frames between two predictions of --stream.")] = None,
+    hop: Annotated[
+        str | None, typer.Option(help='Frames, or seconds ("0.5s"), between two predictions of --stream.')
+    ] = None,
     top_k: Annotated[int, typer.Option(help="Classes to show.")] = 3,
     limit: Annotated[int | None, typer.Option(help="Stop after this many predictions of each source.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write an annotated mp4 (of one file).")] = None,
@@ -269,7 +272,8 @@ def run(
 
     Example: edgetube run out/demo.onnx-fp32 clip.mp4 --save annotated.mp4
     """
-    _within(1, MANY, hop=hop, top_k=top_k, limit=limit)
+    _within(1, MANY, top_k=top_k, limit=limit)
+    window.parse(hop)
     with Runtime(bundle, threads=threads, device=device) as rt:
         found, note = video.search(source, rt.contract)
         if save and (len(found) != 1 or not isinstance(found[0], Path)):
@@ -286,9 +290,9 @@ def run(
                     if save:
                         kept.append(prediction)
                     if as_json:
-                        print_json({"source": str(item), **prediction.to_json()}, indent=None)
+                        print_json({"source": prediction.source, **prediction.to_json()}, indent=None)
                     else:
-                        terminal.prediction(str(item), prediction)
+                        terminal.prediction(prediction.source or str(item), prediction)
             except InputError as error:
                 if len(found) == 1:
                     raise
@@ -512,6 +516,7 @@ def bench(
     ] = None,
     camera_size: Annotated[str, typer.Option(help="Height and width of the camera's frames.")] = "480x640",
     camera_seconds: Annotated[float, typer.Option(help="How long the camera runs.")] = 10.0,
+    cameras: Annotated[int, typer.Option(help="How many such cameras share each bundle.")] = 1,
     hop: Annotated[int | None, typer.Option(help="Frames between two predictions behind the camera.")] = None,
     reference: Annotated[
         bool, typer.Option("--reference", help="Also time the PyTorch model that the bundles were made from.")
@@ -525,7 +530,8 @@ def bench(
     """
     options = latency.Options(
         _counts_of(threads), device, seconds, starts=starts, camera_fps=camera_fps,
-        camera_size=_size(camera_size) or (480, 640), hop=hop, camera_seconds=camera_seconds, reference=reference,
+        camera_size=_size(camera_size) or (480, 640), hop=hop, camera_seconds=camera_seconds, cameras=cameras,
+        reference=reference,
     )  # fmt: skip
     found = _located([bundles.load(path) for path in bundle], checkpoint)
     with progress() as show:
@@ -585,10 +591,13 @@ def report_command(
 
 
 def _predictions(
-    rt: Runtime, source: video.Source, live: bool, hop: int | None, top_k: int, limit: int | None
+    rt: Runtime, source: video.Source, live: bool, hop: str | None, top_k: int, limit: int | None
 ) -> Iterator[Prediction]:
-    found = rt.stream(source, hop=hop, top_k=top_k) if live else iter([rt.predict(source, top_k=top_k)])
-    return islice(found, limit)
+    if live:
+        with rt.stream(source, hop=hop, top_k=top_k) as found:
+            yield from islice(found, limit)
+    else:
+        yield rt.predict(source, top_k=top_k)
 
 
 def _clips(data: Path | None, count: int, asked: Bundle) -> datasets.ClipSet:

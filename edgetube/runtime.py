@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,11 +13,16 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
+from edgetube import answer, metrics, preprocess, runtimes, video
 from edgetube import bundle as bundles
-from edgetube import metrics, preprocess, runtimes, stream, video
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.errors import InputError, ParityError
+from edgetube.live.schedule import MAX_AGE_S
+from edgetube.live.scheduler import Scheduler, open_source
+from edgetube.live.source import FrameSource, Policy
+from edgetube.live.stream import Stream
+from edgetube.live.window import Hop
 from edgetube.runtimes.base import Logits
 from edgetube.spec import Prediction
 from edgetube.video import Clip
@@ -83,6 +89,18 @@ class Runtime:
         """Class names, in the order of the logits."""
         return self.bundle.labels
 
+    @property
+    def batch(self) -> int:
+        """Clips of one call of the artifact; it takes other numbers in pieces of that many."""
+        return self.bundle.batch
+
+    @property
+    def parallel_calls(self) -> int:
+        """Calls at once that this runtime gains from: processors / `threads` where the backend takes several calls and
+        was given a number of threads, else 1."""
+        threads = self._options["threads"]
+        return max(1, cores() // threads) if threads and self._backend.thread_safe else 1
+
     def __call__(self, clips: npt.ArrayLike) -> Logits:
         """Logits (B, classes) float32 of clips (B, T, H, W, 3) uint8 RGB that are already preprocessed.
 
@@ -121,29 +139,49 @@ class Runtime:
         top_k = preprocess.count_of(top_k, "top_k")
         if fps is not None:
             fps = preprocess.frame_rate(fps)
-        return self._predict(self._clip(source, fps, start), top_k, began)
+        clip = self._clip(source, fps, start)
+        logits = self(clip.frames[None])[0]
+        return answer.prediction(
+            logits,
+            self.labels,
+            top_k,
+            start=clip.start,
+            end=clip.end,
+            latency_ms=(time.perf_counter() - began) * 1e3,
+            source=str(source) if isinstance(source, str | Path) else None,
+        )
 
     def stream(
         self,
-        source: Source | Iterable[Any],
+        source: Source | FrameSource | Iterable[Any],
         *,
-        hop: int | None = None,
+        hop: Hop | None = None,
         fps: float | None = None,
         top_k: int = 5,
-    ) -> Iterator[Prediction]:
+        policy: Policy | None = None,
+        max_age: float | None = MAX_AGE_S,
+    ) -> Stream:
         """Classify a sliding window over a camera, a URL, a file, or any iterable of frames.
 
         Args:
-            source: as for `edgetube.video.frames`, or frames (H, W, 3) uint8, or (seconds, frame) pairs.
-            hop: frames, of those that the contract's sampling takes, between two predictions; None takes a quarter of
-                the clip.
-            fps: rate of an iterable of bare frames; None says the contract's rate.
+            source: as for `edgetube.live.source.FrameSource`: a path, a camera's index, a URL, frames (H, W, 3) uint8,
+                or (seconds, frame) pairs; or a `FrameSource`, which stays open.
+            hop: frames, of those that the contract's sampling takes, between two predictions; or seconds as text,
+                "0.5s"; None takes a quarter of the clip.
+            fps: rate of an iterable of bare frames; None says the contract's rate, and with the policy "latest" that
+                their time is that of their arrival.
             top_k: how many classes `scores` holds.
+            policy: "latest": what is newest is classified, and frames and clips that there is no time for are left out
+                and counted; "all": every clip is classified, and the source waits. None: "latest" for cameras and
+                URLs, "all" for files and iterables. An iterable that reads a camera wants "latest".
+            max_age: seconds; with "latest", clips whose answers would be older are left out
+                (`edgetube.live.schedule.Schedule`); None for no limit.
 
-        Yields:
-            A prediction each time `hop` new frames have come, from the first full clip on; a source that ends
-            before its first full clip gives one, with its last frame repeated. Where the clock leaps by more than
-            10 s, or back, the window starts again (an `InputWarning`).
+        Returns:
+            An iterator, for `for` and for `async for`, with `close`. It gives a prediction each time `hop` new frames
+            have come, from the first full clip on; a file or an iterable that ends before its first full clip gives
+            one, with its last frame repeated. Where frames do not continue those before them (a gap, a clock that
+            jumped, a new connection) the window begins again, and `Prediction.restarted` says why.
 
         Raises:
             InputError: a source, a frame, its time or an option that cannot be used, or a model that samples segments
@@ -155,13 +193,11 @@ class Runtime:
         >>> def camera(capture):
         ...     while (read := capture.read())[0]:
         ...         yield time.monotonic(), cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
-        >>> for p in rt.stream(camera(cv2.VideoCapture(0))): ...
+        >>> for p in rt.stream(camera(cv2.VideoCapture(0)), policy="latest"): ...
         """
-        top_k = preprocess.count_of(top_k, "top_k")
-        fps = self.contract.fps if fps is None else preprocess.frame_rate(fps)
-        frames = video.frames(source) if isinstance(source, Source) else stream.timed(source, fps)
-        clips = stream.windows(frames, self.contract, hop)
-        return (self._predict(clip, top_k, arrived) for arrived, clip in clips)
+        scheduler = Scheduler(self, hop=hop, top_k=top_k, max_age=max_age)
+        opened, owned = open_source(source, self.contract, fps=fps, policy=policy)
+        return Stream(scheduler, opened, owned)
 
     def check(self) -> float:
         """Run the golden clips on this device; returns the largest logit error against the reference.
@@ -216,16 +252,9 @@ class Runtime:
             raise InputError(f"predict takes a file or frames; read camera {source} with stream({source})")
         return Clip("array", preprocess.prepare(source, self.contract, fps, start))
 
-    def _predict(self, clip: Clip, top_k: int, began: float) -> Prediction:
-        logits = self(clip.frames[None])[0]
-        scores = metrics.softmax(logits)
-        best = [int(i) for i in np.argsort(-scores, kind="stable")[:top_k]]
-        return Prediction(
-            label=self.labels[best[0]],
-            score=float(scores[best[0]]),
-            scores={self.labels[i]: float(scores[i]) for i in best},
-            logits=tuple(float(v) for v in logits),
-            start=clip.start,
-            end=clip.end,
-            latency_ms=(time.perf_counter() - began) * 1e3,
-        )
+
+def cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -577,7 +577,14 @@ class Prediction:
         scores: label -> probability of the top k classes, best first.
         logits: one per class, in the order of the bundle's labels.
         start, end: seconds of the source that the clip covers; None for arrays without a clock.
-        latency_ms: milliseconds from the frames' arrival to the answer, preprocessing included.
+        latency_ms: milliseconds of work for this answer: preprocessing (of a stream: of the newest frame) and the call
+            of the model, without waiting.
+        source: name of the source; None for arrays.
+        captured_at: of a stream: seconds of `time.monotonic()` at which the newest frame arrived.
+        age_ms: of a stream: milliseconds from the arrival of the newest frame to the answer, with all waiting.
+        dropped: of a stream: frames that were lost since the prediction before this one. What sampling leaves out is
+            not lost.
+        restarted: of a stream: why the window began again since the prediction before this one; None where it did not.
     """
 
     label: str
@@ -587,6 +594,11 @@ class Prediction:
     start: float | None = None
     end: float | None = None
     latency_ms: float = 0.0
+    source: str | None = None
+    captured_at: float | None = None
+    age_ms: float | None = None
+    dropped: int = 0
+    restarted: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -306,7 +306,7 @@ def bench(document: Mapping[str, Any], notes: Sequence[str]) -> None:
     out.print(found)
     if paced := [row for row in document["bundles"] if row["camera"]]:
         found = table(
-            f"camera, {paced[0]['camera']['fps']:g} fps",
+            f"{_cameras(paced[0]['camera']['cameras'])}, {paced[0]['camera']['fps']:g} fps",
             "p50 ms",
             "p99",
             "due",
@@ -326,6 +326,10 @@ def bench(document: Mapping[str, Any], notes: Sequence[str]) -> None:
         warn("note", note)
 
 
+def _cameras(count: int) -> str:
+    return "camera" if count == 1 else f"{count} cameras"
+
+
 def report(columns: Sequence[str], rows: Sequence[Sequence[str]], headline: str) -> None:
     """The verdicts of `edgetube report`, and its summary."""
     found = table(*columns)
@@ -337,6 +341,8 @@ def report(columns: Sequence[str], rows: Sequence[Sequence[str]], headline: str)
 
 def prediction(source: str, found: Prediction) -> None:
     """One answer of `edgetube run`."""
+    if found.restarted is not None:
+        warn("note", f"{source}: the window began again: {found.restarted}")
     scores = "  ".join(f"{printable(label)} {score:.2f}" for label, score in list(found.scores.items())[1:])
     span = "" if found.start is None else f"{found.start:6.2f}-{found.end:.2f} s  "
     line = Text.assemble(

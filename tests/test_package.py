@@ -25,8 +25,10 @@ PACKAGES = ("edgetube", "export", "runtimes", "calibration", "bench")
 PUBLIC = [
     "BackendError",
     "BundleError",
+    "Cameras",
     "CheckpointError",
     "EdgetubeError",
+    "FrameSource",
     "InputContract",
     "InputError",
     "InputWarning",
@@ -37,6 +39,7 @@ PUBLIC = [
     "Runtime",
     "SpecError",
     "TubeSpec",
+    "Window",
     "__version__",
     "export_model",
 ]

@@ -62,28 +62,42 @@ class Step:
     seconds: float | None = None
 
 
-def step(hop: Hop | None, contract: InputContract) -> Step:
-    """Check a caller's hop.
+def parse(hop: Hop | None) -> int | float | None:
+    """Check a caller's hop: frames as an int, seconds as a float.
 
     Args:
-        hop: frames of those that sampling takes; or text, a number of seconds and "s", which is rounded to frames
-            where the contract has a rate. None takes a quarter of the clip.
+        hop: frames, also as digits; or text, a number of seconds and "s".
 
     Raises:
         InputError: neither, or not positive.
     """
     if hop is None:
-        return Step(max(1, contract.frames // 4))
+        return None
     if not isinstance(hop, str):
-        return Step(preprocess.count_of(hop, "hop"))
-    found = SECONDS.fullmatch(hop)
+        return preprocess.count_of(hop, "hop")
     if hop.strip().isdecimal():
-        return Step(preprocess.count_of(int(hop), "hop"))
+        return preprocess.count_of(int(hop), "hop")
+    found = SECONDS.fullmatch(hop)
     if found is None or not 0 < (seconds := float(found[1])) <= LONGEST_HOP:
         raise InputError(f'hop is {hop!r:.60}; expected frames (8), or seconds above 0 ("0.5s")')
-    if contract.fps is None:
-        return Step(1, seconds)
-    return Step(max(1, round(seconds * contract.fps)))
+    return seconds
+
+
+def step(hop: Hop | None, contract: InputContract) -> Step:
+    """The step of a caller's hop.
+
+    Args:
+        hop: see `parse`; seconds are rounded to frames where the contract has a rate. None: a quarter of the clip.
+
+    Raises:
+        InputError: neither frames nor seconds, or not positive.
+    """
+    parsed = parse(hop)
+    if parsed is None:
+        return Step(max(1, contract.frames // 4))
+    if isinstance(parsed, int):
+        return Step(parsed)
+    return Step(1, parsed) if contract.fps is None else Step(max(1, round(parsed * contract.fps)))
 
 
 def check(contract: InputContract) -> None:

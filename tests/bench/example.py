@@ -101,8 +101,8 @@ def _times(name: str, target: str | None, precision: str, ms: float | None, size
     row |= {"path": "", "size_mb": size, "threads": None, "batch": 1, "macs": 10**8, "status": "built"}
     if ms is None:
         return row | {"status": "emulated", "reason": f"{name} runs on another machine"}
-    camera = {"fps": 30.0, "hop": 4, "due_ms": 266.7, "predictions": 38, "p50_ms": ms + 4, "p90_ms": ms + 6,
-              "p99_ms": ms + 11, "late": 0, "frames": 332, "late_frames": 0, "dropped_frames": 0,
+    camera = {"fps": 30.0, "cameras": 1, "hop": 4, "due_ms": 266.7, "predictions": 38, "p50_ms": ms + 4,
+              "p90_ms": ms + 6, "p99_ms": ms + 11, "late": 0, "frames": 332, "late_frames": 0, "dropped_frames": 0,
               "idle_share": 1 - ms / 100}  # fmt: skip
     return row | {
         "status": "executed", "p50_ms": ms, "p50_low_ms": 0.98 * ms, "p50_high_ms": 1.02 * ms, "noise": 0.02,

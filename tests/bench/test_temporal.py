@@ -15,6 +15,7 @@ from edgetube import bundle as bundles
 from edgetube import resize, video
 from edgetube.bench import layers, parity, temporal
 from edgetube.errors import InputError
+from edgetube.live.frame import Frame
 
 TIMES = np.linspace(0.0, 3.5, 8)
 
@@ -137,17 +138,16 @@ def test_what_is_usual_is_the_median_of_the_frames_around(count: int, rng: np.ra
         assert temporal.health(np.arange(count + 1.0), changes).duplicated == expected
 
 
-def test_a_watch_lets_frames_through_and_looks_at_every_eighth_pixel() -> None:
+def test_a_watch_looks_at_every_eighth_pixel() -> None:
     black = np.zeros((20, 30, 3), np.uint8)
     white, between = black + np.uint8(200), black.copy()
     white[0, 0], between[1:8], between[:, 1:8] = 0, 255, 255
-    frames = [(0.5, black), (0.7, between), (0.9, white), (1.2, black)]
-    watch = temporal.Watch(frames)
-    assert [(at, frame is given) for (at, frame), (_, given) in zip(watch, frames, strict=True)] == [
-        (0.5, True), (0.7, True), (0.9, True), (1.2, True),
-    ]  # fmt: skip
-    assert watch.times == [0.5, 0.7, 0.9, 1.2]
-    assert watch.changes == pytest.approx([0, 200 * 11 / 12, 200 * 11 / 12])  # of 3 x 4 pixels one stays black
+    watch = temporal.Watch()
+    for i, (at, pixels) in enumerate([(0.5, black), (0.7, between), (0.9, white), (1.2, black), (1.3, black[:8])]):
+        watch.see(Frame(pixels, i, 0.0, at))
+    assert watch.times == [0.5, 0.7, 0.9, 1.2, 1.3]
+    # Of 3 x 4 pixels one stays black; another size is another picture.
+    assert watch.changes == pytest.approx([0, 200 * 11 / 12, 200 * 11 / 12, 255])
     assert watch.health() == temporal.health(np.array(watch.times), np.array(watch.changes))
 
 
