@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from edgetube import __version__, datasets, demo, errors, export, health, interrupts, signing, terminal, video
+from edgetube import __version__, address, datasets, demo, errors, export, health, interrupts, signing, terminal, video
 from edgetube import bundle as bundles
 from edgetube.bench import latency
 from edgetube.bundle import Bundle
@@ -277,7 +277,8 @@ def run(
     with Runtime(bundle, threads=threads, device=device) as rt:
         found, note = video.search(source, rt.contract)
         if save and (len(found) != 1 or not isinstance(found[0], Path)):
-            raise InputError(f"--save takes one video file; {source} is {len(found)} sources or a live one")
+            given = address.shown(address.parse(source))
+            raise InputError(f"--save takes one video file; {given} is {len(found)} sources or a live one")
         if save:
             video.check_output(save, found[0])
         if note:

@@ -64,6 +64,10 @@ class Refused(InputError):
     """A URL that is refused, for who asks or for what it is: to ask again is of no use."""
 
 
+class DeviceFailed(InputError):
+    """The device that was to decode cannot; the CPU may."""
+
+
 @contextmanager
 def vendor_errors(name: object) -> Iterator[None]:
     """Turn PyAV's errors into `InputError`.
@@ -320,6 +324,10 @@ class Reader:
                 decoded = packet.decode()
             except av.InvalidDataError:
                 decoded = [None] if begun else []  # else joined in the middle of a group of pictures
+            except av.FFmpegError as error:
+                if self.decoder == "cpu":
+                    raise
+                raise DeviceFailed(f"{self.decoder}: it failed ({error.strerror})") from error
             whole = not (is_jpeg and packet.size) or pictures.whole_jpeg(bytes(packet))
             if packet.is_corrupt and self.form not in _PLAYLISTS:  # where each file counts its packets anew
                 whole = False

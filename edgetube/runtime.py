@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
-from edgetube import answer, metrics, preprocess, runtimes, video
+from edgetube import address, answer, metrics, preprocess, runtimes, video
 from edgetube import bundle as bundles
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
@@ -246,6 +246,8 @@ class Runtime:
         self.close()
 
     def _clip(self, source: Source | npt.NDArray[np.uint8], fps: float | None, start: float | None) -> Clip:
+        if isinstance(source, str) and "://" in source:
+            raise InputError(f"predict takes a file or frames; read {address.plain(source)} with stream")
         if isinstance(source, str | Path):
             return video.load(source, self.contract, start)
         if isinstance(source, int) and not isinstance(source, bool):

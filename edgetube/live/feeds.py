@@ -95,14 +95,19 @@ class Decoded:
         self.decoder = "cpu"
         self.fallbacks: tuple[str, ...] = ()
         self._source, self._asked = source, decoder
+        self._failed: tuple[str, ...] = ()
 
     @contextmanager
     def open(self) -> Iterator[Iterator[Arrival]]:
         """Its frames, from its beginning or from now."""
         with decoding.opened(self._source, self._asked) as reader:
-            self.decoder, self.fallbacks = reader.decoder, reader.fallbacks
+            self.decoder, self.fallbacks = reader.decoder, (*self._failed, *reader.fallbacks)
             self.live = self.again = not reader.is_finite
-            yield _live(reader) if self.live else _film(reader)
+            try:
+                yield _live(reader) if self.live else _film(reader)
+            except decoding.DeviceFailed as error:
+                self._asked, self._failed = "cpu", (str(error),)
+                raise
 
 
 def _live(reader: decoding.Reader) -> Iterator[Arrival]:

@@ -59,7 +59,7 @@ class Ledger:
     """Counts the frames of one source; any thread may write and read."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a handler of a signal may count, too
         self._captured = self._used = 0
         self._dropped: Counter[DropCause] = Counter()
 

@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from edgetube import hwdecode, interrupts, preprocess
 from edgetube.address import Source
-from edgetube.decoding import Refused
+from edgetube.decoding import DeviceFailed, Refused
 from edgetube.errors import EdgetubeError, InputError
 from edgetube.hwdecode import Decoder
 from edgetube.live import feeds
@@ -157,7 +157,7 @@ class FrameSource:
         self._asked, self._capacity = policy, capacity
         self._live = live
         self._timeline = Timeline(live)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a handler of a signal may close what its thread reads
         self._changed = threading.Condition(self._lock)
         self._entered = threading.Condition(self._lock)
         self._waiting: deque[Frame] = deque()
@@ -270,10 +270,10 @@ class FrameSource:
         Raises:
             Ended: the source has given all of its frames, or is closed.
             EdgetubeError: the source failed for good. Frames that came before are given first.
-            InputError: the process forked.
+            InputError: a timeout that is no number, or the process forked.
         """
         self._check_process()
-        until = None if timeout is None else time.monotonic() + timeout
+        until = None if timeout is None else time.monotonic() + preprocess.number(timeout, "timeout", "seconds")
         with self._changed:
             while not self._waiting:
                 if self._ended:
@@ -383,6 +383,8 @@ class FrameSource:
 
     def _is_final(self, failure: EdgetubeError, began: float) -> bool:
         assert self._feed is not None, "only sources with a feed fail"
+        if isinstance(failure, DeviceFailed) and not self._ended:
+            return False  # the CPU is next
         if self._ended or not self._reconnect or not self._feed.again or isinstance(failure, Refused):
             return True
         if self._heard is not None or self._open_within is None:

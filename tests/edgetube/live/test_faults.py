@@ -7,16 +7,18 @@ import multiprocessing
 import os
 import pickle
 import re
+import signal
 import threading
 import traceback
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from edgetube import decoding
+from edgetube import decoding, hwdecode
 from edgetube.errors import InputError
 from edgetube.live.frame import Frame, State
 from edgetube.live.source import Ended, FrameSource
@@ -533,3 +535,41 @@ def test_a_device_that_is_not_here_is_replaced_and_named() -> None:
             assert source.fallbacks[0].startswith("vaapi: ")
     with FrameSource(frames()) as source:
         assert source.decoder is None
+
+
+def test_a_device_that_fails_while_it_decodes_is_replaced_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrivals = decoding.Reader.arrivals
+
+    def choose(decoder: hwdecode.Decoder, live: bool) -> tuple[str, None, tuple[str, ...]]:
+        return ("cpu", None, ()) if decoder == "cpu" else ("nvdec", None, ())
+
+    def fail(reader: decoding.Reader) -> Iterator[Any]:
+        if reader.decoder == "nvdec":
+            raise decoding.DeviceFailed("nvdec: it failed (out of memory)")
+        return arrivals(reader)
+
+    monkeypatch.setattr(hwdecode, "choose", choose)
+    monkeypatch.setattr(decoding.Reader, "arrivals", fail)
+    with serving(mjpeg) as server, FrameSource(server.url(), open_within=0) as source:
+        frames = take(source, 3)
+        assert not reasons(frames)
+        assert (source.decoder, source.fallbacks) == ("cpu", ("nvdec: it failed (out of memory)",))
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), "soon"])
+def test_a_timeout_that_is_none_is_refused(timeout: Any) -> None:
+    with FrameSource.pushed("porch") as source, pytest.raises(InputError, match="timeout is"):
+        source.read(timeout)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="this system has no SIGALRM")
+def test_a_handler_of_a_signal_may_close_what_its_thread_reads() -> None:
+    with FrameSource.pushed("porch") as source:
+        before = signal.signal(signal.SIGALRM, lambda *_: source.close())
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(Ended):
+                source.read(PATIENCE_S)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
