@@ -8,11 +8,11 @@ initializer `<linear>.weight`. Only the standard library is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edgetube.spec import ModelSpec
+from edgetube.spec import ModelSpec, SpaceTime
 
 TOKENS, LOGITS = "tubes", "logits"
 """The embedded tokens, and the output, of a whole model."""
@@ -25,9 +25,15 @@ FoldKind = Literal["norm", "activation", "values"]
 QUERY_POOL = "pool.query"
 """The readout by a query pool."""
 
-LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-PARTS = ("norm1", "attn.qkv", "attn.softmax", "attn.context", "attn.proj", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2")
-"""The linears of a block, and its compared layers, in the order of execution."""
+Attentions = tuple[tuple[str, str], ...]
+"""The attentions of a block, in order: the LayerNorm before each, and its module."""
+
+ATTENTIONS: Mapping[SpaceTime, Attentions] = {
+    "joint": (("norm1", "attn"),),
+    "divided": (("time_norm", "time_attn"), ("norm1", "attn")),
+}
+ATTENTION_LAYERS, MLP_LAYERS = ("qkv", "softmax", "context", "proj"), ("norm2", "mlp.fc1", "mlp.act", "mlp.fc2")
+"""The compared layers of an attention, and those of a block behind it, in the order of execution."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class FoldSite:
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of one block.
+    """One attention of a block.
 
     Attributes:
         projection: the linear that gives queries, keys and values.
@@ -76,7 +82,7 @@ class GraphRoles:
         blocks: the output of each encoder block, in order, those of a query pool included.
         linears: the linears of the blocks, in order.
         fold_sites: where equalisations can be folded in, at most one for each linear.
-        attention: of each block, in order.
+        attention: of the blocks, in order.
         layers: the tensors to compare between an artifact and its reference, in the order of execution.
     """
 
@@ -98,20 +104,20 @@ def roles_of(spec: ModelSpec, head: str | None = None) -> GraphRoles:
     """The roles of the graph of a whole model with the classifier `head`, the first one by default."""
     names = [f"blocks.{i}" for i in range(spec.depth)]
     pooling = [f"{QUERY_POOL}.blocks.{i}" for i in range(spec.query_pool.depth if spec.query_pool else 0)]
-    gated = spec.gated_mlp
+    gated, own, joint = spec.gated_mlp, ATTENTIONS[spec.attention], ATTENTIONS["joint"]
     return GraphRoles(
         tokens=TOKENS,
         pixels=tuple(f"{TOKENS}.{i}" for i in spec.active),
         blocks=(*names, *pooling),
-        linears=tuple(f"{name}.{part}" for name in (*names, *pooling) for part in LINEARS),
+        linears=(*_linears(names, own), *_linears(pooling, joint)),
         fold_sites=(
-            *(site for name in names for site in _fold_sites(name, spec, gated)),
-            *(site for name in pooling for site in _fold_sites(name, spec)),
+            *(site for name in names for site in _fold_sites(name, own, spec.width, gated)),
+            *(site for name in pooling for site in _fold_sites(name, joint, spec.width)),
             *_readout_sites(spec, head or spec.classifiers[0][0]),
         ),
         attention=(
-            *(_attention(name, spec.width, spec.heads) for name in names),
-            *(_attention(name, spec.width, spec.query_pool.heads) for name in pooling if spec.query_pool),
+            *_attention(names, own, spec.width, spec.heads),
+            *(_attention(pooling, joint, spec.width, spec.query_pool.heads) if spec.query_pool else ()),
         ),
         layers=_layers(spec, names, pooling),
     )
@@ -122,12 +128,18 @@ def tokenizer_roles(spec: ModelSpec) -> GraphRoles:
     return GraphRoles(tokens="tokens", pixels=tuple(map(str, spec.active)), layers=("tokens",))
 
 
-def _fold_sites(block: str, spec: ModelSpec, gated: bool = False) -> tuple[FoldSite, ...]:
-    return (
-        FoldSite(f"{block}.norm1", f"{block}.attn.qkv", "norm"),
-        FoldSite(f"{block}.attn.qkv", f"{block}.attn.proj", "values", (2 * spec.width, 3 * spec.width)),
-        *_mlp_sites(f"{block}.norm2", f"{block}.mlp", gated),
-    )
+def _linears(blocks: Sequence[str], attentions: Attentions) -> Iterator[str]:
+    for block in blocks:
+        yield from (f"{block}.{attn}.{part}" for _, attn in attentions for part in ("qkv", "proj"))
+        yield from (f"{block}.mlp.fc1", f"{block}.mlp.fc2")
+
+
+def _fold_sites(block: str, attentions: Attentions, width: int, gated: bool = False) -> Iterator[FoldSite]:
+    for norm, attn in attentions:
+        qkv = f"{block}.{attn}.qkv"
+        yield FoldSite(f"{block}.{norm}", qkv, "norm")
+        yield FoldSite(qkv, f"{block}.{attn}.proj", "values", (2 * width, 3 * width))
+    yield from _mlp_sites(f"{block}.norm2", f"{block}.mlp", gated)
 
 
 def _mlp_sites(norm: str, mlp: str, gated: bool = False) -> tuple[FoldSite, ...]:
@@ -145,10 +157,10 @@ def _readout_sites(spec: ModelSpec, head: str) -> tuple[FoldSite, ...]:
     return (*sites, FoldSite("norm", f"classifiers.{head}", "norm")) if last else sites
 
 
-def _attention(block: str, width: int, heads: int) -> Attention:
+def _attention(blocks: Sequence[str], attentions: Attentions, width: int, heads: int) -> Iterator[Attention]:
     scale = (width / heads) ** -0.5
-    projection, scores, context = (f"{block}.attn.{part}" for part in ("qkv", "scores", "context"))
-    return Attention(projection, (0, width), scale, scores, context)
+    for module in (f"{block}.{attn}" for block in blocks for _, attn in attentions):
+        yield Attention(f"{module}.qkv", (0, width), scale, f"{module}.scores", f"{module}.context")
 
 
 def _layers(spec: ModelSpec, names: Sequence[str], pooling: Sequence[str]) -> tuple[str, ...]:
@@ -156,17 +168,18 @@ def _layers(spec: ModelSpec, names: Sequence[str], pooling: Sequence[str]) -> tu
     return (
         TOKENS,
         *(["embedding_norm"] if spec.embedding_norm else []),
-        *_inside(names),
+        *_inside(names, ATTENTIONS[spec.attention]),
         *norm.get("tokens", ()),
-        *_inside(pooling),
+        *_inside(pooling, ATTENTIONS["joint"]),
         QUERY_POOL if spec.query_pool else "pool",
         *norm.get("readout", ()),
         LOGITS,
     )
 
 
-def _inside(blocks: Sequence[str]) -> Iterator[str]:
+def _inside(blocks: Sequence[str], attentions: Attentions) -> Iterator[str]:
     """The compared layers of some blocks."""
     for block in blocks:
-        yield from (f"{block}.{part}" for part in PARTS)
-        yield block
+        for norm, attn in attentions:
+            yield from (f"{block}.{norm}", *(f"{block}.{attn}.{part}" for part in ATTENTION_LAYERS))
+        yield from (*(f"{block}.{part}" for part in MLP_LAYERS), block)

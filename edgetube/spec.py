@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from edgetube import strict
@@ -21,9 +21,14 @@ Triple = tuple[int, int, int]
 AXES = ("time", "height", "width")
 
 Positions = Literal["fixed", "stored", "rotary"]
-PositionResize = Literal["none", "bilinear", "bicubic", "bicubic-antialias"]
+PositionResize = Literal["none", "bilinear", "bicubic", "bicubic-antialias", "nearest"]
+SpaceTime = Literal["joint", "divided"]
 Activation = Literal["gelu", "gelu-tanh", "quick-gelu", "silu"]
 FinalNorm = Literal["tokens", "readout", "none"]
+
+LATER = ("attention",)
+"""Fields that older bundles lack. JSON leaves them out where they have their defaults, so that the digests of older
+bundles, which are made of it, stay what they were."""
 
 MOST_BLOCKS = 1 << 10
 MOST_TOKENS = 1 << 16
@@ -253,9 +258,13 @@ class ModelSpec:
         gated_mlp: the MLP is down(activation(gate(x)) * up(x)), gate and up in one linear, in this order.
         positions: "fixed" (equations 3-7 at the tubes' centres), "stored" (a table in the checkpoint) or "rotary".
         position_resize: how a stored table is taken to another size: this filter over height and width, linear in time;
-            "none": it belongs to one clip shape.
+            "nearest" is that in time, too; "none": the table belongs to one clip shape.
         rotary: of the positions "rotary".
         embedding_norm: a LayerNorm follows the embedding (prefix tokens, tubes, positions).
+        attention: of a block: "joint", of all tokens to all; or "divided" (Bertasius et al., ICML 2021): first over
+            time, of the tubes' tokens at one place, then over space, of the tokens of one time and a copy of each
+            prefix token, what is added to the copies being averaged over time. Each has a LayerNorm and linears of its
+            own.
         gates: indices of the blocks that add tanh(alpha) * z_0 (section 3.6), alpha learned per block.
         norm_eps: epsilon of every other LayerNorm.
         per_frame: an image model over video: each frame is a sequence of its own, and the logits are the mean over the
@@ -283,6 +292,7 @@ class ModelSpec:
     position_resize: PositionResize = "none"
     rotary: Rotary | None = None
     embedding_norm: bool = False
+    attention: SpaceTime = "joint"
     gates: tuple[int, ...] = ()
     norm_eps: float = 1e-6
     per_frame: bool = False
@@ -302,9 +312,11 @@ class ModelSpec:
             position_resize=get_args(PositionResize),
             activation=get_args(Activation),
             final_norm=get_args(FinalNorm),
+            attention=get_args(SpaceTime),
         )
         self._check_readout()
         self._check_rotary()
+        self._check_attention()
         self._check_classifiers()
         for tube in self.tubes:
             if self.width % tube.merge:
@@ -369,6 +381,23 @@ class ModelSpec:
         head = self.width // self.heads
         if head % 2 or head < 2 * len(self.rotary.axes):
             raise SpecError(f"heads of {head} channels have no pair for each of the {len(self.rotary.axes)} axes")
+
+    def _check_attention(self) -> None:
+        """Divided attention needs a time and a place for each token, and is for models of that kind alone."""
+        if self.attention == "joint":
+            return
+        against = {
+            f"{len(self.tubes)} tubes": len(self.tubes) > 1,
+            "rotary positions": self.rotary is not None,
+            "a query pool": self.query_pool is not None,
+            "gates": bool(self.gates),
+            "frames that are sequences of their own": self.per_frame,
+        }
+        if found := [what for what, there in against.items() if there]:
+            raise SpecError(
+                f"divided attention is for one grid of tokens over time and space; the model has {', '.join(found)}: "
+                "leave that out, or make its attention joint"
+            )
 
     def _check_classifiers(self) -> None:
         with strict.spec_errors():
@@ -449,6 +478,14 @@ class ModelSpec:
         return self.prefix + self.tokens
 
     @property
+    def attended(self) -> tuple[tuple[int, int], ...]:
+        """Of each attention of a block, in order: the number of its sequences, and of the tokens of each."""
+        if self.attention == "joint":
+            return ((1, self.sequence),)
+        ((times, rows, columns),) = self.grids
+        return (rows * columns, times), (times, self.prefix + rows * columns)
+
+    @property
     def features(self) -> int:
         """Length of the vector that the classifiers read."""
         return self.width * len(self.readout)
@@ -482,10 +519,14 @@ class ModelSpec:
 
         Matrix products alone: means and rotations are not counted.
         """
-        n, d = self.sequence, self.width
-        block = n * d * (4 * d + (3 if self.gated_mlp else 2) * self.hidden) + 2 * n * n * d
-        encoder = self.depth * block + self._readout_macs()
+        linears = (3 if self.gated_mlp else 2) * self.sequence * self.width * self.hidden
+        encoder = self.depth * (self._attention_macs() + linears) + self._readout_macs()
         return self.tokenizer_macs() + self._sequences * encoder + self.features * self.classifiers[0][1]
+
+    def _attention_macs(self) -> int:
+        """Of one block: linears and products of each attention."""
+        d = self.width
+        return sum(count * (4 * n * d * d + 2 * n * n * d) for count, n in self.attended)
 
     def _readout_macs(self) -> int:
         n, d = self.sequence, self.width
@@ -495,7 +536,8 @@ class ModelSpec:
         return 2 * n * d if "attention" in self.readout else 0
 
     def to_json(self) -> dict[str, Any]:
-        data = asdict(self)
+        defaults = {f.name: f.default for f in fields(self)}
+        data = {name: value for name, value in asdict(self).items() if name not in LATER or value != defaults[name]}
         data["tubes"] = [tube.to_json() for tube in self.tubes]
         return data
 

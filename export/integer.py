@@ -49,8 +49,8 @@ def to_integer_kernels(
     """
     table.check(graphs.digest(model))
     nodes, tensors = _LinearRewriter(model, table, unsigned_weights).rewrite()
-    nodes = _fuse_attention(nodes, graphs.initializers(model))
-    return _model(model, nodes, tensors)
+    nodes, shapes = _fuse_attention(nodes, graphs.initializers(model))
+    return _model(model, nodes, [*tensors, *shapes])
 
 
 class _LinearRewriter:
@@ -129,33 +129,53 @@ class _LinearRewriter:
         return name
 
 
-def _fuse_attention(nodes: list[NodeProto], weights: Mapping[str, npt.NDArray[np.generic]]) -> list[NodeProto]:
-    """Fuse scores, softmax, context and their transposes into one MultiHeadAttention, which never stores the scores."""
+def _fuse_attention(
+    nodes: list[NodeProto], weights: Mapping[str, npt.NDArray[np.generic]]
+) -> tuple[list[NodeProto], list[onnx.TensorProto]]:
+    """Fuse scores, softmax, context and their transposes into one MultiHeadAttention, which never stores the scores.
+
+    Its operands (B, N, D) are what is reshaped to heads (B, N, h, D / h). Where that Reshape also makes other sequences
+    of the tokens, (B, n, H, D / h) of (B, N, D), a Reshape to (B, n, H D / h) stays before it, and one back behind it.
+    """
     producers, readers = graphs.producers(nodes), _readers(nodes)
     gone: set[str] = set()
-    fused: dict[str, NodeProto] = {}
+    fused: dict[str, list[NodeProto]] = {}
+    shapes: list[onnx.TensorProto] = []
     for softmax in nodes:
         if softmax.op_type != "Softmax" or (found := _attention(softmax, producers, readers)) is None:
             continue
-        inside, (query, key, value), merge = found
-        heads = int(weights[producers[producers[inside[0]].input[0]].input[1]][2])
-        gone |= set(inside)
-        fused[merge.output[0]] = helper.make_node(
+        inside, operands, merge = found
+        batch, length, heads, channels = map(int, weights[producers[producers[inside[0]].input[0]].input[1]])
+        rows = [batch, length, heads * channels]
+        output, before, after = merge.output[0], [], []
+        if weights[merge.input[1]].tolist() != rows:
+            output, shape = f"{merge.name}.rows", f"{merge.name}.rows.shape"
+            shapes.append(numpy_helper.from_array(np.array(rows, np.int64), shape))
+            reshaped = [f"{merge.name}.{part}" for part in ("query", "key", "value")]
+            before = [
+                helper.make_node("Reshape", [old, shape], [new], name=new)
+                for old, new in zip(operands, reshaped, strict=True)
+            ]
+            after = [helper.make_node("Reshape", [output, merge.input[1]], list(merge.output), name=merge.name)]
+            operands = reshaped
+        attention = helper.make_node(
             "MultiHeadAttention",
-            [query, key, value],
-            list(merge.output),
-            name=merge.name,
+            operands,
+            [output],
+            name=output,
             domain=DOMAIN,
             num_heads=heads,
             scale=1.0,  # it is folded into the query weights
         )
-    return [fused.get(n.output[0], n) for n in nodes if n.output[0] not in gone]
+        gone |= set(inside)
+        fused[merge.output[0]] = [*before, attention, *after]
+    return [new for n in nodes if n.output[0] not in gone for new in fused.get(n.output[0], [n])], shapes
 
 
 def _attention(
     softmax: NodeProto, producers: Mapping[str, NodeProto], readers: Mapping[str, list[NodeProto]]
-) -> tuple[list[str], tuple[str, str, str], NodeProto] | None:
-    """Inner tensors, (query, key, value) (B, N, D), and the last Reshape of the attention around a softmax."""
+) -> tuple[list[str], list[str], NodeProto] | None:
+    """Inner tensors, [query, key, value] (B, N, D), and the last Reshape of the attention around a softmax."""
     scores = producers.get(softmax.input[0])
     context = readers[softmax.output[0]][0]
     if scores is None or scores.op_type != "MatMul" or context.op_type != "MatMul":
@@ -173,8 +193,7 @@ def _attention(
         return None
     (merge,) = readers[back.output[0]]
     inside += [scores.output[0], softmax.output[0], context.output[0], back.output[0]]
-    query, key, value = sources
-    return inside, (query, key, value), merge
+    return inside, sources, merge
 
 
 def _transposes(node: NodeProto, order: list[int]) -> bool:

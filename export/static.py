@@ -16,21 +16,26 @@ from edgetube.contract import InputContract
 from edgetube.errors import SpecError
 from edgetube.export.tokenizer import Linear, StaticTokenizer
 from edgetube.model import transformer
-from edgetube.model.transformer import Block, QueryPooler, VideoTransformer
+from edgetube.model.transformer import Block, DividedBlock, Projections, QueryPooler, VideoTransformer
 from edgetube.roles import roles_of
 from edgetube.spec import QUERY, ModelSpec
 
 
 class Heads(nn.Module):
-    """(B, N, D) in heads: (B, h, N, D / h), or with `columns` (B, h, D / h, N), the right side of a product."""
+    """(B, N, D) in heads of C channels: (B, h, N, C), or with `columns` (B, h, C, N), the right side of a product.
 
-    def __init__(self, heads: int, columns: bool = False) -> None:
+    With `length` T, tokens of S places, time first, are sequences over time: (B, S h, T, C) or (B, S h, C, T), of one
+    more reshape of (B, T, S D), not of one more transposition.
+    """
+
+    def __init__(self, channels: int, columns: bool = False, length: int | None = None) -> None:
         super().__init__()
-        self.heads, self.order = heads, (0, 2, 3, 1) if columns else (0, 2, 1, 3)
+        self.channels, self.length = channels, length
+        self.order = (0, 2, 3, 1) if columns else (0, 2, 1, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, n, _ = x.shape
-        return x.reshape(batch, n, self.heads, -1).permute(self.order)
+        return x.reshape(batch, self.length or n, -1, self.channels).permute(self.order)
 
 
 class MatMul(nn.Module):
@@ -64,15 +69,20 @@ class Rotate(nn.Module):
 
 
 class Attention(nn.Module):
-    """Joint self-attention without a tensor above rank 4; 1 / sqrt(D / h) is folded into the query weights."""
+    """Self-attention without a tensor above rank 4; 1 / sqrt(D / h) is folded into the query weights.
 
-    def __init__(self, width: int, attention: transformer.Attention, tables: Tensor | None = None) -> None:
+    Of all tokens to all, or with `length` T of those at one place to each other: as if each place had heads of its own.
+    """
+
+    def __init__(
+        self, width: int, attention: Projections, tables: Tensor | None = None, length: int | None = None
+    ) -> None:
         super().__init__()
-        qkv, proj, heads = attention.qkv, attention.proj, attention.heads
+        qkv, proj, channels = attention.qkv, attention.proj, width // attention.heads
         scale = torch.ones(3 * width)
-        scale[:width] = (width / heads) ** -0.5
+        scale[:width] = channels**-0.5
         self.qkv = Linear(qkv.weight * scale[:, None], qkv.bias * scale)
-        self.q, self.k, self.v = Heads(heads), Heads(heads, columns=True), Heads(heads)
+        self.q, self.k, self.v = (Heads(channels, columns, length) for columns in (False, True, False))
         self.turn_q = None if tables is None else Rotate(tables)
         self.turn_k = None if tables is None else Rotate(tables, columns=True)
         self.scores, self.softmax, self.context = MatMul(), nn.Softmax(dim=-1), MatMul()
@@ -80,7 +90,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).split(x.shape[-1], dim=-1)  # each (B, N, D)
-        q, k = self.q(q), self.k(k)  # (B, h, N, D / h), (B, h, D / h, N)
+        q, k = self.q(q), self.k(k)  # (B, h, N, D / h), (B, h, D / h, N); with a length (B, S h, T, D / h) and so on
         if self.turn_q is not None and self.turn_k is not None:
             q, k = self.turn_q(q), self.turn_k(k)
         weights = self.softmax(self.scores(q, k))  # (B, h, N, N)
@@ -140,6 +150,43 @@ class StaticBlock(nn.Module):
         y = x + self.attn(self.norm1(x))  # (B, N, D)
         z = y + self.mlp(self.norm2(y))  # (B, N, D)
         return z if self.gate is None or z0 is None else z + self.gate * z0  # (B, N, D)
+
+
+class StaticDividedBlock(nn.Module):
+    """`DividedBlock` on tokens that stay in their order, time first: only attention's heads are transposed."""
+
+    def __init__(self, block: DividedBlock, spec: ModelSpec) -> None:
+        super().__init__()
+        self.prefix, self.times = spec.prefix, spec.grids[0][0]
+        self.time_norm, self.norm1, self.norm2 = block.time_norm, block.norm1, block.norm2
+        self.time_attn = Attention(spec.width, block.time_attn, length=self.times)
+        self.attn = Attention(spec.width, block.attn)
+        self.mlp = Mlp(block.mlp)
+
+    def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
+        first, tokens = (x[:, : self.prefix], x[:, self.prefix :]) if self.prefix else (None, x)
+        tokens = tokens + self.time_attn(self.time_norm(tokens))  # (B, T S, D)
+        frames = self.split(tokens)  # (B T, S, D)
+        if first is not None:
+            frames = torch.cat([self.split(torch.cat([first] * self.times, dim=1)), frames], dim=1)  # (B T, P + S, D)
+        added = self.attn(self.norm1(frames))  # (B T, P + S, D)
+        x = tokens + added[:, self.prefix :].reshape(tokens.shape)  # (B, T S, D)
+        if first is not None:
+            mean = added[:, : self.prefix].reshape(x.shape[0], self.times, *first.shape[1:]).mean(dim=1)  # (B, P, D)
+            x = torch.cat([first + mean, x], dim=1)  # (B, P + T S, D)
+        return x + self.mlp(self.norm2(x))  # (B, P + T S, D)
+
+    def split(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T S, D) of one time each: (B T, S, D)."""
+        return tokens.reshape(tokens.shape[0] * self.times, -1, tokens.shape[2])
+
+
+def static_block(block: nn.Module, spec: ModelSpec, tables: Tensor | None = None) -> StaticBlock | StaticDividedBlock:
+    """An encoder block, rewritten."""
+    if isinstance(block, DividedBlock):
+        return StaticDividedBlock(block, spec)
+    assert isinstance(block, Block)
+    return StaticBlock(block, spec, tables)
 
 
 class Pool(nn.Module):
@@ -259,14 +306,14 @@ class StaticTransformer(nn.Module):
             raise SpecError(f"batch is {batch}; expected >= 1")
         self.register_buffer("prefix", None if model.prefix is None else model.prefix.detach().float().clone())
         self.embedding_norm = model.embedding_norm
-        blocks = [StaticBlock(block, self.spec, model.rotation) for block in model.blocks]  # type: ignore[arg-type]
+        blocks = [static_block(block, self.spec, model.rotation) for block in model.blocks]
         self.blocks = nn.ModuleList(blocks)
         self.norm = None if self.spec.final_norm == "none" else model.norm
         parts = {part: readout(model, part) for part in self.spec.readout}
         self.pool = Readout(parts) if len(parts) > 1 or QUERY in parts else parts[self.spec.readout[0]]
         chosen = model.classifiers[self.head]
         self.classifiers = nn.ModuleDict({self.head: Linear(chosen.weight, chosen.bias)})  # type: ignore[arg-type]
-        gated = any(block.gate is not None for block in blocks)
+        gated = any(isinstance(block, StaticBlock) and block.gate is not None for block in blocks)
         self.register_buffer("positions", model.positions.detach().clone() if gated else None)  # (N, D)
 
     def forward(self, frames: Tensor) -> Tensor:

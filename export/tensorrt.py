@@ -198,21 +198,27 @@ def attention_refusal(spec: ModelSpec) -> str:
     if head not in FUSED_HEADS:
         known = ", ".join(map(str, FUSED_HEADS))
         return f"attention=int8 needs heads of {known} channels, this model's have {head}: leave attention at fp16"
-    if spec.tokens > FUSED_TOKENS:
+    if (longest := _longest(spec)) > FUSED_TOKENS:
         return (
-            f"attention=int8 needs at most {FUSED_TOKENS} tokens, this clip gives {spec.tokens}: leave attention at "
+            f"attention=int8 needs at most {FUSED_TOKENS} tokens, this clip gives {longest}: leave attention at "
             f"fp16{_or(shorter(spec))}"
         )
     return ""
 
 
+def _longest(spec: ModelSpec) -> int:
+    """The most tokens that attend to each other."""
+    return max(tokens for _, tokens in spec.attended)
+
+
 def attention_note(spec: ModelSpec) -> str:
     """A note on the shorter clip that would allow attention in int8, and its cost; empty if none would or need be."""
-    if spec.tokens <= FUSED_TOKENS or spec.width // spec.heads not in FUSED_HEADS or not (choice := shorter(spec)):
+    longest = _longest(spec)
+    if longest <= FUSED_TOKENS or spec.width // spec.heads not in FUSED_HEADS or not (choice := shorter(spec)):
         return ""
     return (
         f"attention stays in fp16: in int8 it is one kernel up to {FUSED_TOKENS} tokens only, this clip gives "
-        f"{spec.tokens}; to have it, {choice}"
+        f"{longest}; to have it, {choice}"
     )
 
 
@@ -222,10 +228,10 @@ def shorter(spec: ModelSpec) -> str:
     if shortest >= spec.frames or spec.positions == "stored":
         return ""
     preset = spec.with_clip(shortest)
-    if preset.tokens > FUSED_TOKENS:
+    if (tokens := _longest(preset)) > FUSED_TOKENS:
         return ""
     return (
-        f"export with --frames {preset.frames} --set attention=int8 ({preset.tokens} tokens): that sees "
+        f"export with --frames {preset.frames} --set attention=int8 ({tokens} tokens): that sees "
         f"{preset.frames} of {spec.frames} frames and does {preset.macs() / spec.macs():.0%} of the multiplications, "
         "and its accuracy has to be measured anew"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,8 +79,9 @@ def rotation(spec: ModelSpec) -> FloatArray:
 def resized(table: Tensor, old: ModelSpec, new: ModelSpec) -> Tensor:
     """A stored position table (N, D) of the spec `old` for the clip of `new`: (N', D).
 
-    For each tube: over height and width by `new.position_resize`, over time linearly (both with half-pixel centres). A
-    grid that stays as it is keeps its rows exactly; an image takes the rows of its tubes at time 0.
+    For each tube: over height and width by `new.position_resize`, over time linearly (both with half-pixel centres);
+    by "nearest" over all three, i of n' taking floor(i n / n'). A grid that stays as it is keeps its rows exactly; an
+    image takes the rows of its tubes at time 0.
 
     Raises:
         SpecError: the grids differ and the table has no rule for another one.
@@ -101,11 +103,13 @@ def _resize(part: Tensor, grid: Triple, spec: ModelSpec) -> Tensor:
         return part
     if spec.position_resize == "none":
         raise SpecError(f"the stored positions are for a grid {tuple(part.shape[:3])} of tokens, not for {grid}")
-    x = part.permute(0, 3, 1, 2).float()  # (t, D, h, w)
+    x, nearest = part.permute(0, 3, 1, 2).float(), spec.position_resize == "nearest"  # (t, D, h, w)
     if tuple(x.shape[2:]) != grid[1:]:
         mode, _, antialias = spec.position_resize.partition("-")
-        x = F.interpolate(x, size=grid[1:], mode=mode, align_corners=False, antialias=bool(antialias))
+        centres = None if nearest else False
+        x = F.interpolate(x, size=grid[1:], mode=mode, align_corners=centres, antialias=bool(antialias))
     if x.shape[0] != grid[0]:
         series = x.flatten(1).T.unsqueeze(0)  # (1, D h w, t)
-        x = F.interpolate(series, size=grid[0], mode="linear", align_corners=False)[0].T.unflatten(1, x.shape[1:])
+        how: dict[str, Any] = {"mode": "nearest"} if nearest else {"mode": "linear", "align_corners": False}
+        x = F.interpolate(series, size=grid[0], **how)[0].T.unflatten(1, x.shape[1:])
     return x.permute(0, 2, 3, 1)

@@ -71,8 +71,8 @@ def rotate(x: Tensor, tables: Tensor) -> Tensor:
     return x * tables[0] + torch.cat([-second, first], dim=-1) * tables[1]  # (..., N, C)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over all tokens (joint space-time), with `tables` of rotary positions or without."""
+class Projections(nn.Module):
+    """The linears of a multi-head self-attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -80,12 +80,26 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
+
+class Attention(Projections):
+    """Attention of all tokens to all, with `tables` of rotary positions or without."""
+
     def forward(self, x: Tensor, tables: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
         y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D/heads)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class TimeAttention(Projections):
+    """Attention over time: tokens x (B, T S, D), time first, to those at the same of S places."""
+
+    def forward(self, x: Tensor, times: int) -> Tensor:
+        qkv = self.qkv(x).unflatten(1, (times, -1)).unflatten(-1, (3, self.heads, -1))  # (B, T, S, 3, heads, D/heads)
+        q, k, v = qkv.permute(3, 0, 2, 4, 1, 5)  # each (B, S, heads, T, D/heads)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, S, heads, T, D/heads)
+        return self.proj(y.permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2))  # (B, T S, D)
 
 
 QUICK_GELU = 1.702
@@ -141,6 +155,38 @@ class Block(nn.Module):
         y = x + self.attn(self.norm1(x), tables)  # (B, N, D)
         z = y + self.mlp(self.norm2(y))  # (B, N, D)
         return z if self.alpha is None or z0 is None else z + torch.tanh(self.alpha) * z0  # (B, N, D)
+
+
+class DividedBlock(nn.Module):
+    """Pre-LN encoder block of divided space-time attention, see `edgetube.spec.ModelSpec`.
+
+    "Is Space-Time Attention All You Need for Video Understanding?" (Bertasius, Wang, Torresani, ICML 2021). T times, S
+    places, P prefix tokens.
+    """
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, activation: Activation, eps: float, gated_mlp: bool, prefix: int
+    ) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.time_norm = nn.LayerNorm(width, eps)
+        self.time_attn = TimeAttention(width, heads)
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = Mlp(width, hidden, activation, gated_mlp)
+
+    def forward(self, x: Tensor, times: int) -> Tensor:
+        """Tokens (B, P + T S, D) of tokens x (B, P + T S, D)."""
+        first, tokens = x[:, : self.prefix], x[:, self.prefix :]  # (B, P, D), (B, T S, D)
+        tokens = tokens + self.time_attn(self.time_norm(tokens), times)  # (B, T S, D)
+        copies = first.unsqueeze(1).expand(-1, times, -1, -1)  # (B, T, P, D)
+        frames = torch.cat([copies, tokens.unflatten(1, (times, -1))], dim=2)  # (B, T, P + S, D)
+        added = self.attn(self.norm1(frames.flatten(0, 1))).unflatten(0, (-1, times))  # (B, T, P + S, D)
+        first = first + added[:, :, : self.prefix].mean(dim=1)  # (B, P, D)
+        tokens = tokens + added[:, :, self.prefix :].flatten(1, 2)  # (B, T S, D)
+        x = torch.cat([first, tokens], dim=1)  # (B, P + T S, D)
+        return x + self.mlp(self.norm2(x))  # (B, P + T S, D)
 
 
 class QueryPooler(nn.Module):
@@ -220,10 +266,7 @@ class VideoTransformer(nn.Module):
         self.register_buffer("rotation", rotation_tables(spec), persistent=False)  # (2, P + N, D / heads) or None
         self.prefix = nn.Parameter(torch.zeros(spec.prefix, spec.width)) if spec.prefix else None
         self.embedding_norm = nn.LayerNorm(spec.width, spec.norm_eps) if spec.embedding_norm else None
-        self.blocks = nn.ModuleList(
-            Block(spec.width, spec.heads, spec.hidden, spec.activation, spec.norm_eps, spec.gated_mlp, i in spec.gates)
-            for i in range(spec.depth)
-        )
+        self.blocks = nn.ModuleList(encoder_block(spec, i) for i in range(spec.depth))
         self.norm = nn.LayerNorm(spec.width, spec.final_norm_eps) if spec.final_norm != "none" else nn.Identity()
         self.pool = Readout(spec)
         self.classifiers = nn.ModuleDict({name: nn.Linear(spec.features, n) for name, n in spec.classifiers})
@@ -236,7 +279,7 @@ class VideoTransformer(nn.Module):
         z0, table, rotation = self.tubes(x, spec), self.positions, self.rotation  # (B, N, D), ...
         if spec != self.spec:
             table, rotation = moved_positions(table, self.spec, spec).to(z0), rotation_tables(spec)
-        features = self.features(self.encode(self.embed(z0, table), z0, rotation))  # (B, F)
+        features = self.features(self.encode(self.embed(z0, table), z0, rotation, spec.grids[0][0]))  # (B, F)
         if spec.per_frame:
             features = features.unflatten(0, (batch, -1)).mean(dim=1)  # (B, F)
         return self.classifier(head)(features)  # (B, classes)
@@ -248,12 +291,13 @@ class VideoTransformer(nn.Module):
             x = torch.cat([self.prefix.expand(len(x), -1, -1), x], dim=1)  # (B, P + N, D)
         return x if self.embedding_norm is None else self.embedding_norm(x)  # (B, P + N, D)
 
-    def encode(self, x: Tensor, z0: Tensor, rotation: Tensor | None = None) -> Tensor:
+    def encode(self, x: Tensor, z0: Tensor, rotation: Tensor | None = None, times: int = 1) -> Tensor:
         """Encoded tokens (B, P + N, D) of embedded tokens x (B, P + N, D); z0 (B, N, D) are the bare tube tokens for
-        the gates."""
+        the gates, `times` is the length of their grid in time for divided attention."""
         z0 = F.pad(z0, (0, 0, self.spec.prefix, 0)) if self.spec.gates else z0  # (B, P + N, D)
         for block in self.blocks:
-            x = block(x, z0, rotation)  # (B, P + N, D)
+            divided = isinstance(block, DividedBlock)
+            x = block(x, times) if divided else block(x, z0, rotation)  # (B, P + N, D)
         return self.norm(x) if self.spec.final_norm == "tokens" else x  # (B, P + N, D)
 
     def features(self, x: Tensor) -> Tensor:
@@ -297,6 +341,12 @@ class VideoTransformer(nn.Module):
         )
 
 
+def encoder_block(spec: ModelSpec, index: int) -> Block | DividedBlock:
+    """Encoder block number `index` of a model, with random weights."""
+    shape = spec.width, spec.heads, spec.hidden, spec.activation, spec.norm_eps, spec.gated_mlp
+    return DividedBlock(*shape, spec.prefix) if spec.attention == "divided" else Block(*shape, index in spec.gates)
+
+
 def position_table(spec: ModelSpec) -> Tensor:
     """The fixed position table (N, D) in float32, where a stored one starts from; zeros where positions are rotary."""
     if spec.positions == "rotary":
@@ -332,7 +382,7 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if spec.kernel is not None:
         found["tubes.kernel"] = (d, spec.channels, *spec.kernel)
     for i in range(spec.depth):
-        found |= _block_shapes(f"blocks.{i}", d, spec.hidden, spec.gated_mlp)
+        found |= _block_shapes(f"blocks.{i}", d, spec.hidden, spec.gated_mlp, spec.attention == "divided")
     found |= _norm_shapes("embedding_norm", d) if spec.embedding_norm else {}
     found |= _norm_shapes("norm", d) if spec.final_norm != "none" else {}
     found |= _linear_shapes("pool.score", (1, d)) if "attention" in spec.readout else {}
@@ -342,10 +392,13 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return found | {f"blocks.{i}.alpha": () for i in spec.gates}
 
 
-def _block_shapes(name: str, d: int, hidden: int, gated_mlp: bool) -> dict[str, tuple[int, ...]]:
+def _block_shapes(name: str, d: int, hidden: int, gated_mlp: bool, divided: bool = False) -> dict[str, tuple[int, ...]]:
     found = _norm_shapes(f"{name}.norm1", d) | _norm_shapes(f"{name}.norm2", d)
     linears = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc2": (d, hidden)}
     linears |= {"mlp.fc1": (hidden * (2 if gated_mlp else 1), d)}
+    if divided:
+        found |= _norm_shapes(f"{name}.time_norm", d)
+        linears |= {"time_attn.qkv": (3 * d, d), "time_attn.proj": (d, d)}
     for linear, shape in linears.items():
         found |= _linear_shapes(f"{name}.{linear}", shape)
     return found

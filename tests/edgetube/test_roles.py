@@ -150,13 +150,15 @@ def test_every_norm_that_one_linear_reads_is_a_fold_site(graph: Graph) -> None:
 
 def test_attention_is_queries_by_keys_softmax_and_values(graph: Graph) -> None:
     known, shapes = makers(graph), tensor_shapes(graph.model)
-    pool, tokens = graph.spec.query_pool, graph.spec.sequence
-    own = [graph.spec.heads] * graph.spec.depth
-    counts = own + [pool.heads] * pool.depth if pool else own
-    for attention, heads in zip(graph.roles.attention, counts, strict=True):
+    spec, pool = graph.spec, graph.spec.query_pool
+    own = [(spec.heads, 1, spec.sequence)]
+    if spec.attention == "divided":  # (16, 24) in patches of 8, 2 prefix tokens
+        own = [(spec.heads, 6, 3), (spec.heads, 1, 8)]
+    expected = own * spec.depth + ([(pool.heads, 1, spec.sequence)] * pool.depth if pool else [])
+    for attention, (heads, places, tokens) in zip(graph.roles.attention, expected, strict=True):
         assert attention.scale == (graph.spec.width / heads) ** -0.5
         assert {known[name].op_type for name in (attention.scores, attention.context)} == {"MatMul"}
-        assert shapes[attention.scores][1:] == (heads, tokens, tokens)
+        assert shapes[attention.scores][1:] == (places * heads, tokens, tokens)
         softmax = known[known[attention.context].input[0]]
         assert (softmax.op_type, softmax.input[0]) == ("Softmax", attention.scores)
         split, queries = columns_of(graph, unturned(graph, known[attention.scores].input[0]))

@@ -236,6 +236,9 @@ class TestRefusals:
                 "16777216 tokens; this version goes up to 65536",
             ),
             ({"hidden": 3600000000, "width": 60000}, "3600000000 channels of the MLP"),
+            ({"attention": "axial"}, "attention is 'axial'; this version knows joint, divided"),
+            ({"attention": None}, "attention is None; this version knows joint, divided"),
+            ({"position_resize": "area"}, "knows none, bilinear, bicubic, bicubic-antialias, nearest"),
             ({"gates": (0, 0)}, "name a block twice"),
             ({"gates": (1,)}, r"gates \[1\] are outside the 1 blocks"),
             (
@@ -248,6 +251,22 @@ class TestRefusals:
     def test_a_model_that_cannot_be(self, change: dict[str, Any], message: str) -> None:
         with pytest.raises(SpecError, match=message):
             replace(SMALL, **change)
+
+    @pytest.mark.parametrize(
+        ("change", "found"),
+        [
+            ({"tubes": SMALL.tubes}, "2 tubes"),
+            ({"positions": "rotary", "rotary": Rotary(("time",))}, "rotary positions"),
+            ({"readout": ("query",), "query_pool": QueryPool(2, 8)}, "a query pool"),
+            ({"gates": (0,)}, "gates"),
+            ({"per_frame": True, "tubes": SMALL.tubes[1:]}, "frames that are sequences of their own"),
+            ({"tubes": SMALL.tubes, "gates": (0,)}, "2 tubes, gates"),
+        ],
+    )
+    def test_what_divided_attention_cannot_be_combined_with(self, change: dict[str, Any], found: str) -> None:
+        message = f"is for one grid of tokens over time and space; the model has {found}: leave that out"
+        with pytest.raises(SpecError, match=message):
+            replace(SMALL, **{"tubes": SMALL.tubes[:1], "attention": "divided"} | change)
 
     def test_a_query_pool_without_an_epsilon(self) -> None:
         with pytest.raises(SpecError, match="norm_eps of the query pool is -1e-06"):
@@ -300,6 +319,17 @@ class TestJson:
 
     def test_optional_fields_may_be_left_out(self) -> None:
         assert TubeSpec.from_json({"kernel": [1, 2, 3], "stride": [4, 5, 6]}) == TubeSpec((1, 2, 3), (4, 5, 6))
+
+    def test_a_model_without_the_field_has_joint_attention(self) -> None:
+        """As older bundles; what their digests are made of stays what it was."""
+        data = SMALL.to_json()
+        assert "attention" not in data
+        divided = replace(SMALL, tubes=SMALL.tubes[:1], attention="divided")
+        assert divided.to_json() == data | {"tubes": data["tubes"][:1], "attention": "divided"}
+        assert ModelSpec.from_json(divided.to_json()) == divided
+        assert ModelSpec.from_json(data | {"attention": "joint"}) == SMALL
+        with pytest.raises(SpecError, match="attention is 'both'"):
+            ModelSpec.from_json(data | {"attention": "both"})
 
     @pytest.mark.parametrize("value", [SMALL.tubes[0], SMALL], ids=lambda value: type(value).__name__)
     def test_an_unknown_field_is_refused_by_name(self, value: TubeSpec | ModelSpec) -> None:

@@ -151,6 +151,7 @@ def test_warnings_about_the_input_are_lines_and_others_are_pythons(monkeypatch: 
         ("dense", "2x8x8 every 2x8x8 -> 2x2x3 tokens", "12 tokens, width 24, 2 blocks, 2 heads"),
         ("class-token", "1x8x8 every 1x8x8 -> 1x3x2 tokens", "6 + 3 prefix tokens, width 24, 2 blocks, 2 heads"),
         ("rotary", "2x8x8 every 2x8x8 -> 2x2x3 tokens", "12 + 1 prefix tokens, width 48, 2 blocks, 3 heads"),
+        ("divided", "-> 3x2x3 tokens", "18 + 2 prefix tokens, width 24, 2 blocks, 2 heads"),
         ("gated-mlp", "-> 1x2x3 tokens a frame", "6 + 1 prefix tokens a frame, width 24, 2 blocks, 2 heads"),
     ],
 )
@@ -163,3 +164,4 @@ def test_the_facts_of_any_transformer(name: str, tubes: str, encoder: str) -> No
     assert facts["encoder"] == encoder
     if spec.rotary:
         assert f"rotary positions over {', '.join(spec.rotary.axes)}, " in terminal._answer(spec)
+    assert terminal._answer(spec).startswith("divided attention, ") == (spec.attention == "divided")

@@ -89,10 +89,25 @@ SPECS = {
         final_norm="none",
         per_frame=True,
     ),
+    "divided": ModelSpec(
+        (TubeSpec((1, 8, 8), (1, 8, 8)),),
+        3,
+        (16, 24),
+        24,
+        2,
+        2,
+        (("motion", 5),),
+        hidden=40,
+        prefix=2,
+        readout=("prefix.0",),
+        positions="stored",
+        position_resize="nearest",
+        attention="divided",
+    ),
 }
 
 
-OTHERS = ("dense", "class-token", "rotary", "gated-mlp")
+OTHERS = ("dense", "class-token", "rotary", "gated-mlp", "divided")
 """Those that are no sparse-tube models."""
 
 
@@ -115,11 +130,16 @@ def trace(name: str, lowering: str = "gather", batch: int = 1, head: str | None 
 
 
 @cache
-def trace_vit(rotary: bool) -> Graph:
-    """One ViT, with positions in a table or rotary, that runtimes fuse attention of: 2 blocks, heads of 32 channels."""
+def trace_vit(kind: str) -> Graph:
+    """One ViT, "plain", with "rotary" positions or with "divided" attention: 2 blocks, heads of 32 channels.
+
+    Runtimes fuse its attention.
+    """
     spec = ModelSpec((TubeSpec((2, 8, 8), (2, 8, 8)),), 8, (32, 32), 64, 2, 2, (("motion", 5),), readout=("mean",))
-    if rotary:
+    if kind == "rotary":
         spec = replace(spec, positions="rotary", rotary=Rotary(("time", "height", "width")))
+    if kind == "divided":
+        spec = replace(spec, attention="divided", prefix=1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = VideoTransformer(spec).eval()

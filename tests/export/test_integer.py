@@ -19,6 +19,7 @@ from edgetube.export import canonical, integer, onnxruntime, quantize, rewrite, 
 from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
 from edgetube.runtimes.onnxruntime import evaluate
+from tests.export import models
 
 Both = dict[str, tuple[onnx.ModelProto, CalibrationTable]]
 """(graph, table) by scheme."""
@@ -100,6 +101,18 @@ def test_what_is_left_over_is_float_and_fused(calibrated: Both) -> None:
     assert kinds["MultiHeadAttention"] == 2
     assert kinds["DequantizeLinear"] == kinds["Transpose"] == 0
     assert kinds["QuantizeLinear"] == sum("tubes" not in plan.name for plan in table.quantised)
+
+
+@pytest.mark.parametrize("name", ["dense", "divided"])
+def test_fused_attention_answers_alike(name: str) -> None:
+    """Also where heads are made of other sequences of the tokens."""
+    traced, frames = models.trace(name, batch=2), models.noise(name, 2)
+    nodes, shapes = integer._fuse_attention(list(traced.model.graph.node), models.constants(traced.model))
+    fused = integer._model(traced.model, nodes, shapes)
+    kinds = Counter(node.op_type for node in fused.graph.node)
+    assert kinds["MultiHeadAttention"] == len(traced.roles.attention)
+    assert kinds["Softmax"] == kinds["Transpose"] == 0
+    np.testing.assert_allclose(models.run(fused, frames), models.reference(name, frames), atol=2e-5)
 
 
 def test_a_product_behind_a_split_becomes_one_for_each_part(calibrated: Both, clips: Any) -> None:

@@ -21,11 +21,23 @@ def optimised_operators(graph: Graph, folder: Path) -> Counter[str]:
 
 def test_rotary_positions_leave_fusions_as_they_were(tmp_path: Path) -> None:
     """The CPU provider has no fused attention for either; products, norms and GELUs are fused as without rotation."""
-    plain, turned = (optimised_operators(models.trace_vit(rotary), tmp_path) for rotary in (False, True))
+    plain, turned = (optimised_operators(models.trace_vit(kind), tmp_path) for kind in ("plain", "rotary"))
     for kind in ("MatMul", "Gemm", "FusedMatMul", "LayerNormalization", "SkipLayerNormalization", "Gelu", "Softmax"):
         assert turned[kind] == plain[kind], kind
     assert turned["Transpose"] == plain["Transpose"]
     assert turned.total() <= 1.5 * plain.total()
+
+
+def test_divided_attention_is_one_more_attention_in_each_block(tmp_path: Path) -> None:
+    """Two linears and two products, a LayerNorm and a softmax, and the same four transpositions: of heads alone."""
+    plain, divided = (optimised_operators(models.trace_vit(kind), tmp_path) for kind in ("plain", "divided"))
+    blocks = plain["Softmax"]
+    more = {"Softmax": 1, "Transpose": 4, "Gelu": 0}
+    for kind, each in more.items():
+        assert divided[kind] == plain[kind] + each * blocks, kind
+    products, norms = ("MatMul", "Gemm", "FusedMatMul"), ("LayerNormalization", "SkipLayerNormalization")
+    assert sum(map(divided.get, products, (0,) * 3)) == sum(map(plain.get, products, (0,) * 3)) + 4 * blocks
+    assert sum(map(divided.get, norms, (0,) * 2)) == sum(map(plain.get, norms, (0,) * 2)) + blocks
 
 
 def test_sigmoid_activations_are_one_operator(tmp_path: Path) -> None:

@@ -63,12 +63,15 @@ def executed_layers(graph: Graph, path: Path) -> list[tuple[str, str]]:
     return [(f["layerType"], f["originalLayersNames"]) for f in found if f["layerType"] not in ("Const", "Input")]
 
 
-def test_rotary_positions_leave_attention_fused(tmp_path: Path) -> None:
+def test_rotary_positions_and_divided_attention_leave_attention_fused(tmp_path: Path) -> None:
     """Scores, softmax and context are one layer a block; rotated in another layout they are that too, no faster."""
-    plain, turned = (executed_layers(models.trace_vit(rotary), tmp_path / "model.xml") for rotary in (False, True))
-    for layers in (plain, turned):
+    kinds = ("plain", "rotary", "divided")
+    found = [executed_layers(models.trace_vit(kind), tmp_path / "model.xml") for kind in kinds]
+    for layers, count in zip(found, (2, 2, 4), strict=True):
         fused = [names for _, names in layers if "attn.softmax" in names]
-        assert len(fused) == 2
+        assert len(fused) == count
         assert all("attn.scores" in names and "attn.context" in names for names in fused)
         assert "Softmax" not in {kind for kind, _ in layers}
-    assert len(turned) <= 1.5 * len(plain)
+    plain, turned, divided = map(len, found)
+    assert turned <= 1.5 * plain
+    assert divided <= 2.2 * plain

@@ -330,20 +330,22 @@ class TestForReal:
         parse(sdk, tmp_path / LEGACY)
         canonical.save(rewrite.cast_first(convert_to_fp16(models.trace(name).model)), tmp_path / "model.onnx")
         build_engine(sdk, tmp_path / "model.onnx", Settings(capabilities=("86",)))
-        layers, spec = summarize_engine_layers(sdk.layers), models.SPECS[name]
-        assert layers["attention"] == {"fp16": spec.depth + (spec.query_pool.depth if spec.query_pool else 0)}
+        layers = summarize_engine_layers(sdk.layers)
+        assert layers["attention"] == {"fp16": len(models.trace(name).roles.attention)}
         assert set(layers["gemms"]) == {"fp16"}
 
-    def test_rotary_positions_leave_attention_fused(self, tmp_path: Path) -> None:
+    def test_rotary_positions_and_divided_attention_leave_attention_fused(self, tmp_path: Path) -> None:
         found = []
-        for rotary in (False, True):
-            canonical.save(rewrite.cast_first(convert_to_fp16(models.trace_vit(rotary).model)), tmp_path / "model.onnx")
+        for kind in ("plain", "rotary", "divided"):
+            canonical.save(rewrite.cast_first(convert_to_fp16(models.trace_vit(kind).model)), tmp_path / "model.onnx")
             sdk = load_sdk("rtx")
             build_engine(sdk, tmp_path / "model.onnx", Settings(capabilities=("86",)))
             found.append(summarize_engine_layers(sdk.layers))
-        plain, turned = found
+        plain, turned, divided = found
         assert plain["attention"] == turned["attention"] == {"fp16": 2}
+        assert divided["attention"] == {"fp16": 4}
         assert turned["kernels"] <= 1.5 * plain["kernels"]
+        assert divided["kernels"] <= 2 * plain["kernels"]
 
     def test_the_cast_has_to_come_first(self, graph: Graph, tmp_path: Path) -> None:
         """Why `cast_first` is there; when this fails, a newer parser can do without it."""

@@ -44,6 +44,21 @@ class BlockNames:
     gated: bool = False
 
 
+@dataclass(frozen=True)
+class TimeNames:
+    """Names of a block's attention over time, where it is divided from that over space, as in `BlockNames`.
+
+    Attributes:
+        norm, qkv, proj: as in the reference model; q, k and v are fused.
+        dense: a second linear behind `proj`.
+    """
+
+    norm: str
+    qkv: str
+    proj: str
+    dense: str
+
+
 TORCHVISION = BlockNames(
     "ln_1", ("self_attention.in_proj",), "self_attention.out_proj", "ln_2", ("mlp.0",), "mlp.3", in_proj=True
 )
@@ -87,6 +102,22 @@ def read_block(
         | norm(state, prefix + names.norm1, f"{to}.norm1", width)
         | norm(state, prefix + names.norm2, f"{to}.norm2", width)
     )
+
+
+def read_time_attention(state: State, prefix: str, to: str, names: TimeNames, width: int) -> Weights:
+    """The tensors of the attention over time of the block `to`, from those behind `prefix`.
+
+    The two linears behind it are one: D (P y + p) + d = (D P) y + (D p + d).
+    """
+    attn = f"{to}.time_attn"
+    proj, dense = (linear(state, prefix + name, f"{attn}.proj", (width, width)) for name in (names.proj, names.dense))
+    (p, p_bias), (d, d_bias) = ((weight.double(), bias.double()) for weight, bias in (proj, dense))
+    return {
+        f"{attn}.proj.weight": (d @ p).float(),
+        f"{attn}.proj.bias": (d @ p_bias + d_bias).float(),
+        **placed_linear(state, prefix + names.qkv, f"{attn}.qkv", (3 * width, width)),
+        **norm(state, prefix + names.norm, f"{to}.time_norm", width),
+    }
 
 
 def _qkv(state: State, prefix: str, to: str, names: BlockNames, width: int) -> tuple[Tensor, Tensor]:

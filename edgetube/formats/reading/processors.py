@@ -49,6 +49,7 @@ CLASSES: Mapping[str, Mapping[str, Any]] = {
     "VideoMAEVideoProcessor": VIDEOMAE,
     "VivitImageProcessor": VIVIT,
     "VivitVideoProcessor": VIVIT,
+    "TimesformerVideoProcessor": {**VIDEOMAE, **IMAGENET},
     "VJEPA2VideoProcessor": {
         "size": {"shortest_edge": 292}, "do_center_crop": True, "crop_size": 256, "resample": 2, **IMAGENET,
     },
@@ -74,11 +75,14 @@ def contract(files: Files, said: Said, usual: str, frames: int, sampling: Mappin
         said: fields of the contract that replace those of the processor.
         usual: the model's class of processors, one of `CLASSES`, for settings that name none.
         frames: of the clip.
-        sampling: fields of the contract, how the model's authors sampled frames.
+        sampling: fields of the contract, how the model's authors sampled frames; none of them counts where the user
+            says another `sampling`.
 
     Raises:
         CheckpointError: there is no processor and the user does not say the input, or it does what no contract says.
     """
+    if said.input.get("sampling", sampling.get("sampling")) != sampling.get("sampling"):
+        sampling = {}
     complete = {"mean", "std", "height", "width"} <= said.input.keys()
     if not files.processor and not complete:
         raise CheckpointError(

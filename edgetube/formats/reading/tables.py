@@ -1,10 +1,15 @@
-"""Position tables that models compute and their files do not hold."""
+"""Position tables that models compute: their files hold parts of them, or nothing."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def over_time(places: Tensor, times: Tensor) -> Tensor:
+    """The positions (T S, D), time first, that are sums of one for each place (S, D) and one for each time (T, D)."""
+    return (times[:, None] + places).flatten(0, 1)
 
 
 def sine(count: int, width: int) -> Tensor:

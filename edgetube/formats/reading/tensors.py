@@ -23,7 +23,7 @@ from edgetube.model import checkpoints
 WRITTEN = ("model.safetensors", "pytorch_model.bin")
 """Names that libraries write weights under, the better one first; an index of shards has `.index.json` behind it."""
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".pyth", ".ckpt")
 """Of files of weights."""
 
 OTHERS = re.compile(r"^(adapter_model|optimizer|scheduler|scaler|rng_state|training_args|random_states)")

@@ -36,8 +36,9 @@ ANSWERS = {
 """`problem_type` -> what a user has to know."""
 
 
-ATTENTION_BIAS = re.compile(r"\.attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)?(?:\.|_)bias$")
-"""Biases of the encoder's queries, keys and values, in both dialects; of VideoMAE they are `q_bias` and `v_bias`."""
+ATTENTION_BIAS = re.compile(r"\.attention\.(?:attention\.)?(qkv|[qkv])(?:uery|ey|alue|_proj)?(?:\.|_)bias$")
+"""Biases of the encoder's queries, keys and values, in both dialects, also of all three in one; of VideoMAE they are
+`q_bias` and `v_bias`."""
 
 BIAS_FLAGS = {"qkv_bias": "qkv", "qv_bias": "qv", "query_bias": "q", "key_bias": "k", "value_bias": "v"}
 """Fields of a configuration -> which of these biases there are."""

@@ -143,7 +143,24 @@ class TestRoundTrip:
         assert [p.name for p in tmp_path.iterdir()] == ["motion.safetensors"]
 
 
+def test_divided_attention_survives_a_file(tmp_path: Path, clips: torch.Tensor) -> None:
+    tubes = (TubeSpec((1, 8, 8), (1, 8, 8)),)
+    spec = replace(SPEC, tubes=tubes, gates=(), positions="stored", position_resize="nearest", attention="divided")
+    torch.manual_seed(0)
+    made = Checkpoint("mine", VideoTransformer(spec).eval(), CONTRACT, LABELS, digest="", other_labels=OTHERS)
+    path = checkpoints.save(made, tmp_path / "mine.safetensors")
+    found = checkpoints.load(path)
+    assert found.spec == spec
+    assert torch.equal(found.model(clips), made.model(clips))
+    with pytest.raises(CheckpointError, match=r"missing blocks\.0\.time_attn"):
+        checkpoints.load(rewrite(path, drop=["blocks.0.time_attn.qkv.weight"]))
+
+
 class TestShapes:
+    def test_those_of_divided_attention(self) -> None:
+        spec = replace(SPEC, tubes=SPEC.tubes[-1:], gates=(), attention="divided", gated_mlp=True)
+        assert shapes(spec) == {name: tuple(value.shape) for name, value in VideoTransformer(spec).state_dict().items()}
+
     @given(models())
     @settings(max_examples=20)
     def test_they_are_those_of_the_model(self, spec: ModelSpec) -> None:

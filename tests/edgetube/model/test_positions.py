@@ -13,7 +13,7 @@ import torch
 
 from edgetube.model import positions
 from edgetube.model.transformer import VideoTransformer
-from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, TubeSpec, named
+from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, ModelSpec, TubeSpec, named
 
 
 def spans(tube: Any, axis: Any, size: Any) -> Iterator[Any]:
@@ -89,6 +89,31 @@ def test_an_image_has_the_positions_of_the_first_frame() -> None:
     image = video.with_clip(frames=1)
     np.testing.assert_array_equal(positions.table(image), positions.table(video)[-image.tokens :])
     assert set(positions.centres(PAPER_TUBES[3], image.grids[0])[:, 0]) == {0.0}
+
+
+@pytest.mark.parametrize("clip", [(7, 32, 56), (3, 24, 16), (12, 16, 16), (4, 24, 24)])
+def test_the_nearest_rows_of_a_stored_table(clip: tuple[int, int, int]) -> None:
+    """Of n' coordinates, number i takes floor(i n / n'), over time as over space."""
+    old = ModelSpec(
+        (TubeSpec((1, 8, 8), (1, 8, 8)),),
+        4,
+        (24, 24),
+        6,
+        1,
+        1,
+        (("a", 2),),
+        positions="stored",
+        position_resize="nearest",
+    )
+    new = old.with_clip(clip[0], clip[1:])
+    table = torch.randn(36, 6, generator=torch.Generator().manual_seed(0))
+    grid = (clip[0], clip[1] // 8, clip[2] // 8)
+    expected = [
+        table.reshape(4, 3, 3, 6)[tuple(i * n // size for i, n, size in zip(at, (4, 3, 3), grid, strict=True))]
+        for at in product(*map(range, grid))
+    ]
+    assert torch.equal(positions.resized(table, old, new), torch.stack(expected))
+    assert torch.equal(positions.resized(table, old, old.with_clip(1)), table[:9])
 
 
 def test_two_tokens_of_one_model_never_share_a_position() -> None:

@@ -35,6 +35,17 @@ SMALL = ModelSpec(
 )
 
 
+DIVIDED = replace(
+    SMALL,
+    tubes=(TubeSpec((2, 8, 8), (3, 8, 8)),),
+    prefix=1,
+    readout=("prefix.0",),
+    positions="stored",
+    position_resize="nearest",
+    attention="divided",
+)
+
+
 def model_of(spec: ModelSpec, seed: int = 0) -> VideoTransformer:
     """A model in which nothing is zero, so that nothing can be left out unnoticed."""
     torch.manual_seed(seed)
@@ -139,6 +150,15 @@ def linear_by_hand(kernel: Any, shape: Any) -> Any:
     return result
 
 
+def attention_of(attention: Any) -> nn.MultiheadAttention:
+    """PyTorch's own attention with the same weights."""
+    made = nn.MultiheadAttention(28, attention.heads, batch_first=True)
+    state = {"in_proj_weight": attention.qkv.weight, "in_proj_bias": attention.qkv.bias}
+    state |= {f"out_proj.{part}": getattr(attention.proj, part) for part in ("weight", "bias")}
+    made.load_state_dict(state)
+    return made.eval()
+
+
 class TestEncoder:
     @pytest.mark.parametrize("eps", [1e-6, 1e-2])
     def test_a_block_is_pytorch_s_pre_norm_encoder_layer(self, eps: float) -> None:
@@ -167,6 +187,29 @@ class TestEncoder:
         layer.load_state_dict(state)
         x = torch.randn(2, 17, 28, generator=torch.Generator().manual_seed(2))
         torch.testing.assert_close(block(x, torch.randn_like(x)), layer(x), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("prefix", [0, 1, 3])
+    def test_a_divided_block_by_place_and_by_time(self, prefix: int) -> None:
+        """PyTorch's attention, one place and then one time after the other."""
+        block: Any = model_of(DIVIDED if prefix == 1 else replace(DIVIDED, prefix=prefix, readout=("mean",))).blocks[1]
+        ((times, rows, columns),) = DIVIDED.grids
+        places = rows * columns
+        x = torch.randn(2, prefix + times * places, 28, generator=torch.Generator().manual_seed(2))
+        over_time, over_space = attention_of(block.time_attn), attention_of(block.attn)
+        first, tokens = x[:, :prefix].clone(), x[:, prefix:].clone()
+        for place in range(places):
+            series = block.time_norm(x[:, prefix + place :: places])
+            tokens[:, place::places] += over_time(series, series, series)[0]
+        y, added = torch.cat([first, tokens], dim=1), torch.zeros_like(first)
+        for time in range(times):
+            own = slice(time * places, (time + 1) * places)
+            frame = block.norm1(torch.cat([first, tokens[:, own]], dim=1))
+            found = over_space(frame, frame, frame)[0]
+            added += found[:, :prefix] / times
+            y[:, prefix:][:, own] += found[:, prefix:]
+        y[:, :prefix] += added
+        expected = y + block.mlp(block.norm2(y))
+        torch.testing.assert_close(block(x, times), expected, atol=1e-5, rtol=1e-5)
 
     def test_a_gate_adds_tanh_alpha_of_the_bare_tube_tokens(self) -> None:
         plain = model_of(SMALL).blocks[0]
@@ -302,6 +345,12 @@ class TestWhole:
             model_of(spec)(clips_of(spec, batch=1))
         weighted_sum = spec.tokens * spec.width  # of the pool: elementwise, which PyTorch does not count
         assert counter.get_total_flops() / 2 == spec.macs() - weighted_sum
+
+    def test_multiply_accumulates_of_divided_attention(self) -> None:
+        spec = replace(DIVIDED, tubes=(TubeSpec((1, 8, 8), (3, 8, 8)),))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model_of(spec)(clips_of(spec, batch=1))
+        assert counter.get_total_flops() / 2 == spec.macs()
 
     def test_stored_positions_are_weights_and_fixed_ones_are_not(self) -> None:
         assert "positions" not in VideoTransformer(SMALL).state_dict()
