@@ -1,7 +1,8 @@
 """Parity over a long video with a sliding window: when do the predicted classes change?
 
 In addition to the metrics of each window: how often each model's class changes, how late it follows the reference, and
-the health of the stream, because dropped or repeated frames explain some of the changes.
+the health of the stream, because dropped or repeated frames explain some of the changes. If asked for: the spans that
+an app would get from the answers, and what a gate that skips still clips would save and cost.
 """
 
 from __future__ import annotations
@@ -18,127 +19,22 @@ import numpy.typing as npt
 from edgetube import datasets
 from edgetube.bench import model_set, parity
 from edgetube.bench.model_set import JobResult, OpenedModels
-from edgetube.bench.parity import Comparison, MetricsAccumulator
+from edgetube.bench.parity import REFERENCE, Comparison, MetricsAccumulator
+from edgetube.bench.spans import SpanAgreement, compare
+from edgetube.bench.stream_health import Health, Watch
 from edgetube.bundle import Bundle
 from edgetube.datasets import ClipSet
-from edgetube.live.frame import Frame
+from edgetube.live.decisions import Decider, DecisionRule, Event, Span
+from edgetube.live.novelty import NoveltyGate
 from edgetube.live.scheduler import clips
 from edgetube.live.source import FrameSource
 from edgetube.live.window import Window
 from edgetube.progress import Progress, silent
+from edgetube.runtimes.base import Logits
 from edgetube.video import Clip
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-
-GAP = 1.5
-"""A frame is missing where an interval is longer than this multiple of the median interval."""
-
-STILL, MOVING, AROUND = 0.1, 0.5, 12
-"""A frame is a duplicate if it changes by at most `STILL` of the median change of the `AROUND` frames on either side,
-which is at least `MOVING` grey levels."""
-
-STEP = 8
-"""Stride of the pixels that are compared to see whether a frame changed."""
-
-MOST = 255.0
-"""Grey levels by which a frame changes whose size is another."""
-
-ENDS = 4
-"""The drift compares the rates of the first and the last of this many parts of the video."""
-
-
-# --------------------------------------------------------------------------------------------------------------- stream
-
-
-@dataclass(frozen=True)
-class Gap:
-    """`frames` frames are missing behind the one at second `at`."""
-
-    at: float
-    frames: int
-
-
-@dataclass(frozen=True)
-class Health:
-    """Defects of a stream of frames.
-
-    Attributes:
-        frames, seconds: how many came, and from the first timestamp to the last.
-        fps: frames per second, missing ones left out; 0 for a single frame.
-        fps_drift_percent: change of that rate from the first to the last quarter of the frames.
-        dropped: frames that are missing, by the gaps between timestamps.
-        duplicated: frames that show what the one before them shows, while what is around them moves.
-        gaps: where frames are missing.
-    """
-
-    frames: int
-    seconds: float
-    fps: float
-    fps_drift_percent: float
-    dropped: int
-    duplicated: int
-    gaps: tuple[Gap, ...]
-
-
-class Watch:
-    """Records the time and the change of each frame."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self.changes: list[float] = []
-        self._previous: npt.NDArray[np.int16] | None = None
-
-    def see(self, frame: Frame) -> None:
-        """The next frame."""
-        sample = frame.pixels[::STEP, ::STEP].astype(np.int16)
-        if self._previous is not None and self._previous.shape == sample.shape:
-            self.changes.append(float(np.abs(sample - self._previous).mean()))
-        elif self._previous is not None:
-            self.changes.append(MOST)
-        self._previous = sample
-        self.times.append(frame.seconds)
-
-    def health(self) -> Health:
-        """The health of the stream, after all frames have passed."""
-        return health(np.array(self.times), np.array(self.changes))
-
-
-def health(times: Floats, changes: Floats) -> Health:
-    """The health of a stream.
-
-    Args:
-        times: (N,) seconds of each frame.
-        changes: (N - 1,) mean absolute change of each frame from the one before it, in grey levels.
-    """
-    if len(times) < 2:
-        return Health(len(times), 0.0, 0.0, 0.0, 0, 0, ())
-    steps = np.diff(times)
-    usual = float(np.median(steps))
-    missing = np.where(steps > GAP * usual, np.rint(steps / usual).astype(int) - 1, 0)
-    whole = steps[missing == 0]
-    part = max(1, len(whole) // ENDS)
-    drift = 100 * (float(whole[:part].mean()) / float(whole[-part:].mean()) - 1)
-    gaps = tuple(Gap(float(times[i]), int(missing[i])) for i in np.flatnonzero(missing))
-    return Health(
-        frames=len(times),
-        seconds=float(times[-1] - times[0]),
-        fps=1 / float(whole.mean()),
-        fps_drift_percent=drift,
-        dropped=int(missing.sum()),
-        duplicated=_repeated(changes),
-        gaps=gaps,
-    )
-
-
-def _repeated(changes: Floats) -> int:
-    """Number of frames that do not change while their neighbours do."""
-    around = np.pad(changes, AROUND, mode="reflect" if len(changes) > AROUND else "edge")
-    usual = np.median(np.lib.stride_tricks.sliding_window_view(around, 2 * AROUND + 1), axis=1)
-    return int(((usual >= MOVING) & (changes <= STILL * usual)).sum())
-
-
-# -------------------------------------------------------------------------------------------------------------- answers
 
 
 @dataclass(frozen=True)
@@ -196,6 +92,144 @@ def steadiness(name: str, reference: Integers, answers: Integers, times: Floats)
     )
 
 
+class Follower:
+    """What an app sees of one model: its smoothed classes, and its spans.
+
+    Args:
+        rule: None follows the classes alone.
+    """
+
+    def __init__(self, rule: DecisionRule | None, labels: Sequence[str]) -> None:
+        self._decider = None if rule is None else Decider(rule, labels)
+        self._classes: list[int] = []
+        self._smoothed: list[int] = []
+        self._spans: list[Span] = []
+
+    def push(self, seconds: float, logits: Logits, restarted: bool = False) -> None:
+        """Follow the answer (labels,) to the window that ends at `seconds`, and that may have restarted before."""
+        self._classes.append(int(logits.argmax()))
+        if self._decider is None:
+            return
+        self._keep(self._decider.push(seconds, logits, restarted))
+        smoothed = self._decider.smoothed
+        assert smoothed is not None
+        self._smoothed.append(int(smoothed.argmax()))
+
+    def finish(self) -> None:
+        """The source has ended."""
+        if self._decider is not None:
+            self._keep(self._decider.flush())
+
+    def _keep(self, events: Sequence[Event]) -> None:
+        self._spans += [event.span for event in events if event.kind == "closed"]
+
+    @property
+    def classes(self) -> Integers:
+        """(N,) of each answer."""
+        return np.array(self._classes, np.int64)
+
+    @property
+    def smoothed(self) -> Integers:
+        """(N,) class of the largest smoothed score after each answer; empty without a rule."""
+        return np.array(self._smoothed, np.int64)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Those that have closed, in this order."""
+        return tuple(self._spans)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The spans of one model, beside the reference's.
+
+    Attributes:
+        name: of the bundle.
+        flip_rate: share of steps at which the class of the largest smoothed score changes.
+        spans: of the model.
+        agreement: with the spans of the reference; None for the reference.
+    """
+
+    name: str
+    flip_rate: float
+    spans: tuple[Span, ...]
+    agreement: SpanAgreement | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        found = {"name": self.name, "flip_rate": self.flip_rate, "spans": [asdict(span) for span in self.spans]}
+        return found if self.agreement is None else found | asdict(self.agreement)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """One model behind a gate that repeats the last answer to still clips, beside the same model on every window.
+
+    Attributes:
+        name: of the bundle, or "reference".
+        flips: share of windows whose class differs.
+        missed, onset_delay_mean_s, onset_delay_max_s: as for `Steadiness`, of the gated answers behind all answers.
+        spans: the spans from gated answers, compared with those from all answers; None without a rule.
+    """
+
+    name: str
+    flips: float
+    missed: int
+    onset_delay_mean_s: float | None
+    onset_delay_max_s: float | None
+    spans: SpanAgreement | None
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """What a gate does on a video.
+
+    Attributes:
+        threshold: in grey levels.
+        refresh_after: in seconds.
+        skipped: share of windows without inference.
+        models: the reference, then one a bundle.
+    """
+
+    threshold: float
+    refresh_after: float
+    skipped: float
+    models: tuple[Gated, ...]
+
+
+class Gating:
+    """Runs a gate beside models that answer every window, and repeats answers where it would skip."""
+
+    def __init__(self, gate: NoveltyGate, followers: Sequence[Follower]) -> None:
+        self.gate, self.followers = gate, followers
+        self._held: list[Logits] = []
+        self.windows = self.skipped = 0
+
+    def push(self, clip: Clip, seconds: float, logits: Sequence[Logits], restarted: bool = False) -> None:
+        """One window, and the answer (labels,) of each model."""
+        self.windows += 1
+        if restarted:
+            self.gate.reset()
+        if self.gate.changed(clip.frames, seconds):
+            self.gate.answered(clip.frames, seconds)
+            self._held = list(logits)
+        else:
+            self.skipped += 1
+        for follower, held in zip(self.followers, self._held, strict=True):
+            follower.push(seconds, held, restarted)
+
+    def result(self, names: Sequence[str], every: Sequence[Follower], times: Floats, decided: bool) -> Skipping:
+        models = []
+        for name, own, gated in zip(names, every, self.followers, strict=True):
+            found = steadiness(name, own.classes, gated.classes, times)
+            models.append(
+                Gated(
+                    name, 1 - found.agreement, found.missed, found.onset_delay_mean_s, found.onset_delay_max_s,
+                    compare(own.spans, gated.spans) if decided else None,
+                )
+            )  # fmt: skip
+        return Skipping(self.gate.threshold, self.gate.refresh_after, self.skipped / self.windows, tuple(models))
+
+
 @dataclass(frozen=True)
 class Watched:
     """Bundles and their reference over the windows of one video.
@@ -207,6 +241,9 @@ class Watched:
         stream: health of the video.
         reference_flip_rate, reference_onsets: of the reference.
         bundles: one a bundle, in the order given.
+        rule: that spans were made with; None without.
+        decided: spans of the reference, then one a bundle; empty without a rule.
+        still: what a gate would do; None if it was not asked for.
     """
 
     comparison: Comparison
@@ -216,6 +253,9 @@ class Watched:
     reference_flip_rate: float
     reference_onsets: int
     bundles: tuple[Steadiness, ...]
+    rule: DecisionRule | None = None
+    decided: tuple[Decided, ...] = ()
+    still: Skipping | None = None
 
     def to_json(self) -> dict[str, Any]:
         """`video` of the document, see `docs/parity.md`."""
@@ -226,7 +266,15 @@ class Watched:
             "stream": asdict(self.stream),
             "reference": {"flip_rate": self.reference_flip_rate, "onsets": self.reference_onsets},
             "bundles": [asdict(one) for one in self.bundles],
+            "decisions": self._decisions(),
+            "still": None if self.still is None else asdict(self.still),
         }
+
+    def _decisions(self) -> dict[str, Any] | None:
+        if self.rule is None:
+            return None
+        reference, *others = [one.to_json() for one in self.decided]
+        return {"rule": self.rule.to_json(), "reference": reference, "bundles": others}
 
 
 def watch(
@@ -237,6 +285,8 @@ def watch(
     reference: Bundle | None = None,
     threads: int | None = None,
     worst: int = parity.WORST,
+    rule: DecisionRule | None = None,
+    skip_still: float | bool = False,
     progress: Progress = silent,
 ) -> Watched:
     """Run the reference and every bundle on a window that slides over a video file.
@@ -247,10 +297,13 @@ def watch(
         hop: frames, of those that the contract's sampling takes, between two windows; None takes a quarter of the
             clip.
         reference, threads, worst: as for `edgetube.bench.parity.measure`.
+        rule: how answers become spans; None compares none.
+        skip_still: also run a `NoveltyGate` with this threshold, True its own; every model answers all windows, and
+            the gate's answers are compared with them.
 
     Raises:
-        InputError: the video cannot be read, the bundles do not belong together, or they sample segments of a whole
-            video.
+        InputError: the video cannot be read, the bundles do not belong together, they sample segments of a whole
+            video, or the rule does not fit their labels.
         ParityError: a bundle gave a logit that is not finite.
     """
     models = model_set.of_bundles(bundles, reference, threads)
@@ -258,6 +311,9 @@ def watch(
     hop = max(1, contract.frames // 4) if hop is None else hop
     window = Window(contract, hop)
     accumulator, ends, starts = MetricsAccumulator(models), list[float](), list[float]()
+    names = [REFERENCE, *(bundle.name for bundle in bundles)]
+    every, gated = ([Follower(rule, models.labels) for _ in names] for _ in range(2))
+    gating = None if skip_still is False else Gating(NoveltyGate(bundles[0].spec, skip_still), gated)
     frames = Watch()
     with OpenedModels(models) as opened, FrameSource(source) as film:
         found = clips(film, window, came=frames.see)
@@ -267,8 +323,16 @@ def watch(
                 range(len(ends), len(ends) + len(some)), _names(some), JobResult((None,) * len(some), logits)
             )
             starts.extend(clip.start or 0.0 for clip in some)
-            ends.extend(clip.end or 0.0 for clip in some)
+            for i, clip in enumerate(some):
+                ends.append(clip.end or 0.0)
+                answers = [logits[model][i] for model in range(len(names))]
+                for follower, answer in zip(every, answers, strict=True):
+                    follower.push(ends[-1], answer, clip.restarted is not None)
+                if gating is not None:
+                    gating.push(clip, ends[-1], answers, clip.restarted is not None)
             progress("watch", len(ends), 0)
+    for follower in (*every, *gated):
+        follower.finish()
     progress("watch", len(ends), len(ends))
     windows = datasets.windows(source, starts)
     metrics = accumulator.clip_metrics()
@@ -283,6 +347,18 @@ def watch(
             steadiness(bundle.name, found.reference, found.answer, np.array(ends))
             for bundle, found in zip(bundles, metrics, strict=True)
         ),
+        rule=rule,
+        decided=() if rule is None else _decided(names, every),
+        still=None if gating is None else gating.result(names, every, np.array(ends), rule is not None),
+    )
+
+
+def _decided(names: Sequence[str], followers: Sequence[Follower]) -> tuple[Decided, ...]:
+    """The spans of all models, the reference first."""
+    reference = followers[0].spans
+    return tuple(
+        Decided(name, flip_rate(one.smoothed), one.spans, compare(reference, one.spans) if i else None)
+        for i, (name, one) in enumerate(zip(names, followers, strict=True))
     )
 
 

@@ -23,6 +23,7 @@ from edgetube.bench import latency
 from edgetube.bundle import Bundle
 from edgetube.errors import CheckpointError, EdgetubeError, InputError, ParityError
 from edgetube.live import window
+from edgetube.live.decisions import DecisionRule
 from edgetube.runtime import Runtime
 from edgetube.spec import Prediction
 from edgetube.targets import need
@@ -440,6 +441,19 @@ def parity(
         Path | None, typer.Option("--video", help="Slide a window over this video instead of reading clips.")
     ] = None,
     hop: Annotated[int | None, typer.Option(help="Frames between two windows of --video.")] = None,
+    decide: Annotated[
+        str | None,
+        typer.Option(
+            help="Also compare spans made with this rule from --video: default, a .json file, or "
+            "tau=1,enter=0.6,leave=0.4,min=0.5s."
+        ),
+    ] = None,
+    skip_still: Annotated[
+        bool, typer.Option("--skip-still", help="Also measure what skipping still clips of --video saves and costs.")
+    ] = False,
+    still_threshold: Annotated[
+        float | None, typer.Option(help="Grey levels that count as a change for --skip-still.")
+    ] = None,
     worst: Annotated[int, typer.Option(help="How many of the worst clips are named in --json.")] = 8,
     resume: Annotated[Path | None, typer.Option(help="Cache logits in this file, and resume from it.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that share the clips.")] = 1,
@@ -460,6 +474,11 @@ def parity(
         min_order_agreement=min_order_agreement,
     )  # fmt: skip
     asked_views = SINGLE if views is None else Views.parse(views)
+    rule = None if decide is None else DecisionRule.parse(decide)
+    if watch is None and (decide is not None or skip_still):
+        raise InputError("--decide and --skip-still are about answers over time; add --video FILE")
+    if still_threshold is not None and not skip_still:
+        raise InputError("--still-threshold is the threshold of --skip-still; add it")
     harness = need("edgetube.bench.parity", "export")
     found = _located([bundles.load(path) for path in bundle], checkpoint)
     held_against = bundles.load(reference) if reference else None
@@ -477,8 +496,9 @@ def parity(
             gates.check_data(datasets.ClipSet(str(watch), ()))
             temporal = need("edgetube.bench.temporal", "export")
             seen = temporal.watch(
-                found, watch, hop, reference=held_against, threads=threads, worst=worst, progress=show
-            )
+                found, watch, hop, reference=held_against, threads=threads, worst=worst, rule=rule,
+                skip_still=skip_still if still_threshold is None else still_threshold, progress=show,
+            )  # fmt: skip
             source, comparison, video_report = seen.windows, seen.comparison, seen.to_json()
         else:
             source, video_report = _clips(data, clips, found[0]), None

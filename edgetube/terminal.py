@@ -268,8 +268,50 @@ def _video(watched: Mapping[str, Any]) -> None:
         delays = [one.get("onset_delay_mean_s"), one.get("onset_delay_max_s")]
         add(
             found, one["name"], percent(one.get("agreement")), percent(one["flip_rate"]), str(one["onsets"]),
-            str(one.get("missed", "-")), *("-" if delay is None else f"{delay:.2f} s" for delay in delays),
+            str(one.get("missed", "-")), *map(_seconds, delays),
         )  # fmt: skip
+    out.print(found)
+    if watched["decisions"]:
+        _decisions(watched["decisions"])
+    if watched["still"]:
+        _still(watched["still"])
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} s"
+
+
+_SPANS = ("shared", "missed", "extra", "IoU", "mean delay", "largest delay")
+
+
+def _spans(one: Mapping[str, Any] | None) -> list[str]:
+    """The cells of `_SPANS` for the agreement of two models' spans."""
+    if one is None or "shared" not in one:
+        return ["-"] * len(_SPANS)
+    counts = [str(one[key]) for key in ("shared", "missed", "extra")]
+    iou = "-" if one["iou"] is None else f"{one['iou']:.3f}"
+    return [*counts, iou, _seconds(one["onset_delay_mean_s"]), _seconds(one["onset_delay_max_s"])]
+
+
+def _decisions(decided: Mapping[str, Any]) -> None:
+    found = table("decisions", "flip rate, smoothed", "spans", *_SPANS)
+    for one in [decided["reference"], *decided["bundles"]]:
+        add(found, one["name"], percent(one["flip_rate"]), str(len(one["spans"])), *_spans(one))
+    out.print(found)
+
+
+def _still(gate: Mapping[str, Any]) -> None:
+    say(
+        f"the gate at {gate['threshold']:g} grey levels, at most {gate['refresh_after']:g} s without inference, skips "
+        f"{percent(gate['skipped'])} of the windows"
+    )
+    decided = any(one["spans"] is not None for one in gate["models"])
+    shown = [f"spans {name}" for name in _SPANS[:4]] if decided else []
+    found = table("behind the gate", "other class", "changes missed", "mean delay", "largest delay", *shown)
+    for one in gate["models"]:
+        delays = (one["onset_delay_mean_s"], one["onset_delay_max_s"])
+        spans = _spans(one["spans"])[:4] if decided else []
+        add(found, one["name"], percent(one["flips"]), str(one["missed"]), *map(_seconds, delays), *spans)
     out.print(found)
 
 

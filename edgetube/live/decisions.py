@@ -262,20 +262,20 @@ class Decider:
         return tuple(self._span(i) for i in np.flatnonzero(self._open))
 
     def update(self, prediction: Prediction) -> list[Event]:
-        """The events of the next answer of `Runtime.stream`.
+        """The events of the next answer of `Runtime.stream`; where its window restarted, everything begins anew.
 
         Raises:
             InputError: it has no time, or logits of another model.
         """
         if prediction.end is None:
             raise InputError("a prediction without a time; decisions need those of a stream")
-        return self.push(prediction.end, np.array(prediction.logits))
+        return self.push(prediction.end, prediction.logits, prediction.restarted is not None)
 
-    def push(self, seconds: float, logits: npt.ArrayLike) -> list[Event]:
+    def push(self, seconds: float, logits: npt.ArrayLike, restarted: bool = False) -> list[Event]:
         """The events of an answer whose window ended at `seconds`: logits (labels,).
 
-        An answer that is earlier than the one before it, or more than `gap` later, does not continue it: open spans are
-        closed at the older answer, and smoothing starts anew.
+        An answer that is earlier than the one before it, or more than `gap` later, or whose window has restarted, does
+        not continue it: open spans are closed at the older answer, and smoothing starts anew.
 
         Raises:
             InputError: a time or a logit that is not finite, or another number of logits.
@@ -284,7 +284,7 @@ class Decider:
         if not math.isfinite(seconds):
             raise InputError(f"the time of an answer is {seconds}; expected finite seconds")
         step = seconds - self._newest
-        events = self.flush() if step < 0 or step > self.rule.gap else []
+        events = self.flush() if restarted or step < 0 or step > self.rule.gap else []
         self._newest = seconds
         if self._smoothed is None or self.rule.tau == 0:
             self._smoothed = scores

@@ -1,7 +1,8 @@
-"""Answers over time: flips, onsets and delays on made-up sequences; drops and repeats in made-up and real streams."""
+"""Answers over time: flips, onsets and delays on made-up sequences, and bundles that watch a film."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,11 +12,15 @@ import av
 import numpy as np
 import pytest
 
+import edgetube
 from edgetube import bundle as bundles
 from edgetube import resize, video
 from edgetube.bench import layers, parity, temporal
+from edgetube.bench.spans import compare
 from edgetube.errors import InputError
-from edgetube.live.frame import Frame
+from edgetube.live import novelty
+from edgetube.live.decisions import DecisionRule, spans
+from edgetube.spec import ModelSpec, TubeSpec
 
 TIMES = np.linspace(0.0, 3.5, 8)
 
@@ -64,96 +69,6 @@ def test_several_onsets() -> None:
 def test_a_change_that_comes_when_the_reference_has_left_it_is_missed() -> None:
     got = temporal.steadiness("x", np.array([0, 1, 1, 0, 0]), np.array([0, 0, 0, 1, 1]), TIMES[:5])
     assert (got.missed, got.onset_delay_mean_s) == (2, None)
-
-
-def test_a_steady_stream_is_sound() -> None:
-    times = np.arange(300) / 29.97
-    times = np.round(times, 3)  # as a container in milliseconds has them
-    got = temporal.health(times, np.full(299, 4.0))
-    assert (got.frames, got.dropped, got.duplicated, got.gaps) == (300, 0, 0, ())
-    assert got.fps == pytest.approx(29.97, rel=1e-3)
-    assert abs(got.fps_drift_percent) < 0.2
-
-
-def test_dropped_frames_are_counted_where_they_are() -> None:
-    times = np.delete(np.arange(100) / 25, [40, 41, 70])
-    got = temporal.health(times, np.full(len(times) - 1, 4.0))
-    assert got.dropped == 3
-    assert [gap.frames for gap in got.gaps] == [2, 1]
-    assert [gap.at for gap in got.gaps] == pytest.approx([39 / 25, 69 / 25])
-    assert got.fps == pytest.approx(25)
-
-
-def test_a_clock_that_slows_down_is_a_drift() -> None:
-    steps = np.linspace(1 / 30, 1 / 27, 400)
-    got = temporal.health(np.concatenate([[0], np.cumsum(steps)]), np.full(400, 4.0))
-    first, last = steps[:100].mean(), steps[-100:].mean()
-    assert got.fps_drift_percent == pytest.approx(100 * (first / last - 1))
-    assert got.fps_drift_percent < -5
-    assert got.dropped == 0
-
-
-def test_repeated_frames_are_counted_while_the_picture_moves(rng: np.random.Generator) -> None:
-    moving = rng.uniform(3, 5, 100)
-    moving[[20, 60, 61]] = 0.01
-    times = np.arange(101) / 25
-    assert temporal.health(times, moving).duplicated == 3
-    assert temporal.health(times, np.zeros(100)).duplicated == 0, "a still scene repeats nothing"
-
-
-@pytest.mark.parametrize(("interval", "dropped"), [(1.5, 0), (1.6, 1), (2.4, 1), (2.6, 2)])
-def test_an_interval_of_more_than_one_and_a_half_lost_a_frame(interval: float, dropped: int) -> None:
-    times = np.cumsum([10.0, 1, 1, interval, 1, 1])
-    got = temporal.health(times, np.full(5, 4.0))
-    assert (got.dropped, sum(gap.frames for gap in got.gaps)) == (dropped, dropped)
-    assert got.seconds == pytest.approx(4 + interval)
-    assert got.fps == pytest.approx(1.0 if dropped else 5 / (4 + interval))
-    assert [gap.at for gap in got.gaps] == ([12.0] if dropped else [])
-
-
-def test_the_drift_of_a_few_frames_is_that_of_the_first_interval_to_the_last() -> None:
-    assert temporal.health(np.array([0.0, 1.0, 2.25]), np.full(2, 4.0)).fps_drift_percent == pytest.approx(-20)
-
-
-@pytest.mark.parametrize(
-    ("usual", "one", "repeated"), [(0.5, 0.05, 1), (0.49, 0.04, 0), (0.5, 0.06, 0), (8.0, 0.8, 1), (8.0, 0.81, 0)]
-)
-def test_a_repeated_frame_changes_by_a_tenth_of_half_a_level_at_least(usual: float, one: float, repeated: int) -> None:
-    changes = np.full(60, usual)
-    changes[30] = one
-    assert temporal.health(np.arange(61.0), changes).duplicated == repeated
-
-
-@pytest.mark.parametrize("count", [1, 2, 12, 13, 14, 40, 100])
-def test_what_is_usual_is_the_median_of_the_frames_around(count: int, rng: np.random.Generator) -> None:
-    """Counted in a loop; a stream goes on behind its ends as in a mirror, a very short one as it ends."""
-    for _ in range(20):
-        changes = rng.choice([0.001, 0.3, 0.6, 5.0], count, p=[0.4, 0.1, 0.2, 0.3])
-        expected = 0
-        for at in range(count):
-            places = np.arange(at - 12, at + 13)
-            mirrored = (count - 1) - np.abs((count - 1) - np.abs(places))
-            around = changes[mirrored if count > 12 else np.clip(places, 0, count - 1)]
-            expected += bool(np.median(around) >= 0.5 and changes[at] <= 0.1 * np.median(around))
-        assert temporal.health(np.arange(count + 1.0), changes).duplicated == expected
-
-
-def test_a_watch_looks_at_every_eighth_pixel() -> None:
-    black = np.zeros((20, 30, 3), np.uint8)
-    white, between = black + np.uint8(200), black.copy()
-    white[0, 0], between[1:8], between[:, 1:8] = 0, 255, 255
-    watch = temporal.Watch()
-    for i, (at, pixels) in enumerate([(0.5, black), (0.7, between), (0.9, white), (1.2, black), (1.3, black[:8])]):
-        watch.see(Frame(pixels, i, 0.0, at))
-    assert watch.times == [0.5, 0.7, 0.9, 1.2, 1.3]
-    # Of 3 x 4 pixels one stays black; another size is another picture.
-    assert watch.changes == pytest.approx([0, 200 * 11 / 12, 200 * 11 / 12, 255])
-    assert watch.health() == temporal.health(np.array(watch.times), np.array(watch.changes))
-
-
-def test_one_frame_is_no_stream() -> None:
-    assert temporal.health(np.array([]), np.array([])) == temporal.Health(0, 0.0, 0.0, 0.0, 0, 0, ())
-    assert temporal.health(np.array([7.0]), np.array([])) == temporal.Health(1, 0.0, 0.0, 0.0, 0, 0, ())
 
 
 @pytest.fixture
@@ -247,6 +162,67 @@ def test_a_model_of_segments_watches_no_video(film: Path, tiny_bundle: Path) -> 
     segments = replace(found, contract=replace(found.contract, fps=None, sampling="segments"))
     with pytest.raises(InputError, match="segments of a whole video; no window"):
         temporal.watch([segments], film, reference=segments)
+
+
+@pytest.fixture
+def mostly_still(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """Ten seconds at 10 fps of one picture; between the third and the fourth second it slides away and is replaced."""
+    first, second = (rng.integers(0, 256, (8, 12, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1) for _ in range(2))
+    both = np.concatenate([first, second], axis=1)
+    frames = (both[:, 96 * min(max(i - 30, 0), 10) // 10 :][:, :96] for i in range(100))
+    return video.write(tmp_path / "still.mp4", frames, 10.0)
+
+
+def test_spans_of_an_app_that_uses_the_bundle(mostly_still: Path, tiny_bundle: Path) -> None:
+    """The tiny model's classes depend on the picture; what an app gets is what a decider gives on the same logits."""
+    bundle = bundles.load(tiny_bundle)
+    rule = DecisionRule(tau=0.5, enter=0.12, leave=0.1, minimum=0.3)
+    seen = temporal.watch([bundle], mostly_still, 2, rule=rule, skip_still=True)
+    reference, own = seen.decided
+    with edgetube.Runtime(tiny_bundle) as rt:
+        answers = list(rt.stream(mostly_still, hop=2))
+    expected = spans(rule, bundle.labels, [p.end or 0.0 for p in answers], [p.logits for p in answers])
+    assert len(expected) > 1
+    assert own.spans == expected
+    assert own.agreement == compare(reference.spans, own.spans)
+    assert own.agreement.iou == pytest.approx(1.0)
+    document = seen.to_json()
+    assert DecisionRule.from_json(document["decisions"]["rule"]) == rule
+    assert document["decisions"]["bundles"][0]["shared"] == len(expected)
+    assert document["decisions"]["reference"]["spans"][0].keys() == {"label", "start", "end", "peak"}
+    json.dumps(seen.comparison.to_json(video=document), allow_nan=False)
+
+
+def test_what_a_gate_saves_and_costs(mostly_still: Path, tiny_bundle: Path) -> None:
+    """Windows of 0.8 s, one in 0.2 s: 47 of them. The picture changes in 1 s, so about 9 windows do."""
+    bundle = bundles.load(tiny_bundle)
+    seen = temporal.watch([bundle], mostly_still, 2, skip_still=True)
+    assert seen.still is not None
+    assert (seen.still.threshold, seen.still.refresh_after) == (novelty.THRESHOLD, novelty.REFRESH)
+    assert 0.7 < seen.still.skipped < 0.85
+    assert [one.name for one in seen.still.models] == ["reference", bundle.name]
+    assert all(one.flips == 0 and one.spans is None for one in seen.still.models)
+    blind = temporal.watch([bundle], mostly_still, 2, skip_still=255.0, rule=DecisionRule()).still
+    assert blind is not None
+    assert blind.skipped > 0.9
+    assert blind.models[0].flips > 0
+    assert blind.models[0].spans is not None
+    assert temporal.watch([bundle], mostly_still, 2).to_json()["still"] is None
+
+
+def test_a_gate_repeats_the_last_answer() -> None:
+    """Four windows, the second and third alike: their answer is the second's."""
+    spec = ModelSpec((TubeSpec((1, 2, 2), (1, 2, 2)),), 1, (2, 2), 4, 1, 1, (("x", 3),))
+    gating = temporal.Gating(novelty.NoveltyGate(spec), [temporal.Follower(None, "abc")])
+    own = temporal.Follower(None, "abc")
+    for at, (grey, best) in enumerate([(0, 0), (90, 1), (91, 2), (200, 2)]):
+        logits = np.eye(3, dtype=np.float32)[best]
+        own.push(at, logits)
+        gating.push(video.Clip("", np.full((1, 2, 2, 3), grey, np.uint8)), at, [logits])
+    assert gating.followers[0].classes.tolist() == [0, 1, 1, 2]
+    found = gating.result(["x"], [own], np.arange(4.0), False)
+    assert found.skipped == 0.25
+    assert (found.models[0].flips, found.models[0].missed, found.models[0].onset_delay_max_s) == (0.25, 0, 1.0)
 
 
 def test_a_missing_video_is_one_line(tiny_bundle: Path, tmp_path: Path) -> None:

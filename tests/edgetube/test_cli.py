@@ -277,6 +277,35 @@ def test_parity_over_a_video(edgetube_cli: Callable[..., tuple[int, str, str]], 
     assert "have one view, not 1x3: leave out --views, or give videos with --data" in " ".join(err.split())
 
 
+def test_parity_compares_spans_and_a_gate_over_a_video(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, clip: Path
+) -> None:
+    asked = ("parity", tiny_bundle, "--video", clip, "--reference", tiny_bundle)
+    rule = "tau=0,enter=0.1,leave=0.05,min=0"
+    code, out, _ = edgetube_cli(*asked, "--decide", rule, "--skip-still", "--still-threshold", 255, "--json")
+    assert code == 0
+    found = json.loads(out)["video"]
+    assert found["decisions"]["rule"]["enter"] == 0.1
+    assert found["decisions"]["bundles"][0]["iou"] == 1
+    assert (found["still"]["threshold"], found["still"]["skipped"]) == (255, 1 - 1 / found["windows"])
+    code, out, _ = edgetube_cli(*asked, "--decide", "default", "--skip-still")
+    assert code == 0
+    assert re.search("the gate at 4 grey levels, at most 5 s without inference, skips", out)
+    assert "decisions" in out
+    for options, message in (
+        (("--decide", "tua=1"), "tua=1 in the decision rule; expected one of tau"),
+        (("--decide", "fly=off"), "'fly', which is no label of the model"),
+        (("--still-threshold", 3), "--still-threshold is the threshold of --skip-still; add it"),
+        (("--skip-still", "--still-threshold", 0), "skip_still"),
+    ):
+        code, _, err = edgetube_cli(*asked, *options)
+        assert code == 2
+        assert re.search(message, err)
+    code, _, err = edgetube_cli("parity", tiny_bundle, "--skip-still")
+    assert code == 2
+    assert re.search("--decide and --skip-still are about answers over time; add --video FILE", err)
+
+
 def test_parity_is_done_in_one_place(edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path) -> None:
     code, _, err = edgetube_cli("parity", tiny_bundle, "--workers", 2, "--ray", "auto")
     assert code == 2

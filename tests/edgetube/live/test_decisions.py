@@ -110,6 +110,15 @@ def test_a_clock_that_jumps_closes_what_is_open_and_smooths_anew(later: float) -
     assert smoothed(decider) == [pytest.approx(0.7)]
 
 
+def test_a_window_that_restarted_does_not_continue_what_was_before() -> None:
+    decider = Decider(replace(BARE, tau=5.0), ("a",))
+    first = Prediction("a", 0.9, {}, tuple(logit(0.9)), start=0.0, end=1.0)
+    decider.update(first)
+    events = decider.update(replace(first, end=1.5, logits=tuple(logit(0.7)), restarted="frames 7 to 9 are missing"))
+    assert short(events) == [("closed", "a", 1.0, 1.0, 0.9), ("opened", "a", 1.5, 1.5, 0.7)]
+    assert smoothed(decider) == [pytest.approx(0.7)]
+
+
 def test_a_gap_that_the_rule_allows_goes_on() -> None:
     decider = Decider(replace(BARE, gap=11.0), ("a",))
     decider.push(3.0, logit(0.8))
