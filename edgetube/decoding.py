@@ -94,7 +94,7 @@ def vendor_errors(name: object) -> Iterator[None]:
         raise Refused(f"{name} cannot be used: this FFmpeg does not know its protocol") from _of(error)
     except av.FFmpegError as error:
         lost = "://" in str(name) and error.errno in (errno.EIO, errno.ECONNRESET, errno.EPIPE)
-        what = "was lost: the other side is gone, or the network" if lost else f"cannot be used: {error.strerror}"
+        what = "cannot be reached: is it on, and is its address right?" if lost else f"cannot be used: {error.strerror}"
         raise InputError(f"{name} {what}") from _of(error)
 
 

@@ -96,13 +96,15 @@ class Decoded:
         self.fallbacks: tuple[str, ...] = ()
         self._source, self._asked = source, decoder
         self._failed: tuple[str, ...] = ()
+        self._lived = False
 
     @contextmanager
     def open(self) -> Iterator[Iterator[Arrival]]:
         """Its frames, from its beginning or from now."""
         with decoding.opened(self._source, self._asked) as reader:
             self.decoder, self.fallbacks = reader.decoder, (*self._failed, *reader.fallbacks)
-            self.live = self.again = not reader.is_finite
+            # A camera that shows one picture while it starts does not become a file by that.
+            self._lived = self.live = self.again = self._lived or not reader.is_finite
             try:
                 yield _live(reader) if self.live else _film(reader)
             except decoding.DeviceFailed as error:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from typing_extensions import Self
 
-from edgetube import hwdecode, interrupts, preprocess
+from edgetube import address, hwdecode, interrupts, preprocess
 from edgetube.address import Source
 from edgetube.decoding import DeviceFailed, Refused
 from edgetube.errors import EdgetubeError, InputError
@@ -144,6 +144,8 @@ class FrameSource:
         return self
 
     def _prepare(self, name: str, live: bool, policy: Policy | None, capacity: int | None, stall_after: float) -> None:
+        if not isinstance(name, str) or not name:
+            raise InputError(f"name is {name!r:.60}; expected text")
         if policy not in (None, "latest", "all"):
             raise InputError(f"policy is {policy!r:.60}; expected latest or all")
         if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
@@ -325,9 +327,11 @@ class FrameSource:
         return f"<{type(self).__name__} {self.name}: {self._state}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._feed is None or not isinstance(self._arguments[0], int | str | Path):
+        source, *options = (None,) if self._feed is None else self._arguments
+        if not isinstance(source, int | str | Path):
             raise InputError(f"{self.name} gives frames of this process and cannot be sent to another: make it there")
-        return _rebuild, self._arguments
+        parsed = address.parse(source)
+        return _rebuild, (parsed.absolute() if isinstance(parsed, Path) else parsed, *options)
 
     def _check_process(self) -> None:
         # Locks that another thread held at the fork stay locked in the child, and the source's thread is not there.
@@ -478,13 +482,19 @@ class FrameSource:
                 self._telling = True
                 state, why = self._news.popleft()
                 subscribers = tuple(self._subscribers)
-            for subscriber in subscribers:
-                try:
-                    subscriber(state, why)
-                except Exception:  # noqa: BLE001 - the app's, and nothing that the source could handle
-                    threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
-            with self._lock:
-                self._telling = False
+            try:
+                for subscriber in subscribers:
+                    _call(subscriber, state, why)
+            finally:
+                with self._lock:
+                    self._telling = False
+
+
+def _call(subscriber: Subscriber, state: State, why: str) -> None:
+    try:
+        subscriber(state, why)
+    except Exception:  # noqa: BLE001 - the app's, and nothing that a source could handle
+        threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
 
 def _rebuild(*arguments: Any) -> FrameSource:

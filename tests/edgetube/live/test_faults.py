@@ -47,6 +47,23 @@ def mjpeg(connection: Connection) -> None:
         connection.pause(0.01)
 
 
+def mjpeg_of(count: int) -> Script:
+    def script(connection: Connection) -> None:
+        connection.begin(MJPEG)
+        for i in range(count):
+            connection.send(part(jpeg(i)))
+
+    return script
+
+
+def picture_of(value: int) -> Script:
+    def script(connection: Connection) -> None:
+        connection.begin("image/jpeg", len(jpeg(value)))
+        connection.send(jpeg(value))
+
+    return script
+
+
 def paced(data: bytes, burst_s: float = 0.1) -> Script:
     """A camera that sends MPEG-TS of `FPS` key frames a second, several at once; then it says nothing more."""
 
@@ -110,26 +127,27 @@ def test_a_server_that_is_killed_and_started_again_is_found_again() -> None:
 
 
 def test_a_live_server_that_ends_politely_is_lost_and_not_at_its_end() -> None:
-    def script(connection: Connection) -> None:
-        connection.begin(MJPEG)
-        for i in range(4):
-            connection.send(part(jpeg(i)))
-
-    with serving(script) as server, FrameSource(server.url()) as source:
+    with serving(mjpeg_of(4)) as server, FrameSource(server.url()) as source:
         frames = take(source, 8)
         assert reasons(frames) == ["a new connection"]
         assert server.requests >= 2
 
 
-def test_without_reconnecting_a_lost_source_is_an_error() -> None:
-    def script(connection: Connection) -> None:
-        connection.begin(MJPEG)
-        for i in range(4):
-            connection.send(part(jpeg(i)))
+def test_a_camera_that_shows_one_picture_while_it_starts_again_is_still_live() -> None:
+    answers = iter([mjpeg_of(4), picture_of(9), mjpeg_of(4)])
 
-    with serving(script) as server, FrameSource(server.url(), reconnect=False) as source:
+    def script(connection: Connection) -> None:
+        next(answers, mjpeg)(connection)
+
+    with serving(script) as server, FrameSource(server.url()) as source:
+        assert [grey(frame.pixels) for frame in take(source, 9)] == [0, 1, 2, 3, 9, 0, 1, 2, 3]
+        assert source.is_live
+
+
+def test_without_reconnecting_a_lost_source_is_an_error() -> None:
+    with serving(mjpeg_of(4)) as server, FrameSource(server.url(), reconnect=False) as source:
         take(source, 4)
-        with pytest.raises(InputError, match="was lost: the other side is gone"):
+        with pytest.raises(InputError, match="cannot be reached: is it on"):
             source.read(PATIENCE_S)
         assert server.requests == 1
 
@@ -274,7 +292,7 @@ def test_a_finite_file_that_breaks_off_is_an_error() -> None:
         connection.send(data[: len(data) // 2])
 
     with serving(script) as server, FrameSource(server.url()) as source:
-        with pytest.raises(InputError, match="was lost"):
+        with pytest.raises(InputError, match="cannot be reached"):
             drain(source)
         assert server.requests == 1
 
@@ -508,6 +526,7 @@ def test_what_is_no_source_is_refused_at_once(source: object) -> None:
     ("options", "message"),
     [
         ({"policy": "newest"}, "policy is 'newest'; expected latest or all"),
+        ({"name": 5}, "name is 5; expected text"),
         ({"capacity": 0}, "capacity is 0; expected a whole number of frames >= 1"),
         ({"capacity": True}, "capacity is True"),
         ({"stall_after": 0}, "stall_after is 0; expected seconds > 0"),
