@@ -20,11 +20,19 @@ import pytest
 
 from edgetube import decoding, hwdecode
 from edgetube.errors import InputError
+from edgetube.live import source as live_source
 from edgetube.live.frame import Frame, State
 from edgetube.live.source import Ended, FrameSource
 from tests.edgetube.live.rtsp import filming
 from tests.edgetube.live.servers import MJPEG, PACKET, Connection, Script, film, grey, jpeg, part, serving, spliced
 from tests.edgetube.live.test_source import PATIENCE_S, drain, picture
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg waits for servers here until they are killed, which is after the source is closed."""
+    monkeypatch.setattr(live_source, "JOIN_S", 0.1)
+
 
 SECRETS = ("hunter2", "sesame", "me:")
 FPS = 25
@@ -407,14 +415,14 @@ def test_a_subscriber_may_close_the_source_and_may_fail(monkeypatch: pytest.Monk
     with serving(mjpeg) as server, FrameSource(server.url()) as source:
         ended = threading.Event()
 
-        def hasty(state: str, why: str) -> None:
+        def rash(state: str, why: str) -> None:
             if state == "live":
                 source.close()
             if state == "closed":
                 ended.set()
             raise RuntimeError(state)
 
-        source.subscribe(hasty)
+        source.subscribe(rash)
         if source.state == "live":  # it was there before its subscriber
             source.close()
         assert ended.wait(PATIENCE_S)
