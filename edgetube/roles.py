@@ -22,6 +22,9 @@ Columns = tuple[int, int]
 
 FoldKind = Literal["norm", "activation", "values"]
 
+PROJECTION = "projection"
+"""The projection of cosine classifiers: a linear and a LayerNorm, see `edgetube.export.static.Projection`."""
+
 QUERY_POOL = "pool.query"
 """The readout by a query pool."""
 
@@ -153,8 +156,11 @@ def _mlp_sites(norm: str, mlp: str, gated: bool = False) -> tuple[FoldSite, ...]
 def _readout_sites(spec: ModelSpec, head: str) -> tuple[FoldSite, ...]:
     """Behind the blocks. A mean over the frames lies between a norm and its linear where frames are apart."""
     sites = _mlp_sites(f"{QUERY_POOL}.mlp_norm", f"{QUERY_POOL}.mlp") if spec.query_pool else ()
-    last = spec.final_norm == "readout" and not spec.per_frame
-    return (*sites, FoldSite("norm", f"classifiers.{head}", "norm")) if last else sites
+    norm, classifier = "norm" if spec.final_norm == "readout" else "", f"classifiers.{head}"
+    if spec.projection:  # of each frame where frames are apart
+        sites = (*sites, FoldSite(norm, f"{PROJECTION}.linear", "norm")) if norm else sites
+        norm = f"{PROJECTION}.norm"
+    return (*sites, FoldSite(norm, classifier, "norm")) if norm and not spec.per_frame else sites
 
 
 def _attention(blocks: Sequence[str], attentions: Attentions, width: int, heads: int) -> Iterator[Attention]:

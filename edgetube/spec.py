@@ -251,6 +251,8 @@ class ModelSpec:
             softmax over Linear(d, 1) scores, weighted sum), "mean" (of the tubes' tokens), "prefix.I" (prefix token I),
             or "query" alone (see `query_pool`).
         query_pool: of the readout "query".
+        projection: length E of the embedding that cosine classifiers compare, as in CLIP: the readout goes through a
+            linear to E, and is divided by its length; 0, the default: classifiers read the readout itself.
         final_norm: where the last LayerNorm is: over the "tokens", over the "readout" (one vector), or "none".
         final_norm_eps: its epsilon; 0, the default, becomes `norm_eps`.
         activation: of the MLPs: "gelu" (exact), "gelu-tanh" (its tanh approximation), "quick-gelu"
@@ -284,6 +286,7 @@ class ModelSpec:
     prefix: int = 0
     readout: tuple[str, ...] = ("attention",)
     query_pool: QueryPool | None = None
+    projection: int = 0
     final_norm: FinalNorm = "tokens"
     final_norm_eps: float = 0.0
     activation: Activation = "gelu"
@@ -341,6 +344,7 @@ class ModelSpec:
             most = MOST_BLOCKS if name == "depth" else LARGEST
             found[name] = strict.integer(getattr(self, name), name, 1, most)
         found["prefix"] = strict.integer(self.prefix, "prefix", 0, LARGEST)
+        found["projection"] = strict.integer(self.projection, "projection", 0, LARGEST)
         found["hidden"] = strict.integer(self.hidden, "hidden", 0, 1 << 40) or 4 * found["width"]
         found["size"] = _integers(self.size, "size (height, width)", 2, 1)
         found["norm_eps"] = strict.number(self.norm_eps, "norm_eps", 0, LARGEST)
@@ -487,8 +491,13 @@ class ModelSpec:
 
     @property
     def features(self) -> int:
-        """Length of the vector that the classifiers read."""
+        """Length of the readout."""
         return self.width * len(self.readout)
+
+    @property
+    def embedding(self) -> int:
+        """Length of the vector that the classifiers read: the readout, or its projection."""
+        return self.projection or self.features
 
     def with_clip(self, frames: int | None = None, size: tuple[int, int] | None = None) -> ModelSpec:
         """The same model for another clip shape.
@@ -521,7 +530,9 @@ class ModelSpec:
         """
         linears = (3 if self.gated_mlp else 2) * self.sequence * self.width * self.hidden
         encoder = self.depth * (self._attention_macs() + linears) + self._readout_macs()
-        return self.tokenizer_macs() + self._sequences * encoder + self.features * self.classifiers[0][1]
+        projected = self._sequences * self.features * self.projection
+        head = self.embedding * self.classifiers[0][1]
+        return self.tokenizer_macs() + self._sequences * encoder + projected + head
 
     def _attention_macs(self) -> int:
         """Of one block: linears and products of each attention."""

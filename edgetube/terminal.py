@@ -456,11 +456,12 @@ def _model_facts(spec: ModelSpec, contract: InputContract) -> Iterator[tuple[str
 def _answer(spec: ModelSpec) -> str:
     """How the logits are made, in one line."""
     norm = {"tokens": "LayerNorm, then", "readout": "LayerNorm of", "none": "without LayerNorm"}[spec.final_norm]
+    cosine = f", projected to {spec.projection} and divided by its length" if spec.projection else ""
     rotary = f" over {', '.join(spec.rotary.axes)}" if spec.rotary else ""
     divided = "divided attention, " if spec.attention == "divided" else ""
     return (
         f"{divided}{spec.positions} positions{rotary}, {spec.activation}{' gated' if spec.gated_mlp else ''}, eps "
-        f"{spec.norm_eps:g}; {norm} {' + '.join(spec.readout)}{', mean over frames' if spec.per_frame else ''}"
+        f"{spec.norm_eps:g}; {norm} {' + '.join(spec.readout)}{cosine}{', mean over frames' if spec.per_frame else ''}"
     )
 
 

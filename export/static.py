@@ -20,6 +20,9 @@ from edgetube.model.transformer import Block, DividedBlock, Projections, QueryPo
 from edgetube.roles import roles_of
 from edgetube.spec import QUERY, ModelSpec
 
+COSINE_EPSILON = 1e-12
+"""Of the LayerNorm that divides a projection by its length."""
+
 
 class Heads(nn.Module):
     """(B, N, D) in heads of C channels: (B, h, N, C), or with `columns` (B, h, C, N), the right side of a product.
@@ -275,6 +278,29 @@ class Readout(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (B, F)
 
 
+class Projection(nn.Module):
+    """A projection divided by its length, with operators that every runtime has and keeps in range.
+
+    The LayerNorm of [y, -y], whose mean is 0, is [y, -y] * sqrt(E) / |y|: (B, F) to (B, 2 E). Squares are summed inside
+    it, where runtimes of 16 bits do not overflow.
+    """
+
+    def __init__(self, projection: nn.Linear) -> None:
+        super().__init__()
+        weight, bias = projection.weight.detach().float(), projection.bias.detach().float()
+        self.linear = Linear(torch.cat([weight, -weight]), torch.cat([bias, -bias]))
+        self.norm = nn.LayerNorm(2 * len(weight), COSINE_EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))  # (B, 2 E)
+
+    @staticmethod
+    def classifier(classifier: nn.Linear) -> Linear:
+        """The linear that makes of [y, -y] * sqrt(E) / |y| what `classifier` makes of y / |y|."""
+        half = classifier.weight.detach().float() / (2 * classifier.in_features**0.5)
+        return Linear(torch.cat([half, -half], dim=1), classifier.bias)
+
+
 class StaticTransformer(nn.Module):
     """`VideoTransformer` for export: logits (B, classes) float32 of uint8 frames (B, T, H, W, 3)."""
 
@@ -311,8 +337,10 @@ class StaticTransformer(nn.Module):
         self.norm = None if self.spec.final_norm == "none" else model.norm
         parts = {part: readout(model, part) for part in self.spec.readout}
         self.pool = Readout(parts) if len(parts) > 1 or QUERY in parts else parts[self.spec.readout[0]]
-        chosen = model.classifiers[self.head]
-        self.classifiers = nn.ModuleDict({self.head: Linear(chosen.weight, chosen.bias)})  # type: ignore[arg-type]
+        chosen: nn.Linear = model.classifiers[self.head]  # type: ignore[assignment]
+        self.projection = None if model.projection is None else Projection(model.projection)
+        linear = Linear(chosen.weight, chosen.bias) if self.projection is None else Projection.classifier(chosen)
+        self.classifiers = nn.ModuleDict({self.head: linear})
         gated = any(isinstance(block, StaticBlock) and block.gate is not None for block in blocks)
         self.register_buffer("positions", model.positions.detach().clone() if gated else None)  # (N, D)
 
@@ -328,8 +356,9 @@ class StaticTransformer(nn.Module):
         x = x if last or self.norm is None else self.norm(x)  # (B, P + N, D)
         x = self.pool(x)  # (B, F)
         x = self.norm(x) if last and self.norm is not None else x  # (B, F)
+        x = x if self.projection is None else self.projection(x)  # (B, 2 E)
         if self.spec.per_frame:
-            x = x.reshape(frames.shape[0], self.spec.frames, -1).mean(dim=1)  # (B, F)
+            x = x.reshape(frames.shape[0], self.spec.frames, -1).mean(dim=1)  # (B, F or 2 E)
         return self.classifiers[self.head](x)  # (B, classes)
 
     def bare(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -41,9 +41,9 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     else:
         if "visual_projection.weight" not in state:
             raise CheckpointError(f"{files.path} was saved without visual_projection, which text features belong to")
-        spec = tower.spec(embedding_norm=True, prefix=1, readout=("prefix.0",), final_norm="readout")
         length = state.shape("visual_projection.weight")[0]
-        projection = state.take("visual_projection.weight", "classifiers.classes", (length, spec.width))
+        spec = tower.spec(embedding_norm=True, prefix=1, readout=("prefix.0",), final_norm="readout", projection=length)
+        projection = state.take("visual_projection.weight", "projection", (length, spec.width))
         weights = tower.encoder(spec) | tower.zero_shot(spec, projection)
         weights |= blocks.norm(state, "post_layernorm", "norm", spec.width)
     weights |= blocks.norm(state, "pre_layrnorm", "embedding_norm", spec.width)

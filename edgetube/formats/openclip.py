@@ -79,7 +79,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
             f"{files.path} is an image tower without classes: give --text-features FILE.npy, the features (classes, E) "
             "that its text tower makes of the class names, and --labels"
         )
-    spec = _spec(files.path, state, said, settings)
+    spec = replace(_spec(files.path, state, said, settings), projection=text.shape[1])
     weights = _embedding(state, spec)
     names = replace(BLOCK, scales=("ls_1.gamma", "ls_2.gamma")) if _has(state, "ls_1.gamma") else BLOCK
     for i in range(spec.depth):
@@ -229,10 +229,9 @@ def _embedding(state: State, spec: ModelSpec) -> Weights:
 
 
 def _classifier(what: Path, state: State, spec: ModelSpec, text: Tensor) -> Weights:
-    """Text features times the projection; the scale of the logits is that of the whole model, where it is there."""
-    to = "classifiers.classes"
+    """Text features behind the projection; the scale of the logits is that of the whole model, where it is there."""
     projection = None
     if "proj" in state:
-        projection = state.take("proj", to, (spec.width, state.shape("proj")[1])).T
-    scale = state.take(_SCALE, to).exp().item() if _SCALE in state else zeroshot.SCALE
+        projection = state.take("proj", "projection", (spec.width, state.shape("proj")[1])).T
+    scale = state.take(_SCALE, "classifiers.classes").exp().item() if _SCALE in state else zeroshot.SCALE
     return zeroshot.linear(what, text, projection, None, spec.width, scale)

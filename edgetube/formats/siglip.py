@@ -51,7 +51,8 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         if "head.probe" not in state:
             raise CheckpointError(f"{files.path} was saved without its pooling head, which text features belong to")
         heads, hidden = tower.config.integer("num_attention_heads"), tower.config.integer("intermediate_size")
-        spec = tower.spec(readout=("query",), query_pool=QueryPool(heads, hidden))
+        width = tower.config.integer("hidden_size")
+        spec = tower.spec(readout=("query",), query_pool=QueryPool(heads, hidden), projection=width)
         weights = tower.encoder(spec) | _pool(tower, spec) | tower.zero_shot(spec, None)
     weights |= blocks.norm(state, "post_layernorm", "norm", spec.width)
     return tower.checkpoint(spec, weights, PROCESSOR)

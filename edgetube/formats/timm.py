@@ -158,7 +158,8 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
     notes: tuple[str, ...] = ()
     if text is not None:
         weights |= _zero_shot(files.path, state, spec, text)
-        spec, notes = replace(spec, classifiers=(("classes", len(text)),)), zeroshot.notes(scaled=False)
+        spec = replace(spec, classifiers=(("classes", len(text)),), projection=text.shape[1])
+        notes = zeroshot.notes(scaled=False)
     else:
         heads = ("head", "head_dist") if "head_dist.weight" in state else ("head",)
         weights |= blocks.mean_classifier(state, heads, spec)
@@ -367,7 +368,7 @@ def _zero_shot(what: Path, state: State, spec: ModelSpec, text: Tensor) -> Weigh
     projection = offset = None
     if "head.weight" in state:
         size = state.shape("head.weight")[0]
-        projection, offset = blocks.linear(state, "head", "classifiers.classes", (size, spec.features))
+        projection, offset = blocks.linear(state, "head", "projection", (size, spec.features))
     return zeroshot.linear(what, text, projection, offset, spec.features, zeroshot.SCALE)
 
 

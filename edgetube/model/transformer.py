@@ -269,7 +269,8 @@ class VideoTransformer(nn.Module):
         self.blocks = nn.ModuleList(encoder_block(spec, i) for i in range(spec.depth))
         self.norm = nn.LayerNorm(spec.width, spec.final_norm_eps) if spec.final_norm != "none" else nn.Identity()
         self.pool = Readout(spec)
-        self.classifiers = nn.ModuleDict({name: nn.Linear(spec.features, n) for name, n in spec.classifiers})
+        self.projection = nn.Linear(spec.features, spec.projection) if spec.projection else None
+        self.classifiers = nn.ModuleDict({name: nn.Linear(spec.embedding, n) for name, n in spec.classifiers})
         self.apply(_initialise)
 
     def forward(self, x: Tensor, head: str | None = None) -> Tensor:
@@ -279,9 +280,9 @@ class VideoTransformer(nn.Module):
         z0, table, rotation = self.tubes(x, spec), self.positions, self.rotation  # (B, N, D), ...
         if spec != self.spec:
             table, rotation = moved_positions(table, self.spec, spec).to(z0), rotation_tables(spec)
-        features = self.features(self.encode(self.embed(z0, table), z0, rotation, spec.grids[0][0]))  # (B, F)
+        features = self.features(self.encode(self.embed(z0, table), z0, rotation, spec.grids[0][0]))  # (B, E)
         if spec.per_frame:
-            features = features.unflatten(0, (batch, -1)).mean(dim=1)  # (B, F)
+            features = features.unflatten(0, (batch, -1)).mean(dim=1)  # (B, E)
         return self.classifier(head)(features)  # (B, classes)
 
     def embed(self, z0: Tensor, table: Tensor) -> Tensor:
@@ -301,9 +302,10 @@ class VideoTransformer(nn.Module):
         return self.norm(x) if self.spec.final_norm == "tokens" else x  # (B, P + N, D)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the classifiers read (B, F), of encoded tokens (B, P + N, D)."""
+        """What the classifiers read (B, F) or (B, E), of encoded tokens (B, P + N, D)."""
         y = self.pool(x)  # (B, F)
-        return self.norm(y) if self.spec.final_norm == "readout" else y  # (B, F)
+        y = self.norm(y) if self.spec.final_norm == "readout" else y  # (B, F)
+        return y if self.projection is None else F.normalize(self.projection(y), dim=1)  # (B, E), of length 1
 
     def classify(self, x: Tensor, head: str | None = None) -> Tensor:
         """Logits (B, classes) of encoded tokens (B, P + N, D).
@@ -387,8 +389,9 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     found |= _norm_shapes("norm", d) if spec.final_norm != "none" else {}
     found |= _linear_shapes("pool.score", (1, d)) if "attention" in spec.readout else {}
     found |= _query_pool_shapes("pool.query", d, spec.query_pool) if spec.query_pool else {}
+    found |= _linear_shapes("projection", (spec.projection, spec.features)) if spec.projection else {}
     for name, classes in spec.classifiers:
-        found |= _linear_shapes(f"classifiers.{name}", (classes, spec.features))
+        found |= _linear_shapes(f"classifiers.{name}", (classes, spec.embedding))
     return found | {f"blocks.{i}.alpha": () for i in spec.gates}
 
 

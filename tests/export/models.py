@@ -89,6 +89,20 @@ SPECS = {
         final_norm="none",
         per_frame=True,
     ),
+    "cosine": ModelSpec(
+        (TubeSpec((1, 8, 8), (1, 8, 8)),),
+        1,
+        (24, 16),
+        24,
+        2,
+        2,
+        (("motion", 5),),
+        prefix=1,
+        readout=("prefix.0",),
+        projection=64,
+        final_norm="readout",
+        positions="stored",
+    ),
     "divided": ModelSpec(
         (TubeSpec((1, 8, 8), (1, 8, 8)),),
         3,
@@ -107,7 +121,7 @@ SPECS = {
 }
 
 
-OTHERS = ("dense", "class-token", "rotary", "gated-mlp", "divided")
+OTHERS = ("dense", "class-token", "rotary", "gated-mlp", "divided", "cosine")
 """Those that are no sparse-tube models."""
 
 

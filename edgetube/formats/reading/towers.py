@@ -95,7 +95,7 @@ class Tower:
         return weights
 
     def zero_shot(self, spec: ModelSpec, projection: Tensor | None) -> Weights:
-        """The classifier of text features behind a projection (E, D): scale * text @ projection, and their offset."""
+        """The cosine classifier of text features behind a projection (E, D), with scale and offset of the logits."""
         assert self.text is not None
         state, to = self.state, "classifiers.classes"
         scale = self._number("logit_scale").exp().item() if "logit_scale" in state else zeroshot.SCALE

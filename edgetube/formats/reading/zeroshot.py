@@ -1,5 +1,5 @@
-"""Zero-shot classifiers: an image-text tower and the text features of class names, which the user computed, are one
-linear."""
+"""Zero-shot classifiers: cosines of an image-text tower's image feature and the text features of class names, which the
+user computed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,6 @@ from torch import Tensor
 from edgetube.errors import CheckpointError, InputError
 from edgetube.formats.reading.files import ReadOptions
 
-NOTE = (
-    "its classes are text features: the answers are those of the image-text model, but the confidences are not, "
-    "because the image feature is not divided by its length"
-)
-
 SCALE = 100.0
 """Of the logits, where a tower was saved without it: what training goes to and does not exceed."""
 
@@ -29,10 +24,7 @@ def notes(scaled: bool) -> tuple[str, ...]:
     Args:
         scaled: whether the checkpoint says the scale of its logits.
     """
-    found = [NOTE]
-    if not scaled:
-        found.append(f"it was saved without the scale of its logits, for which {SCALE:g} was taken")
-    return tuple(found)
+    return () if scaled else (f"it was saved without the scale of its logits, for which {SCALE:g} was taken",)
 
 
 def text_features(options: ReadOptions) -> Tensor | None:
@@ -62,7 +54,7 @@ def text_features(options: ReadOptions) -> Tensor | None:
 def linear(
     what: Path, text: Tensor, projection: Tensor | None, offset: Tensor | None, width: int, scale: float
 ) -> dict[str, Tensor]:
-    """The classifier of text features (classes, E): logits scale * text @ (projection @ x + offset).
+    """The cosine classifier of text features (classes, E): logits scale * text @ y / |y|, y = projection @ x + offset.
 
     Args:
         projection: (E, D) of the image feature; None: the feature itself, E = D.
@@ -78,6 +70,9 @@ def linear(
             f"{what} makes image features of length {length}, but those of --text-features are {text.shape[1]} long: "
             "they are of another model"
         )
-    weight = scale * (text if projection is None else text @ projection)
-    bias = torch.zeros(len(text)) if offset is None else scale * (text @ offset)
-    return {"classifiers.classes.weight": weight.contiguous(), "classifiers.classes.bias": bias}
+    return {
+        "projection.weight": torch.eye(width) if projection is None else projection.contiguous(),
+        "projection.bias": torch.zeros(length) if offset is None else offset,
+        "classifiers.classes.weight": scale * text,
+        "classifiers.classes.bias": torch.zeros(len(text)),
+    }

@@ -61,7 +61,8 @@ def agrees(path: Path, model: Any, options: ReadOptions, scaled: bool = True) ->
     features = torch.nn.functional.normalize(torch.from_numpy(np.load(str(options.text_features))), dim=1)
     with torch.no_grad():
         scale = model.logit_scale.exp() if scaled else 100
-        expected = (scale * model.encode_image(pixels_of(found, frames)[:, 0]) @ features.T).numpy()
+        image = model.encode_image(pixels_of(found, frames)[:, 0], normalize=True)
+        expected = (scale * image @ features.T).numpy()
     assert np.ptp(expected) > 0.5
     np.testing.assert_allclose(answers(found, frames), expected, atol=1e-4 * np.abs(expected).max())
 

@@ -130,6 +130,7 @@ def test_image_towers_answer_with_text_features(tmp_path: Path) -> None:
     frames = frames_of(found)
     with torch.no_grad():
         feature = model(pixels_of(found, frames)[:, 0])
+    feature = torch.nn.functional.normalize(feature, dim=1)
     expected = (100 * feature @ torch.nn.functional.normalize(text, dim=1).T).numpy()
     np.testing.assert_allclose(answers(found, frames), expected, atol=1e-4 * np.abs(expected).max())
     assert found.labels == ("class-0", "class-1", "class-2")
