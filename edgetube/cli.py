@@ -6,7 +6,7 @@ import math
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial, wraps
@@ -23,7 +23,7 @@ from edgetube.bench import latency
 from edgetube.bundle import Bundle
 from edgetube.errors import CheckpointError, EdgetubeError, InputError, ParityError
 from edgetube.live import window
-from edgetube.live.decisions import DecisionRule
+from edgetube.live.decisions import Decider, DecisionRule, Event
 from edgetube.runtime import Runtime
 from edgetube.spec import Prediction
 from edgetube.targets import need
@@ -262,6 +262,13 @@ def run(
     ] = None,
     top_k: Annotated[int, typer.Option(help="Classes to show.")] = 3,
     limit: Annotated[int | None, typer.Option(help="Stop after this many predictions of each source.")] = None,
+    decide: Annotated[
+        str | None,
+        typer.Option(
+            help="Print when labels begin and end by this rule, not every prediction: default, a .json file, or "
+            "tau=1,enter=0.6,leave=0.4,min=0.5s."
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write an annotated mp4 (of one file).")] = None,
     threads: Threads = None,
     device: Device = None,
@@ -275,8 +282,11 @@ def run(
     """
     _within(1, MANY, top_k=top_k, limit=limit)
     window.parse(hop)
+    rule = None if decide is None else DecisionRule.parse(decide)
     with Runtime(bundle, threads=threads, device=device) as rt:
         found, note = video.search(source, rt.contract)
+        if rule is not None and not stream and any(isinstance(item, Path) for item in found):
+            raise InputError("--decide is about answers over time; add --stream to slide a window over a file")
         if save and (len(found) != 1 or not isinstance(found[0], Path)):
             given = address.shown(address.parse(source))
             raise InputError(f"--save takes one video file; {given} is {len(found)} sources or a live one")
@@ -287,14 +297,21 @@ def run(
         unread = {}
         for item in found:
             kept = []
+            decider = None if rule is None else Decider(rule, rt.labels)
+            name = str(item)
             try:
                 for prediction in _predictions(rt, item, stream or not isinstance(item, Path), hop, top_k, limit):
                     if save:
                         kept.append(prediction)
-                    if as_json:
+                    name = prediction.source or name
+                    if decider is not None:
+                        _print_events(name, decider.update(prediction), as_json)
+                    elif as_json:
                         print_json({"source": prediction.source, **prediction.to_json()}, indent=None)
                     else:
-                        terminal.prediction(prediction.source or str(item), prediction)
+                        terminal.prediction(name, prediction)
+                if decider is not None:
+                    _print_events(name, decider.flush(), as_json)
             except InputError as error:
                 if len(found) == 1:
                     raise
@@ -305,6 +322,14 @@ def run(
                 need("edgetube.annotate", "plot").save(save, video.frames(item), kept, video.rate(item))
                 terminal.wrote(save)
     _end_with(unread, f"of {len(found)} sources could not be read")
+
+
+def _print_events(source: str, events: Sequence[Event], as_json: bool) -> None:
+    for event in events:
+        if as_json:
+            print_json({"source": source, **event.to_json()}, indent=None)
+        else:
+            terminal.event(source, event)
 
 
 def _end_with(unread: Mapping[str, str], what: str) -> None:

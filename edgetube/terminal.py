@@ -26,6 +26,7 @@ from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.errors import InputWarning, printable
 from edgetube.health import Check
+from edgetube.live.decisions import Event
 from edgetube.progress import Progress
 from edgetube.spec import ModelSpec, Prediction
 from edgetube.targets import Target
@@ -392,6 +393,19 @@ def prediction(source: str, found: Prediction) -> None:
         (printable(found.label), "bold"),
         f" {found.score:.2f}  ",
         (f"{scores}  {found.latency_ms:.0f} ms", "dim"),
+    )
+    out.print(line, soft_wrap=True)
+
+
+def event(source: str, found: Event) -> None:
+    """One event of `edgetube run --decide`."""
+    span = found.span
+    when = f"began at {span.start:.2f} s" if found.kind == "opened" else f"{span.start:.2f}-{span.end:.2f} s"
+    line = Text.assemble(
+        f"{printable(Path(source).name)}  {found.seconds:7.2f} s  ",
+        (printable(span.label), "bold"),
+        f" {found.kind}  ",
+        (f"{when}, peak {span.peak:.2f}", "dim"),
     )
     out.print(line, soft_wrap=True)
 

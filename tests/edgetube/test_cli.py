@@ -21,6 +21,8 @@ import pytest
 import edgetube
 from edgetube import bundle, cli, demo, interrupts, video
 from edgetube.errors import InputError
+from edgetube.live.decisions import DecisionRule, spans
+from edgetube.runtime import Runtime
 
 Cli: TypeAlias = Callable[..., tuple[int, str, str]]
 
@@ -275,6 +277,31 @@ def test_parity_over_a_video(edgetube_cli: Callable[..., tuple[int, str, str]], 
     code, _, err = edgetube_cli("parity", tiny_bundle, "--clips", 2, "--views", "1x3")
     assert code == 2
     assert "have one view, not 1x3: leave out --views, or give videos with --data" in " ".join(err.split())
+
+
+def test_run_tells_when_labels_begin_and_end(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, clip: Path
+) -> None:
+    rule = ("--decide", "tau=0,enter=0.1,leave=0.05,min=0")
+    with Runtime(tiny_bundle) as rt:
+        answers = list(rt.stream(clip, hop=2))
+        expected = spans(
+            DecisionRule.parse(rule[1]), rt.labels, [p.end or 0.0 for p in answers], [p.logits for p in answers]
+        )
+    code, out, _ = edgetube_cli("run", tiny_bundle, clip, "--stream", "--hop", 2, *rule, "--json")
+    assert code == 0
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [event["kind"] for event in events].count("opened") == len(expected) > 0
+    assert [event["span"]["label"] for event in events if event["kind"] == "closed"] == [s.label for s in expected]
+    code, out, _ = edgetube_cli("run", tiny_bundle, clip, "--stream", "--hop", 2, *rule)
+    assert code == 0
+    first = expected[0]
+    assert re.search(
+        rf"clip\.mp4 +[\d.]+ s  {first.label} closed  {first.start:.2f}-{first.end:.2f} s, peak 0\.\d\d", out
+    )
+    code, _, err = edgetube_cli("run", tiny_bundle, clip, *rule)
+    assert code == 2
+    assert "--decide is about answers over time; add --stream" in err
 
 
 def test_parity_compares_spans_and_a_gate_over_a_video(
