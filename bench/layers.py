@@ -34,7 +34,7 @@ Array = npt.NDArray[np.float32]
 View = Callable[[str, Array], Array]
 """(layer, tensor) -> the part or form of the tensor that can be compared between two models."""
 
-TOGETHER, TOGETHER_BYTES = 6, 128 << 20
+TOGETHER, TOGETHER_BYTES = 6, 256 << 20
 """Tensors that are read in one pass; of the outputs of blocks, whose size is known, as many as take that memory."""
 
 VISIBLE, JUMP = 45.0, 8.0

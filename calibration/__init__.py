@@ -20,7 +20,6 @@ from edgetube.calibration.cache import Cache, open_cache
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import Array, OpenGraph
 from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator, StaleStateError
-from edgetube.calibration.numeric import GramAccumulator, Moments
 from edgetube.calibration.observers import Histogram, least_squares
 from edgetube.calibration.search import AccuracyBudget, SearchResult
 from edgetube.calibration.table import (
@@ -38,7 +37,7 @@ from edgetube.progress import Progress, silent, track
 from edgetube.roles import GraphRoles
 from edgetube.video import Frames
 
-__all__ = ["Calibrated", "calibrate", "input_moments", "observe"]
+__all__ = ["Calibrated", "calibrate", "observe"]
 
 ALGORITHM_VERSION = 7
 """Version of the algorithm; bump it to invalidate cached results."""
@@ -181,27 +180,6 @@ def observe(
     found = {name: least_squares(histogram, activations) for name, histogram in seen.items()}
     found = {name: found.get(name, Range(0.0, 1.0, "softmax")).stored(activations, scales) for name in tensors}
     return {name: Range(shortest_float32(r.low), shortest_float32(r.high), r.method) for name, r in found.items()}
-
-
-def input_moments(model: onnx.ModelProto, clips: Sequence[Frames], open_graph: OpenGraph) -> dict[str, Moments]:
-    """Moments of the input of each linear with a bias, over clips (T, H, W, 3) and tokens, by its weight.
-
-    Raises:
-        InputError: an input is NaN or infinite.
-    """
-    linears = [linear for linear in graphs.linears(model) if linear.bias is not None]
-    read = list(dict.fromkeys(linear.activation for linear in linears))
-    call, (frames,) = open_graph(graphs.extract_subgraph(model, read)), model.graph.input
-    batch = frames.type.tensor_type.shape.dim[0].dim_value
-    found: dict[str, GramAccumulator] = {}
-    for clip in clips:
-        for name, values in zip(read, call({frames.name: np.stack([clip] * batch)}), strict=True):
-            rows = np.asarray(values, np.float32).reshape(-1, values.shape[-1])
-            if not np.isfinite(rows).all():
-                raise InputError(f"the model gives NaN or infinite values in {name}; check its weights")
-            found.setdefault(name, GramAccumulator(rows.shape[1])).add(rows)
-    moments = {name: gram.moments for name, gram in found.items()}
-    return {linear.weight: moments[linear.activation] for linear in linears}
 
 
 def _held_out(calibration_clips: Clips, judging_clips: Clips) -> list[Frames]:

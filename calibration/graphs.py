@@ -17,6 +17,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edgetube.calibration import storage
+from edgetube.calibration.storage import Weights
 from edgetube.calibration.table import ActivationScheme, Range
 from edgetube.errors import SpecError
 from edgetube.roles import GraphRoles
@@ -76,25 +78,27 @@ def digest(model: onnx.ModelProto) -> str:
         found.update(node.SerializeToString(deterministic=True))
     for tensor in model.graph.initializer:
         found.update(f"{tensor.name}:{tensor.data_type}:{list(tensor.dims)}".encode())
-        found.update(tensor.raw_data or tensor.SerializeToString(deterministic=True))
+        found.update(storage.digest(tensor).encode())
     for value in [*model.graph.input, *model.graph.output]:
         found.update(value.SerializeToString(deterministic=True))
     return found.hexdigest()
 
 
-def initializers(model: onnx.ModelProto) -> dict[str, npt.NDArray[np.generic]]:
+def initializers(model: onnx.ModelProto) -> Weights:
     """Initializers by name (read-only arrays)."""
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    return Weights(model)
 
 
 def replace_initializers(model: onnx.ModelProto, values: Mapping[str, Array]) -> onnx.ModelProto:
     """A copy of the graph with new values, of the same shapes, in some initializers."""
-    result = deepcopy(model)
-    for tensor in result.graph.initializer:
+    folder, graph = storage.folder_of(model), storage.without(model.graph, "initializer")
+    for tensor in model.graph.initializer:
         if tensor.name in values:
             new = np.asarray(values[tensor.name], np.float32).reshape(tuple(tensor.dims))
-            tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
-    return result
+            graph.initializer.append(storage.make(tensor.name, new, folder))
+        else:
+            graph.initializer.append(tensor)
+    return storage.with_graph(model, graph)
 
 
 def producers(nodes: Iterable[onnx.NodeProto]) -> dict[str, onnx.NodeProto]:

@@ -208,7 +208,7 @@ class LayerwiseCalibrator:
         self.stages = graphs.stages(model, roles)
         self.linears = graphs.linears(model)
         self.sites = graphs.equalization_sites(model)
-        self.initializers = {k: np.asarray(v) for k, v in graphs.initializers(model).items()}
+        self.initializers = graphs.initializers(model)
         self.input = model.graph.input[0].name
         step = max(1, len(clips) // CORRECTION_CLIPS)
         self.correction = range(0, len(clips), step)[:CORRECTION_CLIPS]
@@ -305,7 +305,7 @@ class LayerwiseCalibrator:
         return chosen
 
     def _no_equalization(self, linear: Linear, name: str = "none") -> Equalization:
-        size = len(self.initializers[linear.weight])
+        size, _ = self.initializers.shape(linear.weight)
         return Equalization(name, np.ones(size, np.float32), np.zeros(size, np.float32))
 
     def _fold_norm(self, site: FoldSite, linear: Linear, chosen: Equalization, state: CalibrationState) -> None:
@@ -378,13 +378,13 @@ class LayerwiseCalibrator:
     def matches_model(self, state: CalibrationState) -> bool:
         """Whether a cached state belongs to this model: names, shapes, types, finite numbers."""
         linears = {linear.name: linear for linear in self.linears}
-        shapes = {linear.name: self.initializers[linear.weight].shape for linear in self.linears}
+        shapes = {linear.name: self.initializers.shape(linear.weight) for linear in self.linears}
         if not {*state.choices, *state.means} <= {*linears} or state.choices.keys() != state.means.keys():
             return False
         if {linears[name].weight for name in state.choices} != {*state.integers}:
             return False
         wanted = [
-            (value, self.initializers[name].shape) for name, value in state.values.items() if name in self.initializers
+            (value, self.initializers.shape(name)) for name, value in state.values.items() if name in self.initializers
         ]
         wanted += [(choice.scales, shapes[name][1:]) for name, choice in state.choices.items()]
         wanted += [(value, shapes[name][:1]) for name, value in state.means.items()]
@@ -493,4 +493,4 @@ class LayerwiseCalibrator:
         return [linear for linear in self.linears if linear.node in inside]
 
     def _value(self, name: str, state: CalibrationState) -> Array:
-        return np.asarray(state.values.get(name, self.initializers[name]), np.float32)
+        return np.asarray(state.values[name] if name in state.values else self.initializers[name], np.float32)

@@ -71,7 +71,12 @@ def text(value: int | memoryview) -> str:
 
 def field(number: int, content: bytes) -> bytes:
     """Encode a length-delimited field."""
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
+    return head(number, len(content)) + content
+
+
+def head(number: int, size: int) -> bytes:
+    """Encode what precedes the content of a length-delimited field, `size` bytes."""
+    return _varint(number << 3 | 2) + _varint(size)
 
 
 def text_field(number: int, value: str) -> bytes:

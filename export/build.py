@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from edgetube import calibration, demo, export
+from edgetube import demo, export
 from edgetube.bench import machine
 from edgetube.bundle import Bundle
-from edgetube.calibration.numeric import Moments
+from edgetube.calibration import moments
+from edgetube.calibration.moments import StoredMoments
 from edgetube.calibration.table import CalibrationTable
-from edgetube.export import canonical, static, tokenizer
+from edgetube.export import canonical, memory, static, tokenizer
 from edgetube.export.base import BuildContext, Built
 from edgetube.export.canonical import Graph
 from edgetube.model.checkpoints import Checkpoint
@@ -32,8 +34,14 @@ class Builder:
 
     def __init__(self, checkpoint: Checkpoint, batch: int, progress: Progress) -> None:
         self.checkpoint, self.batch, self.progress = checkpoint, batch, progress
+        self._workspace = tempfile.TemporaryDirectory(prefix="edgetube.")
         self._graphs: dict[tuple[str, bool, int], Graph] = {}
-        self._moments: dict[int, dict[str, Moments]] = {}
+        self._moments: dict[int, StoredMoments] = {}
+
+    def close(self) -> None:
+        """Forget the graphs, and delete the files of their weights."""
+        self._graphs.clear()
+        self._workspace.cleanup()
 
     def build(
         self, folder: Path, target: Target, graph: Graph, table: CalibrationTable | None = None
@@ -43,6 +51,7 @@ class Builder:
         image = self._image_graph(graph.lowering)
         context = BuildContext(graph, target, folder, table, image, self._input_moments)
         built = export.exporter(target.backend).build(context)
+        memory.release()
         self.progress(f"{target.name}: build", 1, 1)
         return self._describe(folder, target, built), built
 
@@ -70,7 +79,7 @@ class Builder:
     def _trace(self, checkpoint: Checkpoint, lowering: str, batch: int) -> Graph:
         """The graph of the whole model, for clips or images according to the checkpoint."""
         module = static.StaticTransformer(checkpoint.model, checkpoint.contract, lowering, batch=batch)
-        graph = canonical.trace(module, checkpoint.spec, checkpoint.contract, batch)
+        graph = canonical.trace(module, checkpoint.spec, checkpoint.contract, batch, Path(self._workspace.name))
         return replace(graph, labels=checkpoint.labels)
 
     def _image_graph(self, lowering: str) -> Callable[[], Graph] | None:
@@ -79,11 +88,12 @@ class Builder:
             return None
         return partial(self._trace, self.checkpoint.with_clip(1, None), lowering, self.batch)
 
-    def _input_moments(self, graph: Graph) -> dict[str, Moments]:
+    def _input_moments(self, graph: Graph) -> StoredMoments:
         """Input moments of the linears on rendered clips, so that no calibration clips are needed. Computed once."""
         if (frames := graph.spec.frames) not in self._moments:
             clips = [clip.frames for clip in demo.scenes(graph.contract, MOMENT_CLIPS)]
-            self._moments[frames] = calibration.input_moments(graph.model, clips, export.evaluator())
+            folder = Path(tempfile.mkdtemp(dir=self._workspace.name))
+            self._moments[frames] = moments.measure(graph.model, graph.roles, clips, export.evaluator(), folder)
         return self._moments[frames]
 
     def _describe(self, folder: Path, target: Target, built: Built) -> Bundle:

@@ -12,7 +12,6 @@ import ast
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -28,10 +27,12 @@ import torch
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer, rewriter
 
+from edgetube.calibration import storage
 from edgetube.contract import InputContract
 from edgetube.errors import SpecError
+from edgetube.export import memory
 from edgetube.export.static import StaticTransformer
-from edgetube.export.statistics import tensor_shapes, weight_bytes
+from edgetube.export.statistics import tensor_shapes
 from edgetube.export.tokenizer import StaticTokenizer
 from edgetube.roles import GraphRoles
 from edgetube.spec import ModelSpec
@@ -39,8 +40,12 @@ from edgetube.spec import ModelSpec
 OPSET = 20
 IR_VERSION = 9
 MAX_RANK = 5
-PROTOBUF_LIMIT = 2_000_000_000
-"""Most bytes of one protobuf message; larger models store their weights in a second file."""
+MAX_ONE_FILE = 1_000_000_000
+"""Most bytes of weights in the file of a graph; larger models store them in a second file.
+
+A protobuf message ends at 2 GB. Runtimes map a second file, but parse and copy a message: ONNX Runtime needs three
+times the weights for a while.
+"""
 
 SHAPE_OPS = frozenset({"Shape", "Size", "NonZero", "Range", "ConstantOfShape", "Loop", "If", "Scan", "Identity"})
 """Operators that a static graph must not contain."""
@@ -68,12 +73,20 @@ class Graph:
 
 
 def trace(
-    module: StaticTransformer | StaticTokenizer, spec: ModelSpec, contract: InputContract, batch: int = 1
+    module: StaticTransformer | StaticTokenizer,
+    spec: ModelSpec,
+    contract: InputContract,
+    batch: int = 1,
+    folder: Path | None = None,
 ) -> Graph:
     """The canonical graph of a static model (or of its tokenizer alone, output `tokens`).
 
+    Args:
+        folder: for the weights of a graph that has more than `storage.LIMIT` of them; None keeps them in memory.
+
     Raises:
         SpecError: the traced graph is not static, or has a tensor above rank 5.
+        OSError: the disk of `folder` is full or fails.
     """
     frames = torch.zeros(batch, *contract.shape, dtype=torch.uint8)
     with torch.no_grad(), quiet():
@@ -89,6 +102,7 @@ def trace(
         )
     assert program is not None
     canonical = program.model
+    del program  # it holds the module's tensors
     _fold(canonical)
     _name(canonical, module.output)
     _state_shapes(canonical.graph)
@@ -101,9 +115,26 @@ def trace(
     canonical.metadata_props.update(
         {"spec": _json(spec.to_json()), "input": _json(contract.to_json()), "lowering": module.lowering}
     )
-    model = ir.to_proto(canonical)
+    model = _to_proto(canonical, folder)
+    del canonical
+    memory.release()
     check(model)
     return Graph(model, spec, contract, batch, module.lowering, module.roles)
+
+
+def _to_proto(model: ir.Model, folder: Path | None) -> onnx.ModelProto:
+    """The graph as a message; above `storage.LIMIT`, its weights are in files of `folder`. `model` loses its own."""
+    constants = {name: v.const_value for name, v in model.graph.initializers.items() if v.const_value is not None}
+    if folder is None or sum(constant.nbytes for constant in constants.values()) < storage.LIMIT:
+        return ir.to_proto(model)
+    tensors = []
+    for name, constant in constants.items():
+        tensors.append(storage.make(name, constant.numpy(), folder))
+        model.graph.initializers[name].const_value = ir.tensor(np.zeros(0, np.float32), name=name)
+    result = ir.to_proto(model)
+    del result.graph.initializer[:]
+    result.graph.initializer.extend(tensors)
+    return result
 
 
 @contextmanager
@@ -255,12 +286,7 @@ def check(model: onnx.ModelProto) -> None:
     Raises:
         SpecError: it is not; names the tensor or operator.
     """
-    if weight_bytes(model) < PROTOBUF_LIMIT:
-        onnx.checker.check_model(model, full_check=True)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            save(model, Path(folder) / "model.onnx")
-            onnx.checker.check_model(str(Path(folder) / "model.onnx"), full_check=True)
+    storage.check(model, shapes=True)
     if left := sorted({node.op_type for node in model.graph.node} & SHAPE_OPS):
         raise SpecError(f"the graph is not static: {', '.join(left)} left in it")
     known = tensor_shapes(model)
@@ -274,8 +300,9 @@ def check(model: onnx.ModelProto) -> None:
 
 
 def save(model: onnx.ModelProto, path: str | Path) -> None:
-    """Write a graph; above protobuf's limit, its weights go to `<name>.data` beside it."""
-    if weight_bytes(model) < PROTOBUF_LIMIT:
-        onnx.save(model, str(path))
+    """Write a graph, tensor by tensor; above `MAX_ONE_FILE`, its weights go to `<name>.data` beside it."""
+    path = Path(path)
+    if storage.total(model) < MAX_ONE_FILE:
+        storage.write(model, path)
     else:
-        ir.save(ir.from_proto(model), path, external_data=f"{Path(path).name}.data")
+        storage.write_apart(model, path, path.with_name(f"{path.name}.data"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edgetube.calibration import storage
 from edgetube.calibration.graphs import producers
 from edgetube.errors import SpecError
 from edgetube.export.canonical import check
@@ -36,7 +38,8 @@ def convert_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes = [new for node in source.node for new in _fp16_nodes(node, pixels, outputs)]
     wide = {name for node in source.node if node.op_type in FP32_OPS for name in node.input[1:]}
     factors = _pixel_factors(source, pixels)
-    weights = [_fp16_weight(t, factors.get(t.name, 1.0), t.name in wide) for t in source.initializer]
+    folder = storage.folder_of(model)
+    weights = [_fp16_weight(t, factors.get(t.name, 1.0), t.name in wide, folder) for t in source.initializer]
     weights.append(numpy_helper.from_array(np.array(1 / PIXEL_SCALE, np.float16), "pixels.scale"))
 
     result = onnx.ModelProto()
@@ -95,14 +98,14 @@ def _cast(source: str, target: str, to: int = TensorProto.FLOAT16) -> onnx.NodeP
     return helper.make_node("Cast", [source], [target], name=f"{target}.cast", to=to)
 
 
-def _fp16_weight(tensor: TensorProto, scale: float, wide: bool) -> TensorProto:
+def _fp16_weight(tensor: TensorProto, scale: float, wide: bool, folder: Path | None) -> TensorProto:
     """A float32 initializer in float16, unless it belongs to an operator of `FP32_OPS`."""
     if wide or tensor.data_type != TensorProto.FLOAT:
         return tensor
-    values = numpy_helper.to_array(tensor) * np.float32(scale)
+    values = np.asarray(storage.read(tensor), np.float32) * np.float32(scale)
     if (largest := float(np.abs(values).max(initial=0))) > float(np.finfo(np.float16).max):
         raise SpecError(f"{tensor.name} reaches {largest:.3g}; float16 ends at 65504: export this model to fp32")
-    return numpy_helper.from_array(values.astype(np.float16), tensor.name)
+    return storage.make(tensor.name, values.astype(np.float16), folder)
 
 
 def _fp16_types(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> Iterator[onnx.ValueInfoProto]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from edgetube.calibration import graphs, numeric
+from edgetube.calibration import graphs, numeric, storage
 from edgetube.calibration.graphs import Linear
 from edgetube.calibration.table import CalibrationTable, LinearPlan
 from edgetube.errors import ParityError
@@ -62,6 +62,7 @@ class _LinearRewriter:
         self.plans = {plan.name: plan for plan in table.quantised}
         self.weights = graphs.initializers(model)
         self.producers = graphs.producers(model.graph.node)
+        self.folder = storage.folder_of(model)
         self.tensors: dict[str, onnx.TensorProto] = {}
         self.quantised: dict[str, list[str]] = {}
 
@@ -125,7 +126,7 @@ class _LinearRewriter:
         return [kept, scale, self._constant(f"{name}.scale", scales), zero, weight_zero]
 
     def _constant(self, name: str, value: npt.ArrayLike) -> str:
-        self.tensors[name] = numpy_helper.from_array(np.asarray(value), name)
+        self.tensors[name] = storage.make(name, value, self.folder)
         return name
 
 
@@ -248,7 +249,7 @@ def _model(source: onnx.ModelProto, nodes: list[NodeProto], tensors: list[onnx.T
     result = helper.make_model(made, opset_imports=opsets, ir_version=source.ir_version)
     result.producer_name, result.doc_string = source.producer_name, source.doc_string
     result.metadata_props.extend(source.metadata_props)
-    onnx.checker.check_model(result)
+    storage.check(result)
     return result
 
 
@@ -257,7 +258,7 @@ def coverage(model: onnx.ModelProto, asked: int, executed: int, kernels: Mapping
 
     `saturates`, from the weights of `model`: whether a sum of two products may exceed 16 bits, as on x86 without VNNI.
     """
-    matrices = (numpy_helper.to_array(t) for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8)
+    matrices = (storage.read(t) for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8)
     overflowing = sum(numeric.overflowing_pairs(matrix) for matrix in matrices if matrix.ndim == 2)
     counted = {"asked": asked, "executed": executed, "kernels": dict(sorted(kernels.items()))}
     return {**counted, "saturates": overflowing > 0}

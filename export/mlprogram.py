@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from edgetube.calibration import storage
 from edgetube.errors import InputError, SpecError
 from edgetube.export.float16 import PIXEL_SCALE
 from edgetube.export.statistics import tensor_shapes
@@ -140,7 +141,7 @@ class Lowering:
 
     def array(self, name: str) -> Array:
         """The values of an initializer; tube weights are multiplied by `PIXEL_SCALE`."""
-        array: Array = numpy_helper.to_array(self.constants[name])
+        array: Array = np.asarray(storage.read(self.constants[name]))
         return array * np.float32(PIXEL_SCALE) if name in self.scaled else array
 
     def integers(self, name: str) -> list[int]:

@@ -77,7 +77,7 @@ def integer_format(target: Target) -> IntegerFormat:
 
 
 def build(context: BuildContext) -> Built:
-    """Write `model.onnx` (weights beside it in `model.onnx.data` when they exceed protobuf's 2 GB).
+    """Write `model.onnx` (weights beside it in `model.onnx.data` when they exceed `canonical.MAX_ONE_FILE`).
 
     Raises:
         ParityError: ONNX Runtime would compute a linear in float that the table quantises.
@@ -132,6 +132,7 @@ def integer_products(path: Path) -> list[tuple[str, int]]:
 
 def evaluate(model: ModelProto) -> Callable[[Mapping[str, Any]], list[Any]]:
     """Open any graph on the CPU: feeds by input name -> its outputs. Calibration runs graphs through this."""
+    from edgetube.calibration import storage
     from edgetube.runtimes.onnxruntime import evaluate as opened
 
-    return opened(model.SerializeToString())
+    return opened(storage.relative(model).SerializeToString(), storage.folder_of(model))

@@ -138,6 +138,7 @@ class ExportSession:
 
     def __exit__(self, *_: object) -> None:
         self.int8.__exit__()
+        self.builder.close()
 
     def export(self, target: Target, out: Path) -> Bundle:
         """Build, verify and publish one bundle."""

@@ -13,7 +13,7 @@ from edgetube.bench.probe import Probe
 from edgetube.bench.remembering import Answering, Remembering
 from edgetube.bundle import Bundle
 from edgetube.calibration.clips import Clips
-from edgetube.export import arithmetic, proof, static
+from edgetube.export import arithmetic, memory, proof, static
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.progress import Progress
 from edgetube.runtimes.torch import Reference
@@ -53,6 +53,7 @@ class Prover:
             note = f"not run here: that needs {', '.join(missing)}"
             return replace(bundle, status="built", parity={"note": note, "golden": self.golden.unmeasured(target)})
         with runtimes.open_bundle(bundle, device=device) as backend:
+            memory.release()
             answers = Remembering(backend)
             measured = parity.compare(self.reference, self._answers(answers, f"{target.name}: proof"))
             some, ordered = self.probe_clips(target.precision.quantises_activations)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgetube.calibration import Calibrated, graphs, numeric
+from edgetube.calibration import Calibrated, graphs, numeric, storage
 from edgetube.calibration.table import ActivationScheme, CalibrationTable, LinearPlan
 from edgetube.export.canonical import Graph
 
@@ -39,7 +40,8 @@ def qdq(
     result = graphs.quantize_activations(model, table.ranges, readers, activations or table.activations)
     graph, known = result.graph, graphs.initializers(model)
     kept = [tensor for tensor in graph.initializer if tensor.name not in plans]
-    pairs = [_weight(plan, np.asarray(known[name], np.float32)) for name, plan in plans.items()]
+    folder = storage.folder_of(model)
+    pairs = [_weight(plan, np.asarray(known[name], np.float32), folder) for name, plan in plans.items()]
     del graph.initializer[:]
     graph.initializer.extend([*kept, *(tensor for _, tensors in pairs for tensor in tensors)])
     nodes = [node for node, _ in pairs] + list(graph.node)
@@ -47,15 +49,17 @@ def qdq(
     del graph.node[:]
     graph.node.extend(nodes)
     graph.value_info.extend(_types(model, table, activations or table.activations))
-    onnx.checker.check_model(result)
+    storage.check(result)
     return result
 
 
-def _weight(plan: LinearPlan, weight: npt.NDArray[np.float32]) -> tuple[onnx.NodeProto, list[TensorProto]]:
+def _weight(
+    plan: LinearPlan, weight: npt.NDArray[np.float32], folder: Path | None
+) -> tuple[onnx.NodeProto, list[TensorProto]]:
     """The DequantizeLinear whose output has the name of the weight, and its integers, scales and zero points."""
     name, scales = plan.weight, np.array(plan.weight_scales, np.float32)
     tensors = [
-        numpy_helper.from_array(numeric.quantize_weights(weight, scales), f"{name}.int8"),
+        storage.make(f"{name}.int8", numeric.quantize_weights(weight, scales), folder),
         numpy_helper.from_array(scales, f"{name}.scale"),
         numpy_helper.from_array(np.zeros(len(scales), np.int8), f"{name}.zero_point"),
     ]

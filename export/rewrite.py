@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgetube.calibration import graphs
+from edgetube.calibration import graphs, storage
 from edgetube.export import canonical
 from edgetube.export.statistics import byte_casts
 
@@ -129,7 +130,7 @@ def separate_projections(model: onnx.ModelProto) -> onnx.ModelProto:
     into a product, but not across a Split: it would round bare sums of integers to its inference precision.
     """
     result = deepcopy(model)
-    graph = result.graph
+    graph, folder = result.graph, storage.folder_of(model)
     makers = graphs.producers(graph.node)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     gone: set[str] = set()
@@ -149,7 +150,7 @@ def separate_projections(model: onnx.ModelProto) -> onnx.ModelProto:
         if weight is None or weight.op_type != "DequantizeLinear":
             continue
         put[split.name] = []
-        constants |= _parts(split, add, product, weight, constants, put[split.name])
+        constants |= _parts(split, add, product, weight, constants, put[split.name], folder)
         gone |= {add.name, product.name, weight.name}
     nodes = [new for node in graph.node if node.name not in gone for new in put.get(node.name, [node])]
     used = {name for node in nodes for name in node.input}
@@ -166,14 +167,15 @@ def _parts(
     weight: onnx.NodeProto,
     constants: dict[str, TensorProto],
     nodes: list[onnx.NodeProto],
+    folder: Path | None,
 ) -> dict[str, TensorProto]:
     """Append the products that replace a split one to `nodes`; their new constants."""
-    integers, scales, zeros = (numpy_helper.to_array(constants[name]) for name in weight.input)
-    bias = numpy_helper.to_array(constants[add.input[1]])
+    integers, scales, zeros = (storage.read(constants[name]) for name in weight.input)
+    bias = storage.read(constants[add.input[1]])
     made: dict[str, TensorProto] = {}
 
     def constant(name: str, values: Any) -> str:
-        made[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        made[name] = storage.make(name, np.ascontiguousarray(values), folder)
         return name
 
     for i, columns in enumerate(np.split(np.arange(bias.size), len(split.output))):

@@ -9,6 +9,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
+from edgetube.calibration import storage
+
 
 def graph_statistics(model: onnx.ModelProto) -> dict[str, Any]:
     """Statistics of a graph, plain JSON.
@@ -52,7 +54,7 @@ def tensor_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
 
 def weight_bytes(model: onnx.ModelProto) -> int:
     """Bytes of the weights."""
-    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    return storage.total(model)
 
 
 def byte_casts(model: onnx.ModelProto) -> list[onnx.NodeProto]:

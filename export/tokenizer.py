@@ -42,7 +42,7 @@ class Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """`weight` (N, K) and `bias` (N,) as `nn.Linear` has them."""
         super().__init__()
-        self.register_buffer("weight", weight.detach().float().T.contiguous())
+        self.register_buffer("weight", weight.detach().float().T)  # a view: no second copy of a large model
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
 
     def forward(self, x: Tensor) -> Tensor:

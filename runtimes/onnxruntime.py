@@ -44,6 +44,9 @@ FAILURES = (
 EXACT = "session.x64quantprecision"
 """Multiplies uint8 by uint8 where a file says uint8 by int8: exact on every x86, and slower."""
 
+BESIDE = "session.model_external_initializers_file_folder_path"
+"""The folder of the files that hold the weights of a model which is given as bytes."""
+
 AS_THEY_STAND = "session.disable_quant_qdq"
 """Q/DQ pairs are computed one by one, in float32 between them, and not fused into integer kernels."""
 
@@ -100,7 +103,7 @@ class Session(Backend):
     def tap(self, names: Sequence[str]) -> Tap:
         given = {value.name for value in self.session.get_outputs()}
         hidden = [name for name in names if name not in given]
-        beside = {"session.model_external_initializers_file_folder_path": str(self.path.parent)}
+        beside = {BESIDE: str(self.path.parent)}
         options = _options(self.threads, {**self.entries, **beside})
         what = f"cannot open {self.path} with more outputs"
         session = _open(_with_outputs(self.path, hidden), options, self.provider, what)
@@ -216,9 +219,16 @@ def optimise(source: Path, optimised: Path) -> Path:
     return optimised
 
 
-def evaluate(model: bytes) -> Callable[[Mapping[str, npt.NDArray[Any]]], list[npt.NDArray[np.float32]]]:
-    """Open any ONNX graph on the CPU: feeds by input name -> its outputs. Q/DQ pairs are not fused."""
-    options = _options(entries={AS_THEY_STAND: "1", "session.intra_op.allow_spinning": "0"})
+def evaluate(
+    model: bytes, folder: Path | None = None
+) -> Callable[[Mapping[str, npt.NDArray[Any]]], list[npt.NDArray[np.float32]]]:
+    """Open any ONNX graph on the CPU: feeds by input name -> its outputs. Q/DQ pairs are not fused.
+
+    Args:
+        folder: of the files that hold its weights, where they are not in `model`.
+    """
+    beside = {BESIDE: str(folder)} if folder else {}
+    options = _options(entries={AS_THEY_STAND: "1", "session.intra_op.allow_spinning": "0", **beside})
     session = _open(model, options, PROVIDERS["cpu"], "cannot open a graph")
     outputs = [output.name for output in session.get_outputs()]
 

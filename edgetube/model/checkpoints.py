@@ -20,7 +20,7 @@ from edgetube.contract import InputContract
 from edgetube.errors import CheckpointError, FormatError, InputError, SpecError, printable
 from edgetube.files import replacing
 from edgetube.model import positions
-from edgetube.model.transformer import VideoTransformer, shapes
+from edgetube.model.transformer import VideoTransformer, shapes, with_weights
 from edgetube.spec import ModelSpec, named
 
 FRAMES, SECONDS = 8, 2
@@ -206,10 +206,9 @@ def _read(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: {name} has weights that are NaN or infinite; save the model before it diverged"
             )
-    model = VideoTransformer(header.spec)
-    model.load_state_dict(state)
+    model = with_weights(header.spec, state)
     name = re.sub(r"[^\w.-]+", "-", path.stem).lstrip("-.") or "model"  # it becomes the name of files and folders
-    return Checkpoint(name, model.eval(), header.contract, header.labels, sha256(path), header.other_labels)
+    return Checkpoint(name, model, header.contract, header.labels, sha256(path), header.other_labels)
 
 
 TORCH = (
@@ -345,15 +344,13 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 def _moved(
     model: VideoTransformer, spec: ModelSpec, table: tuple[ModelSpec, torch.Tensor] | None = None
 ) -> VideoTransformer:
-    """The same weights in a model of another clip shape or with fewer classifiers.
+    """The same weights, not a copy of them, in a model of another clip shape or with fewer classifiers.
 
     Args:
         table: see `Checkpoint`.
     """
-    moved = VideoTransformer(spec)
     state = model.state_dict()
     if spec.positions == "stored":
         old, stored = table or (model.spec, state["positions"])
         state["positions"] = positions.resized(stored, old, spec)
-    moved.load_state_dict({key: state[key] for key in moved.state_dict()})
-    return moved.eval()
+    return with_weights(spec, {name: state[name] for name in shapes(spec)})

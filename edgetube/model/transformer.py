@@ -7,6 +7,8 @@ Letters: B clips, T frames, H, W pixels, C colours, N tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -425,6 +427,16 @@ def _linear_shapes(name: str, shape: tuple[int, int]) -> dict[str, tuple[int, ..
 
 def _norm_shapes(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def with_weights(spec: ModelSpec, weights: Mapping[str, Tensor]) -> VideoTransformer:
+    """A model in eval mode of tensors by name, all of `shapes(spec)`; it takes them over without a copy."""
+    with torch.device("meta"):  # nothing is allocated, nor drawn at random
+        model = VideoTransformer(spec)
+    model.register_buffer("positions", position_table(spec), persistent=spec.positions == "stored")
+    model.register_buffer("rotation", rotation_tables(spec), persistent=False)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
 
 
 def _lecun(weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgetube import export, metrics
-from edgetube.calibration import calibrate, graphs, input_moments
+from edgetube.calibration import calibrate, graphs, moments
 from edgetube.calibration.table import ActivationScheme, IntegerFormat
 from edgetube.errors import InputError
 from edgetube.export import integer
@@ -73,7 +73,7 @@ class TestNotFinite:
         with pytest.raises(InputError, match=r"NaN or infinite logits on 4 of 4 clips, b0 among them; check weights"):
             calibrate(graph.model, graph.roles, seen, judged, export.evaluator(), **options)
 
-    def test_an_activation_is_named(self) -> None:
-        model = changed(mlp_fc1_weight=3e38).model
+    def test_an_activation_is_named(self, tmp_path: Path) -> None:
+        graph = changed(mlp_fc1_weight=3e38)
         with pytest.raises(InputError, match=r"NaN or infinite values in blocks\.0\.mlp\.act; check its weights"):
-            input_moments(model, list(noise(2, 1, "a").frames), export.evaluator())
+            moments.measure(graph.model, graph.roles, list(noise(2, 1, "a").frames), export.evaluator(), tmp_path)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgetube import export, metrics
-from edgetube.calibration import graphs, input_moments
+from edgetube.calibration import graphs, moments
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import CENTRED, SCALED
 from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator
@@ -86,13 +87,13 @@ def test_what_the_last_linear_of_an_mlp_reads_may_be_equalised(calibrated: Calib
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_moments_are_those_of_every_row(name: str) -> None:
+def test_moments_are_those_of_every_row(name: str, tmp_path: Path) -> None:
     """Of a model of single frames, the rows of all frames."""
     model, frames = trace(name).model, [clips(name, 1).frames[i] for i in range(2)]
-    found = input_moments(model, frames, export.evaluator())
+    found = moments.measure(model, trace(name).roles, frames, export.evaluator(), tmp_path)
     known = {linear.weight: linear.activation for linear in graphs.linears(model)}
     assert {f"{linear}.weight" for linear in trace(name).roles.linears} <= {*found}
-    for weight, moments in found.items():
+    for weight, stored in found.items():
         part = graphs.extract_subgraph(model, [known[weight]])
-        rows = outputs(part, frames).reshape(-1, len(moments.mean))
-        np.testing.assert_allclose(moments.mean, rows.mean(axis=0), rtol=1e-4, atol=1e-4)
+        rows = outputs(part, frames).reshape(-1, len(stored.mean))
+        np.testing.assert_allclose(stored.mean, rows.mean(axis=0), rtol=1e-4, atol=1e-4)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from onnx import parser
 
+from edgetube.calibration import storage
 from edgetube.contract import InputContract
 from edgetube.errors import SpecError
 from edgetube.export import canonical
@@ -205,10 +206,24 @@ def test_weights_beyond_the_limit_of_protobuf_go_beside_the_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = trace("paper").model
-    monkeypatch.setattr(canonical, "PROTOBUF_LIMIT", 1000)
+    monkeypatch.setattr(canonical, "MAX_ONE_FILE", 1000)
     canonical.check(model)
     canonical.save(model, tmp_path / "model.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     frames = noise("paper")
     np.testing.assert_array_equal(session.run(None, {"frames": frames})[0], run(model, frames))
+
+
+@pytest.mark.parametrize("name", ["paper", "rotary"])
+def test_a_large_graph_keeps_its_weights_in_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, contract = model_of(name)
+    monkeypatch.setattr(storage, "LIMIT", 1000)
+    monkeypatch.setattr(storage, "SMALL", 1000)
+    found = canonical.trace(StaticTransformer(model, contract), model.spec, contract, folder=tmp_path).model
+    assert storage.folder_of(found) == tmp_path
+    assert storage.total(found) == storage.total(trace(name).model)
+    assert found.ByteSize() < storage.total(found)
+    storage.write(found, tmp_path / "files.onnx")
+    storage.write(trace(name).model, tmp_path / "memory.onnx")
+    assert (tmp_path / "files.onnx").read_bytes() == (tmp_path / "memory.onnx").read_bytes()

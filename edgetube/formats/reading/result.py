@@ -12,7 +12,7 @@ from edgetube.formats.reading.files import Files
 from edgetube.formats.reading.said import unnamed
 from edgetube.formats.reading.tensors import State
 from edgetube.model.checkpoints import Checkpoint
-from edgetube.model.transformer import VideoTransformer, shapes
+from edgetube.model.transformer import shapes, with_weights
 from edgetube.spec import ModelSpec
 
 
@@ -50,11 +50,9 @@ def checkpoint(
     notes = notes if files.adapter is None else (*files.adapter.notes, *notes)
     if labels in (unnamed(len(labels)), unnamed(len(labels), "LABEL_")):
         notes = (*notes, "its classes have no names: give them with --labels")
-    model = VideoTransformer(spec)
-    model.load_state_dict(weights)
     made = Checkpoint(
         name_of(files.path),
-        model.eval(),
+        with_weights(spec, weights),
         contract,
         labels,
         files.digest,
