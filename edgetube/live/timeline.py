@@ -24,6 +24,9 @@ for that long. Networks bring frames in bursts of up to half a second."""
 JITTER_S = 0.015
 """Seconds by which arrivals vary on any machine; they are the clock of sources that have none."""
 
+HABIT_S = 60.0
+"""Seconds for which a delay that was made up for is a source's habit."""
+
 REMEMBERED, FEWEST = 31, 8
 """Differences of frames' times that a period is taken from, about a second; and the fewest of arrivals, because what a
 server or a driver kept comes all at once in the beginning."""
@@ -46,34 +49,67 @@ class Placed(NamedTuple):
 
 
 class Rhythm:
-    """The period of a live source: the median of the last differences between its frames.
+    """The period of a live source that stamps its frames: the median of the last differences between them."""
 
-    Args:
-        arrivals: whether the times are those of arrival. They vary with the network, so what came twice of late is
-            taken for usual, too.
-    """
-
-    def __init__(self, arrivals: bool) -> None:
-        self._arrivals = arrivals
+    def __init__(self) -> None:
         self._steps: deque[float] = deque(maxlen=REMEMBERED)
 
     def is_gap(self, step: float) -> bool:
         """Whether frames are missing within `step` seconds between two frames; remembers it."""
-        longest = self._longest()
-        gap = longest is not None and step > longest
-        if gap and not self._arrivals:
+        gap = bool(self._steps) and step > GAP_PERIODS * median_high(self._steps) + TOLERANCE
+        if gap:
             self._steps.clear()  # the rate may be another from here on: one gap, not one for each frame
         self._steps.append(step)
         return gap
 
-    def _longest(self) -> float | None:
-        if len(self._steps) < (FEWEST if self._arrivals else 1):
-            return None
-        usual: float = median_high(self._steps)
-        if not self._arrivals:
-            return GAP_PERIODS * usual + TOLERANCE
-        usual = max(usual, sorted(self._steps)[-2:][0])
-        return max(GAP_PERIODS * usual, usual + JITTER_S)
+
+class Arrivals(Rhythm):
+    """The period of a live source without stamps. Its frames are late at times, and nothing is missing.
+
+    After a delay of a network or a driver the frames that were held up come all at once, and make up for it; after
+    missing frames they do not. So a delay that was made up for is what this source does, for a while, and so is what
+    came twice of late.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._usual: deque[float] = deque(maxlen=REMEMBERED)  # without delays and what made up for them
+        self._owed = self._most = 0.0  # seconds of the delay that goes on, and at its longest
+        self._since = 0  # frames of the delay that goes on
+        self._allowed, self._age = 0.0, 0.0  # the longest delay of late that was made up for, and how long ago
+
+    def is_gap(self, step: float) -> bool:
+        """Whether frames are missing within `step` seconds between two frames; remembers it."""
+        gap = False
+        if len(self._steps) < FEWEST:
+            self._usual.append(step)
+        else:
+            # The mean, which jitter leaves alone: what is late now is early next.
+            period = max(sum(self._usual) / len(self._usual), TOLERANCE)
+            twice = sorted(self._steps)[-2]
+            gap = step > max(GAP_PERIODS * period, twice + JITTER_S, GAP_PERIODS * twice, period + 1.5 * self._allowed)
+            self._follow(step, period)
+        self._steps.append(step)
+        return gap
+
+    def _follow(self, step: float, period: float) -> None:
+        """Find out whether a delay is made up for. The period stays as it is meanwhile."""
+        self._age += step
+        if self._age > HABIT_S:
+            self._allowed = 0.0
+        if not self._since and step <= GAP_PERIODS * period:
+            self._usual.append(step)
+            return
+        self._since += 1
+        self._owed += step - period
+        self._most = max(self._most, self._owed)
+        if self._owed < period / 2:
+            self._allowed, self._age = max(self._allowed, self._most), 0.0
+        elif self._owed > JUMP_S and self._since >= FEWEST:
+            self._usual = self._steps.copy()  # the rate is another
+        elif self._owed <= JUMP_S and self._since <= self._most / period + FEWEST:
+            return  # it may still be made up for
+        self._owed, self._most, self._since = 0.0, 0.0, 0
 
 
 class Timeline:
@@ -90,7 +126,7 @@ class Timeline:
 
     def __init__(self, live: bool) -> None:
         self._live = live
-        self._rhythm = Rhythm(arrivals=False)
+        self._rhythm = Rhythm()
         self._shift: float | None = None
         self._stamped = False
         self._time = self._arrived = self._seconds = 0.0
@@ -113,7 +149,7 @@ class Timeline:
         time, stamped = arrived if stamp is None else stamp, stamp is not None
         if self._shift is None or self._look is None:
             self._shift = -time if self._live else 0.0
-            self._rhythm = Rhythm(arrivals=not stamped)
+            self._rhythm = Rhythm() if stamped else Arrivals()
             return self._settle(time, arrived, look, stamped, None)
         passed = max(0.0, arrived - self._arrived)
         why, anew = self._pending, self._pending is not None
@@ -123,20 +159,20 @@ class Timeline:
             anew = True
         if not anew:
             step = time - self._time
-            is_late = step < 0 or (self._live and step == 0)
+            is_late = step < 0 or (step == 0 and self._live and stamped)  # a coarse clock may stand still for a moment
             if is_late and step >= -LATE_S and self._late < MAX_LATE:
                 self._late += 1
                 return None
             why, anew = self._judge(step, passed)
         if anew:
-            self._rhythm = Rhythm(arrivals=not stamped)
+            self._rhythm = Rhythm() if stamped else Arrivals()
             if self._live:
                 self._shift = self._seconds + passed - time
         return self._settle(time, arrived, look, stamped, why)
 
     def _judge(self, step: float, passed: float) -> tuple[str | None, bool]:
         """Why a frame does not continue the last one, and whether that is because the clock jumped."""
-        if self._live and step == 0:
+        if self._live and step == 0 and self._stamped:
             return "its clock stands still", True
         if step < 0:
             return f"its clock jumped back by {-step:.3f} s", True

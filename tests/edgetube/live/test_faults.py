@@ -180,6 +180,23 @@ def test_a_stall_is_told_and_nothing_is_made_up() -> None:
         assert source.ledger.account().dropped == {}
 
 
+def test_a_server_that_stays_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "TIMEOUT", 0.3)
+
+    def script(connection: Connection) -> None:
+        connection.begin(MJPEG)
+        for i in range(4):
+            connection.send(part(jpeg(i)))
+        connection.pause(PATIENCE_S)
+
+    with serving(script) as server, FrameSource(server.url(), stall_after=0.1) as source:
+        told: list[str] = []
+        source.subscribe(lambda state, why: told.append(f"{state}: {why}"))
+        assert reasons(take(source, 9)) == ["a new connection"] * 2
+        assert "stalled: no frame for 0.1 s" in told
+        assert [line for line in told if line.startswith("lost: ") and "did not answer within 0.3 s" in line]
+
+
 @pytest.mark.parametrize("burst_s", [0.04, 0.45])
 def test_bursts_are_not_gaps(burst_s: float) -> None:
     with serving(paced(film(times(60)), burst_s)) as server, FrameSource(server.url(), capacity=100) as source:

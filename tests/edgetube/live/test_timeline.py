@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from itertools import accumulate
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +75,45 @@ def test_arrivals_in_bursts_are_a_habit_and_not_gaps() -> None:
     """Three frames at once, every 0.12 s, of a camera without a clock."""
     arrivals = [100 + 0.12 * (i // 3) + 1e-4 * (i % 3) for i in range(300)]
     assert not reasons(place([None] * 300, arrivals))
+
+
+def arrive(times: Iterable[float]) -> dict[int, str]:
+    """Why frames without stamps are taken not to continue those before."""
+    came = [float(at) for at in times]
+    return reasons(place([None] * len(came), came))
+
+
+@pytest.mark.parametrize("mean_s", [0.002, 0.01, 0.02])
+def test_frames_without_stamps_that_are_late_by_turns_have_no_gaps(mean_s: float, rng: np.random.Generator) -> None:
+    """Ten minutes of a network whose delays are exponential; a delay longer than all before may be a gap."""
+    times = 100 + np.arange(15_000) / 25 + rng.exponential(mean_s, 15_000)
+    assert len(arrive(np.maximum.accumulate(times))) <= 5  # 137 of 15000 by the period alone
+
+
+def test_bursts_are_a_habit_of_a_source_without_stamps_once_they_were_made_up_for() -> None:
+    """450 ms of frames at once, every two seconds."""
+    numbers = np.arange(3000)
+    held = (numbers // 50 * 50 + 12) / 25
+    times = 100 + np.where(numbers % 50 < 12, held, numbers / 25)
+    found = arrive(times)
+    assert len(found) <= 3
+    assert max(found) <= 150
+
+
+def test_missing_frames_are_told_from_bursts() -> None:
+    missing = [100, 300, 500, 700, 701, 900]
+    assert list(arrive(np.delete(np.arange(1000) / 25, missing))) == [100, 299, 498, 697, 895]
+
+
+def test_what_was_kept_comes_at_once_in_the_beginning() -> None:
+    times = np.concatenate([np.linspace(0, 0.001, 6), 0.04 * np.arange(1, 200)])
+    assert not arrive(times)
+
+
+def test_a_change_of_the_rate_is_two_gaps_at_most_without_stamps() -> None:
+    steps = [1 / fps for fps in (30, 15, 25, 30, 10, 30) for _ in range(200)]
+    found = arrive(accumulate(steps))
+    assert [i for i in found if not 200 <= i < 203 and not 800 <= i < 803] == []
 
 
 def test_a_change_of_the_rate_is_one_gap() -> None:
