@@ -21,8 +21,12 @@ from edgetube.views import Side
 Frames = npt.NDArray[np.uint8]
 """RGB frames, (T, H, W, 3) uint8."""
 
-BLOCK = 4
-"""Output rows (or columns) per matrix product: few, because a wide block is mostly zeros outside its band."""
+BLOCK, WIDE = 8, 3
+"""Output rows (or columns) per matrix product: few, because a wide block is mostly zeros outside its band; and half as
+many where a frame shrinks to less than 1 / `WIDE`."""
+
+MANY = 64
+"""Where more than one value in this / 3 is too close to call in float32, all are computed in float64."""
 
 STRIP = 64
 """Source rows that the bicubic filter converts at a time: they stay in the cache, and a BLAS shares out no product that
@@ -121,43 +125,60 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The two passes of a filter for one source size, and the source pixels that they read."""
+    """The two passes of a filter for one source size, and the source pixels that they read.
+
+    Attributes:
+        first, weights: (W,) and (W, n): of each output column the first source column, counted from `left`, and the
+            weights of n; columns that have fewer begin with zeros.
+    """
 
     vertical: tuple[_Block, ...]
     horizontal: tuple[_Block, ...]
+    first: npt.NDArray[np.intp]
+    weights: npt.NDArray[np.float64]
     top: int
     bottom: int
     left: int
     right: int
 
 
-def _blocks(weights: Weights, size: int, resized: int, first: int, count: int) -> Iterator[_Block]:
-    """Output pixels [first, first + count) of one axis, `BLOCK` at a time."""
-    for at in range(0, count, BLOCK):
-        rows = [weights(size, resized, first + i) for i in range(at, min(at + BLOCK, count))]
+def _blocks(weights: Weights, unit: int, size: int, resized: int, first: int, count: int) -> Iterator[_Block]:
+    """Output pixels [first, first + count) of one axis, `BLOCK` at a time.
+
+    Args:
+        unit: of the integer weights, a power of two: dividing by it changes no digit of a product or a sum.
+    """
+    block = BLOCK if size < WIDE * resized else BLOCK // 2
+    for at in range(0, count, block):
+        rows = [weights(size, resized, first + i) for i in range(at, min(at + block, count))]
         low, high = min(a for a, _ in rows), max(a + len(w) for a, w in rows)
         matrix = np.zeros((len(rows), high - low))
         for row, (a, w) in zip(matrix, rows, strict=True):
-            row[a - low : a - low + len(w)] = w
+            row[a - low : a - low + len(w)] = w / unit
         yield _Block(at, low, high, matrix)
 
 
 @lru_cache(maxsize=32)
 def _plan(height: int, width: int, contract: InputContract, side: Side) -> _Plan:
-    rows, columns, top, left = geometry(height, width, contract, side)
-    weights, kind, _ = _FILTERS[contract.filter]
+    rows, columns, top_, left_ = geometry(height, width, contract, side)
+    weights, unit, kind, _ = _FILTERS[contract.filter]
     vertical = tuple(
-        _Block(b.at, b.low, b.high, b.matrix.astype(kind)) for b in _blocks(weights, height, rows, top, contract.height)
+        _Block(b.at, b.low, b.high, b.matrix.astype(kind))
+        for b in _blocks(weights, unit, height, rows, top_, contract.height)
     )
     # Colours stay interleaved: a matrix with a 3x3 identity at every tap costs less than two transpositions.
     horizontal = tuple(
-        _Block(b.at, b.low, b.high, np.ascontiguousarray(np.kron(b.matrix, np.eye(3)).T))
-        for b in _blocks(weights, width, columns, left, contract.width)
+        _Block(b.at, b.low, b.high, np.ascontiguousarray(np.kron(b.matrix, np.eye(3)).T, kind))
+        for b in _blocks(weights, unit, width, columns, left_, contract.width)
     )
     (top, bottom), (left, right) = (
         (min(b.low for b in blocks), max(b.high for b in blocks)) for blocks in (vertical, horizontal)
     )
-    return _Plan(vertical, horizontal, top, bottom, left, right)
+    taps = [weights(width, columns, left_ + i) for i in range(contract.width)]
+    longest = max(len(w) for _, w in taps)
+    first = np.array([at + len(w) - longest - left for at, w in taps])
+    padded = np.array([np.pad(w, (longest - len(w), 0)) for _, w in taps]) / unit
+    return _Plan(vertical, horizontal, first, padded, top, bottom, left, right)
 
 
 class _Scratch(threading.local):
@@ -180,22 +201,53 @@ _scratch = _Scratch()
 
 
 def _bilinear(frame: Frames, plan: _Plan, out: Frames) -> None:
-    """Resize and crop one frame, (H0, W0, 3) -> (H, W, 3): rows in float32, columns in float64, rounded once."""
+    """Resize and crop one frame, (H0, W0, 3) -> (H, W, 3): rows, then columns, rounded once.
+
+    The rows are exact in float32. The columns need float64; but float32 decides all values except those within its
+    error of the middle between two levels, a few in ten thousand of a picture.
+    """
     height, width, _ = out.shape
     wide = (plan.right - plan.left) * 3
     tall = _scratch("tall", (height, wide), np.float32)
+    cut = frame[:, plan.left : plan.right]
+    source = _scratch("source", (max(b.matrix.shape[1] for b in plan.vertical), wide), np.float32)
+    pixels = source.reshape(len(source), -1, 3)
     for b in plan.vertical:
-        source = _scratch("source", (b.high - b.low, wide), np.float32)
-        source.reshape(len(source), -1, 3)[...] = frame[b.low : b.high, plan.left : plan.right]
-        np.matmul(b.matrix, source, out=tall[b.at : b.at + len(b.matrix)])
-    exact = _scratch("exact", tall.shape, np.float64)
-    exact[...] = tall
-    result = _scratch("result", (height, width * 3), np.float64)
-    for b in plan.horizontal:
-        band = exact[:, (b.low - plan.left) * 3 : (b.high - plan.left) * 3]
-        np.matmul(band, b.matrix, out=result[:, b.at * 3 : b.at * 3 + b.matrix.shape[1]])
-    result *= 1.0 / (ONE * ONE)
+        count = b.high - b.low
+        pixels[:count] = cut[b.low : b.high]
+        np.matmul(b.matrix, source[:count], out=tall[b.at : b.at + len(b.matrix)])
+    result = _scratch("result", (height, width * 3), np.float32)
+    _columns(tall, plan, result)
     result += 0.5  # the cast below truncates: half goes up; at most 255.5, so nothing to clip
+    out[...] = result.reshape(out.shape)
+    # |error| <= (n + 1) u * sum |w t| for n products and their sum, and u * 256 for adding a half: doubled, to be safe.
+    close = 2 * (plan.weights.shape[1] + 2) * 256 * 2.0**-24
+    result -= out.reshape(result.shape)
+    result -= 0.5  # how far behind the middle between two levels: from -0.5 to 0.5, which are the same place
+    rows, places = np.nonzero(np.abs(result, out=result) >= 0.5 - close)
+    if len(rows) > height * width // MANY:
+        _exact_columns(tall, plan, out)
+    elif len(rows):
+        columns, colours = np.divmod(places, 3)
+        at = (plan.first[columns, None] + np.arange(plan.weights.shape[1])) * 3 + colours[:, None]
+        taps = (
+            tall[rows[:, None], np.maximum(at, 0)] * plan.weights[columns]
+        )  # float64; before the left edge is no weight
+        out[rows, columns, colours] = taps.sum(axis=1) + 0.5
+
+
+def _columns(tall: npt.NDArray[np.floating], plan: _Plan, out: npt.NDArray[np.floating]) -> None:
+    """The pass over columns, in the type of `tall`."""
+    for b in plan.horizontal:
+        band = tall[:, (b.low - plan.left) * 3 : (b.high - plan.left) * 3]
+        np.matmul(band, b.matrix.astype(tall.dtype, copy=False), out=out[:, b.at * 3 : b.at * 3 + b.matrix.shape[1]])
+
+
+def _exact_columns(tall: npt.NDArray[np.float32], plan: _Plan, out: Frames) -> None:
+    """The pass over columns in float64, which is exact."""
+    result = np.empty((len(tall), out.shape[1] * 3))
+    _columns(tall.astype(np.float64), plan, result)
+    result += 0.5
     out[...] = result.reshape(out.shape)
 
 
@@ -222,17 +274,16 @@ def _bicubic(frame: Frames, plan: _Plan, out: Frames) -> None:
 
 
 def _levels(sums: npt.NDArray[np.float64]) -> Frames:
-    """Sums in units of 1 / `CUBIC_ONE` as uint8: halves up, cut off at 0 and 255. Every step is exact."""
-    sums *= 1.0 / CUBIC_ONE
+    """Sums as uint8: halves up, cut off at 0 and 255. Every step is exact."""
     sums += 0.5
     return np.clip(sums, 0, 255, out=sums).astype(np.uint8)
 
 
-_FILTERS: dict[str, tuple[Weights, type[np.floating], Callable[[Frames, _Plan, Frames], None]]] = {
-    "bilinear": (_triangle, np.float32, _bilinear),
-    "bicubic": (_cubic, np.float64, _bicubic),
+_FILTERS: dict[str, tuple[Weights, int, type[np.floating], Callable[[Frames, _Plan, Frames], None]]] = {
+    "bilinear": (_triangle, ONE, np.float32, _bilinear),
+    "bicubic": (_cubic, CUBIC_ONE, np.float64, _bicubic),
 }
-"""By name: the weights, the type of the vertical matrices, and the two passes."""
+"""By name: the weights and their unit, the type of the matrices, and the two passes."""
 
 
 def spatial(frames: Frames, contract: InputContract, side: Side = "middle") -> Frames:
@@ -252,7 +303,7 @@ def spatial(frames: Frames, contract: InputContract, side: Side = "middle") -> F
             return frames
         return frames[:, top : top + contract.height, left : left + contract.width]
     plan = _plan(height, width, contract, side)
-    run = _FILTERS[contract.filter][2]
+    run = _FILTERS[contract.filter][3]
     out = np.empty((count, contract.height, contract.width, 3), np.uint8)
     for frame, target in zip(frames, out, strict=True):
         run(frame, plan, target)

@@ -203,7 +203,8 @@ class Schedule:
                     self._lanes.remove(over)
                     return over
                 self._changed.wait(LOOK_S if wait is None else min(wait, LOOK_S))
-                interrupts.check()
+                if threading.current_thread() is threading.main_thread():
+                    interrupts.check()
             return None
 
     def choose(self, now: float) -> tuple[list[Work], float | None]:

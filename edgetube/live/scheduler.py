@@ -170,6 +170,8 @@ class _Feeder:
             self._feed()
         except Exception as failure:  # noqa: BLE001 - whatever ends a source is told to the app, and ends no other one
             error = failure
+        except KeyboardInterrupt:  # the main thread has it, too, and says so
+            pass
         self.window.close()
         self.schedule.finish(self.lane, error)
 

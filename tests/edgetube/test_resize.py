@@ -346,3 +346,26 @@ def test_crops_are_cut_from_the_resized_frame(height: Any, width: Any, contract:
     assert corners[1] == expected_geometry(height, width, contract)[2:]
     over = rows - contract.height, columns - contract.width
     assert tuple(np.subtract(corners[2], corners[0])) == ((over[0], 0) if over[0] > over[1] else (0, over[1]))
+
+
+@pytest.mark.parametrize(("levels", "every"), [((0, 255), False), ((0, 1), True), ((7, 8), True)])
+@pytest.mark.parametrize("size", [(16, 16), (32, 48), (37, 61)])
+def test_values_in_the_middle_between_two_levels_go_up(
+    levels: tuple[int, int], every: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32 cannot decide them. Summed in integers here; with a few of them and with nothing but them."""
+    calls: list[object] = []
+    exact = resize._exact_columns
+    monkeypatch.setattr(resize, "_exact_columns", lambda *given: calls.append(given) or exact(*given))
+    contract = InputContract(1, 8, 8, resize="stretch")
+    frame = np.random.default_rng(2).choice(np.array(levels, np.uint8), (*size, 3))
+    if every:
+        frame[:, ::2], frame[:, 1::2] = levels[0], levels[1]  # each sum is half a level above the lower one
+    out = resize.spatial(frame[None], contract)[0]
+    weights = [[resize._triangle(n, 8, i) for i in range(8)] for n in size]
+    for i, (top, rows) in enumerate(weights[0]):
+        for j, (left, columns) in enumerate(weights[1]):
+            seen = frame[top : top + len(rows), left : left + len(columns)].astype(object)
+            total = (np.outer(rows.astype(int), columns.astype(int)).astype(object)[..., None] * seen).sum((0, 1))
+            assert [int(t) // 2**31 + 1 >> 1 for t in total] == out[i, j].tolist()
+    assert calls or not (every and size[1] % 16 == 0)

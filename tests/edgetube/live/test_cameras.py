@@ -222,3 +222,14 @@ def test_a_source_that_cannot_be_used_leaves_nothing_running() -> None:
         Cameras(Pixels(), {"good": pictures(20), "bad": None})  # type: ignore[dict-item]
     with pytest.raises(InputError, match="calls is 0"):
         Cameras(Pixels(), {"good": pictures(20)}, calls=0)
+
+
+def test_two_sources_are_answered_at_the_same_time() -> None:
+    """Each call waits for one of the other source: with one call at a time, none would ever be answered."""
+    both = threading.Barrier(2, timeout=PATIENCE_S)
+    heard = Heard()
+    model = Pixels(before=lambda _: both.wait(), parallel_calls=2)
+    with Cameras(model, {"a": pictures(20), "b": pictures(20)}, hop=1, **heard.callbacks()) as cameras:
+        assert cameras.wait(PATIENCE_S)
+    assert heard.errors == []
+    assert [len(heard.predictions[name]) for name in "ab"] == [17, 17]
