@@ -35,6 +35,9 @@ SET_BACK, MAX_GAP = 0.1, 10.0
 TIMEOUT = 10.0
 """Seconds that a URL or a camera may take to open, and again for each next frame."""
 
+UNDECODABLE = 30.0
+"""Seconds for which a live source may send what cannot be decoded: some cameras send a key frame every 20 s."""
+
 _MP4, _MATROSKA, _TS, _AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "avi"
 _HEADED = frozenset((_MP4, _MATROSKA, _AVI))
 """Containers whose header says how long they are; for others FFmpeg guesses, from the bit rate at worst."""
@@ -312,10 +315,15 @@ class Reader:
         Yields:
             (seconds of `time.monotonic()` at which it came; seconds of the source's clock from any beginning, None
             where it has none; the frame, None for one that is damaged).
+
+        Raises:
+            InputError: the connection is gone, nothing comes for `TIMEOUT` s, or nothing whole for `UNDECODABLE` s.
+            DeviceFailed: the device that decodes failed.
         """
         import av
 
         begun, has_clock, ticks = False, self.form not in _CLOCKLESS, None
+        good = time.monotonic()
         is_jpeg = self.stream.codec_context.name == "mjpeg"  # whose decoder fills what is missing with grey
         for packet in self._packets():
             came = time.monotonic()
@@ -336,11 +344,13 @@ class Reader:
                     if begun:
                         yield came, None, None
                     continue
-                begun, seconds = True, None
+                begun, good, seconds = True, came, None
                 if has_clock and frame.pts is not None:
                     ticks = self._unwrapped(frame.pts, ticks)
                     seconds = float(ticks * self.tick)
                 yield came, seconds, frame
+            if came - good > UNDECODABLE:
+                raise InputError(f"{self.address.name} gave no frame that can be decoded for {UNDECODABLE:g} s")
 
     def _unwrapped(self, stamp: int, before: int | None) -> int:
         """A time in ticks, after a clock of 33 bits began again."""

@@ -1,4 +1,4 @@
-"""What frames come from: the caller's own, or what `edgetube.video` decodes. A feed knows no thread and no queue."""
+"""What frames come from: the caller's own, or what `edgetube.decoding` decodes. A feed knows no thread and no queue."""
 
 from __future__ import annotations
 

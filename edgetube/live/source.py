@@ -280,7 +280,7 @@ class FrameSource:
             while not self._waiting:
                 if self._ended:
                     if self._error is not None and not self._closed:
-                        raise self._error
+                        raise self._error.with_traceback(None)
                     raise Ended(f"{self.name} has ended")
                 left = 1.0 if until is None else until - time.monotonic()
                 if left <= 0:
@@ -348,8 +348,8 @@ class FrameSource:
         assert self._feed is not None, "only sources with a feed have this thread"
         began, waits = time.monotonic(), delays()
         while True:
-            heard, failure = self._heard, self._read_feed(self._feed)
-            if self._heard != heard:
+            opened, failure = time.monotonic(), self._read_feed(self._feed)
+            if (self._heard or opened) - opened > LAST_RETRY_S:  # it was no server that fails again and again
                 waits = delays()
             if failure is None or self._is_final(failure, began):
                 with self._changed:
@@ -378,6 +378,9 @@ class FrameSource:
                     if self._ended:
                         return None
         except EdgetubeError as error:
+            error.__traceback__ = None  # which holds what opened the source, and its address
+            if error.__suppress_context__:
+                error.__context__ = None
             return error
         except Exception as error:  # noqa: BLE001 - a fault of ours, or of what we call: whoever reads has to hear of it
             failure = InputError(f"{self.name} failed: {type(error).__name__}: {error}")

@@ -290,6 +290,26 @@ def test_segments_that_a_server_adds_to_are_live_and_those_of_a_whole_film_are_f
             assert source.is_live
 
 
+def test_a_camera_whose_frames_are_never_whole_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "UNDECODABLE", 0.2)
+
+    def script(connection: Connection) -> None:
+        connection.begin(MJPEG)
+        connection.send(part(jpeg(5, (320, 240))))
+        for _ in range(1000):
+            connection.send(part(jpeg(5, (320, 240))[:-200]))
+            connection.pause(0.01)
+
+    with serving(script) as server, FrameSource(server.url(), reconnect=False) as source:
+        take(source, 1)
+        for _ in range(3):
+            with pytest.raises(InputError, match=r"gave no frame that can be decoded for 0.2 s") as caught:
+                source.read(PATIENCE_S)
+        assert len(traceback.extract_tb(caught.value.__traceback__)) <= 3  # of this call, not of all calls
+        assert caught.value.__context__ is None
+        assert source.ledger.account().dropped["damaged"] >= 2
+
+
 # --------------------------------------------------------------------------------------------------- finite and refused
 
 
