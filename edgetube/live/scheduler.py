@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -262,6 +263,7 @@ class Scheduler:
         self.model, self.hop, self.now = model, hop, now
         self.top_k = preprocess.count_of(top_k, "top_k")
         self.schedule = Schedule(model.batch, batch_wait_ms=batch_wait_ms, max_age=max_age, now=now)
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._feeders: dict[str, _Feeder] = {}
         self._closed = False
@@ -377,6 +379,8 @@ class Scheduler:
 
     def close(self) -> None:
         """End everything, at any moment, from any thread, more than once; waits for the sources' threads."""
+        if os.getpid() != self._process:
+            return  # it is the parent's: its threads are not here, and its locks may be locked for ever
         with self._lock:
             self._closed = True
             feeders = tuple(self._feeders.values())

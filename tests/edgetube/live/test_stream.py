@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -266,3 +268,30 @@ def test_what_cannot_work_is_refused_at_the_call() -> None:
     with pytest.raises(InputError, match="max_age is -1"):
         Scheduler(Pixels(), max_age=-1)
     assert CONTRACT.frames == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_does_not_wait_for_threads_that_it_does_not_have() -> None:
+    source = FrameSource.pushed("door")
+    found = stream(source)
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with found._scheduler.schedule._changed:
+            held.set()
+            over.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of a fork with threads
+        child = os.fork()
+        if not child:
+            found.close()
+            os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    over.set()
+    holder.join()
+    found.close()
+    source.close()
