@@ -269,6 +269,9 @@ def run(
             "tau=1,enter=0.6,leave=0.4,min=0.5s."
         ),
     ] = None,
+    skip_still: Annotated[
+        bool, typer.Option("--skip-still", help="Repeat the last answer of --stream while nothing changes.")
+    ] = False,
     save: Annotated[Path | None, typer.Option(help="Write an annotated mp4 (of one file).")] = None,
     threads: Threads = None,
     device: Device = None,
@@ -285,8 +288,9 @@ def run(
     rule = None if decide is None else DecisionRule.parse(decide)
     with Runtime(bundle, threads=threads, device=device) as rt:
         found, note = video.search(source, rt.contract)
-        if rule is not None and not stream and any(isinstance(item, Path) for item in found):
-            raise InputError("--decide is about answers over time; add --stream to slide a window over a file")
+        if (decide is not None or skip_still) and not stream and any(isinstance(item, Path) for item in found):
+            option = "--skip-still" if decide is None else "--decide"
+            raise InputError(f"{option} is about answers over time; add --stream to slide a window over a file")
         if save and (len(found) != 1 or not isinstance(found[0], Path)):
             given = address.shown(address.parse(source))
             raise InputError(f"--save takes one video file; {given} is {len(found)} sources or a live one")
@@ -300,7 +304,8 @@ def run(
             decider = None if rule is None else Decider(rule, rt.labels)
             name = str(item)
             try:
-                for prediction in _predictions(rt, item, stream or not isinstance(item, Path), hop, top_k, limit):
+                live = stream or not isinstance(item, Path)
+                for prediction in _predictions(rt, item, live, hop, top_k, limit, skip_still):
                     if save:
                         kept.append(prediction)
                     name = prediction.source or name
@@ -637,10 +642,10 @@ def report_command(
 
 
 def _predictions(
-    rt: Runtime, source: video.Source, live: bool, hop: str | None, top_k: int, limit: int | None
+    rt: Runtime, source: video.Source, live: bool, hop: str | None, top_k: int, limit: int | None, skip_still: bool
 ) -> Iterator[Prediction]:
     if live:
-        with rt.stream(source, hop=hop, top_k=top_k) as found:
+        with rt.stream(source, hop=hop, top_k=top_k, skip_still=skip_still) as found:
             yield from islice(found, limit)
     else:
         yield rt.predict(source, top_k=top_k)

@@ -18,6 +18,7 @@ from edgetube import bundle as bundles
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.errors import InputError, ParityError
+from edgetube.live.novelty import REFRESH, NoveltyGate
 from edgetube.live.schedule import MAX_AGE_S
 from edgetube.live.scheduler import Scheduler, open_source
 from edgetube.live.source import FrameSource, Policy
@@ -160,6 +161,7 @@ class Runtime:
         top_k: int = 5,
         policy: Policy | None = None,
         max_age: float | None = MAX_AGE_S,
+        skip_still: float | bool = False,
     ) -> Stream:
         """Classify a sliding window over a camera, a URL, a file, or any iterable of frames.
 
@@ -176,6 +178,8 @@ class Runtime:
                 URLs, "all" for files and iterables. An iterable that reads a camera wants "latest".
             max_age: seconds; with "latest", clips whose answers would be older are left out
                 (`edgetube.live.schedule.Schedule`); None for no limit.
+            skip_still: repeat the last answer while what the model reads has not changed
+                (`edgetube.live.novelty.NoveltyGate`); a number is the threshold in grey levels, True its default.
 
         Returns:
             An iterator, for `for` and for `async for`, with `close`. It gives a prediction each time `hop` new frames
@@ -195,9 +199,18 @@ class Runtime:
         ...         yield time.monotonic(), cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
         >>> for p in rt.stream(camera(cv2.VideoCapture(0)), policy="latest"): ...
         """
-        scheduler = Scheduler(self, hop=hop, top_k=top_k, max_age=max_age)
+        gate = None if skip_still is False else partial(self.gate, skip_still)
+        scheduler = Scheduler(self, hop=hop, top_k=top_k, max_age=max_age, gate=gate)
         opened, owned = open_source(source, self.contract, fps=fps, policy=policy)
         return Stream(scheduler, opened, owned)
+
+    def gate(self, skip_still: float | bool = True, refresh_after: float = REFRESH) -> NoveltyGate:
+        """A gate for one source, which says whether a clip needs inference.
+
+        Raises:
+            InputError: a threshold or a time that cannot be used.
+        """
+        return NoveltyGate(self.bundle.spec, skip_still, refresh_after)
 
     def check(self) -> float:
         """Run the golden clips on this device; returns the largest logit error against the reference.

@@ -638,6 +638,8 @@ class Prediction:
         dropped: of a stream: frames that were lost since the prediction before this one. What sampling leaves out is
             not lost.
         restarted: of a stream: why the window began again since the prediction before this one; None where it did not.
+        skipped: of a stream with `skip_still`: the model did not run, and the answer is that of the last clip that it
+            answered.
     """
 
     label: str
@@ -652,6 +654,7 @@ class Prediction:
     age_ms: float | None = None
     dropped: int = 0
     restarted: str | None = None
+    skipped: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from edgetube import preprocess
 from edgetube.errors import InputError
 from edgetube.live.frame import State
+from edgetube.live.novelty import NoveltyGate
 from edgetube.live.schedule import BATCH_WAIT_MS, MAX_AGE_S, Lane
 from edgetube.live.scheduler import Failed, Model, Outcome, Scheduler, Statistics, open_source
 from edgetube.live.source import FrameSource, Policy
@@ -58,6 +59,8 @@ class Cameras:
             for files and iterables. An iterable that reads a camera wants "latest".
         max_age, batch_wait_ms: see `edgetube.live.schedule.Schedule`.
         calls: calls of the model at the same time; None: as many as the runtime gains from (`parallel_calls`).
+        gate: makes the gate of each source that repeats answers to still clips: `runtime.gate`, or a `partial` of it;
+            None: the model answers every clip.
 
     Raises:
         InputError: an option or a source that cannot be used, or a model that samples segments of a whole video.
@@ -80,10 +83,13 @@ class Cameras:
         max_age: float | None = MAX_AGE_S,
         batch_wait_ms: float = BATCH_WAIT_MS,
         calls: int | None = None,
+        gate: Callable[[], NoveltyGate] | None = None,
     ) -> None:
         self._on_prediction, self._on_state, self._on_error = on_prediction, on_state, on_error
         self._policy = policy
-        self._scheduler = Scheduler(runtime, hop=hop, top_k=top_k, max_age=max_age, batch_wait_ms=batch_wait_ms)
+        self._scheduler = Scheduler(
+            runtime, hop=hop, top_k=top_k, max_age=max_age, batch_wait_ms=batch_wait_ms, gate=gate
+        )
         self._changed = threading.Condition()
         self._running: dict[str, Lane] = {}
         self._unsubscribe: dict[str, Callable[[], None]] = {}

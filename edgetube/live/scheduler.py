@@ -17,6 +17,7 @@ from edgetube import answer, preprocess
 from edgetube.contract import InputContract
 from edgetube.errors import InputError
 from edgetube.live.frame import Account, Frame, State
+from edgetube.live.novelty import NoveltyGate
 from edgetube.live.schedule import BATCH_WAIT_MS, MAX_AGE_S, Lane, Schedule, Work
 from edgetube.live.source import Ended, FrameSource, Policy
 from edgetube.live.window import Hop, LiveClip, Window, check, step
@@ -158,6 +159,9 @@ class _Feeder:
     owned: bool
     schedule: Schedule
     now: Callable[[], float]
+    gate: NoveltyGate | None = None
+    held: npt.NDArray[np.float32] | None = None
+    """The logits of the last clip that the model answered."""
     thread: threading.Thread | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     arrivals: deque[float] = field(default_factory=lambda: deque(maxlen=RHYTHM))
@@ -190,6 +194,18 @@ class _Feeder:
             if not self.schedule.offer(self.lane, clip, self.now() - began):
                 return
             began = self.now()
+
+    def still(self, clip: LiveClip) -> bool:
+        """Whether the last answer is repeated for this clip; if not, it is taken for answered."""
+        if self.gate is None:
+            return False
+        if clip.restarted is not None:
+            self.gate.reset()
+        seconds = clip.end or 0.0
+        if not self.gate.changed(clip.frames, seconds):
+            return True
+        self.gate.answered(clip.frames, seconds)
+        return False
 
     def answered(self, prediction: Prediction) -> None:
         with self.lock:
@@ -242,6 +258,7 @@ class Scheduler:
         hop: of each window, see `edgetube.live.window.step`.
         top_k: how many classes `Prediction.scores` holds.
         max_age, batch_wait_ms: see `edgetube.live.schedule.Schedule`.
+        gate: makes the `NoveltyGate` of a source; None: the model answers every clip.
         now: seconds of the monotonic clock that frames are captured by.
 
     Raises:
@@ -256,11 +273,13 @@ class Scheduler:
         top_k: int = 5,
         max_age: float | None = MAX_AGE_S,
         batch_wait_ms: float = BATCH_WAIT_MS,
+        gate: Callable[[], NoveltyGate] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         check(model.contract)
         step(hop, model.contract)
         self.model, self.hop, self.now = model, hop, now
+        self._gate = gate
         self.top_k = preprocess.count_of(top_k, "top_k")
         self.schedule = Schedule(model.batch, batch_wait_ms=batch_wait_ms, max_age=max_age, now=now)
         self._process = os.getpid()
@@ -288,8 +307,9 @@ class Scheduler:
                     f"there already is a source called {name!r:.60}: remove it first, or give another name"
                 )
             window = Window(self.model.contract, self.hop, ledger=source.ledger)
+            gate = None if self._gate is None else self._gate()
             lane = self.schedule.add(name, source.ledger, source.policy)
-            feeder = _Feeder(lane, source, window, owned, self.schedule, self.now)
+            feeder = _Feeder(lane, source, window, owned, self.schedule, self.now, gate)
             feeder.thread = threading.Thread(target=feeder.run, name=f"edgetube window of {name}", daemon=True)
             self._feeders[name] = feeder
             feeder.thread.start()
@@ -339,7 +359,7 @@ class Scheduler:
         try:
             began = self.now()
             outcomes = self._run(found, began)
-            if not isinstance(outcomes[0], Failed):
+            if any(isinstance(outcome, Prediction) and not outcome.skipped for outcome in outcomes):
                 seconds = self.now() - began
             for outcome in outcomes:
                 tell(outcome)
@@ -348,15 +368,41 @@ class Scheduler:
         return True
 
     def _run(self, works: Sequence[Work], began: float) -> Sequence[Outcome]:
-        clips = works[0].clip.frames[None] if len(works) == 1 else np.stack([work.clip.frames for work in works])
+        feeders = [self._feeder(work.lane) for work in works]
+        still = [feeder is not None and feeder.still(work.clip) for work, feeder in zip(works, feeders, strict=True)]
+        asked = [work.clip.frames for work, same in zip(works, still, strict=True) if not same]
         try:
-            logits = self.model(clips)
+            logits = iter(self.model(asked[0][None] if len(asked) == 1 else np.stack(asked)) if asked else ())
         except Exception as error:  # noqa: BLE001 - whatever the model raises is told to the app
+            for feeder in feeders:
+                if feeder is not None and feeder.gate is not None:
+                    feeder.gate.reset()
             return [Failed(tuple(dict.fromkeys(work.lane.name for work in works)), error)]
         ended = self.now()
-        return [self._answer(work, row, began, ended) for work, row in zip(works, logits, strict=True)]
+        outcomes = []
+        for work, feeder, same in zip(works, feeders, still, strict=True):
+            row = feeder.held if same and feeder is not None else next(logits)
+            assert row is not None
+            if feeder is not None:
+                feeder.held = row
+            outcomes.append(self._answer(work, feeder, row, began, ended, same))
+        return outcomes
 
-    def _answer(self, work: Work, logits: npt.NDArray[np.float32], began: float, ended: float) -> Prediction:
+    def _feeder(self, lane: Lane) -> _Feeder | None:
+        """Of a source; None where it was removed."""
+        with self._lock:
+            feeder = self._feeders.get(lane.name)
+        return feeder if feeder is not None and feeder.lane is lane else None
+
+    def _answer(
+        self,
+        work: Work,
+        feeder: _Feeder | None,
+        logits: npt.NDArray[np.float32],
+        began: float,
+        ended: float,
+        skipped: bool,
+    ) -> Prediction:
         clip = work.clip
         found = answer.prediction(
             logits,
@@ -370,10 +416,9 @@ class Scheduler:
             age_ms=(ended - clip.captured_at) * 1e3,
             dropped=work.dropped,
             restarted=clip.restarted,
+            skipped=skipped,
         )
-        with self._lock:
-            feeder = self._feeders.get(work.lane.name)
-        if feeder is not None and feeder.lane is work.lane:
+        if feeder is not None:
             feeder.answered(found)
         return found
 

@@ -299,9 +299,13 @@ def test_run_tells_when_labels_begin_and_end(
     assert re.search(
         rf"clip\.mp4 +[\d.]+ s  {first.label} closed  {first.start:.2f}-{first.end:.2f} s, peak 0\.\d\d", out
     )
-    code, _, err = edgetube_cli("run", tiny_bundle, clip, *rule)
-    assert code == 2
-    assert "--decide is about answers over time; add --stream" in err
+    for options in (rule, ("--skip-still",)):
+        code, _, err = edgetube_cli("run", tiny_bundle, clip, *options)
+        assert code == 2
+        assert f"{options[0]} is about answers over time; add --stream" in err
+    code, out, _ = edgetube_cli("run", tiny_bundle, clip, "--stream", "--skip-still", "--json")
+    assert code == 0
+    assert {json.loads(line)["skipped"] for line in out.splitlines()} == {False}  # the picture moves
 
 
 def test_parity_compares_spans_and_a_gate_over_a_video(

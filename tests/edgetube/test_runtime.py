@@ -240,6 +240,19 @@ def test_stream_and_predict_refuse_the_same_options(
         rt.stream(iter(clips[0]), hop=0)
 
 
+def test_a_stream_repeats_the_answer_to_a_still_picture(rt: edgetube.Runtime, rng: np.random.Generator) -> None:
+    picture, other = rng.integers(0, 256, (2, 32, 48, 3), np.uint8)
+    found = list(rt.stream([picture] * 14 + [other] * 4, hop=2, skip_still=True))
+    # The tubes of this model read frames 0 to 5 of a clip: what is new in the last two changes no answer.
+    assert [p.skipped for p in found] == [False, True, True, True, True, False]
+    assert {p.logits for p in found[:5]} == {found[0].logits}
+    np.testing.assert_array_equal(found[0].logits, rt(np.stack([picture] * 6 + [other] * 2)[None])[0])
+    np.testing.assert_array_equal(found[5].logits, rt(np.stack([picture] * 4 + [other] * 4)[None])[0])
+    assert not any(p.skipped for p in rt.stream([picture] * 14, hop=2))
+    with pytest.raises(InputError, match="skip_still"):
+        rt.stream([picture], skip_still=0.0)
+
+
 def test_stream_copies_what_it_is_given(rt: edgetube.Runtime, rng: np.random.Generator) -> None:
     frames = rng.integers(0, 256, (20, 32, 48, 3), np.uint8)
 

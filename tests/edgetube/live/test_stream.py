@@ -8,6 +8,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgetube.errors import BackendError, InputError
-from edgetube.live.scheduler import Scheduler
+from edgetube.live.novelty import NoveltyGate
+from edgetube.live.scheduler import Failed, Over, Scheduler
 from edgetube.live.source import FrameSource
 from edgetube.live.stream import Stream
+from edgetube.spec import ModelSpec, TubeSpec
 from tests.edgetube.live.doubles import CONTRACT, PATIENCE_S, Pixels, picture, pictures, seen
 
 
@@ -49,6 +52,42 @@ def test_every_clip_of_a_finite_source_is_answered_in_order() -> None:
     assert [p.start for p in found] == pytest.approx([i / 10 for i in range(17)])
     assert {(p.source, p.dropped, p.restarted) for p in found} == {("the frames", 0, None)}
     assert all(p.captured_at is not None and p.age_ms is not None and p.age_ms >= 0 for p in found)
+
+
+STILL = ModelSpec((TubeSpec((1, 4, 4), (1, 4, 4)),), 4, (8, 8), 8, 1, 1, (("x", 4),))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_still_clips_repeat_the_last_answer_without_the_model(batch: int) -> None:
+    """Grey levels of the frames; the windows are of four, one a frame."""
+    levels = [10] * 6 + [11] * 2 + [90] * 6
+    model, frames = Pixels(batch=batch), [np.full((8, 8, 3), level, np.uint8) for level in levels]
+    found = list(stream(frames, model, gate=partial(NoveltyGate, STILL), batch_wait_ms=5000.0))
+    expected, last = [], list[int]()
+    for i in range(len(levels) - 3):
+        window = levels[i : i + 4]
+        skipped = bool(last) and max(abs(a - b) for a, b in zip(window, last, strict=True)) < 4
+        last = last if skipped else window
+        expected.append((last, skipped))
+    assert [(seen(p), p.skipped) for p in found] == expected
+    assert sum(model.calls) == [p.skipped for p in found].count(False) == 5
+    assert [p.end for p in found] == pytest.approx([0.1 * i for i in range(4, 15)])
+
+
+def test_after_an_error_nothing_is_repeated_that_was_not_answered() -> None:
+    def fail(number: int) -> None:
+        if number == 0:
+            raise BackendError("once")
+
+    told: list[Any] = []
+    scheduler = Scheduler(Pixels(before=fail), hop=1, gate=partial(NoveltyGate, STILL))
+    source = FrameSource([np.full((8, 8, 3), 10, np.uint8)] * 7, fps=10.0)
+    scheduler.add("x", source, owned=True)
+    while not (told and isinstance(told[-1], Over)):
+        scheduler.step(told.append)
+    scheduler.close()
+    assert isinstance(told[0], Failed)
+    assert [p.skipped for p in told[1:-1]] == [False, True, True]
 
 
 @pytest.mark.parametrize("batch", [2, 4, 7])
