@@ -131,7 +131,8 @@ class Cameras:
                 self._unsubscribe[name] = unsubscribe
 
     def remove(self, name: str) -> None:
-        """A source leaves: its clips that wait do not run, and its name is free again.
+        """A source leaves: its clips that wait do not run, and its name is free again. The answer of a clip that runs
+        already may still come.
 
         Raises:
             InputError: there is none of that name.

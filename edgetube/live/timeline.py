@@ -176,12 +176,10 @@ class Timeline:
             return "its clock stands still", True
         if step < 0:
             return f"its clock jumped back by {-step:.3f} s", True
-        gap = self._rhythm.is_gap(step) if self._live else step > FREEZE_S
-        if not gap:
-            return None, False
-        if self._live and step - passed > JUMP_S:
+        if self._live and step - passed > JUMP_S:  # also where there is no rhythm yet, which would take it for its own
             return f"its clock jumped ahead by {step - passed:.3f} s", True
-        return f"no frame for {step:.3f} s", False
+        gap = self._rhythm.is_gap(step) if self._live else step > FREEZE_S
+        return (f"no frame for {step:.3f} s", False) if gap else (None, False)
 
     def _settle(self, time: float, arrived: float, look: Look, stamped: bool, why: str | None) -> Placed:
         assert self._shift is not None, "set with the first frame"

@@ -233,3 +233,54 @@ def test_two_sources_are_answered_at_the_same_time() -> None:
         assert cameras.wait(PATIENCE_S)
     assert heard.errors == []
     assert [len(heard.predictions[name]) for name in "ab"] == [17, 17]
+
+
+@pytest.mark.parametrize(("seed", "batch", "calls"), [(0, 1, 1), (1, 1, 3), (2, 3, 1), (3, 2, 2)])
+def test_whatever_cameras_do_the_account_balances_and_no_clip_shows_both_sides(
+    seed: int, batch: int, calls: int
+) -> None:
+    """Cameras push in their own threads, some of which wait, with jumps of their clocks, each of which begins another
+    picture; one is removed in the middle of it, and everything is closed at some moment."""
+    draw = random.Random(seed)
+    heard = Heard()
+    sources = {
+        name: FrameSource.pushed(name, policy="all" if name < "c" else "latest", capacity=draw.choice([2, 8, 64]))
+        for name in "abcde"
+    }
+
+    def film(source: FrameSource, lengths: list[int]) -> None:
+        seconds = 0.0
+        for span, length in enumerate(lengths):
+            seconds += 100.0
+            for _ in range(length):
+                seconds += 0.1
+                source.push(picture(span), seconds)
+
+    cameras = Cameras(Pixels(batch=batch), sources, hop=1, calls=calls, max_age=None, **heard.callbacks())
+    films = [
+        threading.Thread(target=film, args=(source, [draw.randrange(1, 30) for _ in range(12)]))
+        for source in sources.values()
+    ]
+    for thread in films:
+        thread.start()
+    heard.until(lambda: sum(map(len, heard.predictions.values())) >= 5)
+    cameras.remove("c")
+    for thread in films[: draw.randrange(1, 5)]:
+        thread.join()
+    cameras.close()
+    for source in sources.values():
+        source.close()
+    for thread in films:
+        thread.join()
+    for name, source in sources.items():
+        account = source.ledger.account()
+        assert account.waiting == 0
+        assert account.captured == account.used + sum(account.dropped.values())
+        answers = heard.predictions[name]
+        assert all(len(set(seen(p))) == 1 for p in answers)
+        assert [p.start for p in answers] == sorted({p.start for p in answers if p.start is not None})
+        spans = [seen(p)[0] for p in answers]
+        for p, before, span in zip(answers[1:], spans, spans[1:], strict=False):
+            assert p.restarted is not None or before == span
+        assert sum(p.dropped for p in answers) <= sum(account.dropped.values())
+    assert heard.errors == []

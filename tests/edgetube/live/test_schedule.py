@@ -315,7 +315,9 @@ def test_the_end_of_a_source_is_told_once_after_its_clips() -> None:
     assert over.error is error
 
 
-@pytest.mark.parametrize("options", [{"batch_wait_ms": -1}, {"max_age": "x"}, {"max_age": -0.1}, {"batch": 0}])
+@pytest.mark.parametrize(
+    "options", [{"batch_wait_ms": -1}, {"max_age": "x"}, {"max_age": -0.1}, {"max_age": 0}, {"batch": 0}]
+)
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected"):
         Schedule(**options)

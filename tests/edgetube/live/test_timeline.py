@@ -134,6 +134,11 @@ def test_a_jump_of_the_clock_is_told_and_taken_out(hours: float) -> None:
     assert [item.seconds for item in placed if item] == pytest.approx([i / 25 for i in range(100)])
 
 
+def test_a_clock_that_jumps_with_each_frame_never_becomes_the_rhythm() -> None:
+    placed = place([100.0 * i for i in range(5)], [i / 25 for i in range(5)])
+    assert list(reasons(placed)) == [1, 2, 3, 4]
+
+
 def test_the_clock_of_a_caller_is_not_touched() -> None:
     stamps = [i / 25 + 3600 * (i >= 60) for i in range(100)]
     placed = place(stamps, live=False)
