@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 from edgetube import decoding, hwdecode
+from edgetube.bench.studies.rtsp import filming
+from edgetube.bench.studies.servers import MJPEG, PACKET, Connection, Script, film, grey, jpeg, part, serving, spliced
 from edgetube.errors import InputError
 from edgetube.live import source as live_source
 from edgetube.live.frame import Frame, State
 from edgetube.live.source import Ended, FrameSource
-from tests.edgetube.live.rtsp import filming
-from tests.edgetube.live.servers import MJPEG, PACKET, Connection, Script, film, grey, jpeg, part, serving, spliced
 from tests.edgetube.live.test_source import PATIENCE_S, drain, picture
 
 

@@ -1,4 +1,4 @@
-"""A camera for tests: an RTSP server on this machine, with H.264 over the same TCP connection."""
+"""A camera that fails as it is told to: an RTSP server on this machine, with H.264 over the same TCP connection."""
 
 from __future__ import annotations
 
@@ -43,15 +43,18 @@ def pictures(count: int, size: tuple[int, int] = (64, 48)) -> list[list[bytes]]:
 
 
 class Camera:
-    """Sends 25 frames of camera time a second, faster than that, after each PLAY.
+    """Sends 25 frames of camera time a second after each PLAY.
 
     Args:
         user: "name:password" that it asks for.
         jump: (number of a frame, seconds by which its clock jumps there).
+        interval_s: seconds between two frames; less than 0.04 is faster than it was filmed.
     """
 
-    def __init__(self, user: str | None = None, jump: tuple[int, float] | None = None) -> None:
-        self.user, self.jump = user, jump
+    def __init__(
+        self, user: str | None = None, jump: tuple[int, float] | None = None, interval_s: float = 0.01
+    ) -> None:
+        self.user, self.jump, self.interval_s = user, jump, interval_s
         self.requests = self._port = 0
         self._pictures = pictures(100)
         self.start()
@@ -119,13 +122,15 @@ class Camera:
                     connection.sendall(struct.pack(">BBH", ord("$"), 0, len(packet)) + packet)
                     number += 1
                 stamp += TICKS // 25
-                if self._stopped.wait(0.01):
+                if self._stopped.wait(self.interval_s):
                     return
 
 
 @contextmanager
-def filming(user: str | None = None, jump: tuple[int, float] | None = None) -> Iterator[Camera]:
-    camera = Camera(user, jump)
+def filming(
+    user: str | None = None, jump: tuple[int, float] | None = None, interval_s: float = 0.01
+) -> Iterator[Camera]:
+    camera = Camera(user, jump, interval_s)
     try:
         yield camera
     finally:

@@ -1,4 +1,4 @@
-"""Cameras for tests: HTTP servers on this machine that send what a test tells them to."""
+"""Cameras that fail as they are told to: HTTP servers on this machine, for the soak and for tests."""
 
 from __future__ import annotations
 
