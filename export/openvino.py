@@ -95,13 +95,19 @@ def build(context: BuildContext) -> Built:
 
 
 def inference_precision(model: onnx.ModelProto, target: Target) -> list[str]:
-    """Types that float arithmetic may run in: no bfloat16 for a graph with convolutions.
+    """Types that float arithmetic may run in: no bfloat16 where OpenVINO 2026.4 computes something else in it.
 
-    OpenVINO 2026.4's kernel for AMX (`brgconv_avx512_amx_bf16`) computes some wrongly: an 8x8 kernel over 24 channels,
-    stride 8 of the built-in model's first tube, is off by more than its largest value.
+    Its kernel for convolutions on AMX (`brgconv_avx512_amx_bf16`) computes some wrongly: an 8x8 kernel over 24
+    channels, stride 8 of the built-in model's first tube, is off by more than its largest value. Its fused attention
+    is off by as much where there are as many heads as tokens, scores (B, n, n, n).
     """
-    types = INFERENCE_PRECISION[target.precision]
-    return [t for t in types if t != "bf16"] if any(node.op_type == "Conv" for node in model.graph.node) else types
+    from edgetube.export.statistics import tensor_shapes
+
+    known, types = tensor_shapes(model), INFERENCE_PRECISION[target.precision]
+    scores = [known[node.input[0]] for node in model.graph.node if node.op_type == "Softmax"]
+    wrong = any(node.op_type == "Conv" for node in model.graph.node)
+    wrong = wrong or any(len(shape) == 4 and len(set(shape[1:])) == 1 for shape in scores)
+    return [t for t in types if t != "bf16"] if wrong else types
 
 
 def _build_int8(graph: Graph, path: Path, table: CalibrationTable, precisions: list[str]) -> Built:

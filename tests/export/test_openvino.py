@@ -1,14 +1,18 @@
 """Export for OpenVINO: which types its float arithmetic may run in."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from edgetube import export
+from edgetube import export, metrics
+from edgetube.contract import InputContract
 from edgetube.export import canonical, static
 from edgetube.export.canonical import Graph
 from edgetube.model import checkpoints
+from edgetube.model.transformer import VideoTransformer
 from edgetube.runtimes.torch import Reference
 from tests.export import models
 
@@ -53,6 +57,33 @@ def test_epsilons_are_no_constants_of_the_graph(tmp_path: Path) -> None:
     operations = runtime.core().read_model(tmp_path / "model.xml").get_ops()
     epsilons = {op.get_attributes()["eps"] for op in operations if op.get_type_name() == "MVN"}
     assert epsilons == {float(np.float32(1e-12)), float(np.float32(1e-5))}
+
+
+def trace_divided(frames: int) -> tuple[Graph, Reference]:
+    """2 heads at each of 4 places: over time, as many as tokens where there are 8 frames."""
+    spec = dataclasses.replace(models.SPECS["divided"], frames=frames, size=(16, 16))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = VideoTransformer(spec).eval()
+    contract = InputContract(frames, 16, 16)
+    return canonical.trace(static.StaticTransformer(model, contract), spec, contract), Reference(model, contract)
+
+
+@pytest.mark.parametrize(("frames", "sound"), [(7, True), (8, False)])
+def test_attention_with_as_many_heads_as_tokens_is_not_computed_in_bfloat16(
+    frames: int, sound: bool, tmp_path: Path
+) -> None:
+    """On a processor with AMX, OpenVINO computes that attention wrongly: its error is as large as the values are."""
+    graph, reference = trace_divided(frames)
+    for name in ("openvino-fp16", "openvino-int8"):
+        types = exporter.inference_precision(graph.model, export.target(name))
+        assert ("bf16" in types) == sound
+    exporter.convert(graph.model, tmp_path / "model.xml", compress=False)
+    clips = np.random.default_rng(0).integers(0, 256, (4, *reference.contract.shape), np.uint8)
+    request = runtime.compile_model(tmp_path / "model.xml", types).create_infer_request()
+    answers = np.concatenate([np.array(request.infer([clip[None]])[0]) for clip in clips])
+    expected = np.concatenate([reference(clip[None]) for clip in clips])
+    assert metrics.sqnr(expected, answers) > 25
 
 
 def executed_layers(graph: Graph, path: Path) -> list[tuple[str, str]]:
