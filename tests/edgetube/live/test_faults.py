@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -231,6 +232,16 @@ def test_a_clock_of_33_bits_begins_again_without_a_word() -> None:
         assert [frame.seconds for frame in frames] == pytest.approx([i / FPS for i in range(76)], abs=1e-3)
 
 
+@pytest.mark.parametrize("before", [2**33 - 3600, 5 * 2**33 - 1, 100])
+@pytest.mark.parametrize("step", [3600, -3600, 90_000 * 3600, -90_000 * 3600])
+def test_the_ticks_of_a_broadcast_go_on_after_33_bits(before: int, step: int) -> None:
+    wrapped = (before + step) % 2**33
+    for form, expected in (("mpegts", before + step), ("mpeg", before + step), ("rtsp", wrapped)):
+        reader = cast(decoding.Reader, SimpleNamespace(form=form))
+        assert decoding.Reader._unwrapped(reader, wrapped, before) == expected
+        assert decoding.Reader._unwrapped(reader, wrapped, None) == wrapped
+
+
 def test_pictures_that_are_cut_off_are_counted_and_not_filled_with_grey() -> None:
     def script(connection: Connection) -> None:
         connection.begin(MJPEG)
@@ -357,6 +368,7 @@ def test_a_wrong_password_is_one_clear_error_without_it() -> None:
         asked = server.requests
         said = "".join(traceback.format_exception(caught.value)) + repr(source) + str(source.error) + " ".join(told)
         assert not [secret for secret in SECRETS if secret in said]
+        assert caught.value.__context__ is None
         assert asked <= 2  # FFmpeg asks without a password first
 
 
@@ -450,13 +462,16 @@ def test_a_subscriber_may_close_the_source_and_may_fail(monkeypatch: pytest.Monk
     raised: list[BaseException | None] = []
     monkeypatch.setattr(threading, "excepthook", lambda args: raised.append(args.exc_value))
     with serving(mjpeg) as server, FrameSource(server.url()) as source:
-        ended = threading.Event()
+        ended, inside = threading.Event(), list[str]()
 
         def rash(state: str, why: str) -> None:
+            assert not inside  # else it is called within its own call
+            inside.append(state)
             if state == "live":
                 source.close()
             if state == "closed":
                 ended.set()
+            inside.clear()
             raise RuntimeError(state)
 
         source.subscribe(rash)

@@ -101,8 +101,8 @@ def test_bursts_are_a_habit_of_a_source_without_stamps_once_they_were_made_up_fo
 
 
 def test_missing_frames_are_told_from_bursts() -> None:
-    missing = [100, 300, 500, 700, 701, 900]
-    assert list(arrive(np.delete(np.arange(1000) / 25, missing))) == [100, 299, 498, 697, 895]
+    missing = [100, 300, 500, 700, 701, 900, 915]
+    assert list(arrive(np.delete(np.arange(1000) / 25, missing))) == [100, 299, 498, 697, 895, 909]
 
 
 def test_what_was_kept_comes_at_once_in_the_beginning() -> None:
@@ -175,6 +175,17 @@ def test_frames_without_a_stamp_among_others_are_placed_by_arrival() -> None:
     assert [item.seconds for item in placed if item] == pytest.approx([i / 25 for i in range(100)])
 
 
+def test_frames_without_a_stamp_that_come_at_once_are_one_after_the_other() -> None:
+    placed = place([1.0, 1.04, None, None, 1.2], [5.0, 5.04, 5.12, 5.12, 5.2])
+    seconds = [item.seconds for item in placed if item]
+    assert len(seconds) == 5
+    assert seconds == sorted(set(seconds))
+
+
+def test_the_pairs_of_a_caller_may_have_the_same_time() -> None:
+    assert None not in place([0.0] * 10, live=False)
+
+
 def test_a_clock_that_stands_still_is_told() -> None:
     placed = place([7.0] * 12, steady(12))
     assert [i for i, item in enumerate(placed) if item is None] == [1, 2, 3, 4, 6, 7, 8, 9, 11]
@@ -200,9 +211,13 @@ def test_a_new_connection_goes_on_by_the_time_that_passed() -> None:
 @pytest.mark.parametrize("live", [True, False])
 def test_another_size_or_rotation_is_told(live: bool) -> None:
     timeline = Timeline(live)
-    looks = [LOOK, LOOK, Look(240, 320), Look(240, 320), Look(240, 320, ((0, 1), (1, 0)))]
+    looks = [LOOK, LOOK, Look(480, 320), Look(480, 320), Look(480, 320, ((0, 1), (1, 0))), Look(240, 320)]
     placed = [timeline.place(i / 25, i / 25, look) for i, look in enumerate(looks)]
-    assert reasons(placed) == {2: "its size changed from 640x480 to 320x240", 4: "its rotation changed"}
+    assert reasons(placed) == {
+        2: "its size changed from 640x480 to 320x480",
+        4: "its rotation changed",
+        5: "its size changed from 320x480 to 320x240",
+    }
 
 
 @given(
