@@ -217,6 +217,7 @@ def _measure(
                 value = view(layer, _first_clip(got[layer], backend.batch))
                 signal, noise = metrics.energies(ref, value.reshape(ref.shape))  # graphs keep some axes of length 1
                 sums[layer] = sums[layer][0] + signal, sums[layer][1] + noise
+        del taps  # before the next ones hold the weights once more
         yield from (Layer(layer, metrics.decibels(*sums[layer])) for layer in some)
         done += len(some)
         progress(f"{name}: layers", done, total)

@@ -60,7 +60,7 @@ class Backend(ABC):
         self._lock = threading.Lock()
         self._state = threading.Condition()
         self._callers: set[int] = set()  # threads
-        self._open = True
+        self._open, self._released = True, False
         self._process = os.getpid()
 
     @abstractmethod
@@ -95,7 +95,10 @@ class Backend(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Free the resources of `__init__`. Called once."""
+        """Free the resources of `__init__`, also after `release_calls`. Called once."""
+
+    def release_calls(self) -> None:  # noqa: B027  # a backend that has nothing of the kind frees nothing
+        """Free what `infer` needs and `layers` and `tap` do not; nothing by default."""
 
     def __call__(self, clips: npt.ArrayLike) -> Logits:
         """Logits (B, classes) float32 of clips (B, T, H, W, 3) uint8, any strides, any B.
@@ -149,10 +152,25 @@ class Backend(ABC):
         if os.getpid() != self._process:
             return  # it is the parent's
         with self._state:
-            if self._open:
-                self._open = False
-                self._state.wait_for(lambda: self._callers <= {threading.get_ident()})
+            self._end_calls()
+            if not self._released:
+                self._released = True
                 self.release()
+
+    def only_tap(self) -> None:
+        """Refuse calls from now on, as if closed, but not `layers` and `tap`, which open the artifact once more.
+
+        So the weights are not in memory twice. Waits for calls in progress.
+        """
+        with self._state:
+            if self._open:
+                self._end_calls()
+                self.release_calls()
+
+    def _end_calls(self) -> None:
+        if self._open:
+            self._open = False
+            self._state.wait_for(lambda: self._callers <= {threading.get_ident()})
 
     def __enter__(self) -> Self:
         return self

@@ -76,6 +76,7 @@ class Session(Backend):
         self.entries = _entries(bundle)
         self.session = _open(self.path, _options(threads, self.entries), self.provider, f"cannot open {self.path}")
         self.input = self.session.get_inputs()[0].name if self.session.get_inputs() else ""
+        self.outputs = {value.name for value in self.session.get_outputs()}
 
     def interface(self) -> Interface:
         inputs, outputs = (
@@ -101,8 +102,7 @@ class Session(Backend):
         return tuple(name for name in names if name in made)
 
     def tap(self, names: Sequence[str]) -> Tap:
-        given = {value.name for value in self.session.get_outputs()}
-        hidden = [name for name in names if name not in given]
+        hidden = [name for name in names if name not in self.outputs]
         beside = {BESIDE: str(self.path.parent)}
         options = _options(self.threads, {**self.entries, **beside})
         what = f"cannot open {self.path} with more outputs"
@@ -115,8 +115,11 @@ class Session(Backend):
 
         return show
 
-    def release(self) -> None:
+    def release_calls(self) -> None:
         del self.session
+
+    def release(self) -> None:
+        self.__dict__.pop("session", None)
 
 
 GRAPH, NODE, GRAPH_OUTPUT, NODE_OUTPUT, VALUE_NAME = 7, 1, 12, 2, 1

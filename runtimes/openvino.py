@@ -146,8 +146,12 @@ class Session(Backend):
 
         return show
 
-    def release(self) -> None:
+    def release_calls(self) -> None:
         del self.request, self.compiled
+
+    def release(self) -> None:
+        for name in ("request", "compiled"):
+            self.__dict__.pop(name, None)
 
 
 def compile_model(

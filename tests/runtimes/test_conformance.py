@@ -13,6 +13,7 @@ import pytest
 
 from edgetube import bundle as bundles
 from edgetube import demo, export, runtimes
+from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.errors import BackendError, BundleError, InputError
 from edgetube.export import pipeline
@@ -27,18 +28,24 @@ TARGETS = export.targets()
 
 
 @pytest.fixture(scope="module", params=sorted({t.backend for t in TARGETS.values()}))
-def opened(
+def exported(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Backend, Target]]:
-    """The first target of each backend, exported at batch 2 and opened."""
+) -> tuple[Bundle, str | None]:
+    """The first target of each backend, exported at batch 2, and the device that runs it here."""
     target = next(t for t in TARGETS.values() if t.backend == request.param and t.tolerance is not None)
     device = runtimes.proof_device(target.name, target.backend)
     if missing := target.missing(target.build_needs + (() if device else target.run_needs)):
         pytest.skip(f"{target.name} needs {', '.join(missing)} {target.remedy}")
     options = pipeline.Options(batch=2, lowering="gather")
-    bundle = pipeline.export_model(target.name, tiny_checkpoint, tmp_path_factory.mktemp("out"), options)
+    return pipeline.export_model(target.name, tiny_checkpoint, tmp_path_factory.mktemp("out"), options), device
+
+
+@pytest.fixture(scope="module")
+def opened(exported: tuple[Bundle, str | None]) -> Iterator[tuple[Backend, Target]]:
+    """The exported bundle, opened."""
+    bundle, device = exported
     with runtimes.open_bundle(bundle, device=device) as backend:
-        yield backend, target
+        yield backend, TARGETS[bundle.target]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -85,6 +92,26 @@ def test_closing_is_final(tiny_bundle: Path, rng: np.random.Generator) -> None:
     backend.close()
     with pytest.raises(BackendError, match="closed"):
         backend(clips)
+
+
+def test_without_calls_inner_tensors_are_still_shown(
+    exported: tuple[Bundle, str | None], rng: np.random.Generator
+) -> None:
+    bundle, device = exported
+    clips = rng.integers(0, 256, (bundle.batch, *bundle.contract.shape), np.uint8)
+    with runtimes.open_bundle(bundle, device=device) as backend:
+        names = backend.layers(["blocks.0", "logits"])
+        before = backend.tap(names)(clips) if names else {}
+        backend.only_tap()
+        backend.only_tap()
+        with pytest.raises(BackendError, match="closed"):
+            backend(clips)
+        assert backend.layers(["blocks.0", "logits"]) == names
+        after = backend.tap(names)(clips) if names else {}
+        assert before.keys() == after.keys() == {*names}
+        for name in names:
+            np.testing.assert_array_equal(before[name], after[name])
+    backend.close()
 
 
 def test_a_bundle_of_an_unknown_backend_says_to_upgrade(tiny_bundle: Path) -> None:
