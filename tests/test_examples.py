@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import edgetube
 from edgetube import demo
 
 ROOT = Path(__file__).parents[1]
@@ -101,3 +103,20 @@ def test_opencv(tiny_bundle: Path, tmp_path: Path, clip: str) -> None:
         : len(lines)
     ]
     assert len(expected) - len(lines) <= 1  # a file's last frame stays on display, a camera's does not
+
+
+BLOCKS = re.findall(r"```python\n(.+?)```", (ROOT / "docs" / "runtime.md").read_text("utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("what", ["rt.predict(", "rt.stream(", "cameras.wait()", "edgetube.Window("])
+def test_the_page_on_the_runtime(what: str, tiny_bundle: Path, clip: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its programs run, with a file in place of each camera."""
+    (code,) = [block for block in BLOCKS if what in block]
+    for given, here in {
+        "out/demo.onnx-fp32": str(tiny_bundle), "out/demo.onnx-int8": str(tiny_bundle), "clip.mp4": clip,
+        "rtsp://camera/stream": clip, "rtsp://door/stream": clip, '"yard": 0': f'"yard": {clip!r}',
+    }.items():  # fmt: skip
+        code = code.replace(given, here)
+    with edgetube.Runtime(tiny_bundle, threads=1) as rt:
+        exec(code, {"edgetube": edgetube, "rt": rt})
+    assert len(capsys.readouterr().out.splitlines()) >= 1
