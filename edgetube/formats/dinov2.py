@@ -9,12 +9,10 @@ Transformers Need Registers", ICLR 2024.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from edgetube.formats.reading import blocks, heads, result
-from edgetube.formats.reading.blocks import BlockNames, Weights
+from edgetube.formats.reading import blocks, heads, result, scaled_blocks
+from edgetube.formats.reading.blocks import Weights
 from edgetube.formats.reading.dialects import one_dialect
 from edgetube.formats.reading.files import Files, ReadOptions
 from edgetube.formats.reading.processors import contract
@@ -39,19 +37,6 @@ RESIZE: dict[str, PositionResize] = {PLAIN: "bicubic", REGISTERS: "bicubic-antia
 """How each class takes its position table, of 37x37 patches in the published files, to the size of the input."""
 
 PROCESSOR = "BitImageProcessor"
-
-BLOCK = BlockNames(
-    norm1="norm1",
-    qkv=("attention.query", "attention.key", "attention.value"),
-    proj="attention.o_proj",
-    norm2="norm2",
-    fc1=("mlp.fc1",),
-    fc2="mlp.fc2",
-    scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
-)
-FUSED = replace(BLOCK, fc1=("mlp.weights_in",), fc2="mlp.weights_out", gated=True)
-SPLIT = replace(BLOCK, fc1=("mlp.gate_proj", "mlp.up_proj"), fc2="mlp.down_proj", gated=True)
-"""With SwiGLU, as transformers 4 and 5 name it."""
 
 
 def detect(files: Files) -> bool:
@@ -82,22 +67,12 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         positions="stored",
         position_resize=RESIZE[kind],
     )
-    weights = _embedding(state, spec) | read_encoder(state, spec)
+    weights = _embedding(state, spec) | scaled_blocks.read_encoder(state, spec)
     made = contract(files, said, PROCESSOR, 1, {})
     notes = (*([note] if files.classifier else []), *config.answer_notes())
     names = None if files.classifier else config.id2label
     found = labels(files.path, options, names, classes)
     return result.checkpoint(files, state, spec, weights, made, found, notes)
-
-
-def read_encoder(state: State, spec: ModelSpec) -> Weights:
-    """Blocks, last LayerNorm and classifier, by names without what stands before `layers.`."""
-    names = BLOCK if not spec.gated_mlp else FUSED if "layers.0.mlp.weights_in.weight" in state else SPLIT
-    weights: Weights = {}
-    for i in range(spec.depth):
-        weights |= blocks.read_block(state, f"layers.{i}.", f"blocks.{i}", names, spec.width, spec.hidden)
-    weights |= blocks.norm(state, "layernorm", "norm", spec.width)
-    return weights | blocks.classifier(state, heads.NAME, spec)
 
 
 def _hidden(width: int, ratio: float, gated: bool) -> int:

@@ -12,8 +12,7 @@ import re
 from torch import Tensor
 
 from edgetube.errors import CheckpointError
-from edgetube.formats.dinov2 import read_encoder
-from edgetube.formats.reading import blocks, heads, onnx_files, result
+from edgetube.formats.reading import blocks, heads, onnx_files, result, scaled_blocks
 from edgetube.formats.reading.dialects import one_dialect
 from edgetube.formats.reading.files import Files, ReadOptions
 from edgetube.formats.reading.said import Said, input_contract, labels
@@ -82,7 +81,7 @@ def read(files: Files, options: ReadOptions) -> Checkpoint:
         "positions": positions,
         "prefix": state.take("embeddings.cls_token", "prefix", (1, 1, width))[0] + first,
     }
-    weights |= read_encoder(state, spec)
+    weights |= scaled_blocks.read_encoder(state, spec)
     state.leave(["embeddings.mask_token"], "it is for pre-training")
     if files.classifier:
         own = ("embeddings.", "layers.", "layernorm.", heads.NAME)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def deadly(index: int, parent: int, contract: InputContract) -> Clip:
     return slow(index - 1 if index == 5 else index, parent, contract)
 
 
-def items(count: int, how: object = slow) -> list[Item]:
-    return [Item(str(i), None, partial(how, i, os.getpid())) for i in range(count)]  # type: ignore[arg-type]
+def items(count: int, how: Callable[[int, int, InputContract], Clip] = slow) -> list[Item]:
+    return [Item(str(i), None, partial(how, i, os.getpid())) for i in range(count)]
 
 
 @pytest.mark.slow
