@@ -10,7 +10,7 @@ linear by linear. Behind a GELU, where scale and shift are operators of their ow
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +29,10 @@ QUANTILES = (0.0, 1e-4, 1e-3)
 
 QUANTILE_VALUES = 100_003
 """Values that quantiles are estimated from; a prime, so that the stride covers every channel."""
+
+SCREENING_ROWS, FINALISTS = 192, 5
+"""Rows of each half on which all candidates are compared first, and how many of the best, besides no equalisation, are
+then compared on all rows: successive halving (Jamieson & Talwalkar, 2016) with one step."""
 
 MAX_ERROR_RATIO, MAX_OPERATOR_ERROR_RATIO = 0.97, 0.5
 """Largest error relative to no equalisation at which one is used: where it is folded, and where it is an operator."""
@@ -162,15 +166,45 @@ def choose_behind_gelu(
 
 
 def _cross_validated(halves: Halves, weight: Array, activations: ActivationScheme, shifts: bool) -> list[Equalization]:
-    """All candidates of the whole tensor, with their cross-validated errors over the two halves."""
-    errors = []
-    for own, other in (halves, halves[::-1]):
-        exact = other.rows @ weight
-        options = candidates(own.channels, weight, shifts)
-        errors.append([_error(option, own.rows, other.rows, weight, exact, activations) for option in options])
-    whole = ChannelRanges.of(half.channels for half in halves)
-    found = zip(candidates(whole, weight, shifts), np.mean(errors, axis=0), strict=True)
-    return [replace(option, error=float(error)) for option, error in found]
+    """Candidates of the whole tensor, the first one none, with their cross-validated errors over the two halves.
+
+    Where there are many rows, candidates that do not reach the final are left out.
+    """
+    whole = list(candidates(ChannelRanges.of(half.channels for half in halves), weight, shifts))
+    made = [list(candidates(half.channels, weight, shifts)) for half in halves]
+    options = [
+        [(option, _clipped_ranges(option.apply(half.rows))) for option in side]
+        for half, side in zip(halves, made, strict=True)
+    ]
+    rows = [half.rows for half in halves]
+    entered = list(range(len(whole)))
+    if (step := min(map(len, rows)) // SCREENING_ROWS) > 1:
+        errors = _errors(entered, options, [some[::step] for some in rows], weight, activations)
+        best = sorted(entered[1:], key=lambda index: errors[index])[:FINALISTS]
+        entered = [0, *sorted(best)]
+    errors = _errors(entered, options, rows, weight, activations)
+    return [replace(whole[index], error=errors[index]) for index in entered]
+
+
+def _errors(
+    entered: Sequence[int],
+    options: Sequence[Sequence[tuple[Equalization, Sequence[Range]]]],
+    rows: Sequence[Array],
+    weight: Array,
+    activations: ActivationScheme,
+) -> dict[int, float]:
+    """The mean error of each candidate over the two halves, by its number.
+
+    Args:
+        entered: numbers of the candidates.
+        options: the candidates that each half of the clips gives, and their ranges there.
+        rows: of each half; a candidate is scored on those of the other one.
+    """
+    found = []
+    for own, other in zip(options, rows[::-1], strict=True):
+        exact = other @ weight
+        found.append([_error(*own[index], other, weight, exact, activations) for index in entered])
+    return dict(zip(entered, map(float, np.mean(found, axis=0)), strict=True))
 
 
 def _add_centre(chosen: Equalization, rows: Array, weight: Array, scales: ScaleType) -> Equalization:
@@ -196,24 +230,27 @@ def _add_centre(chosen: Equalization, rows: Array, weight: Array, scales: ScaleT
 
 
 def _error(
-    option: Equalization, known: Array, rows: Array, weight: Array, exact: Array, activations: ActivationScheme
+    option: Equalization,
+    ranges: Sequence[Range],
+    rows: Array,
+    weight: Array,
+    exact: Array,
+    activations: ActivationScheme,
 ) -> float:
-    """Relative output error on `rows`, with the best of the clipped ranges of the rows `known`."""
+    """Relative output error on `rows`, with the best of `ranges`."""
     x, w = option.apply(rows), option.weight(weight)
     quantised = fake_quantize_weights(w, absmax_scales(w))
     without_shift = exact if option.identity else exact - option.shift @ weight
     energy = float(np.vdot(without_shift, without_shift)) / max(float(np.vdot(exact, exact)), 1e-30)
-    ranges = (_clipped_range(option.apply(known), share) for share in QUANTILES)
-    fakes = (fake_quantize_activations(x, r, activations) for r in ranges)
+    fakes = (fake_quantize_activations(x, found, activations) for found in ranges)
     return energy * min(output_error(without_shift, fake, quantised) for fake in fakes)
 
 
-def _clipped_range(x: Array, share: float) -> Range:
-    """The range of rows with a share of the values clipped, half of it on either side."""
-    if share == 0:
-        low, high = float(x.min()), float(x.max())
-    else:
-        values = x.reshape(-1)
-        some = values[:: max(1, len(values) // QUANTILE_VALUES)]
-        low, high = (float(v) for v in np.quantile(some, [share / 2, 1 - share / 2]))
-    return Range(min(low, 0.0), max(high, 0.0), "rows")
+def _clipped_ranges(x: Array) -> list[Range]:
+    """The ranges of rows with each share of `QUANTILES` of the values clipped, half of it on either side; 0 first."""
+    values = x.reshape(-1)
+    some = values[:: max(1, len(values) // QUANTILE_VALUES)]
+    shares = [share / 2 for share in QUANTILES[1:]]
+    found = np.quantile(some, [*shares, *(1 - share for share in shares)])  # at once: most of it is sorting
+    ends = [(float(x.min()), float(x.max())), *zip(*np.split(found, 2), strict=True)]
+    return [Range(min(float(low), 0.0), max(float(high), 0.0), "rows") for low, high in ends]

@@ -306,10 +306,39 @@ def stages(model: onnx.ModelProto, roles: GraphRoles) -> tuple[Stage, ...]:
         groups[name] = [node for node in left if needed & set(node.output)]
         left = [node for node in left if not needed & set(node.output)]
     groups |= {"classifier": left} if left else {}
-    constant = {tensor.name for tensor in model.graph.initializer}
-    wanted = {value.name for value in model.graph.output}
+    return _linked(model, list(groups.items()), {value.name for value in model.graph.output})
+
+
+def split_stage(model: onnx.ModelProto, stage: Stage, cuts: Collection[str]) -> tuple[Stage, ...]:
+    """A stage in parts that run one after the other: each of its tensors in `cuts` is an output of a part."""
+    groups: list[tuple[str, list[onnx.NodeProto]]] = []
+    left = list(stage.nodes)
+    for cut in [name for node in stage.nodes for name in node.output if name in cuts]:
+        needed = {cut}
+        for node in reversed(left):
+            if needed & set(node.output):
+                needed |= set(node.input)
+        if part := [node for node in left if needed & set(node.output)]:
+            groups.append((f"{stage.name} to {cut}", part))
+            left = [node for node in left if not needed & set(node.output)]
+    groups += [(stage.name, left)] if left else []
+    return _linked(model, groups, {*stage.outputs, *cuts})
+
+
+def join_stages(model: onnx.ModelProto, stages: Sequence[Stage]) -> Stage:
+    """The last stages of a graph as one."""
+    nodes = [node for stage in stages for node in stage.nodes]
+    (joined,) = _linked(model, [(stages[0].name, nodes)], {value.name for value in model.graph.output})
+    return joined
+
+
+def _linked(
+    model: onnx.ModelProto, groups: Sequence[tuple[str, list[onnx.NodeProto]]], wanted: set[str]
+) -> tuple[Stage, ...]:
+    """Stages of nodes that run in this order; `wanted`: tensors that are read after the last one."""
+    constant, wanted = {tensor.name for tensor in model.graph.initializer}, set(wanted)
     found = []
-    for name, nodes in reversed(groups.items()):
+    for name, nodes in reversed(groups):
         made = [output for node in nodes for output in node.output]
         read = dict.fromkeys(i for node in nodes for i in node.input if i and i not in constant and i not in set(made))
         found.append(Stage(name, tuple(nodes), tuple(read), tuple(o for o in made if o in wanted)))

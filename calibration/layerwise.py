@@ -8,7 +8,7 @@ kept, in files, so memory does not grow with the number of clips.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -406,17 +406,47 @@ class LayerwiseCalibrator:
         streams: dict[str, RowArray] = {self.input: np.stack([self.clips.frames[i] for i in self.correction])}
         every = range(len(self.correction))
         for stage in track(self.stages, "correct biases", len(self.stages), self.progress):
+            chosen = [each for each in self._linears(stage) if each.name in quantised and each.bias is not None]
+            read = {linear.activation for linear in chosen}
+            for linear in chosen:
+                if linear.activation in streams:
+                    self._correct_bias(linear, streams[linear.activation], state)
+            parts = graphs.split_stage(self.model, stage, read)
+            later = self._later(stage)
+            for index, part in enumerate(parts):
+                inside = {name for other in parts[index + 1 :] for name in other.inputs}
+                streams = self._run(part, state.values, streams, every, {}, quantised, state, later=later | inside)
+                for linear in chosen:
+                    if linear.activation in part.outputs:
+                        self._correct_bias(linear, streams[linear.activation], state)
+
+    def _correct_bias(self, linear: Linear, activation: RowArray, state: CalibrationState) -> None:
+        """Correct one bias, by the activation of the quantised graph on the correction clips (N, ..., K)."""
+        assert linear.bias is not None
+        found = state.choices[linear.name].range
+        fakes = (numeric.fake_quantize_activations(clip, found, self.activations) for clip in activation)
+        means = [fake.reshape(-1, fake.shape[-1]).mean(axis=0, dtype=np.float64) for fake in fakes]
+        weight, fake_weight = self._value(linear.weight, state), self.dequantized_weight(linear, state)
+        drift = np.mean(means, axis=0) @ fake_weight.astype(np.float64) - state.means[linear.name] @ weight
+        state.biases[linear.bias] = (self._value(linear.bias, state) - drift).astype(np.float32)
+
+    def one_by_one(
+        self, state: CalibrationState, names: frozenset[str], clips: Sequence[Frames]
+    ) -> Iterator[tuple[str, Array]]:
+        """Logits (n, classes) on clips (T, H, W, 3) with each of the linears `names` quantised alone, in order.
+
+        The graph runs from the stage of the linear on: what is before it does not change.
+        """
+        streams: dict[str, RowArray] = {self.input: np.stack(clips)}
+        every, logits = range(len(clips)), self.model.graph.output[0].name
+        for index, stage in enumerate(self.stages):
+            rest = graphs.join_stages(self.model, self.stages[index:])
             for linear in self._linears(stage):
-                if linear.name not in quantised or linear.bias is None:
-                    continue
-                tensor = graphs.dequantized_name(linear.activation)
-                stats = ActivationStats(tensor, len(every))
-                self._run(stage, state.values, streams, every, {tensor: stats}, quantised, state, keep=False)
-                weight = self._value(linear.weight, state)
-                fake = self.dequantized_weight(linear, state)
-                drift = stats.means.mean(axis=0) @ fake.astype(np.float64) - state.means[linear.name] @ weight
-                state.biases[linear.bias] = (self._value(linear.bias, state) - drift).astype(np.float32)
-            streams = self._run(stage, state.values, streams, every, {}, quantised, state)
+                if linear.name in names:
+                    alone = frozenset([linear.name])
+                    made = self._run(rest, state.values, streams, every, {}, alone, state, later=set())
+                    yield linear.name, np.concatenate(list(made[logits]))
+            streams = self._run(stage, state.values, streams, every, {})
 
     def fake_quantized(self, state: CalibrationState, quantised: frozenset[str]) -> onnx.ModelProto:
         """The whole graph with fake quantisation of the linears in `quantised`."""
@@ -458,10 +488,14 @@ class LayerwiseCalibrator:
         watched: Mapping[str, ActivationStats],
         quantised: frozenset[str] = frozenset(),
         state: CalibrationState | None = None,
-        keep: bool = True,
+        later: set[str] | None = None,
     ) -> dict[str, RowArray]:
-        """Run one stage on every clip and update the statistics of `watched`; returns what later stages read."""
-        kept = stage.outputs if keep else ()
+        """Run one stage on every clip and update the statistics of `watched`; returns what later stages read.
+
+        Args:
+            later: tensors of `streams` to return besides the stage's outputs; None for those that later stages read.
+        """
+        kept = stage.outputs
         fetched = list(dict.fromkeys([*kept, *(name for name in watched if name not in stage.inputs)]))
         part = graphs.replace_initializers(graphs.extract_stage(self.model, stage), values)
         if state is not None:
@@ -469,7 +503,8 @@ class LayerwiseCalibrator:
         part = graphs.extract_subgraph(part, fetched)
         call = self.open(part)
         needed = {value.name for value in part.graph.input}
-        carried = {name: array for name, array in streams.items() if name in self._later(stage)}
+        later = self._later(stage) if later is None else later
+        carried = {name: array for name, array in streams.items() if name in later}
         made: dict[str, DiskArray] = {}
         for index in clips:
             feeds = {name: streams[name][index] for name in needed}

@@ -171,7 +171,7 @@ class GramAccumulator:
 
     def add(self, rows: Array) -> None:
         """Add rows (R, K)."""
-        self.total += gram_matrix(rows)
+        self.total += rows.T @ rows
         self.sums += rows.sum(axis=0, dtype=np.float64)
         self.rows += len(rows)
 

@@ -90,19 +90,41 @@ class AccuracyBudget:
             f"{100 / len(self.clips):.2g} points, so none may be lost: give --calib more clips"
         )
 
+    @property
+    def labelled(self) -> bool:
+        """Whether all clips have labels, so that the loss is one of top-1 accuracy."""
+        return bool((self.clips.labels >= 0).all())
+
+    @property
+    def points(self) -> float:
+        """The points that may be lost on all clips."""
+        if self.max_drop is not None:
+            return self.max_drop
+        return max(MAX_DROP if self.labelled else MAX_DISAGREEMENT, 100 / len(self.clips))
+
     def verdict(self, logits: Array) -> Verdict:
-        """The verdict on other logits (N, classes) for the same clips."""
-        truth, count = self.clips.labels, len(self.clips)
-        labelled = bool((truth >= 0).all())
-        agreement = metrics.agreement(self.logits, logits)
+        """The verdict on other logits (n, classes) for the same clips, or for the first n of them."""
+        count, labelled = len(logits), self.labelled
+        truth, exact = self.clips.labels[:count], self.logits[:count]
+        agreement = metrics.agreement(exact, logits)
         top1 = metrics.top_k(logits, truth) if labelled else None
-        top1_float = metrics.top_k(self.logits, truth) if labelled else None
+        top1_float = metrics.top_k(exact, truth) if labelled else None
         loss = 1 - agreement if top1 is None or top1_float is None else top1_float - top1
-        budget = self.max_drop
-        if budget is None:
-            budget = max(MAX_DROP if labelled else MAX_DISAGREEMENT, 100 / count)
-        sqnr = metrics.sqnr(self.logits, logits)
-        return Verdict(count, labelled, top1, top1_float, agreement, sqnr, 100 * loss, budget)
+        return Verdict(
+            count, labelled, top1, top1_float, agreement, metrics.sqnr(exact, logits), 100 * loss, self.points
+        )
+
+    def exceeded(self, logits: Array) -> bool:
+        """Whether the first n answers (n, classes) have lost the budget already, whatever the other clips give.
+
+        The other clips can at best agree; with labels they can at best be right where the float graph is wrong. So no
+        verdict changes by stopping here (a curtailed test).
+        """
+        found, left = self.verdict(logits), len(self.clips) - len(logits)
+        lost = found.loss * len(logits) / 100
+        if self.labelled and left:
+            lost -= left * (1 - metrics.top_k(self.logits[-left:], self.clips.labels[-left:]))
+        return 100 * lost / len(self.clips) > self.points + 1e-9
 
 
 @dataclass(frozen=True)
@@ -122,6 +144,19 @@ def compute_logits(
     call, name = open_graph(model), model.graph.input[0].name
     rows = track(clips.frames, stage, len(clips), progress)
     return np.concatenate([call({name: frames[None]})[0] for frames in rows])
+
+
+def judge(
+    model: onnx.ModelProto, budget: AccuracyBudget, open_graph: OpenGraph, progress: Progress = silent
+) -> Verdict:
+    """The verdict on a graph with batch 1. It ends with the clip at which the budget is exceeded for certain."""
+    call, name = open_graph(model), model.graph.input[0].name
+    found = np.empty_like(budget.logits)
+    for index, frames in enumerate(track(budget.clips.frames, "judge accuracy", len(budget.clips), progress)):
+        found[index] = call({name: frames[None]})[0][0]
+        if budget.exceeded(found[: index + 1]):
+            return budget.verdict(found[: index + 1])
+    return budget.verdict(found)
 
 
 def search(calibrator: LayerwiseCalibrator, state: CalibrationState, budget: AccuracyBudget) -> SearchResult:
@@ -144,22 +179,21 @@ def search(calibrator: LayerwiseCalibrator, state: CalibrationState, budget: Acc
     ranking = rank(calibrator, state, budget, admitted)
     worst = sorted(ranking, key=lambda name: -ranking[name])
     most = _max_fallbacks(worst, work, (1 - MIN_INT8_SHARE) * sum(work[name] for name in admitted))
-    low, high, best = 1, most, (0, verdict)
+    low, high, best = 1, most, (0, verdict, dict(state.biases))
     while low <= high:
         middle = (low + high) // 2
         verdict = _evaluate(calibrator, state, budget, admitted - frozenset(worst[:middle]))
         if verdict.within_budget:
-            best, high = (middle, verdict), middle - 1
+            best, high = (middle, verdict, dict(state.biases)), middle - 1
         else:
             low = middle + 1
-    count, verdict = best
+    count, verdict, state.biases = best
     if not count:
         raise ParityError(
             f"INT8 loses {verdict} with the {most} most sensitive of {len(admitted)} linears in floating point; "
             "nothing was written: allow more with --max-drop, give more --calib clips, or use a float target"
         )
     fallen = frozenset(worst[:count])
-    _evaluate(calibrator, state, budget, admitted - fallen)
     reasons |= {name: f"fell back: alone it moves the logits by {ranking[name]:.1%}" for name in fallen}
     return SearchResult(admitted - fallen, reasons, ranking, verdict)
 
@@ -175,7 +209,7 @@ def _evaluate(
 ) -> Verdict:
     calibrator.correct_biases(state, quantised)
     model = calibrator.fake_quantized(state, quantised)
-    return budget.verdict(compute_logits(model, budget.clips, calibrator.open, "judge accuracy", calibrator.progress))
+    return judge(model, budget, calibrator.open, calibrator.progress)
 
 
 def rank(
@@ -184,9 +218,7 @@ def rank(
     """Sensitivity of each linear: relative root mean square error of the logits with that one quantised."""
     some = range(0, len(budget.clips), max(1, len(budget.clips) // RANKING_CLIPS))[:RANKING_CLIPS]
     state.biases.clear()
-    moved = {}
-    for name in track(sorted(names), "rank linears", len(names), calibrator.progress):
-        call = calibrator.open(calibrator.fake_quantized(state, frozenset([name])))
-        logits = np.concatenate([call({calibrator.input: budget.clips.frames[i][None]})[0] for i in some])
-        moved[name] = 10 ** (-metrics.sqnr(budget.logits[list(some)], logits) / 20)
-    return moved
+    clips, exact = [budget.clips.frames[i] for i in some], budget.logits[list(some)]
+    found = calibrator.one_by_one(state, names, clips)
+    shown = track(found, "rank linears", len(names), calibrator.progress)
+    return {name: 10 ** (-metrics.sqnr(exact, logits) / 20) for name, logits in shown}

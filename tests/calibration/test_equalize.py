@@ -205,20 +205,40 @@ class TestChoice:
 
     def test_a_range_of_rows(self, rng: np.random.Generator) -> None:
         x = rng.standard_normal((50, 12)).astype(np.float32) + 2
-        whole = equalize._clipped_range(x, 0.0)
+        whole, *clipped = equalize._clipped_ranges(x)
         assert (whole.low, whole.high) == (min(0.0, float(x.min())), float(x.max()))
-        found = equalize._clipped_range(x, 0.1)
-        low, high = np.quantile(x, [0.05, 0.95])
-        assert (found.low, found.high) == (min(0.0, low), high)
-        negative = equalize._clipped_range(-x, 0.1)
-        assert (negative.low, negative.high) == (pytest.approx(-high), max(0.0, -low))
-        positive = equalize._clipped_range(np.abs(x) + 1, 0.0)
-        assert positive.low == 0.0
+        for found, share in zip(clipped, equalize.QUANTILES[1:], strict=True):
+            low, high = np.quantile(x, [share / 2, 1 - share / 2])
+            assert (found.low, found.high) == (min(0.0, low), high)
+        for found, other in zip(equalize._clipped_ranges(-x), [whole, *clipped], strict=True):
+            assert (found.low, found.high) == pytest.approx((-other.high, max(0.0, -other.low)))
+        assert [found.low for found in equalize._clipped_ranges(np.abs(x) + 1)] == [0.0] * 3
         many = rng.standard_normal((20_000, 12)).astype(np.float32)
         many[1, 1], many[1, 2] = 9.0, -9.0  # where a sample does not look
-        assert (equalize._clipped_range(many, 0.0).low, equalize._clipped_range(many, 0.0).high) == (-9.0, 9.0)
+        whole, *clipped = equalize._clipped_ranges(many)
+        assert (whole.low, whole.high) == (-9.0, 9.0)
         drawn = many.reshape(-1)[:: many.size // 100_003]
-        assert equalize._clipped_range(many, 0.1).high == np.quantile(drawn, 0.95)
+        assert clipped[-1].high == np.quantile(drawn, 1 - equalize.QUANTILES[-1] / 2)
+
+    def test_many_rows_are_screened(self, rng: np.random.Generator, weight: Array) -> None:
+        """The best of few rows are compared on all, and no equalisation always is; the winner is that of all rows."""
+        rows = (rng.standard_normal((2400, 12)) * np.geomspace(0.1, 20, 12) + np.linspace(-3, 9, 12)).astype(np.float32)
+        parts = halves(rows)
+        found = equalize._cross_validated(parts, weight, "uint8", shifts=True)
+        assert len(found) == 1 + equalize.FINALISTS
+        assert found[0].identity
+        sides = [list(equalize.candidates(side.channels, weight)) for side in parts]
+        by_hand = {
+            first.name: (
+                error_of(first, parts[0].rows, parts[1].rows, weight, "uint8")
+                + error_of(second, parts[1].rows, parts[0].rows, weight, "uint8")
+            )
+            / 2
+            for first, second in zip(*sides, strict=True)
+        }
+        for option in found:
+            assert option.error == pytest.approx(by_hand[option.name], rel=0.1)
+        assert min(option.error for option in found) == pytest.approx(min(by_hand.values()), rel=0.1)
 
 
 class TestCentre:

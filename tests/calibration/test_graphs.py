@@ -197,6 +197,31 @@ class TestStages:
             known |= dict(zip(stage.outputs, run(part, {n: known[n] for n in stage.inputs}), strict=True))
         np.testing.assert_array_equal(known["logits"], run(model)[0])
 
+    def test_a_stage_is_cut_at_its_tensors(self, model: onnx.ModelProto) -> None:
+        whole = graphs.stages(model, ROLES)[1]
+        cuts = {"blocks.0.norm1", "blocks.0.mlp.act", "tubes.0.sum", "logits"}  # two of which it does not make
+        parts = graphs.split_stage(model, whole, cuts)
+        assert [part.name for part in parts] == [
+            "blocks.0.scores to blocks.0.norm1", "blocks.0.scores to blocks.0.mlp.act", "blocks.0.scores"
+        ]  # fmt: skip
+        assert [n.name for part in parts for n in part.nodes] == [n.name for n in whole.nodes]
+        known: dict[str, Any] = {"tubes.0.sum": run(graphs.extract_subgraph(model, ["tubes.0.sum"]))[0]}
+        for part in parts:
+            made = run(graphs.extract_stage(model, part), {n: known[n] for n in part.inputs})
+            known |= dict(zip(part.outputs, made, strict=True))
+        assert {*known} >= {"blocks.0.norm1", "blocks.0.mlp.act"}
+        np.testing.assert_array_equal(
+            known["blocks.0.scores"], run(graphs.extract_subgraph(model, ["blocks.0.scores"]))[0]
+        )
+        assert graphs.split_stage(model, whole, ()) == (whole,)
+        assert graphs.split_stage(model, whole, {"blocks.0.scores"})[0].nodes == whole.nodes
+
+    def test_the_rest_of_a_graph_as_one_stage(self, model: onnx.ModelProto) -> None:
+        rest = graphs.join_stages(model, graphs.stages(model, ROLES)[2:])
+        assert (rest.inputs, rest.outputs) == (("blocks.0.scores", "tubes.0.sum"), ("logits",))
+        before = dict(zip(rest.inputs, run(graphs.extract_subgraph(model, list(rest.inputs))), strict=True))
+        np.testing.assert_array_equal(run(graphs.extract_stage(model, rest), before)[0], run(model)[0])
+
 
 def test_only_what_is_asked_for(model: onnx.ModelProto) -> None:
     part = graphs.extract_subgraph(model, ["blocks.0.mlp.act", "cast"])

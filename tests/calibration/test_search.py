@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,17 @@ def run(
 
     def attempt(calibrator: Any, state: Any, budget: Any, quantised: frozenset[str]) -> Verdict:
         tried.append(quantised)
+        state.biases = {name: np.zeros(1, np.float32) for name in quantised}
         return FAILS if quantised & {*sensitive} else HOLDS
 
     monkeypatch.setattr(search, "_evaluate", attempt)
     found = {name: sensitive.get(name, 0.001) for name in sizes} if ranking is None else ranking
     monkeypatch.setattr(search, "rank", lambda calibrator, state, budget, names: {n: found[n] for n in names})
     stub: Any = Stub(graph(sizes))
-    return search.search(
-        stub, CalibrationState(), AccuracyBudget(clips([0]), np.zeros((1, 2), np.float32), None)
-    ), tried
+    state, budget = CalibrationState(), AccuracyBudget(clips([0]), np.zeros((1, 2), np.float32), None)
+    result = search.search(stub, state, budget)
+    assert state.biases.keys() == result.quantised  # biases are those of the result
+    return result, tried
 
 
 BLOCKS = {f"blocks.{i}.mlp.fc1": (10, 4, 8) for i in range(8)}
@@ -125,8 +128,7 @@ class TestFallback:
         assert found.ranking.keys() == BLOCKS.keys()
         assert found.verdict is HOLDS
         assert tried[0] == frozenset(BLOCKS)
-        assert tried[-1] == found.quantised  # biases are those of the result
-        assert len({*tried[:-1]}) == len(tried) - 1  # each takes minutes: no number is tried again
+        assert len({*tried}) == len(tried)  # each takes minutes: no number is tried again
 
     def test_no_more_than_half_of_the_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
         sensitive = {f"blocks.{i}.mlp.fc1": 0.9 - 0.1 * i for i in range(5)}
@@ -229,6 +231,48 @@ class TestVerdict:
             assert budget.verdict(self.answers([1] * (18 - wrong) + [0] * wrong)).within_budget == holds
 
 
+class TestExceeded:
+    """Judging stops where no verdict could change."""
+
+    def outcomes(self, labels: list[int], exact: list[int], found: list[int], max_drop: float | None) -> int:
+        """After how many clips the budget is exceeded; 0 if it never is. Checks that against every continuation."""
+        classes = np.eye(3, dtype=np.float32)
+        budget = AccuracyBudget(clips(labels), classes[exact], max_drop)
+        for count in range(1, len(found) + 1):
+            rests = itertools.product(range(3), repeat=len(found) - count)
+            lost = not any(budget.verdict(classes[[*found[:count], *rest]]).within_budget for rest in rests)
+            assert budget.exceeded(classes[found[:count]]) == lost
+            if lost:
+                assert not budget.verdict(classes[found[:count]]).within_budget
+                return count
+        return 0
+
+    @given(data=st.data(), size=st.integers(1, 5), max_drop=st.sampled_from([None, 0.0, 20.0, 34.0, 70.0]))
+    def test_only_when_every_continuation_exceeds_it(self, data: Any, size: int, max_drop: float | None) -> None:
+        picks = st.lists(st.integers(0, 2), min_size=size, max_size=size)
+        labels = data.draw(st.one_of(picks, st.just([-1] * size)))
+        stopped = self.outcomes(labels, data.draw(picks), found := data.draw(picks), max_drop)
+        assert 0 <= stopped <= len(found)
+
+    def test_the_clips_that_follow_are_not_shown(self) -> None:
+        """Of ten clips without labels one may change; the third and the fifth do."""
+        frames = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1, 1)
+        seen = Clips("x", frames, np.full(10, -1), tuple("abcdefghij"), "")
+        shown: list[int] = []
+
+        def open_graph(model: onnx.ModelProto) -> Any:
+            def call(feeds: Any) -> Any:
+                shown.append(int(feeds["a.in"].flat[0]))
+                return [np.eye(2, dtype=np.float32)[[int(shown[-1] in (2, 4))]]]
+
+            return call
+
+        budget = AccuracyBudget(seen, np.eye(2, dtype=np.float32)[[0] * 10], None)
+        verdict = search.judge(graph({"a": (1, 1, 2)}), budget, open_graph)
+        assert shown == [0, 1, 2, 3, 4]
+        assert (verdict.clips, verdict.agreement, verdict.within_budget) == (5, 0.6, False)
+
+
 def test_answers_are_those_to_every_clip_in_its_order(tmp_path: Path) -> None:
     frames = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1, 1).repeat(3, axis=-1)
     seen = Clips("x", frames, np.zeros(5, int), tuple("abcde"), "")
@@ -255,18 +299,11 @@ class RankStub(Stub):
     def progress(self, *step: Any) -> None:
         self.steps.append(step)
 
-    def fake_quantized(self, state: CalibrationState, quantised: frozenset[str]) -> str:
+    def one_by_one(self, state: CalibrationState, names: frozenset[str], clips: list[Any]) -> Any:
         assert not state.biases
-        (name,) = quantised
-        return name
-
-    def open(self, name: str) -> Any:
-        def call(feeds: dict[str, Any]) -> list[npt.NDArray[np.float32]]:
-            clip = int(feeds["frames"].flat[0])
-            self.seen.setdefault(name, []).append(clip)
-            return [np.array([[1, clip]], np.float32) * (1 + 0.1 * int(name))]
-
-        return call
+        for name in sorted(names):
+            self.seen[name] = [int(clip.flat[0]) for clip in clips]
+            yield name, np.array([[1, clip] for clip in self.seen[name]], np.float32) * (1 + 0.1 * int(name))
 
 
 @pytest.mark.parametrize(("count", "step"), [(1, 1), (15, 1), (16, 1), (17, 1), (31, 1), (32, 2), (40, 2), (50, 3)])
