@@ -277,7 +277,7 @@ def _candidates(bundles: Sequence[Bundle], threads: int | None, options: Options
             "size_mb": None,
         }
         given: dict[str, Any] = {"path": str(first.path), "camera": options.camera_size}
-        given["checkpoint"] = first.checkpoint["source"]
+        given["checkpoint"] = dict(first.checkpoint)
         worker = "edgetube.bench.worker:reference"
         yield Candidate("PyTorch", worker, given, threads, first.batch, facts, first.spec.macs())
     for bundle in bundles:

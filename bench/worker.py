@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -61,15 +61,17 @@ def bundle(
     return Benchmarkable(lambda: rt(clips), prepare, rt, rt.describe())
 
 
-def reference(stage_timer: StageTimer, path: str, checkpoint: str, camera: tuple[int, int]) -> Benchmarkable:
-    """Open the PyTorch model that a bundle was made from; `OMP_NUM_THREADS` says its threads."""
+def reference(
+    stage_timer: StageTimer, path: str, checkpoint: Mapping[str, str], camera: tuple[int, int]
+) -> Benchmarkable:
+    """Open the PyTorch model that a bundle was made from, found at `checkpoint`; `OMP_NUM_THREADS` says its threads."""
     from edgetube import bundle as bundles
     from edgetube import formats
     from edgetube.runtimes.torch import Reference
 
     stage_timer("import")
     found = bundles.load(path)
-    trained = formats.of_bundle(formats.at_source(found, checkpoint))
+    trained = formats.of_bundle(replace(found, checkpoint=checkpoint))
     model = Reference(trained.model, trained.contract)
     stage_timer("load")
     clips, prepare = _inputs(found, camera)

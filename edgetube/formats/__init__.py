@@ -17,6 +17,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import entry_points
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -145,7 +146,8 @@ def of_bundle(bundle: Bundle) -> Checkpoint:
     beside = {f"--{name.replace('_', '-')} {path}": path for name in PATHS if (path := getattr(options, name))}
     if gone := [said for said, path in beside.items() if not Path(path).exists()]:
         raise CheckpointError(
-            f"{bundle.path} was made with {gone[0]}, which is not there; put it back, or export it again"
+            f"{bundle.path} was made with {gone[0]}, which is not there; give --checkpoint FOLDER with the checkpoint "
+            "and it, or export it again"
         )
     try:
         checkpoint = load(source, options)
@@ -169,16 +171,18 @@ def _options(bundle: Bundle) -> ReadOptions:
 def locate(bundle: Bundle, where: str | Path) -> Bundle:
     """The bundle with its checkpoint found at `where`: a file, or a folder in which files and folders are hashed.
 
-    A checkpoint is identified by its sha256, not by its name.
+    A checkpoint is identified by its sha256, not by its name. What it was read with (an adapter, text features, labels)
+    may be in the folder, too, under the name that it had.
 
     Raises:
         CheckpointError: it was not found.
     """
-    where, digest, options = Path(where).absolute(), bundle.checkpoint["sha256"], _options(bundle)
-    candidates = _candidates(where)
-    for place in candidates:
-        if place.exists() and Files(place).digest_with(options) == digest:
-            return at_source(bundle, str(place))
+    where, digest = Path(where).absolute(), bundle.checkpoint["sha256"]
+    candidates, choices = _candidates(where), list(_moved(_options(bundle), where))
+    for options, place in product(choices, candidates):
+        if place.exists() and _digest(place, options) == digest:
+            found: Mapping[str, str] = {**bundle.checkpoint, **options.to_json(), "source": str(place)}
+            return replace(bundle, checkpoint=found)
     raise CheckpointError(
         f"the checkpoint of {bundle.path} (sha256 {digest[:16]}...) is not at {where}: {len(candidates)} checkpoints "
         "were looked at"
@@ -193,7 +197,17 @@ def _candidates(where: Path) -> list[Path]:
     return [*files, *dict.fromkeys(path.parent for path in files)]
 
 
-def at_source(bundle: Bundle, source: str) -> Bundle:
-    """The bundle with another source of its checkpoint."""
-    found: Mapping[str, str] = {**bundle.checkpoint, "source": source}
-    return replace(bundle, checkpoint=found)
+def _digest(place: Path, options: ReadOptions) -> str:
+    """See `Files.digest_with`; empty where no checkpoint is, such as in the folder of an adapter."""
+    try:
+        return Files(place).digest_with(options)
+    except (CheckpointError, InputError):
+        return ""
+
+
+def _moved(options: ReadOptions, where: Path) -> Iterator[ReadOptions]:
+    """The options with every choice of what lies below `where` under the name of what is no longer at its place."""
+    gone = [name for name in PATHS if (path := getattr(options, name)) and not Path(path).exists()]
+    places = [sorted(where.rglob(Path(getattr(options, name)).name)) if where.is_dir() else [] for name in gone]
+    for chosen in product(*places):
+        yield replace(options, **dict(zip(gone, map(str, chosen), strict=True)))

@@ -233,6 +233,13 @@ def test_exported_and_read_back_from_the_bundle(tmp_path: Path) -> None:
     bundle = proves(base, tmp_path / "out", "onnx-fp32", read=options, lowering="gather")
     moved = shutil.move(base, tmp_path / "elsewhere" / "model")
     assert formats.locate(bundle, tmp_path / "elsewhere").checkpoint["source"] == str(moved)
-    shutil.rmtree(folder)
-    with pytest.raises(CheckpointError, match=r"was made with --adapter .*lora, which is not there"):
-        formats.of_bundle(formats.at_source(bundle, str(moved)))
+    (tmp_path / "elsewhere" / "deep").mkdir()
+    shutil.move(folder, tmp_path / "elsewhere" / "deep" / folder.name)
+    with pytest.raises(CheckpointError, match=r"was made with --adapter .*lora, which is not there; give --checkpoint"):
+        formats.of_bundle(bundle)
+    again = formats.locate(bundle, tmp_path / "elsewhere")
+    assert formats.of_bundle(again).digest == bundle.checkpoint["sha256"]
+    assert again.checkpoint["adapter"] == str(tmp_path / "elsewhere" / "deep" / folder.name)
+    shutil.rmtree(tmp_path / "elsewhere" / "deep")
+    with pytest.raises(CheckpointError, match="is not at"):
+        formats.locate(bundle, tmp_path / "elsewhere")

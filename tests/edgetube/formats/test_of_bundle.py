@@ -42,7 +42,7 @@ def test_the_file_of_spec_changes(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"made from another model than .*m with --spec .*spec.json says now"):
         formats.of_bundle(bundle)
     (tmp_path / "spec.json").unlink()
-    with pytest.raises(CheckpointError, match=r"made with --spec .*spec.json, which is not there; put it back"):
+    with pytest.raises(CheckpointError, match=r"made with --spec .*spec.json, which is not there; give --checkpoint"):
         formats.of_bundle(bundle)
 
 
