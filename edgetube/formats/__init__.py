@@ -210,4 +210,5 @@ def _moved(options: ReadOptions, where: Path) -> Iterator[ReadOptions]:
     gone = [name for name in PATHS if (path := getattr(options, name)) and not Path(path).exists()]
     places = [sorted(where.rglob(Path(getattr(options, name)).name)) if where.is_dir() else [] for name in gone]
     for chosen in product(*places):
-        yield replace(options, **dict(zip(gone, map(str, chosen), strict=True)))
+        found: dict[str, Any] = dict(zip(gone, map(str, chosen), strict=True))
+        yield replace(options, **found)
