@@ -107,6 +107,9 @@ class Weights(Mapping[str, "npt.NDArray[Any]"]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one, without reading it."""
         return tuple(self._tensors[name].dims)

@@ -20,12 +20,12 @@ from onnx import numpy_helper
 
 from edgetube import bundle as bundles
 from edgetube import export, runtimes
-from edgetube.calibration import numeric
+from edgetube.calibration import numeric, storage
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.search import AccuracyBudget, Verdict
 from edgetube.calibration.table import CalibrationTable
 from edgetube.errors import InputError, ParityError
-from edgetube.export import int8, integer, pipeline
+from edgetube.export import canonical, int8, integer, pipeline
 from edgetube.model import checkpoints
 from edgetube.precision import Precision
 from edgetube.progress import silent
@@ -97,6 +97,25 @@ def test_own_clips_are_used_and_named(tiny_checkpoint: Path, tmp_path: Path, arr
     assert report["clips"]["name"] == str(arrays)
     assert report["accuracy"]["top1"] is None
     assert report["accuracy"]["clips"] == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx-int8", "openvino-int8"])
+def test_a_large_model_gives_the_same_bundle(
+    target: str, tiny_checkpoint: Path, tmp_path: Path, arrays: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights in files from the trace to the artifact, as of a model beyond one protobuf message."""
+    options = pipeline.Options(lowering="gather", calib=arrays, max_drop=100.0)
+    small = pipeline.export_model(target, tiny_checkpoint, tmp_path / "small", options)
+    monkeypatch.setattr(storage, "LIMIT", 0)
+    monkeypatch.setattr(storage, "SMALL", 1024)
+    monkeypatch.setattr(canonical, "MAX_ONE_FILE", 1000)
+    large = pipeline.export_model(target, tiny_checkpoint, tmp_path / "large", options)
+    assert (large.path / "calibration.json").read_bytes() == (small.path / "calibration.json").read_bytes()
+    assert ("model.onnx.data" in large.files) == (target == "onnx-int8")
+    with runtimes.open_bundle(small) as one, runtimes.open_bundle(large) as other:
+        clips = np.load(arrays)["clips"][:2]
+        np.testing.assert_array_equal(one(clips), other(clips))
 
 
 def test_a_model_of_something_else_needs_clips(tiny_checkpoint: Path, tmp_path: Path) -> None:
