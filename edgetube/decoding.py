@@ -546,7 +546,8 @@ class Reader:
 
 def rgb(frame: av.VideoFrame) -> Frames:
     """(H, W, 3) uint8, by the matrix and range that the frame says, turned and mirrored as it is to be shown."""
-    pixels: Frames = frame.to_ndarray(format="rgb24")  # type: ignore[assignment]
+    # One thread: by default each frame would start one for each core, which costs more than it gains.
+    pixels: Frames = frame.to_ndarray(format="rgb24", threads=1)  # type: ignore[assignment]
     matrix = turn(frame)
     if matrix is None:
         return pixels
@@ -558,12 +559,13 @@ def rgb(frame: av.VideoFrame) -> Frames:
 
 def turn(frame: av.VideoFrame) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """The upper left 2 x 2 of the display matrix, from a container or from EXIF; None where there is none."""
-    from av.sidedata.sidedata import Type
+    from av.sidedata.sidedata import SideDataContainer, Type
 
+    # Not `frame.side_data`, which the frame keeps and which keeps the frame: frames would wait for the collector.
     try:
-        data: Any = frame.side_data
+        data: Any = SideDataContainer(frame)
     except ValueError:  # a kind of side data, EXIF for one, that this PyAV has no name for
-        data = _without_unnamed(frame).side_data
+        data = SideDataContainer(_without_unnamed(frame))
     found = data.get(Type.DISPLAYMATRIX)
     if found is None:
         return None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from typing import Any
 
 import av
@@ -123,16 +124,19 @@ def part(picture: bytes) -> bytes:
 MJPEG = "multipart/x-mixed-replace; boundary=frame"
 
 
-def film(times: Sequence[float], size: tuple[int, int] = (64, 48), form: str = "mpegts", first: int = 0) -> bytes:
-    """H.264 frames at times in seconds, number i of grey 16 + first + i, every one a key frame."""
+def film(
+    times: Sequence[float], size: tuple[int, int] = (64, 48), form: str = "mpegts", first: int = 0, gop: int = 1
+) -> bytes:
+    """H.264 frames at times in seconds, number i of grey 16 + first + i, and from 16 on again after 200 of them; every
+    `gop`-th is a key frame."""
     found, tick = io.BytesIO(), Fraction(1, 90000)
     with av.open(found, "w", format=form) as container:
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.time_base = tick
-        stream.options = {"g": "1", "tune": "zerolatency", "preset": "ultrafast"}
+        stream.options = {"g": str(gop), "tune": "zerolatency", "preset": "ultrafast"}
         for i, second in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 16 + first + i, np.uint8))
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 16 + (first + i) % 200, np.uint8))
             frame.pts, frame.time_base = round(second / tick), tick
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -152,6 +156,17 @@ def spliced(*parts: bytes) -> bytes:
             counts[stream] = (counts.get(stream, -1) + 1) % 16
             data[at + 3] = data[at + 3] & 0xF0 | counts[stream]
     return bytes(data)
+
+
+def starts_frame(packet: bytes) -> bool:
+    """Whether a packet of a film begins a picture: of stream 0x100, where FFmpeg puts the first."""
+    return bool(packet[1] & 0x40) and int.from_bytes(packet[1:3], "big") & 0x1FFF == 0x100
+
+
+def cut(data: bytes) -> list[bytes]:
+    """MPEG-TS in pieces of one picture each."""
+    begins = [at for at in range(PACKET, len(data), PACKET) if starts_frame(data[at : at + PACKET])][1:]
+    return [data[a:b] for a, b in pairwise([0, *begins, len(data)])]
 
 
 def grey(pixels: np.ndarray) -> int:

@@ -132,6 +132,7 @@ class Timeline:
         self._time = self._arrived = self._seconds = 0.0
         self._look: Look | None = None
         self._late = 0
+        self._lag = 0.0  # seconds by which the last frame arrived later than the one before it had
         self._pending: str | None = None
 
     def interrupt(self, why: str) -> None:
@@ -163,8 +164,11 @@ class Timeline:
             if is_late and step >= -LATE_S and self._late < MAX_LATE:
                 self._late += 1
                 return None
-            why, anew = self._judge(step, passed)
+            # A demultiplexer may keep a frame until the next one begins, so the last one may have come after the gap.
+            why, anew = self._judge(step, passed + self._lag)
+            self._lag = max(0.0, passed - step)
         if anew:
+            self._lag = 0.0
             self._rhythm = Rhythm() if stamped else Arrivals()
             if self._live:
                 self._shift = self._seconds + passed - time

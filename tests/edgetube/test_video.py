@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import re
 import socket
@@ -265,6 +266,20 @@ def test_only_sampled_frames_are_converted(clips: dict[str, Path], monkeypatch: 
     video.load(clips["cfr.mp4"], InputContract(4, SIZE, SIZE, sampling="stride", stride=9))
     video.load(clips["cfr.mp4"], InputContract(4, SIZE, SIZE, sampling="segments"))
     assert len(converted) == 12
+
+
+def test_a_frame_is_freed_at_once_and_not_when_the_collector_comes(clips: dict[str, Path]) -> None:
+    """Each holds its pixels, and a camera brings them for months."""
+    with decoding.opened(clips["cfr.mp4"]) as reader:
+        gc.collect()
+        gc.disable()
+        try:
+            for _, frame in reader.film():
+                decoding.rgb(frame), decoding.turn(frame)
+            del frame
+            assert gc.collect() < 10
+        finally:
+            gc.enable()
 
 
 def test_a_late_clip_does_not_decode_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

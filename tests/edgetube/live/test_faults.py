@@ -21,7 +21,20 @@ import pytest
 
 from edgetube import decoding, hwdecode
 from edgetube.bench.studies.rtsp import filming
-from edgetube.bench.studies.servers import MJPEG, PACKET, Connection, Script, film, grey, jpeg, part, serving, spliced
+from edgetube.bench.studies.servers import (
+    MJPEG,
+    PACKET,
+    Connection,
+    Script,
+    cut,
+    film,
+    grey,
+    jpeg,
+    part,
+    serving,
+    spliced,
+    starts_frame,
+)
 from edgetube.errors import InputError
 from edgetube.live import source as live_source
 from edgetube.live.frame import Frame, State
@@ -78,21 +91,13 @@ def paced(data: bytes, burst_s: float = 0.1) -> Script:
 
     def script(connection: Connection) -> None:
         connection.begin("video/mp2t")
-        ends = [at for at in range(PACKET, len(data), PACKET) if starts_frame(data[at : at + PACKET])][1:]
-        step = max(1, round(burst_s * FPS))
-        sent = 0
-        for end in [*ends[step - 1 :: step], len(data)]:
-            connection.send(data[sent:end])
-            sent = end
+        pieces, step = cut(data), max(1, round(burst_s * FPS))
+        for i in range(0, len(pieces), step):
+            connection.send(b"".join(pieces[i : i + step]))
             connection.pause(burst_s / 10)  # faster than it was filmed
         connection.pause(PATIENCE_S)
 
     return script
-
-
-def starts_frame(packet: bytes) -> bool:
-    """Whether a packet of the film begins a picture: of stream 0x100, where FFmpeg puts the first."""
-    return bool(packet[1] & 0x40) and int.from_bytes(packet[1:3], "big") & 0x1FFF == 0x100
 
 
 def times(count: int, begin: float = 10.0) -> list[float]:

@@ -134,6 +134,15 @@ def test_a_jump_of_the_clock_is_told_and_taken_out(hours: float) -> None:
     assert [item.seconds for item in placed if item] == pytest.approx([i / 25 for i in range(100)])
 
 
+def test_a_gap_is_no_jump_where_the_frame_before_it_was_kept_until_it_was_over() -> None:
+    """As MPEG-TS arrives: the end of a picture is known when the next one begins."""
+    stamps = [*steady(50), *steady(50, begin=105.0)]
+    arrivals = [*stamps[1:], 107.0]
+    placed = place(stamps, arrivals)
+    assert reasons(placed) == {50: "no frame for 3.040 s"}
+    assert [item.seconds for item in placed if item] == pytest.approx([at - 100 for at in stamps])
+
+
 def test_a_clock_that_jumps_with_each_frame_never_becomes_the_rhythm() -> None:
     placed = place([100.0 * i for i in range(5)], [i / 25 for i in range(5)])
     assert list(reasons(placed)) == [1, 2, 3, 4]
