@@ -562,10 +562,11 @@ def turn(frame: av.VideoFrame) -> tuple[tuple[int, int], tuple[int, int]] | None
     from av.sidedata.sidedata import SideDataContainer, Type
 
     # Not `frame.side_data`, which the frame keeps and which keeps the frame: frames would wait for the collector.
+    read: Any = SideDataContainer  # PyAV's annotations do not know its argument
     try:
-        data: Any = SideDataContainer(frame)
+        data = read(frame)
     except ValueError:  # a kind of side data, EXIF for one, that this PyAV has no name for
-        data = SideDataContainer(_without_unnamed(frame))
+        data = read(_without_unnamed(frame))
     found = data.get(Type.DISPLAYMATRIX)
     if found is None:
         return None
