@@ -18,6 +18,21 @@ Source: TypeAlias = int | str | Path
 
 
 @dataclass(frozen=True)
+class Untrusted:
+    """What a file from a stranger may be.
+
+    Attributes:
+        name: for messages, in place of its path.
+        formats: FFmpeg's names of the formats that are read, with commas between them: none that names other files.
+        max_pixels: of one frame.
+    """
+
+    name: str
+    formats: str
+    max_pixels: int
+
+
+@dataclass(frozen=True)
 class Address:
     """How PyAV opens a source.
 
@@ -25,6 +40,7 @@ class Address:
         name: for messages; without credentials.
         file: what PyAV opens; it may hold credentials.
         path: the local file, or None for what is live.
+        untrusted: what it may be, if it is a stranger's.
     """
 
     name: str
@@ -32,6 +48,7 @@ class Address:
     format: str | None = None
     options: tuple[tuple[str, str], ...] = ()
     path: Path | None = None
+    untrusted: Untrusted | None = None
 
 
 def parse(source: Source) -> Source:
@@ -79,26 +96,35 @@ def of(source: Source) -> Address:
     return _camera(source)
 
 
-def of_file(path: Path) -> Address:
+def of_file(path: Path, untrusted: Untrusted | None = None) -> Address:
     """How a file is opened.
+
+    Args:
+        untrusted: what a stranger's file may be; None for the user's own, which may be anything that FFmpeg reads.
 
     Raises:
         InputError: there is no file, or nothing in it.
     """
+    name = str(path) if untrusted is None else untrusted.name
     if not path.is_file():
         if path.is_symlink() and not path.exists():
-            raise InputError(f"{path} is a link to {path.readlink()}, which is not there")
-        raise InputError(f"{path} is {'a folder, not' if path.is_dir() else 'not'} a file")
+            raise InputError(f"{name} is a link to {path.readlink()}, which is not there")
+        raise InputError(f"{name} is {'a folder, not' if path.is_dir() else 'not'} a file")
     if not path.stat().st_size:
-        raise InputError(f"{path} is empty (0 bytes)")
+        raise InputError(f"{name} is empty (0 bytes)")
     # Images go in as bytes: FFmpeg's image reader would take a % in the name as the pattern of a sequence.
     # "file:" keeps a colon in the name from being read as a protocol.
     with path.open("rb") as opened:
         animated = pictures.is_animated_webp(opened.read(21))
+    if animated and untrusted is not None:
+        raise InputError(f"{name} is an animated WebP, which is not taken here: convert it to MP4")
     if animated:
-        return Address(str(path), pictures.as_apng(path), path=path)
+        return Address(name, pictures.as_apng(path), path=path)
+    options: tuple[tuple[str, str], ...] = (("pattern_type", "none"),)
+    if untrusted is not None:
+        options += (("format_whitelist", untrusted.formats), ("protocol_whitelist", "file"))
     file = io.BytesIO(path.read_bytes()) if path.suffix.lower() in IMAGES else f"file:{path}"
-    return Address(str(path), file, options=(("pattern_type", "none"),), path=path)
+    return Address(name, file, options=options, path=path, untrusted=untrusted)
 
 
 def _camera(index: int) -> Address:

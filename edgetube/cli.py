@@ -329,6 +329,56 @@ def run(
     _end_with(unread, f"of {len(found)} sources could not be read")
 
 
+@app.command()
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    source: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Cameras' indices, rtsp:// URLs, video files, folders of pictures; none: what clients send."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Name or address to listen at; all but loopback ask clients for the token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8765,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="EDGETUBE_TOKEN", help="What clients have to know; made and printed where it is needed."),
+    ] = None,
+    hop: Annotated[str | None, typer.Option(help='Frames, or seconds ("0.5s"), between two predictions.')] = None,
+    decide: Annotated[
+        str, typer.Option(help="Rule of decisions: default, a .json file, or tau=1,enter=0.6,leave=0.4,min=0.5s.")
+    ] = "default",
+    top_k: Annotated[int, typer.Option(help="Classes to show.")] = 5,
+    max_upload: Annotated[int, typer.Option(help="Largest file that a client may send, in MB.")] = 100,
+    threads: Threads = None,
+    device: Device = None,
+) -> None:
+    """A live page about cameras and streams, and a server for files (POST /predict) and frames (/ws/frames).
+
+    It listens on this machine only, unless --host says otherwise. Ctrl-C ends it.
+
+    Example: edgetube serve out/demo.onnx-fp32 0 rtsp://camera/stream
+    """
+    _within(1, MANY, top_k=top_k, max_upload=max_upload)
+    _within(0, 65535, port=port)
+    window.parse(hop)
+    rule = DecisionRule.parse(decide)
+    limits = need("edgetube.serve.limits", "serve").Limits(upload_bytes=max_upload * 1_000_000)
+    server, service = need("edgetube.serve.server", "serve"), need("edgetube.serve.service", "serve")
+    with (
+        Runtime(bundle, threads=threads, device=device) as rt,
+        service.Service(
+            rt, source or [], rule=rule, hop=hop, top_k=top_k, limits=limits,
+            on_event=terminal.event, on_state=terminal.state,
+        ) as made,
+    ):  # fmt: skip
+        listening = server.Server(made, host, port, token)
+        terminal.serving(listening.url, listening.is_loopback)
+        listening.listen()
+
+
 def _print_events(source: str, events: Sequence[Event], as_json: bool) -> None:
     for event in events:
         if as_json:

@@ -139,6 +139,7 @@ def opened(source: Source | Address, decoder: Decoder = "cpu") -> Iterator[Reade
         if accelerated and not found.codec_context.is_hwaccel:
             name, reasons = "cpu", (*reasons, f"{name}: it does not decode {found.codec_context.name}")
         reader.decoder, reader.fallbacks = name, reasons
+        reader.check_size()
         reader.check_picture()
         yield reader
 
@@ -210,8 +211,14 @@ class Reader:
         self._end = 0.0  # second at which the last packet that was read leaves the display
         if not self.live:
             stream.thread_type = "AUTO"  # frames in parallel; costs delay, so not for cameras
+        options = {}
         if self._is_picture and stream.codec_context.name == "mjpeg":  # which fills what is missing with grey
-            stream.codec_context.options = {"err_detect": "explode"}
+            options["err_detect"] = "explode"
+        if address.untrusted is not None:  # frames may become larger than the header says
+            # FFmpeg counts rows as padded to 64 pixels: twice as many lets through all that `check_size` does.
+            options["max_pixels"] = str(2 * address.untrusted.max_pixels)
+        if options:
+            stream.codec_context.options = options
 
     @cached_property
     def _is_picture(self) -> bool:
@@ -224,6 +231,18 @@ class Reader:
     def is_still(self) -> bool:
         """A picture, or an animation of one frame."""
         return self._is_picture or (self.form in _ANIMATIONS and not self.live and self._scan()[0] == 1)
+
+    def check_size(self) -> None:
+        """
+        Raises:
+            InputError: a stranger's file has frames of more pixels than it may.
+        """
+        width, height = self.stream.width, self.stream.height
+        most = None if self.address.untrusted is None else self.address.untrusted.max_pixels
+        if most is not None and width * height > most:
+            raise InputError(
+                f"{self.address.name} has frames of {width}x{height}; at most {most} pixels are taken here"
+            )
 
     def check_picture(self) -> None:
         """Refuse pictures and animations that are incomplete.
@@ -392,7 +411,7 @@ class Reader:
     def _again(self) -> AbstractContextManager[Reader]:
         """Reopen the file at its beginning."""
         assert self.address.path is not None, "a live source has no beginning"
-        return opened(addresses.of_file(self.address.path))
+        return opened(addresses.of_file(self.address.path, self.address.untrusted))
 
     def _seek(self, second: float) -> bool:
         """Go to the key frame at or before `second`; False where the source cannot."""

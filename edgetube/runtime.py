@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from edgetube import address, answer, metrics, preprocess, runtimes, video
 from edgetube import bundle as bundles
+from edgetube.address import Address
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.errors import InputError, ParityError
@@ -115,7 +116,7 @@ class Runtime:
 
     def predict(
         self,
-        source: Source | npt.NDArray[np.uint8],
+        source: Source | Address | npt.NDArray[np.uint8],
         *,
         top_k: int = 5,
         fps: float | None = None,
@@ -125,7 +126,8 @@ class Runtime:
 
         Args:
             source: a path, or RGB frames (T, H, W, 3) uint8 of any length and size (an image model also takes
-                (H, W, 3)); preprocessing follows the bundle's contract.
+                (H, W, 3)); preprocessing follows the bundle's contract. A stranger's file is the `Address` of
+                `edgetube.address.of_file`, which says what it may be.
             top_k: how many classes `scores` holds.
             fps: rate of frames in memory; None says they already have the contract's rate.
             start: second at which the clip starts; None takes the middle of the source. A model that samples
@@ -149,7 +151,7 @@ class Runtime:
             start=clip.start,
             end=clip.end,
             latency_ms=(time.perf_counter() - began) * 1e3,
-            source=str(source) if isinstance(source, str | Path) else None,
+            source=_named(source),
         )
 
     def stream(
@@ -258,14 +260,20 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _clip(self, source: Source | npt.NDArray[np.uint8], fps: float | None, start: float | None) -> Clip:
+    def _clip(self, source: Source | Address | npt.NDArray[np.uint8], fps: float | None, start: float | None) -> Clip:
         if isinstance(source, str) and "://" in source:
             raise InputError(f"predict takes a file or frames; read {address.plain(source)} with stream")
-        if isinstance(source, str | Path):
+        if isinstance(source, str | Path | Address):
             return video.load(source, self.contract, start)
         if isinstance(source, int) and not isinstance(source, bool):
             raise InputError(f"predict takes a file or frames; read camera {source} with stream({source})")
         return Clip("array", preprocess.prepare(source, self.contract, fps, start))
+
+
+def _named(source: object) -> str | None:
+    if isinstance(source, Address):
+        return source.name
+    return str(source) if isinstance(source, str | Path) else None
 
 
 def cores() -> int:

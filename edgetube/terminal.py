@@ -27,6 +27,7 @@ from edgetube.contract import InputContract
 from edgetube.errors import InputWarning, printable
 from edgetube.health import Check
 from edgetube.live.decisions import Event
+from edgetube.live.frame import State
 from edgetube.progress import Progress
 from edgetube.spec import ModelSpec, Prediction
 from edgetube.targets import Target
@@ -408,6 +409,19 @@ def event(source: str, found: Event) -> None:
         (f"{when}, peak {span.peak:.2f}", "dim"),
     )
     out.print(line, soft_wrap=True)
+
+
+def state(source: str, found: State, why: str) -> None:
+    """A change of the state of a source of `edgetube serve`."""
+    line = Text.assemble(f"{printable(source)}  ", (found, "bold"), (f"  {printable(why)}", "dim"))
+    out.print(line, soft_wrap=True)
+
+
+def serving(url: str, is_loopback: bool) -> None:
+    """Where `edgetube serve` listens."""
+    say(f"{url}  (Ctrl-C ends it)")
+    if not is_loopback:
+        warn("note", "other machines can reach it, over plain HTTP: whoever sees the traffic sees the token")
 
 
 def _facts(b: Bundle) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgetube import address, listing, preprocess, resize
-from edgetube.address import Source, parse
+from edgetube.address import Address, Source, parse
 from edgetube.contract import InputContract
 from edgetube.decoding import Reader, opened, rgb, vendor_errors
 from edgetube.errors import InputError
@@ -50,7 +50,7 @@ class Clip:
 # --------------------------------------------------------------------------------------------------------------- public
 
 
-def load(path: str | Path, contract: InputContract, start: float | None = None) -> Clip:
+def load(path: str | Path | Address, contract: InputContract, start: float | None = None) -> Clip:
     """The clip of a video file, or of an image file where the contract takes images.
 
     Frames are found by their timestamps and resized as they are decoded, so memory does not grow with the video, and
@@ -69,26 +69,30 @@ def load(path: str | Path, contract: InputContract, start: float | None = None) 
     return load_views(path, contract, SINGLE, start)[0]
 
 
-def load_views(path: str | Path, contract: InputContract, views: Views, start: float | None = None) -> tuple[Clip, ...]:
+def load_views(
+    path: str | Path | Address, contract: InputContract, views: Views, start: float | None = None
+) -> tuple[Clip, ...]:
     """The views of a file, the crops of each temporal view together; the file is decoded once for each temporal view.
 
     Raises:
         InputError: as `load` raises, or several temporal views of a still image, or with a `start`.
     """
-    return tuple(clip for crops in views for clip in _load(Path(path), contract, start, crops))
+    found = path if isinstance(path, Address) else address.of_file(Path(path))
+    return tuple(clip for crops in views for clip in _load(found, contract, start, crops))
 
 
-def _load(path: Path, contract: InputContract, start: float | None, views: Sequence[View]) -> list[Clip]:
+def _load(file: Address, contract: InputContract, start: float | None, views: Sequence[View]) -> list[Clip]:
     """The clips of one temporal view, one for each of its crops."""
     out = np.empty((len(views), *contract.shape), np.uint8)
-    with opened(address.of_file(path)) as reader:
+    path = file.name
+    with opened(file) as reader:
         if reader.is_still:
             if not contract.is_image:
                 remedy = "give a video, or export the model for images (--input image)"
                 raise InputError(f"{path} is a still image; the model needs {contract.frames} frames: {remedy}")
             if start is not None:
                 raise InputError(f"start is {start} s, but {path} is a still image and has no clock")
-            preprocess.check_still(str(path), views[0])
+            preprocess.check_still(path, views[0])
         if reader.is_still:
             times = _fill(out, reader.frames(), contract, views)
         elif contract.sampling == "segments":
@@ -99,7 +103,7 @@ def _load(path: Path, contract: InputContract, start: float | None, views: Seque
         if not times:
             raise InputError(f"{path} holds no frame that can be decoded")
         start, end = (None, None) if reader.is_still else (times[0], times[-1] + 1 / reader.rate)
-        return [Clip(str(path), frames, start=start, end=end) for frames in out]
+        return [Clip(path, frames, start=start, end=end) for frames in out]
 
 
 def _fill(

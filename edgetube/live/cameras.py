@@ -52,6 +52,7 @@ class Cameras:
         on_prediction: called with each `Prediction`, whose `source` is the name.
         on_state: called with (name, state, why in a few words) when a source is added and when its state changes.
         on_error: called with (name, error) when a source fails for good, or a call of the model with a clip of it.
+        on_end: called with a name when its source has ended by itself or failed for good, after its last prediction.
         hop: frames between two predictions of a source, of those that sampling takes, or seconds ("0.5s"); None: a
             quarter of the clip.
         top_k: how many classes `Prediction.scores` holds.
@@ -77,6 +78,7 @@ class Cameras:
         on_prediction: Callable[[Prediction], object] | None = None,
         on_state: Callable[[str, State, str], object] | None = None,
         on_error: Callable[[str, BaseException], object] | None = None,
+        on_end: Callable[[str], object] | None = None,
         hop: Hop | None = None,
         top_k: int = 5,
         policy: Policy | None = None,
@@ -86,6 +88,7 @@ class Cameras:
         gate: Callable[[], NoveltyGate] | None = None,
     ) -> None:
         self._on_prediction, self._on_state, self._on_error = on_prediction, on_state, on_error
+        self._on_end = on_end
         self._policy = policy
         self._scheduler = Scheduler(
             runtime, hop=hop, top_k=top_k, max_age=max_age, batch_wait_ms=batch_wait_ms, gate=gate
@@ -217,6 +220,7 @@ class Cameras:
         else:
             if outcome.error is not None:
                 _call(self._on_error, outcome.lane.name, outcome.error)
+            _call(self._on_end, outcome.lane.name)
             with self._changed:
                 if self._running.get(outcome.lane.name) is outcome.lane:  # not one that took its name meanwhile
                     del self._running[outcome.lane.name]
