@@ -350,6 +350,9 @@ def serve(
     decide: Annotated[
         str, typer.Option(help="Rule of decisions: default, a .json file, or tau=1,enter=0.6,leave=0.4,min=0.5s.")
     ] = "default",
+    skip_still: Annotated[
+        bool, typer.Option("--skip-still", help="Repeat a source's last answer while nothing changes.")
+    ] = False,
     top_k: Annotated[int, typer.Option(help="Classes to show.")] = 5,
     max_upload: Annotated[int, typer.Option(help="Largest file that a client may send, in MB.")] = 100,
     threads: Threads = None,
@@ -365,12 +368,13 @@ def serve(
     _within(0, 65535, port=port)
     window.parse(hop)
     rule = DecisionRule.parse(decide)
+    need("websockets", "serve")
     limits = need("edgetube.serve.limits", "serve").Limits(upload_bytes=max_upload * 1_000_000)
     server, service = need("edgetube.serve.server", "serve"), need("edgetube.serve.service", "serve")
     with (
         Runtime(bundle, threads=threads, device=device) as rt,
         service.Service(
-            rt, source or [], rule=rule, hop=hop, top_k=top_k, limits=limits,
+            rt, source or [], rule=rule, hop=hop, top_k=top_k, skip_still=skip_still, limits=limits,
             on_event=terminal.event, on_state=terminal.state,
         ) as made,
     ):  # fmt: skip

@@ -8,11 +8,11 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from edgetube.errors import EdgetubeError
+from edgetube.errors import InputError
 from edgetube.live.cameras import Cameras
 from edgetube.live.decisions import Decider, DecisionRule, Event
 from edgetube.live.frame import State
@@ -31,6 +31,10 @@ BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 """Upper bounds of histograms, in seconds."""
 
 PICTURE_WIDTH = 640
+
+
+Listener: TypeAlias = Callable[[dict[str, Any]], object]
+"""Is told every answer to one source as the object of `Prediction.to_json`, and every error as {"error": text}."""
 
 
 class Histogram:
@@ -67,7 +71,7 @@ class Track:
         source: WatchedSource,
         decider: Decider,
         top_k: int,
-        listener: Callable[[Prediction], object] | None,
+        listener: Listener | None,
     ) -> None:
         self.number, self.name, self.source = number, name, source
         self.lock = threading.Lock()
@@ -76,7 +80,7 @@ class Track:
         self.why = ""
         self.problem: str | None = None
         self.latest: Prediction | None = None
-        self.opened = 0
+        self.opened = self.skipped = 0
         self._decider, self._top_k = decider, top_k
         self._points: deque[tuple[int, float, dict[str, float]]] = deque(maxlen=POINTS)
         self._count = 0
@@ -85,16 +89,17 @@ class Track:
         self._encoded: tuple[int, bytes] | None = None
 
     def answered(self, prediction: Prediction) -> list[Event]:
-        """Take an answer; returns what it decided."""
+        """Take an answer; returns what it decided.
+
+        Raises:
+            InputError: its logits are not finite.
+        """
         with self.lock:
+            events = self._decider.update(prediction)
             self.latest, self.problem = prediction, None
+            self.skipped += prediction.skipped
             self.latency.add(prediction.latency_ms / 1e3)
             self.age.add((prediction.age_ms or 0.0) / 1e3)
-            try:
-                events = self._decider.update(prediction)
-            except EdgetubeError as error:  # scores that are not finite
-                self.problem = str(error)
-                return []
             self._note(events)
             smoothed = self._decider.smoothed
             if smoothed is not None and prediction.end is not None:
@@ -139,6 +144,7 @@ class Track:
                 "why": self.why,
                 "problem": self.problem,
                 "count": self._count,
+                "skipped": self.skipped,
                 "points": [[seconds, scores] for number, seconds, scores in self._points if number > since],
                 "open": [asdict(span) for span in self._decider.open],
                 "ended": list(self._ended),
@@ -177,8 +183,8 @@ class Board:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
 
-    def add(self, name: str, source: WatchedSource, listener: Callable[[Prediction], object] | None = None) -> Track:
-        """A source joins, before its first answer; `listener` is told every answer."""
+    def add(self, name: str, source: WatchedSource, listener: Listener | None = None) -> Track:
+        """A source joins, before its first answer; see `Listener`."""
         decider = Decider(self.rule, self.labels)
         with self._lock:
             track = Track(next(self._numbers), name, source, decider, self._top_k, listener)
@@ -212,10 +218,15 @@ class Board:
         """An answer came."""
         if (track := self._tracks.get(prediction.source or "")) is None:
             return
-        for event in track.answered(prediction):
+        try:
+            events = track.answered(prediction)
+        except InputError as error:
+            self.failed(track.name, error)
+            return
+        for event in events:
             self._on_event(track.name, event)
         if track.listener is not None:
-            track.listener(prediction)
+            track.listener(prediction.to_json())
 
     def changed(self, name: str, state: State, why: str) -> None:
         """The state of a source changed."""
@@ -229,6 +240,8 @@ class Board:
         if (track := self._tracks.get(name)) is not None:
             with track.lock:
                 track.problem = str(error)
+            if track.listener is not None:
+                track.listener({"error": str(error)})
 
     def ended(self, name: str) -> None:
         """A source gives no more answers."""

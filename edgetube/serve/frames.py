@@ -7,6 +7,7 @@ import itertools
 import time
 from collections import Counter
 from functools import partial
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -18,10 +19,9 @@ from edgetube.serve import jpeg
 from edgetube.serve.board import Board
 from edgetube.serve.limits import Limits, Rate, Slots
 from edgetube.serve.watched import WatchedSource
-from edgetube.spec import Prediction
 
 WAITING = 32
-"""Predictions that wait for a client that does not read; the oldest makes room."""
+"""Answers that wait for a client that does not read; the oldest makes room."""
 
 MOST_REFUSED = 100
 """Frames in a row that cannot be used before the connection is closed."""
@@ -53,17 +53,17 @@ class Frames:
             return
         name = f"client {next(self._numbers)}"
         source = WatchedSource.pushed(name)
-        answers: asyncio.Queue[Prediction] = asyncio.Queue(WAITING)
+        answers: asyncio.Queue[dict[str, Any]] = asyncio.Queue(WAITING)
         loop = asyncio.get_running_loop()
 
-        def offer(prediction: Prediction) -> None:
+        def offer(told: dict[str, Any]) -> None:
             if answers.full():
                 answers.get_nowait()
-            answers.put_nowait(prediction)
+            answers.put_nowait(told)
 
-        def tell(prediction: Prediction) -> None:
+        def tell(told: dict[str, Any]) -> None:
             try:
-                loop.call_soon_threadsafe(offer, prediction)
+                loop.call_soon_threadsafe(offer, told)
             except RuntimeError:  # the loop is closed: the server ends
                 return
 
@@ -129,6 +129,6 @@ class Frames:
         return None, "done"
 
 
-async def _send(socket: WebSocket, answers: asyncio.Queue[Prediction]) -> None:
+async def _send(socket: WebSocket, answers: asyncio.Queue[dict[str, Any]]) -> None:
     while True:
-        await socket.send_json((await answers.get()).to_json())
+        await socket.send_json(await answers.get())

@@ -93,6 +93,10 @@ def _metrics(known: list[tuple[Track, Statistics]], requests: Mapping[tuple[str,
         [("", of(track), one.predictions) for track, one in known],
     )  # fmt: skip
     yield metric(
+        "edgetube_predictions_skipped_total", "counter", "Answers that were repeated, because nothing had changed.",
+        [("", of(track), track.skipped) for track, _ in known],
+    )  # fmt: skip
+    yield metric(
         "edgetube_spans_total", "counter", "Spans that were opened.",
         [("", of(track), track.opened) for track, _ in known],
     )  # fmt: skip

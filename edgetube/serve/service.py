@@ -32,6 +32,7 @@ class Service:
         runtime: of the bundle.
         sources: what `edgetube.FrameSource` takes.
         rule: how scores become spans.
+        skip_still: repeat a source's last answer while nothing changes.
         on_event, on_state: see `Board`.
 
     Raises:
@@ -46,6 +47,7 @@ class Service:
         rule: DecisionRule | None = None,
         hop: Hop | None = None,
         top_k: int = 5,
+        skip_still: bool = False,
         limits: Limits | None = None,
         on_event: Callable[[str, Event], object] = lambda name, event: None,
         on_state: Callable[[str, State, str], object] = lambda name, state, why: None,
@@ -62,7 +64,7 @@ class Service:
         try:
             check(runtime.contract)
         except InputError:
-            if sources or hop is not None:
+            if sources or hop is not None or skip_still:
                 raise
             return
         self.cameras = Cameras(
@@ -73,6 +75,7 @@ class Service:
             on_end=self.board.ended,
             hop=hop,
             top_k=top_k,
+            gate=runtime.gate if skip_still else None,
         )
         try:
             for source in sources:

@@ -390,6 +390,22 @@ class TestSources:
         for word in (b"secret", b"qwertz", b"me:secret"):
             assert word not in everything
 
+    def test_nothing_is_computed_while_nothing_changes(self, rt: Runtime, tmp_path: Path) -> None:
+        from edgetube import video
+
+        still = video.write(tmp_path / "still.mp4", [np.full((64, 96, 3), 90, np.uint8)] * 40, 20.0)
+        with running(rt, still, hop=1, skip_still=True) as found:
+            source = until(lambda: [s for s in found.ask("/api/sources").json if s["count"] >= 5])[0]
+            assert source["skipped"] >= source["count"] - 2
+
+    def test_answers_that_are_not_finite_are_told_and_harm_nothing(self, rt: Runtime, clip: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Runtime, "__call__", lambda self, clips: np.full((1, len(self.labels)), np.nan, np.float32))
+            with running(rt, clip, hop=1) as found:
+                (source,) = until(lambda: [s for s in found.ask("/api/sources").json if s["problem"]])
+        assert "not all finite" in source["problem"]
+        assert source["prediction"] is None
+
     def test_a_file_that_is_not_there(self, rt: Runtime, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="there is no file or folder"):
             Service(rt, [tmp_path / "nothing.mp4"])
@@ -437,10 +453,13 @@ class TestTheEnd:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_command(tiny_bundle: Path, clip: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_command(tiny_bundle: Path, clip: Path, name: str, heard_signals: None) -> None:
     import signal
     import subprocess
     import sys
+
+    number = getattr(signal, name)
 
     line = [sys.executable, "-m", "edgetube", "serve", str(tiny_bundle), str(clip), "--port", "0", "--threads", "1"]
     with subprocess.Popen(
@@ -454,10 +473,10 @@ def test_ctrl_c_ends_the_command(tiny_bundle: Path, clip: Path) -> None:
         answer = connection.getresponse()
         assert answer.readline().startswith(b"event")
         began = time.monotonic()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=PATIENCE_S)
         assert time.monotonic() - began < 5
-        assert (process.returncode, err.strip()) == (130, "error: interrupted")
+        assert (process.returncode, err.strip()) == (128 + number, "error: interrupted")
         answer.close()
         connection.close()
 
