@@ -538,6 +538,9 @@ def parity(
     still_threshold: Annotated[
         float | None, typer.Option(help="Grey levels that count as a change for --skip-still.")
     ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="Also compare decoders of --video with the first of them: cpu,nvdec,vaapi.")
+    ] = None,
     worst: Annotated[int, typer.Option(help="How many of the worst clips are named in --json.")] = 8,
     resume: Annotated[Path | None, typer.Option(help="Cache logits in this file, and resume from it.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that share the clips.")] = 1,
@@ -563,6 +566,10 @@ def parity(
         raise InputError("--decide and --skip-still are about answers over time; add --video FILE")
     if still_threshold is not None and not skip_still:
         raise InputError("--still-threshold is the threshold of --skip-still; add it")
+    if watch is None and decoder is not None:
+        raise InputError("--decoder compares decoders of one video; add --video FILE")
+    decoders = need("edgetube.bench.decoders", "export")
+    asked_decoders = None if decoder is None else decoders.parse(decoder)
     harness = need("edgetube.bench.parity", "export")
     found = _located([bundles.load(path) for path in bundle], checkpoint)
     held_against = bundles.load(reference) if reference else None
@@ -583,7 +590,10 @@ def parity(
                 found, watch, hop, reference=held_against, threads=threads, worst=worst, rule=rule,
                 skip_still=skip_still if still_threshold is None else still_threshold, progress=show,
             )  # fmt: skip
-            source, comparison, video_report = seen.windows, seen.comparison, seen.to_json()
+            source, comparison, video_report = seen.windows, seen.comparison, {**seen.to_json(), "decoders": None}
+            if asked_decoders is not None:
+                costs = decoders.compare(found, watch, asked_decoders, hop, threads)
+                video_report["decoders"] = decoders.to_json(asked_decoders, costs)
         else:
             source, video_report = _clips(data, clips, found[0]), None
             gates.check_data(source)

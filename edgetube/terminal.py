@@ -258,6 +258,17 @@ def parity(document: Mapping[str, Any]) -> None:
         _layers(document["layers"])
 
 
+def _decoders(compared: Mapping[str, Any]) -> None:
+    found = table("bundle", "decoder", "windows", "grey levels", "largest logit error", "SQNR dB", "agreement")
+    for row in compared["bundles"]:
+        add(
+            found, row["name"], f"{row['decoder']} / {compared['reference']}", str(row["windows"]),
+            number(row["pixels"]), number(row["max_abs_error"]),
+            "same" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}", percent(row["agreement"]),
+        )  # fmt: skip
+    out.print(found)
+
+
 def _video(watched: Mapping[str, Any]) -> None:
     health = watched["stream"]
     say(
@@ -277,6 +288,8 @@ def _video(watched: Mapping[str, Any]) -> None:
         _decisions(watched["decisions"])
     if watched["still"]:
         _still(watched["still"])
+    if watched["decoders"]:
+        _decoders(watched["decoders"])
 
 
 def _seconds(value: float | None) -> str:

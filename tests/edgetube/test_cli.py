@@ -319,6 +319,10 @@ def test_parity_compares_spans_and_a_gate_over_a_video(
     assert found["decisions"]["rule"]["enter"] == 0.1
     assert found["decisions"]["bundles"][0]["iou"] == 1
     assert (found["still"]["threshold"], found["still"]["skipped"]) == (255, 1 - 1 / found["windows"])
+    code, _, err = edgetube_cli(*asked, "--decoder", "cpu,cpu")
+    assert code == 2
+    assert "expected different decoders with commas" in err
+    assert found["decoders"] is None
     code, out, _ = edgetube_cli(*asked, "--decide", "default", "--skip-still")
     assert code == 0
     assert re.search("the gate at 4 grey levels, at most 5 s without inference, skips", out)
