@@ -10,10 +10,10 @@
   begins again every 40 s, so its clock jumps back.
 * *answers*: the built-in model answers one window after the other, with the same looks, and how long each call takes.
 * *threads*: eight threads call one runtime; each answer is compared with that of one thread alone.
-* *streams*: predictions per second of two endless sources over those of one, with a thread for each call.
 * *faults*: see `soak_faults.py`. The faults of RTSP need GStreamer, see `rtsp_server.py`; without it they are not run.
 
-Times want a quiet machine. What a camera's frames cost is measured by `live.py`.
+Times want a quiet machine. What a camera's frames cost, and what two streams gain from two cores, is measured by
+`live.py`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def endure(frames: int) -> dict[str, Any]:
     clock, looks, model = Clock(), Looks(), Instant()
     pictures = [np.full((*SIZE, 3), value, np.uint8) for value in range(250)]
     recording = max(1, frames // RECORDINGS)
-    pause = WEEK_S / RECORDINGS - recording / FPS
+    pause = (WEEK_S - frames / FPS) / (RECORDINGS - 1)
     began = time.monotonic()
     with mock.patch.object(live_source, "time", clock):
         source = FrameSource.pushed("camera", policy="all")
@@ -255,13 +255,6 @@ def together(rt: edgetube.Runtime) -> dict[str, int]:
     return {"threads": THREADS, "answers": len(differ), "differ": sum(differ)}
 
 
-def two_to_one(rt: edgetube.Runtime, seconds: float, turns: int = 3) -> float:
-    """Predictions per second of two endless sources over those of one: the median of some turns."""
-    pictures = enlarge(rt.bundle.golden()[0][0], SIZE)
-    rates = [[live.rate(rt, pictures, FPS, 4, streams, seconds) for streams in (1, 2)] for _ in range(turns)]
-    return float(np.median([two / one for one, two in rates]))
-
-
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
@@ -310,7 +303,6 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=100_000, help="of the endurance test; 0 leaves it out")
     parser.add_argument("--decoded", type=int, default=20_000, help="frames of the server; 0 leaves them out")
     parser.add_argument("--answers", type=int, default=5000, help="of the built-in model; 0 leaves them out")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each rate of streams; 0 leaves them out")
     parser.add_argument("--faults", default="all", help="all, none, or names with commas")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -326,8 +318,6 @@ def main() -> int:
             if args.answers:
                 document["answers"] = answers(rt, args.answers)
             document["threads"] = together(rt)
-            if args.seconds:
-                document["two_streams_to_one"] = two_to_one(rt, args.seconds)
             print(json.dumps(document, indent=1), flush=True)
             for name in names:
                 rows.append(FAULTS[name](rt))

@@ -46,8 +46,12 @@ JOIN_S = 1.0
 """Seconds that `close` waits for the thread. Only a call of FFmpeg that waits for a network takes longer, and ends by
 its own time limit."""
 
-FIRST_RETRY_S, LAST_RETRY_S = 0.1, 1.0
-"""Seconds before a lost source is opened again: at first, and at most. They double in between."""
+FIRST_RETRY_S, LAST_RETRY_S = 0.1, 0.5
+"""Seconds before a lost source is opened again: at first, and at most. They double in between. With half a second a
+camera that came back is seen within two seconds, the window of a second that it has to fill included."""
+
+LIVED_S = 1.0
+"""Seconds of frames after which a connection was none of a server that fails again and again."""
 
 _open_sources: weakref.WeakSet[FrameSource] = weakref.WeakSet()
 
@@ -349,7 +353,7 @@ class FrameSource:
         began, waits = time.monotonic(), delays()
         while True:
             opened, failure = time.monotonic(), self._read_feed(self._feed)
-            if (self._heard or opened) - opened > LAST_RETRY_S:  # it was no server that fails again and again
+            if (self._heard or opened) - opened > LIVED_S:
                 waits = delays()
             if failure is None or self._is_final(failure, began):
                 with self._changed:

@@ -27,7 +27,7 @@ def test_frames_of_a_week_are_all_accounted_for() -> None:
     found = soak.endure(4000)
     assert (found["predictions"], found["wrong"], found["restarted"]) == (200, 0, 99)
     assert found["account"]["used"] == 2000
-    assert found["simulated_s"] == pytest.approx(0.99 * soak.WEEK_S, rel=1e-3)
+    assert found["simulated_s"] == pytest.approx(soak.WEEK_S, abs=1.0)
     assert len(found["rss_mb"]) == len(found["threads"]) == soak.LOOKS
     assert max(found["threads"]) == min(found["threads"])
 
