@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,11 +26,13 @@ class Untrusted:
         name: for messages, in place of its path.
         formats: FFmpeg's names of the formats that are read, with commas between them: none that names other files.
         max_pixels: of one frame.
+        check: called for each packet that is read; raises to give up.
     """
 
     name: str
     formats: str
     max_pixels: int
+    check: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)

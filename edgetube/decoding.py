@@ -214,7 +214,9 @@ class Reader:
         options = {}
         if self._is_picture and stream.codec_context.name == "mjpeg":  # which fills what is missing with grey
             options["err_detect"] = "explode"
-        if address.untrusted is not None:  # frames may become larger than the header says
+        if (
+            address.untrusted is not None and stream.codec_context is not None
+        ):  # frames may become larger than the header says
             # FFmpeg counts rows as padded to 64 pixels: twice as many lets through all that `check_size` does.
             options["max_pixels"] = str(2 * address.untrusted.max_pixels)
         if options:
@@ -232,14 +234,20 @@ class Reader:
         """A picture, or an animation of one frame."""
         return self._is_picture or (self.form in _ANIMATIONS and not self.live and self._scan()[0] == 1)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of its frames, as the header says; zeros where it does not say what decodes them."""
+        return (self.stream.width, self.stream.height) if self.stream.codec_context is not None else (0, 0)
+
     def check_size(self) -> None:
         """
         Raises:
             InputError: a stranger's file has frames of more pixels than it may.
         """
-        width, height = self.stream.width, self.stream.height
-        most = None if self.address.untrusted is None else self.address.untrusted.max_pixels
-        if most is not None and width * height > most:
+        if self.address.untrusted is None:
+            return
+        (width, height), most = self.size, self.address.untrusted.max_pixels
+        if width * height > most:
             raise InputError(
                 f"{self.address.name} has frames of {width}x{height}; at most {most} pixels are taken here"
             )
@@ -290,6 +298,8 @@ class Reader:
         with self._again() as fresh:
             try:
                 for packet in fresh.container.demux():
+                    if self.address.untrusted is not None:
+                        self.address.untrusted.check()
                     stamp = packet.dts if packet.pts is None else packet.pts
                     if stamp is not None and packet.time_base:
                         end = max(end, float((stamp + (packet.duration or 0)) * packet.time_base))
@@ -432,6 +442,8 @@ class Reader:
         while True:
             try:
                 for packet in self.container.demux(self.stream):
+                    if self.address.untrusted is not None:
+                        self.address.untrusted.check()
                     yield packet
                     heard = time.monotonic()
                 return

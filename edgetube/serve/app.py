@@ -72,10 +72,8 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 async def _product_error(_: Request, error: Exception) -> Response:
-    status = 500
-    if isinstance(error, InputError):
-        status = 413 if isinstance(error, uploads.TooLarge) else 408 if isinstance(error, uploads.TooSlow) else 400
-    return _error(status, str(error))
+    kinds = ((uploads.TooLarge, 413), (uploads.TooSlow, 408), (uploads.Ending, 503), (InputError, 400))
+    return _error(next((status for kind, status in kinds if isinstance(error, kind)), 500), str(error))
 
 
 @cache
@@ -145,7 +143,7 @@ async def _classified(request: Request, service: Service) -> dict[str, Any]:
     with uploads.folder() as folder:
         place = folder / "file"
         await uploads.receive(request.stream(), place, service.limits)
-        work = partial(uploads.predict, service.runtime, place, service.limits, service.top_k)
+        work = partial(uploads.predict, service.runtime, place, service.limits, service.top_k, service.stopping)
         return (await anyio.to_thread.run_sync(work)).to_json()
 
 

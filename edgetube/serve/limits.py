@@ -24,6 +24,7 @@ class Limits:
         uploads: files at the same time, coming or being classified.
         frame_pixels: of one frame, of a file or of the WebSocket.
         decoded_pixels: frames x width x height of a file: what decoding all of it would cost.
+        decode_seconds: until a file is read and decoded.
         requests: a second, of one client; twice as many may come at once.
         watchers: streams of events at the same time.
         sockets: WebSockets of frames at the same time.
@@ -41,6 +42,7 @@ class Limits:
     uploads: int = 2
     frame_pixels: int = 3840 * 2160
     decoded_pixels: int = 8_000_000_000
+    decode_seconds: float = 30.0
     requests: float = 60.0
     watchers: int = 16
     sockets: int = 4

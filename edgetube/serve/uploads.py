@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,10 @@ class TooLarge(InputError):
 
 class TooSlow(InputError):
     """A file that did not come in time."""
+
+
+class Ending(InputError):
+    """The server ends before a file is classified."""
 
 
 @contextmanager
@@ -70,16 +76,28 @@ async def _write(body: AsyncIterator[bytes], file: BinaryIO, most: int) -> None:
         await anyio.to_thread.run_sync(file.write, piece)
 
 
-def predict(runtime: Runtime, place: Path, limits: Limits, top_k: int) -> Prediction:
+def predict(runtime: Runtime, place: Path, limits: Limits, top_k: int, stopping: threading.Event) -> Prediction:
     """The prediction of a stranger's file.
+
+    Args:
+        stopping: gives it up when it is set.
 
     Raises:
         InputError: it cannot be used, or is larger than the limits; names no path.
+        Ending: `stopping` was set.
         BackendError: the model failed, or its answer is not finite.
     """
-    file = address.of_file(place, Untrusted(NAME, FORMATS, limits.frame_pixels))
+    until = time.monotonic() + limits.decode_seconds
+
+    def check() -> None:
+        if stopping.is_set():
+            raise Ending("the server ends; send it again later")
+        if time.monotonic() > until:
+            raise InputError(f"{NAME} was not decoded within {limits.decode_seconds:g} s; send a shorter part of it")
+
+    file = address.of_file(place, Untrusted(NAME, FORMATS, limits.frame_pixels, check))
     with opened(file) as reader:
-        width, height = reader.stream.width, reader.stream.height
+        width, height = reader.size
         frames = 1 if reader.is_still else reader.packets()
         if (pixels := frames * width * height) > limits.decoded_pixels:
             raise InputError(

@@ -70,8 +70,24 @@ class TestFiles:
         assert "/tmp" not in found.json["error"]
         assert "passwd" not in found.json["error"]
 
-    def test_a_film_that_is_cut_off(self, idle: Running, clip: Path) -> None:
-        assert idle.ask("/predict", "POST", clip.read_bytes()[:4000]).status == 400
+    def test_films_that_are_cut_off_or_damaged(self, rt: Runtime, clip: Path, rng: np.random.Generator) -> None:
+        whole = clip.read_bytes()
+        front = len(whole) - whole.rindex(b"moov") + 100  # bytes of the index, which is at its end
+        cut = [whole[:-n] for n in (1, 100, front // 2, front, len(whole) - 40)]
+        for _ in range(15):
+            damaged = np.frombuffer(whole, np.uint8).copy()
+            damaged[rng.integers(len(whole), size=20)] = rng.integers(256, size=20)
+            damaged[-rng.integers(1, front, 5)] = rng.integers(256, size=5)
+            cut.append(damaged.tobytes())
+        with running(rt, limits=Limits(requests=1000)) as found:
+            answers = [found.ask("/predict", "POST", body) for body in cut]
+        assert {answer.status for answer in answers} <= {200, 400}
+        assert 400 in {answer.status for answer in answers}
+        assert all(list(answer.json) == ["error"] for answer in answers if answer.status == 400)
+
+    def test_a_film_without_what_decodes_it(self, idle: Running, clip: Path) -> None:
+        found = idle.ask("/predict", "POST", clip.read_bytes().replace(b"avc1", b"xxxx").replace(b"avcC", b"xxxx"))
+        assert (found.status, list(found.json)) == (400, ["error"])
 
     def test_a_picture_for_a_model_of_clips(self, idle: Running) -> None:
         assert "is a still image" in idle.ask("/predict", "POST", jpeg(7)).json["error"]
@@ -127,6 +143,31 @@ class TestFiles:
             answer = found.ask("/predict", "POST", clip.read_bytes())
         assert answer.status == 400
         assert "40 frames of 96x64" in answer.json["error"]
+
+    def test_a_film_that_takes_too_long_is_given_up(self, rt: Runtime, clip: Path) -> None:
+        with running(rt, limits=Limits(decode_seconds=1e-6)) as found:
+            answer = found.ask("/predict", "POST", clip.read_bytes())
+        assert (answer.status, "was not decoded within" in answer.json["error"]) == (400, True)
+
+    def test_decoding_does_not_hold_up_the_end(self, rt: Runtime, clip: Path) -> None:
+        reading, go, answers = threading.Event(), threading.Event(), []
+        rt_predict = rt.predict
+
+        def slow(file: Any, *arguments: Any, **options: Any) -> Any:
+            reading.set()
+            assert go.wait(PATIENCE_S)
+            return rt_predict(file, *arguments, **options)
+
+        with running(rt) as found, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rt, "predict", slow)
+            asking = threading.Thread(target=lambda: answers.append(found.ask("/predict", "POST", clip.read_bytes())))
+            asking.start()
+            assert reading.wait(PATIENCE_S)
+            found.server.stop()
+            go.set()
+            found.thread.join(PATIENCE_S)
+            asking.join()
+        assert (answers[0].status, answers[0].json["error"]) == (503, "the server ends; send it again later")
 
     def test_a_file_that_names_others_is_not_opened(self, clip: Path, tmp_path: Path) -> None:
         from edgetube import address, decoding
