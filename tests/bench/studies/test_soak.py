@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,23 @@ def test_what_passes(changes: dict[str, Any], passes: bool) -> None:
     row = Row(**{"name": "x", "cause": "y", "survived": True, "recovery_s": 1.0, "balanced": True, **changes})
     assert soak.passed(row) == passes
     assert "| x | y |" in soak.table([row])
+
+
+def test_whatever_does_not_hold_out_is_a_complaint() -> None:
+    good = Row("stall", "y", survived=True, recovery_s=1.0, balanced=True)
+    even = {"growth_percent": 1.9, "threads": [4, 4], "files": [6, 6]}
+    document: dict[str, Any] = {
+        "endurance": {"balanced": True, "wrong": 0, **even},
+        "answers": even,
+        "threads": {"differ": 0},
+        "faults": [asdict(good)],
+    }
+    assert soak.complaints(document) == []
+    document["endurance"] |= {"balanced": False, "wrong": 2}
+    document["answers"] = {"growth_percent": 2.1, "threads": [4, 5], "files": [6, 7]}
+    document["threads"] = {"differ": 3}
+    document["faults"] = [asdict(replace(good, survived=False))]
+    assert len(soak.complaints(document)) == 7
 
 
 def test_faults_are_chosen_by_name() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from edgetube import demo, video
 from edgetube.errors import InputError
 from edgetube.live.frame import Frame
-from edgetube.live.source import Ended, FrameSource
+from edgetube.live.source import Ended, FrameSource, delays
 
 PATIENCE_S = 20.0
 """Seconds after which a test that waits has failed."""
@@ -153,3 +154,8 @@ def test_a_file_is_read_to_its_end() -> None:
         for frame, (seconds, pixels) in zip(drain(source), video.frames(path), strict=True):
             assert frame.seconds == seconds
             assert np.array_equal(frame.pixels, pixels)
+
+
+def test_a_lost_camera_is_tried_at_least_twice_a_second() -> None:
+    assert list(islice(delays(lambda: 0.0), 6)) == pytest.approx([0.1, 0.2, 0.4, 0.5, 0.5, 0.5])
+    assert list(islice(delays(lambda: 0.999), 4)) == pytest.approx([0.05, 0.1, 0.2, 0.25], rel=0.01)
