@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI, Request, WebSocket
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -42,6 +43,7 @@ def create(service: Service, *, loopback: bool, token: str | None) -> FastAPI:
     app.add_middleware(Guard, loopback=loopback, token=token, requests=service.limits.requests)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(EdgetubeError, _product_error)
+    app.add_exception_handler(RequestValidationError, _bad_number)
     _pages(app, service)
     _files(app, service)
     _live(app, service)
@@ -74,6 +76,12 @@ async def _http_error(_: Request, error: Exception) -> Response:
 async def _product_error(_: Request, error: Exception) -> Response:
     kinds = ((uploads.TooLarge, 413), (uploads.TooSlow, 408), (uploads.Ending, 503), (InputError, 400))
     return _error(next((status for kind, status in kinds if isinstance(error, kind)), 500), str(error))
+
+
+async def _bad_number(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError), "registered for it"
+    first = error.errors()[0]
+    return _error(400, f"{first['loc'][-1]} is {first.get('input')!r:.60}; expected a whole number")
 
 
 @cache

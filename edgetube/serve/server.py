@@ -12,6 +12,7 @@ import uvicorn
 
 from edgetube.errors import EdgetubeError, InputError
 from edgetube.serve import access, app
+from edgetube.serve.patience import ImpatientProtocol
 from edgetube.serve.service import Service
 
 PORT = 8765
@@ -55,6 +56,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app.create(service, loopback=loopback, token=token),
+                http=ImpatientProtocol,
                 access_log=False,
                 log_config=None,
                 log_level="critical",

@@ -282,6 +282,39 @@ class TestAccess:
         with Service(rt) as service, pytest.raises(InputError, match=f"port {idle.port}.*in use.*another --port"):
             Server(service, "127.0.0.1", idle.port)
 
+    @pytest.mark.parametrize("said", [b"", b"GET / HT", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HT"])
+    def test_who_says_nothing_is_not_waited_for(
+        self, rt: Runtime, monkeypatch: pytest.MonkeyPatch, said: bytes
+    ) -> None:
+        monkeypatch.setattr("edgetube.serve.patience.SILENT_S", 0.1)
+        with running(rt) as found, socket.create_connection(("127.0.0.1", found.port), PATIENCE_S) as silent:
+            silent.sendall(said)
+            while silent.recv(10_000):
+                pass
+
+    def test_who_is_busy_is_waited_for(self, rt: Runtime, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("edgetube.serve.patience.SILENT_S", 0.02)
+        whole = clip.read_bytes()
+
+        def pieces() -> Iterator[bytes]:
+            for at in range(0, len(whole), len(whole) // 5):
+                yield whole[at : at + len(whole) // 5]
+                time.sleep(0.05)
+
+        with running(rt) as found, client.connect(f"ws://127.0.0.1:{found.port}/ws/frames") as open_socket:
+            assert found.ask("/predict", "POST", pieces()).status == 200
+            open_socket.send(b"x")
+            assert "no JPEG" in json.loads(open_socket.recv(PATIENCE_S))["error"]
+
+    @pytest.mark.parametrize("path", ["/api/sources/x/picture", "/api/sources/0/picture?after=x"])
+    def test_what_is_no_number_is_a_line_that_says_so(self, idle: Running, path: str) -> None:
+        found = idle.ask(path)
+        assert (found.status, list(found.json), "is 'x'; expected a whole number" in found.json["error"]) == (
+            400,
+            ["error"],
+            True,
+        )
+
     def test_so_many_requests_a_second(self, rt: Runtime) -> None:
         with running(rt, limits=Limits(requests=5)) as found:
             statuses = [found.ask("/healthz").status for _ in range(30)]
