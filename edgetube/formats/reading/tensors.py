@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -217,11 +218,11 @@ def _open_safetensors(path: Path) -> TensorSource:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: {strict.shown(str(error), 300)}") from error
 
-    def load(name: str) -> Tensor:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
+    @cache
+    def opened() -> Any:  # once: each opening maps the whole file, for as long as one of its tensors is there
+        return safe_open(path, "pt").__enter__()
 
-    return TensorSource(shapes, load, facts=facts)
+    return TensorSource(shapes, lambda name: opened().get_tensor(name), facts=facts)
 
 
 def _open_pickle(path: Path, ema: bool | None) -> TensorSource:
