@@ -305,18 +305,20 @@ def run(
             name = str(item)
             try:
                 live = stream or not isinstance(item, Path)
-                for prediction in _predictions(rt, item, live, hop, top_k, limit, skip_still):
-                    if save:
-                        kept.append(prediction)
-                    name = prediction.source or name
+                try:
+                    for prediction in _predictions(rt, item, live, hop, top_k, limit, skip_still):
+                        if save:
+                            kept.append(prediction)
+                        name = prediction.source or name
+                        if decider is not None:
+                            _print_events(name, decider.update(prediction), as_json)
+                        elif as_json:
+                            print_json({"source": prediction.source, **prediction.to_json()}, indent=None)
+                        else:
+                            terminal.prediction(name, prediction)
+                finally:  # after Ctrl-C and an error, too: a program that reads the events waits for the end of each
                     if decider is not None:
-                        _print_events(name, decider.update(prediction), as_json)
-                    elif as_json:
-                        print_json({"source": prediction.source, **prediction.to_json()}, indent=None)
-                    else:
-                        terminal.prediction(name, prediction)
-                if decider is not None:
-                    _print_events(name, decider.flush(), as_json)
+                        _print_events(name, decider.flush(), as_json)
             except InputError as error:
                 if len(found) == 1:
                     raise

@@ -32,8 +32,15 @@ from edgetube.progress import Progress
 from edgetube.spec import ModelSpec, Prediction
 from edgetube.targets import Target
 
-out = Console(width=None if sys.stdout and sys.stdout.isatty() else 140, emoji=False, markup=False, highlight=False)
-err = Console(stderr=True, emoji=False, markup=False, highlight=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command, which ends as the signal ends others; rich would exit with 1."""
+        raise
+
+
+out = _Console(width=None if sys.stdout and sys.stdout.isatty() else 140, emoji=False, markup=False, highlight=False)
+err = _Console(stderr=True, emoji=False, markup=False, highlight=False)
 
 PLAIN_S = 10.0
 """Seconds between two lines of progress about one stage in a pipe."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +24,7 @@ from edgetube import bundle, cli, demo, interrupts, video
 from edgetube.errors import InputError
 from edgetube.live.decisions import DecisionRule, spans
 from edgetube.runtime import Runtime
+from edgetube.spec import Prediction
 
 Cli: TypeAlias = Callable[..., tuple[int, str, str]]
 
@@ -277,6 +279,25 @@ def test_parity_over_a_video(edgetube_cli: Callable[..., tuple[int, str, str]], 
     code, _, err = edgetube_cli("parity", tiny_bundle, "--clips", 2, "--views", "1x3")
     assert code == 2
     assert "have one view, not 1x3: leave out --views, or give videos with --data" in " ".join(err.split())
+
+
+def test_what_is_on_ends_with_the_command(
+    edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, and an error after the first answers: each event that was opened is closed."""
+    predictions = cli._predictions
+    for error, code in ((KeyboardInterrupt(), 130), (InputError("the file was cut off"), 2)):
+
+        def broken(*arguments: Any, error: BaseException = error) -> Iterator[Prediction]:
+            yield from itertools.islice(predictions(*arguments), 2)
+            raise error
+
+        monkeypatch.setattr(cli, "_predictions", broken)
+        rule = ("--decide", "tau=0,enter=0.01,leave=0.01,min=0")
+        found, out, _ = edgetube_cli("run", tiny_bundle, clip, "--stream", "--hop", 2, *rule, "--json")
+        kinds = [json.loads(line)["kind"] for line in out.splitlines()]
+        assert (found, kinds.count("closed")) == (code, kinds.count("opened"))
+        assert kinds.count("closed") > 0
 
 
 def test_run_tells_when_labels_begin_and_end(
