@@ -62,7 +62,11 @@ def parse(source: Source) -> Source:
     """
     if isinstance(source, bool) or not isinstance(source, Source):
         raise InputError(f"the source is {source!r:.60}; expected a path, a URL or a camera's index")
+    if isinstance(source, int) and source < 0:
+        raise InputError(f"the source is camera {source}; expected an index from 0")
     if isinstance(source, str):
+        if not source.strip():
+            raise InputError(f"the source is {source!r}; expected a path, a URL or a camera's index")
         if source.isdecimal():
             return int(source)
         return source if "://" in source else Path(source)

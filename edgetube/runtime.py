@@ -203,6 +203,8 @@ class Runtime:
         """
         gate = None if skip_still is False else partial(self.gate, skip_still)
         scheduler = Scheduler(self, hop=hop, top_k=top_k, max_age=max_age, gate=gate)
+        if gate is not None:
+            gate()  # what it refuses is refused before the source is opened
         opened, owned = open_source(source, self.contract, fps=fps, policy=policy)
         return Stream(scheduler, opened, owned)
 

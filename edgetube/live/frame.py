@@ -30,6 +30,7 @@ class Frame:
         seconds: of the source's own clock; the first frame of a source has 0.
         restarted: why it does not continue the frames before it (a gap, a clock that jumped, another size, a new
             connection), in a few words for the user; None where it does.
+        gap: whether `restarted` is only that frames are missing: the clock goes on, and the picture is as large.
     """
 
     pixels: Frames = field(repr=False)
@@ -37,6 +38,7 @@ class Frame:
     captured_at: float
     seconds: float
     restarted: str | None = None
+    gap: bool = False
 
 
 @dataclass(frozen=True)

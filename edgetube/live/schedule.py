@@ -110,7 +110,8 @@ class Schedule:
     With the policy "latest" a newer clip takes the place of one that waits. A clip is left out where its answer would
     come more than `max_age` seconds after its newest frame did, as long as the model is as fast as in its last calls.
     Where one call alone takes more than half of `max_age`, a clip may still be half of `max_age` old when its call
-    begins. With "all" no clip is left out; `offer` waits instead.
+    begins; where preparing a clip takes that long, it may still wait for half of `max_age`: a device that is too slow
+    gives old answers, not none. With "all" no clip is left out; `offer` waits instead.
 
     Args:
         batch: clips of one call, at most.
@@ -217,7 +218,7 @@ class Schedule:
             limit = self.limit()
             if limit is not None:
                 for lane in self._lanes:
-                    while lane.policy == "latest" and lane.waiting and now - lane.waiting[0].clip.captured_at > limit:
+                    while lane.policy == "latest" and lane.waiting and self._is_old(lane.waiting[0], now, limit):
                         lane.skip(lane.waiting.popleft())
             ready = sorted((lane for lane in self._lanes if lane.waiting and not lane.running), key=lambda x: x.served)
             if not ready:
@@ -242,6 +243,11 @@ class Schedule:
         """Whether a source that has no turn yet could offer a clip for the next call."""
         room = self.batch if lane.policy == "all" else 1
         return not (lane.ended or lane.running) and len(lane.waiting) < room
+
+    def _is_old(self, work: Work, now: float, limit: float) -> bool:
+        """Whether a clip waited for too long; one that was old when it was ready is not left out for that."""
+        assert self.max_age is not None, "there is a limit"
+        return now > max(work.clip.captured_at + limit, work.ready_at + self.max_age / 2)
 
     def limit(self) -> float | None:
         """Seconds that a clip may be old when its call begins; None for no limit."""

@@ -106,9 +106,13 @@ def open_source(
             arrival.
 
     Raises:
-        InputError: it cannot be used.
+        InputError: it cannot be used, or a rate is given for a source that was opened with its own.
     """
+    if fps is not None:
+        preprocess.frame_rate(fps)
     if isinstance(source, FrameSource):
+        if fps is not None:
+            raise InputError(f"{source.name} was opened with its own clock: leave fps out, or give it to FrameSource")
         return source, False
     rate = contract.fps if fps is None and policy != "latest" else fps
     return FrameSource(source, name=name, fps=rate, policy=policy), True
@@ -122,6 +126,9 @@ def clips(
 ) -> Iterator[LiveClip]:
     """The clips of a source, to its end: all with the policy "all", the newest of those due at once with "latest".
 
+    With "latest", what waits is taken before anything is resized. So a device that resizes more slowly than frames come
+    loses frames only while it makes a clip: frames are left out in runs, and between two runs there is a whole clip.
+
     Args:
         going: looked at before each frame; False ends it.
         came: is told each frame before the window gets it.
@@ -132,14 +139,16 @@ def clips(
     empty = True
     try:
         while going():
-            frame = source.read(POLL_S)
+            frame = source.read(0)
+            if frame is None and not window.settle():
+                frame = source.read(POLL_S)
             if frame is None:
                 continue
             empty = False
             came(frame)
             if source.policy == "all":
                 yield from window.each(frame)
-            elif (clip := window.push(frame)) is not None:
+            elif (clip := window.push(frame, settle=False)) is not None:
                 yield clip
     except Ended:
         if source.is_live or not going():

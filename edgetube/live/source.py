@@ -427,7 +427,7 @@ class FrameSource:
         if placed is None:
             self.ledger.drop("late")
             return None
-        return Frame(pixels, number, arrival.came, placed.seconds, placed.restarted)
+        return Frame(pixels, number, arrival.came, placed.seconds, placed.restarted, placed.gap)
 
     def _queue(self, frame: Frame) -> None:
         """Called with the lock held, which it gives away while it waits for room."""
@@ -439,13 +439,13 @@ class FrameSource:
         if self._ended:
             self.ledger.drop("closed")
             return
-        why = None
+        left = None
         while len(self._waiting) >= capacity:
-            why = self._waiting.popleft().restarted or "frames were left out: they came faster than they were read"
+            left = self._waiting.popleft()
             self.ledger.drop("overrun")
         self._waiting.append(frame)
-        if why is not None:  # the reader does not get what the oldest one continues
-            self._waiting[0] = replace(self._waiting[0], restarted=self._waiting[0].restarted or why)
+        if left is not None:  # the reader does not get what the oldest one continues
+            self._waiting[0] = _after(left, self._waiting[0])
         self._changed.notify_all()
 
     def _watch(self) -> None:
@@ -495,6 +495,16 @@ class FrameSource:
             finally:
                 with self._lock:
                     self._telling = False
+
+
+def _after(left: Frame, frame: Frame) -> Frame:
+    """A frame, with why it does not continue what was read before: the one between them was left out."""
+    if frame.restarted is not None and not frame.gap:
+        return frame
+    if left.restarted is not None and not left.gap:  # what is more than missing frames is not forgotten
+        return replace(frame, restarted=left.restarted, gap=False)
+    why = frame.restarted or left.restarted or "frames were left out: they came faster than they were read"
+    return replace(frame, restarted=why, gap=True)
 
 
 def _call(subscriber: Subscriber, state: State, why: str) -> None:

@@ -41,7 +41,12 @@ class Stream(Iterator[Prediction], AsyncIterator[Prediction]):
         self._asked: asyncio.Future[Prediction | None] | None = None
         self._threads: list[threading.Thread] = []
         self._over = False
-        scheduler.add(source.name, source, owned)
+        try:
+            scheduler.add(source.name, source, owned)
+        except BaseException:
+            if owned:
+                source.close()
+            raise
 
     @property
     def source(self) -> FrameSource:

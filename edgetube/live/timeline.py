@@ -46,6 +46,7 @@ class Placed(NamedTuple):
 
     seconds: float
     restarted: str | None
+    gap: bool = False
 
 
 class Rhythm:
@@ -153,7 +154,7 @@ class Timeline:
             self._rhythm = Rhythm() if stamped else Arrivals()
             return self._settle(time, arrived, look, stamped, None)
         passed = max(0.0, arrived - self._arrived)
-        why, anew = self._pending, self._pending is not None
+        why, anew, gap = self._pending, self._pending is not None, False
         if not anew and self._stamped and not stamped:  # one among others that have a stamp
             return self._settle(self._time + max(passed, TOLERANCE), arrived, look, True, None)
         if not anew and stamped and not self._stamped:  # cameras send the first frames before they know the time
@@ -167,12 +168,13 @@ class Timeline:
             # A demultiplexer may keep a frame until the next one begins, so the last one may have come after the gap.
             why, anew = self._judge(step, passed + self._lag)
             self._lag = max(0.0, passed - step)
+            gap = why is not None and not anew
         if anew:
             self._lag = 0.0
             self._rhythm = Rhythm() if stamped else Arrivals()
             if self._live:
                 self._shift = self._seconds + passed - time
-        return self._settle(time, arrived, look, stamped, why)
+        return self._settle(time, arrived, look, stamped, why, gap)
 
     def _judge(self, step: float, passed: float) -> tuple[str | None, bool]:
         """Why a frame does not continue the last one, and whether that is because the clock jumped."""
@@ -185,14 +187,16 @@ class Timeline:
         gap = self._rhythm.is_gap(step) if self._live else step > FREEZE_S
         return (f"no frame for {step:.3f} s", False) if gap else (None, False)
 
-    def _settle(self, time: float, arrived: float, look: Look, stamped: bool, why: str | None) -> Placed:
+    def _settle(
+        self, time: float, arrived: float, look: Look, stamped: bool, why: str | None, gap: bool = False
+    ) -> Placed:
         assert self._shift is not None, "set with the first frame"
-        if why is None and self._look not in (None, look):
-            why = _change(self._look, look)
+        if (why is None or gap) and self._look not in (None, look):
+            why, gap = _change(self._look, look), False
         self._time, self._arrived, self._look, self._stamped = time, arrived, look, stamped
         self._seconds = time + self._shift
         self._late, self._pending = 0, None
-        return Placed(self._seconds, why)
+        return Placed(self._seconds, why, gap)
 
 
 def _change(before: Look, now: Look) -> str:

@@ -15,6 +15,7 @@ from edgetube import preprocess, resize
 from edgetube.contract import InputContract
 from edgetube.errors import InputError
 from edgetube.live.frame import DropCause, Frame, Ledger
+from edgetube.live.timeline import GAP_PERIODS
 from edgetube.preprocess import TOLERANCE, Resampler
 from edgetube.video import Clip
 
@@ -119,10 +120,13 @@ class Window:
     Frames are resampled to the contract's rate by holding (`edgetube.preprocess.Resampler`): the frame of time t is
     the last one shown at or before t, so a slow camera repeats frames and a fast one skips them. With a stride every
     `stride`-th frame is taken, whatever the clock says. A frame that is taken is resized once, into memory that is
-    allocated once; a clip is a copy, which stays as it is.
+    allocated once; a clip is a copy, which stays as it is. Which frames are taken is known without their pixels: who is
+    behind pushes what waits with `settle=False` first, and loses no frame to the time that resizing takes.
 
     Where `Frame.restarted` says that a frame does not continue those before it, the window begins again with that
-    frame: no clip holds frames of both sides, and the next clip has the reason.
+    frame: no clip holds frames of both sides, and the next clip has the reason. A mere gap (`Frame.gap`) of at most
+    `GAP_PERIODS` of the contract's rate is none for the window: no more than one frame is held for it, as one of a slow
+    camera is.
 
     Every frame is counted in the ledger: as used when it is taken; as dropped by "sampling" when it is not, or is
     between two clips; by "late" when it is older than one before it; by "restart" or "closed" when it was taken, and
@@ -152,8 +156,8 @@ class Window:
         # A frame may bring two new ones, the one before it and itself, while a clip of older ones is due.
         self._pixels = np.empty((contract.frames + 2, *contract.shape[1:]), np.uint8)
         self._slot = -1
-        self._shown: Frame | None = None
-        """The newest frame that was taken."""
+        self._unsettled: dict[int, Frame] = {}
+        """Frames that were taken and are not resized yet, by slot."""
         self._untaken: set[int] = set()
         """Numbers of frames that may still be taken: the newest."""
         self._fresh: deque[int] = deque()
@@ -168,22 +172,44 @@ class Window:
         self._came = self._taken = 0
         self._wanted: float | None = None
         self._newest = -math.inf
+        self._shown: Frame | None = None
+        """The newest frame that was taken."""
+        self._unsettled.clear()
 
-    def push(self, frame: Frame) -> LiveClip | None:
+    def push(self, frame: Frame, *, settle: bool = True) -> LiveClip | None:
         """Take the next frame of the source; the clip that is due with it, or None.
 
         Where several are due, because a slow camera's frame is held for longer than a hop, this is the newest.
+
+        Args:
+            settle: resize the frame now; False leaves that to the clip that shows it, or to `settle`.
         """
         last = None
         for ticks, restarted in self._due(frame):
             last = ticks, restarted or (last[1] if last else None)
+        while settle and self.settle():
+            pass
         return None if last is None else self._clip(*last)
+
+    def settle(self) -> bool:
+        """Resize one frame that was taken and is not resized yet; whether there was one."""
+        slot = next(iter(self._unsettled), None)
+        if slot is not None:
+            self._resize(slot)
+        return slot is not None
+
+    def _resize(self, slot: int) -> None:
+        frame = self._unsettled.pop(slot, None)
+        if frame is not None:
+            self._pixels[slot] = resize.spatial(frame.pixels[None], self.contract)[0]
 
     def each(self, frame: Frame) -> Iterator[LiveClip]:
         """Take the next frame of the source; every clip that is due with it, made when it is asked for. To be read to
         its end before the next call."""
         for ticks, restarted in self._due(frame):
             yield self._clip(ticks, restarted)
+        while self.settle():
+            pass
 
     def finish(self) -> Iterator[LiveClip]:
         """The clips that are due when the source has come to its end, where its last frame stays on display for as long
@@ -212,7 +238,7 @@ class Window:
 
     def _due(self, frame: Frame) -> Iterator[tuple[tuple[Tick, ...], str | None]]:
         """The windows that are due with a frame, each with the reason of a restart before it."""
-        if frame.restarted is not None and self._newest > -math.inf:
+        if frame.restarted is not None and self._newest > -math.inf and not self._is_bridged(frame):
             yield from self._take(self._resampler.end())
             self._leave("restart")
             self._begin()
@@ -228,6 +254,11 @@ class Window:
             self.ledger.drop("sampling", len(passed))
             self._untaken -= passed
 
+    def _is_bridged(self, frame: Frame) -> bool:
+        """Whether the frames that are missing before this one make no difference to what is sampled, but for one."""
+        fps = self.contract.fps
+        return frame.gap and fps is not None and frame.seconds - self._newest <= GAP_PERIODS / fps + TOLERANCE
+
     def _take(self, shown: Iterator[tuple[float, Frame]]) -> Iterator[tuple[tuple[Tick, ...], str | None]]:
         """Put frames that are on display into the window."""
         contract = self.contract
@@ -238,7 +269,7 @@ class Window:
             if frame is not self._shown:
                 self._shown = frame
                 self._slot = (self._slot + 1) % len(self._pixels)
-                self._pixels[self._slot] = resize.spatial(frame.pixels[None], contract)[0]
+                self._unsettled[self._slot] = frame
             if frame.number in self._untaken:
                 self._untaken.remove(frame.number)
                 self._fresh.append(frame.number)
@@ -272,6 +303,8 @@ class Window:
         return restarted
 
     def _clip(self, ticks: tuple[Tick, ...], restarted: str | None) -> LiveClip:
+        for tick in ticks:
+            self._resize(tick.slot)
         start, end = ticks[0].seconds, ticks[-1].seconds + (1 / self.contract.fps if self.contract.fps else 0.0)
         return LiveClip(
             f"{start:.3f}s",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgetube import address
+from edgetube.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,9 @@ def test_a_url_is_shown_without_password_and_query(url: str, shown: str) -> None
 def test_a_file_and_a_camera_are_shown_as_they_are() -> None:
     assert address.shown(Path("a@b?c.mp4")) == "a@b?c.mp4"
     assert address.shown(3) == "camera 3"
+
+
+@pytest.mark.parametrize("source", ["", "  ", -1])
+def test_no_source_is_not_the_current_folder(source: address.Source) -> None:
+    with pytest.raises(InputError, match="the source is"):
+        address.parse(source)

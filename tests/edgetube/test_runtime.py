@@ -106,6 +106,18 @@ def test_predict_preprocesses_frames_of_any_size(rt: edgetube.Runtime, rng: np.r
     assert rt.predict(frames, fps=30.0).logits == pytest.approx(rt(prepared[None])[0].tolist(), abs=1e-6)
 
 
+def test_a_stream_that_is_refused_leaves_nothing_running(tiny_bundle: Path) -> None:
+    before = set(threading.enumerate())
+    picture = np.zeros((16, 16, 3), np.uint8)
+    with edgetube.Runtime(tiny_bundle) as rt:
+        for options in ({"skip_still": 0}, {"skip_still": "4"}, {"fps": 0}, {"fps": "30"}, {"hop": 0}):
+            with pytest.raises(InputError):
+                rt.stream(iter([picture]), **options)
+        with edgetube.FrameSource([picture]) as source, pytest.raises(InputError, match="its own clock"):
+            rt.stream(source, fps=5)
+    assert set(threading.enumerate()) <= before
+
+
 def test_a_model_of_segments_takes_whole_files_and_no_stream(tiny_bundle: Path, tmp_path: Path) -> None:
     found = bundles.load(tiny_bundle)
     segments = replace(found, contract=replace(found.contract, fps=None, sampling="segments"))

@@ -242,6 +242,20 @@ def test_clips_that_are_too_old_are_left_out_and_counted() -> None:
     assert schedule.limit() == 0.25
 
 
+def test_a_clip_that_took_long_to_prepare_is_not_left_out_for_that() -> None:
+    clock, ledger = Clock(), Ledger()
+    schedule = Schedule(max_age=0.5, now=clock)
+    lane = schedule.add("a", ledger, "latest")
+    for wait in (0.2, 0.3):
+        came = clock.time
+        clock.time += 3.0
+        schedule.offer(lane, clip(0, 3, came))
+        clock.time += wait
+        works, _ = schedule.choose(clock.time)
+        assert len(works) == (wait < 0.25)
+        schedule.done(works)
+
+
 @pytest.mark.parametrize("policy", ["latest", "all"])
 def test_what_waits_when_a_source_leaves_is_counted(policy: Policy) -> None:
     ledger, schedule = Ledger(), Schedule(2, now=Clock(), max_age=None)

@@ -159,3 +159,21 @@ def test_a_file_is_read_to_its_end() -> None:
 def test_a_lost_camera_is_tried_at_least_twice_a_second() -> None:
     assert list(islice(delays(lambda: 0.0), 6)) == pytest.approx([0.1, 0.2, 0.4, 0.5, 0.5, 0.5])
     assert list(islice(delays(lambda: 0.999), 4)) == pytest.approx([0.05, 0.1, 0.2, 0.25], rel=0.01)
+
+
+def test_what_is_left_out_hides_no_new_size() -> None:
+    """Frames 0 to 2 are read late; the frame that is another size is left out, its neighbours are not."""
+    with FrameSource.pushed("door", capacity=1) as source:
+        for i, side in enumerate((8, 8, 16, 16)):
+            source.push(np.zeros((side, side, 3), np.uint8), i / 10)
+        frame = source.read(0)
+        assert frame is not None
+        assert frame.number == 3
+        assert "its size changed" in (frame.restarted or "")
+        assert not frame.gap
+        for i in (4, 5):
+            source.push(np.zeros((16, 16, 3), np.uint8), i / 10)
+        frame = source.read(0)
+        assert frame is not None
+        assert "were left out" in (frame.restarted or "")
+        assert frame.gap

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -16,6 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgetube import resize
+from edgetube.contract import InputContract
 from edgetube.errors import BackendError, InputError
 from edgetube.live.novelty import NoveltyGate
 from edgetube.live.scheduler import Failed, Over, Scheduler
@@ -239,8 +243,8 @@ def test_a_slow_reader_of_a_live_source_gets_what_is_newest() -> None:
     window = found._scheduler._feeders["door"].window
     push = window.push
 
-    def counted(frame: Any) -> Any:
-        clip = push(frame)
+    def counted(frame: Any, **options: Any) -> Any:
+        clip = push(frame, **options)
         taken.release()
         return clip
 
@@ -256,6 +260,42 @@ def test_a_slow_reader_of_a_live_source_gets_what_is_newest() -> None:
     assert account.dropped["overrun"] >= 15
     assert first.dropped == seen(first)[0]
     source.close()
+
+
+def test_a_device_that_resizes_slower_than_frames_come_still_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty frames a second come, ten can be resized; each clip is whole, and what was lost is counted."""
+
+    def slow(frames: Any, contract: Any, spatial: Any = resize.spatial) -> Any:
+        time.sleep(0.1)
+        return spatial(frames, contract)
+
+    monkeypatch.setattr(resize, "spatial", slow)
+    source, over = FrameSource.pushed("door", capacity=12), threading.Event()
+    model = Pixels(InputContract(8, 8, 8, fps=50.0))
+
+    def push() -> None:
+        for i in itertools.count():
+            source.push(picture(i % 256), i / 50)
+            if over.wait(0.02):
+                return
+
+    pusher = threading.Thread(target=push)
+    with source, stream(source, model) as found:
+        pusher.start()
+        alarm = threading.Timer(PATIENCE_S, found.close)
+        alarm.start()
+        answers = list(itertools.islice(found, 3))
+        alarm.cancel()
+        over.set()
+        pusher.join()
+    assert len(answers) == 3
+    for answer in answers:
+        first = seen(answer)[0]
+        assert seen(answer) == [(first + i) % 256 for i in range(8)]
+    assert all("were left out" in (answer.restarted or "") and answer.dropped > 0 for answer in answers[1:])
+    account = source.ledger.account()
+    assert account.captured == account.used + sum(account.dropped.values())
+    assert (account.used, account.dropped["overrun"] > 16) == (24, True)
 
 
 @given(

@@ -243,3 +243,18 @@ def test_the_seconds_of_what_is_live_never_go_back(frames: list[tuple[float, flo
         if placed is not None:
             assert placed.seconds >= seconds - 1e-6
             seconds = placed.seconds
+
+
+def test_a_gap_is_only_that_where_nothing_else_changed() -> None:
+    timeline = Timeline(live=True)
+    for i in range(8):
+        timeline.place(i / 20, i / 20, LOOK)
+    assert timeline.place(0.5, 0.5, LOOK) == Placed(0.5, "no frame for 0.150 s", gap=True)
+    turned = timeline.place(1.5, 1.5, Look(LOOK.height * 2, LOOK.width))
+    assert turned is not None
+    assert "its size changed" in (turned.restarted or "")
+    assert not turned.gap
+    jumped = timeline.place(9.0, 1.6, Look(LOOK.height * 2, LOOK.width))
+    assert jumped is not None
+    assert "jumped ahead" in (jumped.restarted or "")
+    assert not jumped.gap

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,38 @@ def test_equal_times_are_in_order() -> None:
     """A clock of whole seconds: every second shows the newest frame that it had when its time came."""
     found = clips_of(np.floor(np.arange(60) / 10).tolist(), InputContract(4, 8, 8, fps=1.0))
     assert [clip[0] for clip in found] == [0, 10, 20]
+
+
+@pytest.mark.parametrize(("lost", "bridged"), [((5,), True), ((5, 6), True), ((5, 6, 7), False)])
+def test_a_gap_within_the_rate_of_the_model_does_not_begin_the_window_again(
+    lost: tuple[int, ...], bridged: bool
+) -> None:
+    """Twenty frames a second, of which the model takes ten: 0.15 s without a frame are bridged, more is not."""
+    times = [i / 20 for i in range(16) if i not in lost]
+    plain = list(windows(frames_of(times), InputContract(4, 8, 8, fps=10.0), 1))
+    ledger = Ledger()
+    frames = list(frames_of(times, ledger, {5}))
+    frames[5] = replace(frames[5], gap=True)
+    window = Window(InputContract(4, 8, 8, fps=10.0), 1, ledger=ledger)
+    found = [clip for frame in frames for clip in window.each(frame)] + list(window.finish())
+    restarted = [clip.restarted for clip in found if clip.restarted is not None]
+    assert restarted == ([] if bridged else ["gap 5"])
+    assert ([values(clip) for clip in found] == [values(clip) for clip in plain]) is bridged
+
+
+def test_frames_that_are_resized_later_are_the_same() -> None:
+    contract, rng = InputContract(4, 8, 8, fps=10.0), np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (11, 13, 3), dtype=np.uint8) for _ in range(40)]
+    frames = list(frames_of([i / 15 for i in range(40)], restarts={9}, pixels=lambda i: pictures[i]))
+    now, later = Window(contract, 3), Window(contract, 3)
+    for i, frame in enumerate(frames):
+        a, b = now.push(frame), later.push(frame, settle=False)
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert np.array_equal(a.frames, b.frames)
+            assert a.numbers == b.numbers
+        if i % 7 == 0:
+            assert not now.settle()
+            later.settle()
+    while later.settle():
+        pass
