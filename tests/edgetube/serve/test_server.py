@@ -211,15 +211,11 @@ class TestFiles:
 
 
 class TestAccess:
-    @pytest.mark.parametrize(
-        "host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "[::1", "10.0.0.1"]
-    )
-    def test_other_names_are_refused_on_loopback(self, idle: Running, host: str) -> None:
-        assert idle.ask("/api/sources", Host=host).status == 400
-
-    @pytest.mark.parametrize("host", ["localhost", "localhost:1", "127.0.0.1:80", "[::1]:80", "LOCALHOST"])
-    def test_names_of_this_machine_are_not(self, idle: Running, host: str) -> None:
-        assert idle.ask("/api/sources", Host=host).status == 200
+    def test_the_host_has_to_be_this_machine(self, idle: Running) -> None:
+        for host in ("evil.example", "evil.example:80", "localhost.evil.example", "", "[::1", "10.0.0.1"):
+            assert (host, idle.ask("/api/sources", Host=host).status) == (host, 400)
+        for host in ("localhost", "localhost:1", "127.0.0.1:80", "[::1]:80", "LOCALHOST"):
+            assert (host, idle.ask("/api/sources", Host=host).status) == (host, 200)
 
     def test_pages_of_other_servers_are_refused(self, idle: Running) -> None:
         own = f"127.0.0.1:{idle.port}"
@@ -233,13 +229,13 @@ class TestAccess:
         headers = idle.ask("/healthz", Origin=f"http://127.0.0.1:{idle.port}").headers
         assert not [key for key in headers if key.startswith("access-control")]
 
-    @pytest.mark.parametrize("path", ["/", "/api/sources", "/nothing", "/metrics"])
-    def test_headers(self, idle: Running, path: str) -> None:
-        headers = idle.ask(path).headers
-        assert headers["content-security-policy"].startswith("default-src 'none'")
-        assert "unsafe" not in headers["content-security-policy"]
-        assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store")
-        assert "server" not in headers
+    def test_headers(self, idle: Running) -> None:
+        for path in ("/", "/api/sources", "/nothing", "/metrics"):
+            headers = idle.ask(path).headers
+            assert headers["content-security-policy"].startswith("default-src 'none'")
+            assert "unsafe" not in headers["content-security-policy"]
+            assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store")
+            assert "server" not in headers
 
     def test_a_token(self, rt: Runtime) -> None:
         with running(rt, token=TOKEN) as found:
@@ -282,6 +278,7 @@ class TestAccess:
         with Service(rt) as service, pytest.raises(InputError, match=f"port {idle.port}.*in use.*another --port"):
             Server(service, "127.0.0.1", idle.port)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("said", [b"", b"GET / HT", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HT"])
     def test_who_says_nothing_is_not_waited_for(
         self, rt: Runtime, monkeypatch: pytest.MonkeyPatch, said: bytes
@@ -292,6 +289,7 @@ class TestAccess:
             while silent.recv(10_000):
                 pass
 
+    @pytest.mark.slow
     def test_who_is_busy_is_waited_for(self, rt: Runtime, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("edgetube.serve.patience.SILENT_S", 0.02)
         whole = clip.read_bytes()
@@ -306,14 +304,11 @@ class TestAccess:
             open_socket.send(b"x")
             assert "no JPEG" in json.loads(open_socket.recv(PATIENCE_S))["error"]
 
-    @pytest.mark.parametrize("path", ["/api/sources/x/picture", "/api/sources/0/picture?after=x"])
-    def test_what_is_no_number_is_a_line_that_says_so(self, idle: Running, path: str) -> None:
-        found = idle.ask(path)
-        assert (found.status, list(found.json), "is 'x'; expected a whole number" in found.json["error"]) == (
-            400,
-            ["error"],
-            True,
-        )
+    def test_what_is_no_number_is_a_line_that_says_so(self, idle: Running) -> None:
+        for path in ("/api/sources/x/picture", "/api/sources/0/picture?after=x"):
+            found = idle.ask(path)
+            assert (found.status, list(found.json)) == (400, ["error"])
+            assert "is 'x'; expected a whole number" in found.json["error"]
 
     def test_so_many_requests_a_second(self, rt: Runtime) -> None:
         with running(rt, limits=Limits(requests=5)) as found:
@@ -326,6 +321,7 @@ class TestFrames:
     def connect(self, found: Running) -> Any:
         return client.connect(f"ws://127.0.0.1:{found.port}/ws/frames", max_size=None)
 
+    @pytest.mark.slow
     def test_frames_are_answered(self, rt: Runtime) -> None:
         with running(rt, hop=1) as found, self.connect(found) as socket:
             stop = threading.Event()
@@ -409,6 +405,7 @@ class TestFrames:
 
 
 class TestSources:
+    @pytest.mark.slow
     def test_a_file_plays_at_its_own_pace(self, rt: Runtime, clip: Path) -> None:
         with rt.stream(clip, hop=1) as stream:
             expected = list(stream)
@@ -439,6 +436,7 @@ class TestSources:
             assert found.ask("/api/sources/77/picture").status == 404
             assert found.ask("/api/sources/../../etc/passwd/picture").status == 404
 
+    @pytest.mark.slow
     def test_events_bring_what_is_new(self, rt: Runtime, clip: Path) -> None:
         with running(rt, clip, hop=1) as found:
             connection = http.client.HTTPConnection("127.0.0.1", found.port, timeout=PATIENCE_S)
@@ -464,6 +462,7 @@ class TestSources:
         for word in (b"secret", b"qwertz", b"me:secret"):
             assert word not in everything
 
+    @pytest.mark.slow
     def test_nothing_is_computed_while_nothing_changes(self, rt: Runtime, tmp_path: Path) -> None:
         from edgetube import video
 
@@ -472,6 +471,7 @@ class TestSources:
             source = until(lambda: [s for s in found.ask("/api/sources").json if s["count"] >= 5])[0]
             assert source["skipped"] >= source["count"] - 2
 
+    @pytest.mark.slow
     def test_answers_that_are_not_finite_are_told_and_harm_nothing(self, rt: Runtime, clip: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Runtime, "__call__", lambda self, clips: np.full((1, len(self.labels)), np.nan, np.float32))
@@ -515,6 +515,7 @@ class TestTheEnd:
             answer.close()
             connection.close()
 
+    @pytest.mark.slow
     def test_a_model_that_always_fails_ends_it(self, rt: Runtime, clip: Path) -> None:
         def fail(self: Runtime, clips: object) -> None:
             raise BackendError("the device is gone")
