@@ -60,7 +60,7 @@ class Backend(ABC):
         self._lock = threading.Lock()
         self._state = threading.Condition()
         self._callers: set[int] = set()  # threads
-        self._open, self._released = True, False
+        self._open, self._ending, self._closed, self._released = True, False, False, False
         self._process = os.getpid()
 
     @abstractmethod
@@ -152,10 +152,8 @@ class Backend(ABC):
         if os.getpid() != self._process:
             return  # it is the parent's
         with self._state:
+            self._closed = True
             self._end_calls()
-            if not self._released:
-                self._released = True
-                self.release()
 
     def only_tap(self) -> None:
         """Refuse calls from now on, as if closed, but not `layers` and `tap`, which open the artifact once more.
@@ -163,14 +161,21 @@ class Backend(ABC):
         So the weights are not in memory twice. Waits for calls in progress.
         """
         with self._state:
-            if self._open:
-                self._end_calls()
-                self.release_calls()
+            self._end_calls()
 
     def _end_calls(self) -> None:
+        """Wait for calls in progress and release what is no longer needed; the first thread does it for the others."""
+        if self._ending:
+            return
         if self._open:
-            self._open = False
+            self._open, self._ending = False, True
             self._state.wait_for(lambda: self._callers <= {threading.get_ident()})
+            self._ending = False
+            if not self._closed:
+                self.release_calls()
+        if self._closed and not self._released:
+            self._released = True
+            self.release()
 
     def __enter__(self) -> Self:
         return self

@@ -340,16 +340,19 @@ class TestLifecycle:
         monkeypatch.setattr(backend, "infer", slow)
         with ThreadPoolExecutor(8) as pool:
             calls = [pool.submit(runtime, clips[:1]) for _ in range(3)]
-            inside.acquire()
-            while len(backend._callers) < 3:
-                time.sleep(0.001)
-            closing = [pool.submit(runtime.close) for _ in range(2)]
-            while backend._open:
-                time.sleep(0.001)
-            with pytest.raises(BackendError, match="this runtime is closed; open the bundle again"):
-                runtime(clips[:1])
-            assert hasattr(backend, "session")
-            go_on.set()
+            try:
+                inside.acquire()
+                while len(backend._callers) < 3:
+                    time.sleep(0.001)
+                closing = [pool.submit(runtime.close) for _ in range(2)]
+                while backend._open:
+                    time.sleep(0.001)
+                with pytest.raises(BackendError, match="this runtime is closed; open the bundle again"):
+                    runtime(clips[:1])
+                time.sleep(0.05)  # for the second thread that closes
+                assert hasattr(backend, "session")
+            finally:
+                go_on.set()
             for call in calls:
                 np.testing.assert_array_equal(call.result(), expected)
             for one in closing:
