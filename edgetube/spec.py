@@ -530,8 +530,9 @@ class ModelSpec:
         """
         linears = (3 if self.gated_mlp else 2) * self.sequence * self.width * self.hidden
         encoder = self.depth * (self._attention_macs() + linears) + self._readout_macs()
-        projected = self._sequences * self.features * self.projection
-        head = self.embedding * self.classifiers[0][1]
+        both = 2 if self.projection else 1  # an exported graph projects to [y, -y], see `edgetube.export.static`
+        projected = self._sequences * self.features * both * self.projection
+        head = both * self.embedding * self.classifiers[0][1]
         return self.tokenizer_macs() + self._sequences * encoder + projected + head
 
     def _attention_macs(self) -> int:

@@ -7,6 +7,7 @@ A bundle is built in a hidden folder beside its destination and published only w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -127,11 +128,14 @@ class ExportSession:
 
     def __init__(self, checkpoint: Checkpoint, options: Options, progress: Progress) -> None:
         self.checkpoint = checkpoint
-        self.builder = Builder(checkpoint, options.batch, progress)
-        self.prover = Prover(checkpoint, lambda: self.int8.clips[1], progress)
-        shown = np.stack([clip.frames for clip in self.prover.clips[:2]])
-        self.lowerings = LoweringChoice(self.builder, shown, options.lowering)
-        self.int8 = Int8Builder(self.builder, options.calib, options.max_drop)
+        with ExitStack() as undo:
+            self.builder = Builder(checkpoint, options.batch, progress)
+            undo.callback(self.builder.close)
+            self.prover = Prover(checkpoint, lambda: self.int8.clips[1], progress)
+            shown = np.stack([clip.frames for clip in self.prover.clips[:2]])
+            self.lowerings = LoweringChoice(self.builder, shown, options.lowering)
+            self.int8 = Int8Builder(self.builder, options.calib, options.max_drop)
+            undo.pop_all()
 
     def __enter__(self) -> Self:
         return self

@@ -138,6 +138,7 @@ def test_impossible_budgets_are_refused(drop: int) -> None:
         pipeline.Options(max_drop=drop)
 
 
+@pytest.mark.slow
 def test_two_targets_of_one_scheme_share_a_calibration(tiny_checkpoint: Path, tmp_path: Path) -> None:
     stages = []
     names = [

@@ -24,6 +24,7 @@ from edgetube.runtimes.torch import Reference
 GATHER = pipeline.Options(lowering="gather")
 
 
+@pytest.mark.slow
 def test_every_target_that_can_be_built_here_answers_like_pytorch(
     tiny_checkpoint: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
