@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:  # PyAV takes half as long to import as numpy; `import edgetub
     import av
     from av.container import InputContainer
     from av.video.stream import VideoStream
+
+Turn: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
+"""The upper left 2 x 2 of a display matrix, by which a stored picture is turned and mirrored to be shown."""
 
 SET_BACK, MAX_GAP = 0.1, 10.0
 """Seconds by which a broadcast's clock may jump back or ahead between two frames; beyond that its parts were joined."""
@@ -577,18 +580,23 @@ class Reader:
 
 def rgb(frame: av.VideoFrame) -> Frames:
     """(H, W, 3) uint8, by the matrix and range that the frame says, turned and mirrored as it is to be shown."""
+    return upright(frame)[0]
+
+
+def upright(frame: av.VideoFrame) -> tuple[Frames, Turn | None]:
+    """A frame's `rgb`, and the `turn` that made it upright: reading the turn of a frame with EXIF is slow."""
     # One thread: by default each frame would start one for each core, which costs more than it gains.
     pixels: Frames = frame.to_ndarray(format="rgb24", threads=1)  # type: ignore[assignment]
     matrix = turn(frame)
     if matrix is None:
-        return pixels
+        return pixels, None
     (xx, xy), (yx, yy) = matrix  # a stored pixel at (x, y) is shown at (xx * x + yx * y, xy * x + yy * y)
     if abs(xy) + abs(yx) > abs(xx) + abs(yy):
         pixels, xx, yy = pixels.swapaxes(0, 1), yx, xy
-    return pixels[:: -1 if yy < 0 else 1, :: -1 if xx < 0 else 1]
+    return pixels[:: -1 if yy < 0 else 1, :: -1 if xx < 0 else 1], matrix
 
 
-def turn(frame: av.VideoFrame) -> tuple[tuple[int, int], tuple[int, int]] | None:
+def turn(frame: av.VideoFrame) -> Turn | None:
     """The upper left 2 x 2 of the display matrix, from a container or from EXIF; None where there is none."""
     from av.sidedata.sidedata import SideDataContainer, Type
 

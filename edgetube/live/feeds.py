@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 
 from edgetube import address, decoding, listing, preprocess
-from edgetube.decoding import rgb, turn
+from edgetube.decoding import rgb, upright
 from edgetube.errors import EdgetubeError, InputError
 from edgetube.hwdecode import Decoder
 from edgetube.resize import Frames
@@ -114,12 +114,12 @@ class Decoded:
 
 def _live(reader: decoding.Reader) -> Iterator[Arrival]:
     for came, stamp, frame in reader.arrivals():
-        yield Arrival(came, stamp, None) if frame is None else Arrival(came, stamp, rgb(frame), turn(frame))
+        yield Arrival(came, stamp, None) if frame is None else Arrival(came, stamp, *upright(frame))
 
 
 def _film(reader: decoding.Reader) -> Iterator[Arrival]:
     for seconds, frame in reader.film():
-        yield Arrival(time.monotonic(), seconds, rgb(frame), turn(frame))
+        yield Arrival(time.monotonic(), seconds, *upright(frame))
 
 
 class Folder:
