@@ -5,23 +5,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import current_process, get_context
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from edgetube import interrupts
+
+if TYPE_CHECKING:  # its import adds a tenth to that of `edgetube.runtime`, which asks for cores only
+    from concurrent.futures import ProcessPoolExecutor
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """Read by BLAS libraries once, when they are loaded."""
 
 
 def cores() -> int:
-    """Cores that this process may use; 1 where it may not start processes, as a daemon of multiprocessing."""
-    if current_process().daemon:
-        return 1
+    """Cores that this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)  # Linux; a container has fewer than the machine
     return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def workers() -> int:
+    """Processes that make use of all cores; 1 where this one may not start any, as a daemon of multiprocessing."""
+    from multiprocessing import current_process
+
+    return 1 if current_process().daemon else cores()
 
 
 @contextmanager
@@ -30,6 +37,9 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
     They start when jobs are submitted, which is done inside of `interrupts.kept_from_children`.
     """
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
     made = ProcessPoolExecutor(workers, get_context("spawn"), interrupts.end_with_parent)
     done = False
     try:

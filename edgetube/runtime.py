@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -13,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
-from edgetube import address, answer, metrics, preprocess, runtimes, video
+from edgetube import address, answer, metrics, preprocess, processes, runtimes, video
 from edgetube import bundle as bundles
-from edgetube.address import Address
+from edgetube.address import Address, Source
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.errors import InputError, ParityError
@@ -28,9 +27,6 @@ from edgetube.live.window import Hop
 from edgetube.runtimes.base import Logits
 from edgetube.spec import Prediction
 from edgetube.video import Clip
-
-Source = str | Path | int
-"""A file, a URL, or the index of a camera."""
 
 GOLDEN_SLACK = 1e-3
 """How far the golden logits of an older bundle may move between two machines, of the largest logit, beside twice the
@@ -101,7 +97,7 @@ class Runtime:
         """Calls at once that this runtime gains from: processors / `threads` where the backend takes several calls and
         was given a number of threads, else 1."""
         threads = self._options["threads"]
-        return max(1, cores() // threads) if threads and self._backend.thread_safe else 1
+        return max(1, processes.cores() // threads) if threads and self._backend.thread_safe else 1
 
     def __call__(self, clips: npt.ArrayLike) -> Logits:
         """Logits (B, classes) float32 of clips (B, T, H, W, 3) uint8 RGB that are already preprocessed.
@@ -276,10 +272,3 @@ def _named(source: object) -> str | None:
     if isinstance(source, Address):
         return source.name
     return str(source) if isinstance(source, str | Path) else None
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -170,7 +170,7 @@ class Int8Builder:
                 checkpoint.contract,
                 checkpoint.labels,
                 folder,
-                workers=processes.cores(),
+                workers=processes.workers(),
                 keep=True,
                 progress=self.progress,
             )

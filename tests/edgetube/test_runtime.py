@@ -23,7 +23,7 @@ import torch
 
 import edgetube
 from edgetube import bundle as bundles
-from edgetube import preprocess, video
+from edgetube import preprocess, processes, video
 from edgetube.bench import latency
 from edgetube.errors import BackendError, BundleError, InputError, ParityError
 from edgetube.export import pipeline
@@ -162,6 +162,15 @@ def test_threads_share_one_runtime(rt: edgetube.Runtime, clips: npt.NDArray[np.u
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(lambda _: rt(clips), range(16)):
             np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(("threads", "calls"), [(None, 1), (2, 4), (3, 2), (16, 1)])
+def test_calls_at_once_share_the_cores(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None, calls: int
+) -> None:
+    monkeypatch.setattr(processes, "cores", lambda: 8)
+    with edgetube.Runtime(tiny_bundle, threads=threads) as runtime:
+        assert runtime.parallel_calls == calls
 
 
 def test_closed_runtime_says_so(tiny_bundle: Path, clips: npt.NDArray[np.uint8]) -> None:
