@@ -55,7 +55,6 @@ class Lane:
     running: bool = False
     served: int = 0
     ended: bool = False
-    told: bool = False
     error: BaseException | None = None
     shown: deque[int] = field(default_factory=deque)
     """Numbers of frames that only clips show which have not run."""
@@ -153,7 +152,7 @@ class Schedule:
     def remove(self, lane: Lane) -> None:
         """No clip of this source runs any more, except one that runs already."""
         with self._changed:
-            lane.ended = lane.told = True
+            lane.ended = True
             lane.leave("closed")
             if lane in self._lanes:
                 self._lanes.remove(lane)
@@ -203,7 +202,6 @@ class Schedule:
                     return found
                 over = next((lane for lane in self._lanes if lane.ended and not (lane.waiting or lane.running)), None)
                 if over is not None:
-                    over.told = True
                     over.leave("overrun")
                     self._lanes.remove(over)
                     return over
