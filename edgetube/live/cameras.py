@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from edgetube.live.frame import State
 from edgetube.live.novelty import NoveltyGate
 from edgetube.live.schedule import BATCH_WAIT_MS, MAX_AGE_S, Lane
 from edgetube.live.scheduler import Failed, Model, Outcome, Scheduler, Statistics, open_source
-from edgetube.live.source import FrameSource, Policy
+from edgetube.live.source import FrameSource, Policy, call_app
 from edgetube.live.window import Hop
 from edgetube.spec import Prediction
 from edgetube.video import Source
@@ -214,13 +213,13 @@ class Cameras:
     def _tell(self, outcome: Outcome) -> None:
         if isinstance(outcome, Prediction):
             self._failures = 0
-            _call(self._on_prediction, outcome)
+            call_app(self._on_prediction, outcome)
         elif isinstance(outcome, Failed):
             self._fail(outcome)
         else:
             if outcome.error is not None:
-                _call(self._on_error, outcome.lane.name, outcome.error)
-            _call(self._on_end, outcome.lane.name)
+                call_app(self._on_error, outcome.lane.name, outcome.error)
+            call_app(self._on_end, outcome.lane.name)
             with self._changed:
                 if self._running.get(outcome.lane.name) is outcome.lane:  # not one that took its name meanwhile
                     del self._running[outcome.lane.name]
@@ -228,7 +227,7 @@ class Cameras:
 
     def _fail(self, outcome: Failed) -> None:
         for name in outcome.names:
-            _call(self._on_error, name, outcome.error)
+            call_app(self._on_error, name, outcome.error)
         with self._changed:
             self._failures += 1
             if self._failures < MAX_FAILURES or self._closed or self._error is not None:
@@ -247,19 +246,9 @@ def _subscribe(source: FrameSource, callback: Callable[[State, str], object]) ->
         with lock:
             if state != told:
                 told = state
-                _call(callback, state, why)
+                call_app(callback, state, why)
 
     unsubscribe = source.subscribe(tell)
     with lock:
         tell(source.state, "it was added" if source.error is None else str(source.error))
     return unsubscribe
-
-
-def _call(callback: Callable[..., object] | None, *arguments: object) -> None:
-    """Call the app; what it raises is printed."""
-    if callback is None:
-        return
-    try:
-        callback(*arguments)
-    except Exception:  # noqa: BLE001 - the app's, and nothing that could be handled here
-        threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))

@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -118,7 +119,11 @@ class FrameSource:
         stall_after: float = STALL_AFTER_S,
         open_within: float | None = OPEN_WITHIN_S,
     ) -> None:
-        self._arguments = (source, name, policy, fps, capacity, decoder, reconnect, stall_after, open_within)
+        self._source = source
+        self._options: dict[str, Any] = {
+            "name": name, "policy": policy, "fps": fps, "capacity": capacity, "decoder": decoder,
+            "reconnect": reconnect, "stall_after": stall_after, "open_within": open_within,
+        }  # fmt: skip
         hwdecode.check(decoder)
         feed = feeds.choose(source, name, fps, live=policy == "latest", decoder=decoder)
         self._prepare(feed.name, feed.live, policy, capacity, stall_after)
@@ -331,11 +336,11 @@ class FrameSource:
         return f"<{type(self).__name__} {self.name}: {self._state}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        source, *options = (None,) if self._feed is None else self._arguments
+        source = None if self._feed is None else self._source
         if not isinstance(source, int | str | Path):
             raise InputError(f"{self.name} gives frames of this process and cannot be sent to another: make it there")
         parsed = address.parse(source)
-        return _rebuild, (parsed.absolute() if isinstance(parsed, Path) else parsed, *options)
+        return partial(FrameSource, **self._options), (parsed.absolute() if isinstance(parsed, Path) else parsed,)
 
     def _check_process(self) -> None:
         # Locks that another thread held at the fork stay locked in the child, and the source's thread is not there.
@@ -491,7 +496,7 @@ class FrameSource:
                 subscribers = tuple(self._subscribers)
             try:
                 for subscriber in subscribers:
-                    _call(subscriber, state, why)
+                    call_app(subscriber, state, why)
             finally:
                 with self._lock:
                     self._telling = False
@@ -507,26 +512,14 @@ def _after(left: Frame, frame: Frame) -> Frame:
     return replace(frame, restarted=why, gap=True)
 
 
-def _call(subscriber: Subscriber, state: State, why: str) -> None:
+def call_app(callback: Callable[..., object] | None, *arguments: object) -> None:
+    """Call a callback of the app, if there is one; what it raises is printed as what a thread raises."""
+    if callback is None:
+        return
     try:
-        subscriber(state, why)
-    except Exception:  # noqa: BLE001 - the app's, and nothing that a source could handle
+        callback(*arguments)
+    except Exception:  # noqa: BLE001 - the app's, and nothing that could be handled here
         threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
-
-
-def _rebuild(*arguments: Any) -> FrameSource:
-    source, name, policy, fps, capacity, decoder, reconnect, stall_after, open_within = arguments
-    return FrameSource(
-        source,
-        name=name,
-        policy=policy,
-        fps=fps,
-        capacity=capacity,
-        decoder=decoder,
-        reconnect=reconnect,
-        stall_after=stall_after,
-        open_within=open_within,
-    )
 
 
 @atexit.register
