@@ -55,7 +55,6 @@ _BROADCAST = frozenset((_TS, "mpeg"))
 _SOUGHT = frozenset((_MP4, _MATROSKA, _TS))
 """Containers in which timestamps are right after a seek; others are decoded from their beginning."""
 
-
 _CLOCKLESS = frozenset(("mpjpeg", "mjpeg", "mjpeg_2000", "h264", "hevc", "m4v", "mpegvideo", "obu", "image2pipe"))
 """Formats whose frames have no times: FFmpeg counts them, at a rate that it guesses."""
 
@@ -217,10 +216,9 @@ class Reader:
         options = {}
         if self._is_picture and stream.codec_context.name == "mjpeg":  # which fills what is missing with grey
             options["err_detect"] = "explode"
-        if (
-            address.untrusted is not None and stream.codec_context is not None
-        ):  # frames may become larger than the header says
-            # FFmpeg counts rows as padded to 64 pixels: twice as many lets through all that `check_size` does.
+        if address.untrusted is not None and stream.codec_context is not None:
+            # Frames may become larger than the header says. FFmpeg counts rows as padded to 64 pixels: twice as many
+            # lets through all that `check_size` does.
             options["max_pixels"] = str(2 * address.untrusted.max_pixels)
         if options:
             stream.codec_context.options = options
@@ -450,9 +448,7 @@ class Reader:
                     yield packet
                     heard = time.monotonic()
                 return
-            except (
-                IndexError
-            ):  # PyAV at the end of a file in which streams began that were not there when it was opened
+            except IndexError:  # PyAV at the end of a file with streams that were not there when it was opened
                 return
             except av.BlockingIOError as error:  # avfoundation's way to say that the next frame is not there yet
                 if not self.live or time.monotonic() - heard > TIMEOUT:

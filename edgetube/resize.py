@@ -230,9 +230,8 @@ def _bilinear(frame: Frames, plan: _Plan, out: Frames) -> None:
     elif len(rows):
         columns, colours = np.divmod(places, 3)
         at = (plan.first[columns, None] + np.arange(plan.weights.shape[1])) * 3 + colours[:, None]
-        taps = (
-            tall[rows[:, None], np.maximum(at, 0)] * plan.weights[columns]
-        )  # float64; before the left edge is no weight
+        # float64; before the left edge is no weight
+        taps = tall[rows[:, None], np.maximum(at, 0)] * plan.weights[columns]
         out[rows, columns, colours] = taps.sum(axis=1) + 0.5
 
 
@@ -264,9 +263,7 @@ def _bicubic(frame: Frames, plan: _Plan, out: Frames) -> None:
         pixels = _scratch("strip", (len(strip), strip.shape[1] * 3), np.float64)
         pixels.reshape(strip.shape)[...] = strip
         sums = _scratch("sums", (len(strip), width * 3), np.float64)
-        for b in plan.horizontal:
-            band = pixels[:, (b.low - plan.left) * 3 : (b.high - plan.left) * 3]
-            np.matmul(band, b.matrix, out=sums[:, b.at * 3 : b.at * 3 + b.matrix.shape[1]])
+        _columns(pixels, plan, sums)
         wide[at : at + len(strip)] = _levels(sums)
     for b in plan.vertical:
         band = wide[b.low - plan.top : b.high - plan.top].astype(np.float64)
