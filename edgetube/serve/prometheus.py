@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, get_args
 
 from edgetube.live.cameras import Cameras
@@ -65,60 +65,55 @@ def text(board: Board, cameras: Cameras | None, requests: Mapping[tuple[str, str
 
 
 def _metrics(known: list[tuple[Track, Statistics]], requests: Mapping[tuple[str, str], int]) -> Iterator[Iterator[str]]:
-    def of(track: Track) -> dict[str, str]:
-        return {"source": track.name}
+    def of_sources(
+        name: str, kind: Kind, text: str, samples: Callable[[Track, Statistics], Iterable[Sample]]
+    ) -> Iterator[str]:
+        return metric(
+            name, kind, text,
+            [
+                (suffix, {"source": track.name, **labels}, value)
+                for track, one in known
+                for suffix, labels, value in samples(track, one)
+            ],
+        )  # fmt: skip
 
-    yield metric(
-        "edgetube_frames_captured_total", "counter", "Frames that came.",
-        [("", of(track), one.account.captured) for track, one in known],
-    )  # fmt: skip
-    yield metric(
+    yield of_sources(
+        "edgetube_frames_captured_total", "counter", "Frames that came.", lambda _, one: _single(one.account.captured)
+    )
+    yield of_sources(
         "edgetube_frames_used", "gauge", "Frames that a window took, less those that it dropped later.",
-        [("", of(track), one.account.used) for track, one in known],
+        lambda _, one: _single(one.account.used),
     )  # fmt: skip
-    yield metric(
+    yield of_sources(
         "edgetube_frames_waiting", "gauge", "Frames that no window has taken yet.",
-        [("", of(track), one.account.waiting) for track, one in known],
+        lambda _, one: _single(one.account.waiting),
     )  # fmt: skip
-    yield metric(
+    yield of_sources(
         "edgetube_frames_dropped_total", "counter", "Frames that no answer shows, by cause.",
-        [
-            ("", of(track) | {"cause": cause}, one.account.dropped.get(cause, 0))
-            for track, one in known
-            for cause in get_args(DropCause)
-        ],
+        lambda _, one: [("", {"cause": cause}, one.account.dropped.get(cause, 0)) for cause in get_args(DropCause)],
     )  # fmt: skip
-    yield metric(
-        "edgetube_predictions_total", "counter", "Answers of the model.",
-        [("", of(track), one.predictions) for track, one in known],
-    )  # fmt: skip
-    yield metric(
+    yield of_sources(
+        "edgetube_predictions_total", "counter", "Answers of the model.", lambda _, one: _single(one.predictions)
+    )
+    yield of_sources(
         "edgetube_predictions_skipped_total", "counter", "Answers that were repeated, because nothing had changed.",
-        [("", of(track), track.skipped) for track, _ in known],
+        lambda track, _: _single(track.skipped),
     )  # fmt: skip
-    yield metric(
-        "edgetube_spans_total", "counter", "Spans that were opened.",
-        [("", of(track), track.opened) for track, _ in known],
-    )  # fmt: skip
-    yield metric(
+    yield of_sources(
+        "edgetube_spans_total", "counter", "Spans that were opened.", lambda track, _: _single(track.opened)
+    )
+    yield of_sources(
         "edgetube_latency_seconds", "histogram", "Work for an answer, without waiting.",
-        [sample for track, _ in known for sample in _locked(track, "latency")],
+        lambda track, _: _locked(track, track.latency),
     )  # fmt: skip
-    yield metric(
+    yield of_sources(
         "edgetube_age_seconds", "histogram", "From the arrival of the newest frame to the answer.",
-        [sample for track, _ in known for sample in _locked(track, "age")],
+        lambda track, _: _locked(track, track.age),
     )  # fmt: skip
-    yield metric(
-        "edgetube_quiet_seconds", "gauge", "Since the last frame.",
-        [("", of(track), one.quiet_s) for track, one in known if one.quiet_s is not None],
-    )  # fmt: skip
-    yield metric(
+    yield of_sources("edgetube_quiet_seconds", "gauge", "Since the last frame.", lambda _, one: _single(one.quiet_s))
+    yield of_sources(
         "edgetube_source_state", "gauge", "1 for the state that the source is in.",
-        [
-            ("", of(track) | {"state": state}, int(one.state == state))
-            for track, one in known
-            for state in get_args(State)
-        ],
+        lambda _, one: [("", {"state": state}, int(one.state == state)) for state in get_args(State)],
     )  # fmt: skip
     yield metric(
         "edgetube_requests_total", "counter", "Files and frames that clients sent, by how that ended.",
@@ -126,6 +121,10 @@ def _metrics(known: list[tuple[Track, Statistics]], requests: Mapping[tuple[str,
     )  # fmt: skip
 
 
-def _locked(track: Track, which: Literal["latency", "age"]) -> list[Sample]:
+def _single(value: float | None) -> list[Sample]:
+    return [] if value is None else [("", {}, value)]
+
+
+def _locked(track: Track, found: Histogram) -> list[Sample]:
     with track.lock:
-        return list(histogram({"source": track.name}, getattr(track, which)))
+        return list(histogram({}, found))
