@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from functools import cache, partial
 from importlib import resources
 from typing import Any
@@ -64,13 +64,13 @@ class _Watched(StreamingResponse):
             self._slots.give()
 
 
-def _error(status: int, text: str, **headers: str) -> JSONResponse:
+def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"error": text}, status, headers)
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "registered for it"
-    return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+    return _error(error.status_code, str(error.detail), error.headers)
 
 
 async def _product_error(_: Request, error: Exception) -> Response:
@@ -127,11 +127,8 @@ def _files(app: FastAPI, service: Service) -> None:
             if request.headers.get("content-type", "").startswith("multipart/"):
                 return _error(415, "the body is a form; expected the file itself: curl --data-binary @clip.mp4 ...")
             if not service.uploads.take():
-                return _error(
-                    429,
-                    f"{service.limits.uploads} files are being classified; send it again later",
-                    **{"retry-after": "1"},
-                )
+                text = f"{service.limits.uploads} files are being classified; send it again later"
+                return _error(429, text, {"retry-after": "1"})
             try:
                 found = await _classified(request, service)
                 result = "done"
@@ -193,7 +190,7 @@ def _live(app: FastAPI, service: Service) -> None:
     async def events() -> Response:
         """Server-sent events: `sources` has what /api/sources has, with those points of the charts that are new."""
         if not service.watchers.take():
-            return _error(429, f"{service.limits.watchers} pages are open already", **{"retry-after": "10"})
+            return _error(429, f"{service.limits.watchers} pages are open already", {"retry-after": "10"})
 
         async def tell() -> AsyncIterator[str]:
             since: dict[int, int] = {}
