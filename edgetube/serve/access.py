@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import json
 from collections.abc import Mapping
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from edgetube.errors import InputError
 from edgetube.serve.limits import ClientRates
@@ -87,13 +88,12 @@ class Guard:
         headers: dict[str, str] = {}
         for key, value in scope["headers"]:
             headers[key.decode("latin-1")] = value.decode("latin-1")
-        refused = self._refused(scope, headers)
-        if refused is not None:
-            await _refuse(scope, send, *refused)
+        answer = self._app
+        if (refused := self._refused(scope, headers)) is not None:
+            answer = _refusal(scope, *refused)
         elif (location := self._entering(scope)) is not None:
-            await _respond(send, 303, b"", {"location": location, "set-cookie": self._set_cookie()})
-        else:
-            await self._app(scope, receive, _with_headers(send) if scope["type"] == "http" else send)
+            answer = Response(status_code=303, headers={"location": location, "set-cookie": self._set_cookie()})
+        await answer(scope, receive, _with_headers(send) if scope["type"] == "http" else send)
 
     def _refused(self, scope: Scope, headers: Mapping[str, str]) -> tuple[int, str] | None:
         client = scope.get("client")
@@ -153,19 +153,11 @@ def _query_token(scope: Scope) -> str:
     return str(found.get("token", [""])[0])
 
 
-async def _refuse(scope: Scope, send: Send, status: int, why: str) -> None:
+def _refusal(scope: Scope, status: int, why: str) -> ASGIApp:
     if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008, "reason": why})  # before it is accepted: a 403
-        return
-    more = {"www-authenticate": "Bearer"} if status == 401 else {"retry-after": "1"} if status == 429 else {}
-    await _respond(send, status, json.dumps({"error": why}).encode(), {"content-type": "application/json", **more})
-
-
-async def _respond(send: Send, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-    found = {**HEADERS, **headers, "content-length": str(len(body))}
-    raw = [(key.encode(), value.encode("latin-1")) for key, value in found.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+        return WebSocketClose(1008, why)  # before it is accepted: a 403
+    more = {"www-authenticate": "Bearer"} if status == 401 else {"retry-after": "1"} if status == 429 else None
+    return JSONResponse({"error": why}, status, more)
 
 
 def _with_headers(send: Send) -> Send:
