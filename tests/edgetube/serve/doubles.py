@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import io
 import json
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from edgetube.bench.studies import servers
 from edgetube.runtime import Runtime
 
 PATIENCE_S = 30.0
@@ -86,10 +86,8 @@ def until(true: Callable[[], Any]) -> Any:
 
 def jpeg(value: int, size: tuple[int, int] = (48, 32)) -> bytes:
     """A JPEG of one grey, made by Pillow."""
-    image = pytest.importorskip("PIL.Image")
-    file = io.BytesIO()
-    image.new("RGB", size, (value, value, value)).save(file, "JPEG", quality=95)
-    return file.getvalue()
+    pytest.importorskip("PIL.Image")
+    return servers.jpeg(value, size)
 
 
 def film(path: Path, count: int = 40, fps: float = 20.0) -> Path:
