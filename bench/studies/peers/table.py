@@ -18,6 +18,7 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from importlib import metadata
 from pathlib import Path
@@ -181,9 +182,13 @@ def table(document: dict[str, Any]) -> str:
         for row in group["contestants"]:
             lines.append(_line(row, yardstick))
         if group["machine"]:
-            lines += ["", f"{group['machine']}."]
+            lines += ["", _wrapped(f"{group['machine']}.")]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
-    return "\n".join([*lines, "", f"All of them: {versions}."]).strip()
+    return "\n".join([*lines, "", _wrapped(f"All of them: {versions}.")]).strip()
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _line(row: dict[str, Any], yardstick: float | None) -> str:
