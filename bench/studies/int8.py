@@ -50,6 +50,7 @@ from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator
 from edgetube.calibration.table import IntegerFormat
 from edgetube.export import canonical, integer, pipeline, quantize, static
 from edgetube.export import int8 as exporting_int8
+from edgetube.files import atomic_write
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.precision import Precision
@@ -486,7 +487,7 @@ def keep(path: Path, key: str, found: Mapping[str, Any]) -> None:
     """Put one result beside the others of a file."""
     document = json.loads(path.read_text("utf-8")) if path.exists() else {}
     document[key] = found
-    path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    atomic_write(path, json.dumps(document, indent=1) + "\n")
 
 
 COMMANDS = {

@@ -29,6 +29,7 @@ from edgetube import formats
 from edgetube.bench.machine import describe
 from edgetube.contract import InputContract
 from edgetube.export import pipeline
+from edgetube.files import atomic_write
 from edgetube.model import checkpoints
 from edgetube.model.transformer import VideoTransformer, shapes
 from edgetube.spec import SIZES, ModelSpec, TubeSpec
@@ -166,7 +167,8 @@ def main() -> None:
     print(f"| **all** | {cost['wall_s']:.0f} | {cost['cpu_s']:.0f} | {cost['peak_gb']:.2f} | |")
     print(f"\nweights {cost['weights_gb']:.2f} GB, peak {ratio:.1f} times that; artifact {cost['artifact_gb']:.2f} GB")
     if args.json:
-        args.json.write_text(json.dumps({"model": args.model, **cost, "machine": describe()}, indent=1) + "\n")
+        document = {"model": args.model, **cost, "machine": describe()}
+        atomic_write(args.json, json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import numpy as np
 import edgetube
 from edgetube.bench.camera import enlarge
 from edgetube.bench.machine import describe, versions
+from edgetube.files import atomic_write
 from edgetube.live.frame import Frame
 from edgetube.live.window import LiveClip, Window
 from edgetube.resize import Frames
@@ -120,7 +121,7 @@ def main() -> None:
     text = json.dumps(found, indent=2)
     print(text)
     if options.json:
-        options.json.write_text(text + "\n", "utf-8")
+        atomic_write(options.json, text + "\n")
 
 
 if __name__ == "__main__":
