@@ -54,7 +54,7 @@ def in_processes(model_set: ModelSet, jobs: Iterable[Job], *, workers: int) -> R
     """
     if workers < 1:
         raise InputError(f"workers is {workers}; expected >= 1")
-    model_set = replace(model_set, threads=model_set.threads or max(1, (os.cpu_count() or 1) // workers))
+    model_set = replace(model_set, threads=model_set.threads or max(1, processes.cores() // workers))
     source, suspects = iter(jobs), deque[Job]()
     with processes.threads(model_set.threads):
         while True:
