@@ -53,6 +53,18 @@ def number(value: object, name: str, expected: str) -> float:
     return found
 
 
+def positive(value: object, name: str, expected: str) -> float:
+    """Check and convert a caller's finite number above 0 to float.
+
+    Raises:
+        InputError: as `number` raises, or it is not above 0.
+    """
+    found = number(value, name, expected)
+    if found <= 0:
+        raise InputError(f"{name} is {value!r:.60}; expected {expected}")
+    return found
+
+
 def count_of(value: object, name: str) -> int:
     """Check a caller's integer >= 1.
 

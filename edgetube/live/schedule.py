@@ -129,11 +129,9 @@ class Schedule:
     ) -> None:
         self.batch, self.now = preprocess.count_of(batch, "batch"), now
         self.batch_wait = preprocess.number(batch_wait_ms, "batch_wait_ms", "milliseconds >= 0") / 1e3
-        self.max_age = None if max_age is None else preprocess.number(max_age, "max_age", "seconds > 0, or None")
+        self.max_age = None if max_age is None else preprocess.positive(max_age, "max_age", "seconds > 0, or None")
         if self.batch_wait < 0:
             raise InputError(f"batch_wait_ms is {batch_wait_ms}; expected milliseconds >= 0")
-        if self.max_age is not None and self.max_age <= 0:
-            raise InputError(f"max_age is {max_age}; expected seconds > 0, or None")
         self._changed = threading.Condition()
         self._lanes: list[Lane] = []
         self._closed = False

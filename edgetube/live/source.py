@@ -159,9 +159,7 @@ class FrameSource:
             raise InputError(f"policy is {policy!r:.60}; expected latest or all")
         if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
             raise InputError(f"capacity is {capacity!r:.60}; expected a whole number of frames >= 1")
-        self._stall_after = preprocess.number(stall_after, "stall_after", "seconds > 0")
-        if self._stall_after <= 0:
-            raise InputError(f"stall_after is {stall_after}; expected seconds > 0")
+        self._stall_after = preprocess.positive(stall_after, "stall_after", "seconds > 0")
         self.name = name
         self.ledger = Ledger()
         self._process = os.getpid()
