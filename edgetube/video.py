@@ -86,14 +86,14 @@ def _load(file: Address, contract: InputContract, start: float | None, views: Se
     out = np.empty((len(views), *contract.shape), np.uint8)
     path = file.name
     with opened(file) as reader:
-        if reader.is_still:
+        is_still = reader.is_still  # of an animation known by reading through it, so asked once
+        if is_still:
             if not contract.is_image:
                 remedy = "give a video, or export the model for images (--input image)"
                 raise InputError(f"{path} is a still image; the model needs {contract.frames} frames: {remedy}")
             if start is not None:
                 raise InputError(f"start is {start} s, but {path} is a still image and has no clock")
             preprocess.check_still(path, views[0])
-        if reader.is_still:
             times = _fill(out, reader.frames(), contract, views)
         elif contract.sampling == "segments":
             times = _fill_segments(out, reader, contract, start, views)
@@ -102,7 +102,7 @@ def _load(file: Address, contract: InputContract, start: float | None, views: Se
             times = _fill(out, preprocess.pick(reader.frames(begin), contract, begin), contract, views)
         if not times:
             raise InputError(f"{path} holds no frame that can be decoded")
-        start, end = (None, None) if reader.is_still else (times[0], times[-1] + 1 / reader.rate)
+        start, end = (None, None) if is_still else (times[0], times[-1] + 1 / reader.rate)
         return [Clip(path, frames, start=start, end=end) for frames in out]
 
 
