@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from edgetube import strict
@@ -163,8 +163,7 @@ class InputContract:
         return replace(self, frames=frames, height=height, width=width, resize_size=resized)
 
     def to_json(self) -> dict[str, Any]:
-        defaults = {f.name: f.default for f in fields(self)}
-        return {name: value for name, value in asdict(self).items() if name not in LATER or value != defaults[name]}
+        return strict.stated(self, LATER)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> InputContract:

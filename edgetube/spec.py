@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from edgetube import strict
@@ -26,7 +26,7 @@ SpaceTime = Literal["joint", "divided"]
 Activation = Literal["gelu", "gelu-tanh", "quick-gelu", "silu"]
 FinalNorm = Literal["tokens", "readout", "none"]
 
-LATER = ("attention",)
+LATER = ("projection", "attention")
 """Fields that older bundles lack. JSON leaves them out where they have their defaults, so that the digests of older
 bundles, which are made of it, stay what they were."""
 
@@ -548,8 +548,7 @@ class ModelSpec:
         return 2 * n * d if "attention" in self.readout else 0
 
     def to_json(self) -> dict[str, Any]:
-        defaults = {f.name: f.default for f in fields(self)}
-        data = {name: value for name, value in asdict(self).items() if name not in LATER or value != defaults[name]}
+        data = strict.stated(self, LATER)
         data["tubes"] = [tube.to_json() for tube in self.tubes]
         return data
 

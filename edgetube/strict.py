@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -130,6 +130,15 @@ def fields_of(cls: type[T], data: Mapping[str, Any]) -> dict[str, Any]:
     known = fields(cls)  # type: ignore[arg-type]
     needed = [f.name for f in known if f.default is MISSING and f.default_factory is MISSING]
     return dict(record(data, cls.__name__, needed, [f.name for f in known]))
+
+
+def stated(value: Any, later: Collection[str]) -> dict[str, Any]:
+    """The fields of a dataclass as JSON states them: those called `later` only where they differ from their defaults.
+
+    So what older versions wrote, who lack these fields, is still what is written, and so are digests of it.
+    """
+    defaults = {f.name: f.default for f in fields(value)}
+    return {name: item for name, item in asdict(value).items() if name not in later or item != defaults[name]}
 
 
 @contextmanager

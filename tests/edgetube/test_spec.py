@@ -320,6 +320,17 @@ class TestJson:
     def test_optional_fields_may_be_left_out(self) -> None:
         assert TubeSpec.from_json({"kernel": [1, 2, 3], "stride": [4, 5, 6]}) == TubeSpec((1, 2, 3), (4, 5, 6))
 
+    def test_what_digests_of_older_bundles_are_made_of_stays(self) -> None:
+        """The fields of schema 2 as it was first written; JSON has others where they differ from their defaults."""
+        assert set(SMALL.to_json()) == {
+            "activation", "channels", "classifiers", "depth", "embedding_norm", "final_norm", "final_norm_eps",
+            "frames", "gated_mlp", "gates", "heads", "hidden", "kernel", "norm_eps", "per_frame", "position_resize", "positions",
+            "prefix", "query_pool", "readout", "rotary", "size", "tubes", "width",
+        }  # fmt: skip
+        cosine = replace(SMALL, projection=7)
+        assert cosine.to_json() == SMALL.to_json() | {"projection": 7}
+        assert ModelSpec.from_json(cosine.to_json()) == cosine
+
     def test_a_model_without_the_field_has_joint_attention(self) -> None:
         """As older bundles; what their digests are made of stays what it was."""
         data = SMALL.to_json()
