@@ -324,8 +324,8 @@ class TestJson:
         """The fields of schema 2 as it was first written; JSON has others where they differ from their defaults."""
         assert set(SMALL.to_json()) == {
             "activation", "channels", "classifiers", "depth", "embedding_norm", "final_norm", "final_norm_eps",
-            "frames", "gated_mlp", "gates", "heads", "hidden", "kernel", "norm_eps", "per_frame", "position_resize", "positions",
-            "prefix", "query_pool", "readout", "rotary", "size", "tubes", "width",
+            "frames", "gated_mlp", "gates", "heads", "hidden", "kernel", "norm_eps", "per_frame", "position_resize",
+            "positions", "prefix", "query_pool", "readout", "rotary", "size", "tubes", "width",
         }  # fmt: skip
         cosine = replace(SMALL, projection=7)
         assert cosine.to_json() == SMALL.to_json() | {"projection": 7}
