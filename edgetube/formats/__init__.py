@@ -179,10 +179,11 @@ def locate(bundle: Bundle, where: str | Path) -> Bundle:
     """
     where, digest = Path(where).absolute(), bundle.checkpoint["sha256"]
     candidates, choices = _candidates(where), list(_moved(_options(bundle), where))
-    for options, place in product(choices, candidates):
-        if place.exists() and _digest(place, options) == digest:
-            found: Mapping[str, str] = {**bundle.checkpoint, **options.to_json(), "source": str(place)}
-            return replace(bundle, checkpoint=found)
+    for files in (Files(place) for place in candidates if place.exists()):
+        for options in choices:
+            if _digest(files, options) == digest:
+                found: Mapping[str, str] = {**bundle.checkpoint, **options.to_json(), "source": str(files.path)}
+                return replace(bundle, checkpoint=found)
     raise CheckpointError(
         f"the checkpoint of {bundle.path} (sha256 {digest[:16]}...) is not at {where}: {len(candidates)} checkpoints "
         "were looked at"
@@ -197,10 +198,10 @@ def _candidates(where: Path) -> list[Path]:
     return [*files, *dict.fromkeys(path.parent for path in files)]
 
 
-def _digest(place: Path, options: ReadOptions) -> str:
+def _digest(files: Files, options: ReadOptions) -> str:
     """See `Files.digest_with`; empty where no checkpoint is, such as in the folder of an adapter."""
     try:
-        return Files(place).digest_with(options)
+        return files.digest_with(options)
     except (CheckpointError, InputError):
         return ""
 
