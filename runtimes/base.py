@@ -44,9 +44,10 @@ class Interface:
 class Backend(ABC):
     """One opened artifact.
 
-    A subclass opens the artifact in `__init__(bundle, *, threads, device)` and implements `infer` and `release`.
-    Several threads may call one backend: calls are serialised unless the subclass says `thread_safe`. It may be closed
-    meanwhile: calls in progress complete, later ones are refused. It cannot be used in a forked process.
+    A subclass opens the artifact in `__init__(bundle, *, threads, device)` and implements `infer`, and `release` or
+    `release_calls` where it has something to free. Several threads may call one backend: calls are serialised unless
+    the subclass says `thread_safe`. It may be closed meanwhile: calls in progress complete, later ones are refused. It
+    cannot be used in a forked process.
     """
 
     thread_safe: ClassVar[bool] = False
@@ -93,12 +94,11 @@ class Backend(ABC):
         """
         raise BackendError(f"{type(self).__module__.rpartition('.')[2]} shows no inner tensors")
 
-    @abstractmethod
-    def release(self) -> None:
-        """Free the resources of `__init__`, also after `release_calls`. Called once."""
+    def release_calls(self) -> None:  # noqa: B027  # a backend may have nothing of the kind
+        """Free the resources of `__init__` that `infer` needs and `layers` and `tap` do not. Called once."""
 
-    def release_calls(self) -> None:  # noqa: B027  # a backend that has nothing of the kind frees nothing
-        """Free what `infer` needs and `layers` and `tap` do not; nothing by default."""
+    def release(self) -> None:  # noqa: B027
+        """Free the other resources of `__init__`. Called once, after `release_calls`."""
 
     def __call__(self, clips: npt.ArrayLike) -> Logits:
         """Logits (B, classes) float32 of clips (B, T, H, W, 3) uint8, any strides, any B.
@@ -171,8 +171,7 @@ class Backend(ABC):
             self._open, self._ending = False, True
             self._state.wait_for(lambda: self._callers <= {threading.get_ident()})
             self._ending = False
-            if not self._closed:
-                self.release_calls()
+            self.release_calls()
         if self._closed and not self._released:
             self._released = True
             self.release()

@@ -118,9 +118,6 @@ class Session(Backend):
     def release_calls(self) -> None:
         del self.session
 
-    def release(self) -> None:
-        self.__dict__.pop("session", None)
-
 
 GRAPH, NODE, GRAPH_OUTPUT, NODE_OUTPUT, VALUE_NAME = 7, 1, 12, 2, 1
 """Numbers of the fields that hold them in onnx.proto: ModelProto.graph, GraphProto.node and .output, NodeProto.output,

@@ -149,10 +149,6 @@ class Session(Backend):
     def release_calls(self) -> None:
         del self.request, self.compiled
 
-    def release(self) -> None:
-        for name in ("request", "compiled"):
-            self.__dict__.pop(name, None)
-
 
 def compile_model(
     path: Path | ov.Model, precisions: list[str], threads: int | None = None, device: str = "cpu"
