@@ -150,11 +150,6 @@ def gptq_targets(
     return found
 
 
-def gram_matrix(rows: Array) -> npt.NDArray[np.float64]:
-    """X' X of rows X (R, K): (K, K) float64, multiplied in the type of the rows."""
-    return np.asarray(rows.T @ rows, np.float64)
-
-
 class GramAccumulator:
     """Accumulates the Gram matrix and the sums of an activation's rows (R, K).
 

@@ -22,7 +22,7 @@ from edgetube.calibration import graphs, numeric, storage
 from edgetube.calibration.graphs import Linear
 from edgetube.calibration.table import CalibrationTable, LinearPlan
 from edgetube.errors import ParityError
-from edgetube.export.statistics import graph_statistics, tensor_shapes, weight_bytes
+from edgetube.export.statistics import graph_statistics, tensor_shapes
 
 DOMAIN = "com.microsoft"
 
@@ -283,5 +283,5 @@ def statistics(plain: onnx.ModelProto, model: onnx.ModelProto) -> dict[str, Any]
     return graph_statistics(plain) | {
         "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
         "nodes": len(model.graph.node),
-        "weight_bytes": weight_bytes(model),
+        "weight_bytes": storage.total(model),
     }

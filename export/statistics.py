@@ -26,7 +26,7 @@ def graph_statistics(model: onnx.ModelProto) -> dict[str, Any]:
         "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
         "nodes": len(graph.node),
         "parameters": sum(math.prod(t.dims) for t in graph.initializer if t.data_type in floats),
-        "weight_bytes": weight_bytes(model),
+        "weight_bytes": storage.total(model),
         "macs": sum(_macs(node, known) for node in graph.node),
         "max_rank": max(map(len, known.values())),
         "voxels": sum(math.prod(known[node.output[0]]) for node in byte_casts(model)),
@@ -50,11 +50,6 @@ def tensor_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
         dims = value.type.tensor_type.shape.dim
         found[value.name] = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
     return found
-
-
-def weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of the weights."""
-    return storage.total(model)
 
 
 def byte_casts(model: onnx.ModelProto) -> list[onnx.NodeProto]:

@@ -267,7 +267,7 @@ class TestSafePairs:
             rows = np.float32(rows[:, :1] + 0.01 * rows)
         scales = numeric.mse_scales(weight, np.square(rows).mean(axis=0), safe_pairs=True)
         scales = np.float32(scales * data.draw(st.sampled_from([0.05, 0.5, 1.0])))  # more clipped than any search would
-        gram = numeric.gram_matrix(rows)
+        gram = second_moments(rows)
         for moments in (gram, np.zeros_like(gram)):
             integers = numeric.gptq_quantize(weight, scales, moments, safe_pairs=True)
             low, high = self.worst_sums(integers)
@@ -313,7 +313,7 @@ class TestSafePairs:
         """Where seven bits would give four times the error."""
         mixed = rng.standard_normal((2000, 64)) @ rng.standard_normal((64, 96)) * np.geomspace(3, 0.3, 96)
         rows, weight = mixed.astype(np.float32), rng.standard_normal((96, 32)).astype(np.float32)
-        gram, power = numeric.gram_matrix(rows), np.square(rows).mean(axis=0)
+        gram, power = second_moments(rows), np.square(rows).mean(axis=0)
 
         def error(safe: bool) -> float:
             scales = numeric.mse_scales(weight, power, safe)

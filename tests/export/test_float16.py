@@ -11,11 +11,11 @@ import torch
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from edgetube.calibration.storage import total
 from edgetube.errors import SpecError
 from edgetube.export import canonical
 from edgetube.export.float16 import PIXEL_SCALE, convert_to_fp16
 from edgetube.export.static import StaticTransformer
-from edgetube.export.statistics import weight_bytes
 from edgetube.export.tokenizer import LOWERINGS
 from edgetube.model.transformer import VideoTransformer
 from edgetube.runtimes.torch import normalise
@@ -39,7 +39,7 @@ def test_half_precision_answers_like_pytorch(name: str, lowering: str) -> None:
     assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert all(types[n.input[1]] == TensorProto.FLOAT16 for n in nodes(model, "MatMul") if n.input[1] in types)
-    assert weight_bytes(model) < 0.65 * weight_bytes(trace(name, lowering).model)
+    assert total(model) < 0.65 * total(trace(name, lowering).model)
 
 
 @pytest.mark.parametrize("name", ["mean", *OTHERS])

@@ -29,8 +29,8 @@ def weights(safe: bool) -> Weights:
     exact[:, :8], exact[:, 8:16] = 127, -127
     exact[:, 16:24] = np.where(np.arange(SIZE) % 2, 127, -127)[:, None]
     exact[:, 24:32] = np.where(np.arange(SIZE) % 2, 120, 20)[:, None]
-    gram = numeric.gram_matrix(rng.standard_normal((300, SIZE)).astype(np.float32))
-    return numeric.gptq_quantize(exact.astype(np.float32), np.ones(SIZE, np.float32), gram, safe)
+    rows = rng.standard_normal((300, SIZE)).astype(np.float32)
+    return numeric.gptq_quantize(exact.astype(np.float32), np.ones(SIZE, np.float32), rows.T @ rows, safe)
 
 
 def onnxruntime(frames: npt.NDArray[np.uint8], weight: Weights) -> npt.NDArray[Any]:
