@@ -34,14 +34,19 @@ class Builder:
 
     def __init__(self, checkpoint: Checkpoint, batch: int, progress: Progress) -> None:
         self.checkpoint, self.batch, self.progress = checkpoint, batch, progress
-        self._workspace = tempfile.TemporaryDirectory(prefix="edgetube.")
+        self._folder = tempfile.TemporaryDirectory(prefix="edgetube.")
         self._graphs: dict[tuple[str, bool, int], Graph] = {}
         self._moments: dict[int, StoredMoments] = {}
+
+    @property
+    def workspace(self) -> Path:
+        """A temporary folder for weights, frames and activations, until `close`."""
+        return Path(self._folder.name)
 
     def close(self) -> None:
         """Forget the graphs, and delete the files of their weights."""
         self._graphs.clear()
-        self._workspace.cleanup()
+        self._folder.cleanup()
 
     def build(
         self, folder: Path, target: Target, graph: Graph, table: CalibrationTable | None = None
@@ -79,7 +84,7 @@ class Builder:
     def _trace(self, checkpoint: Checkpoint, lowering: str, batch: int) -> Graph:
         """The graph of the whole model, for clips or images according to the checkpoint."""
         module = static.StaticTransformer(checkpoint.model, checkpoint.contract, lowering, batch=batch)
-        graph = canonical.trace(module, checkpoint.spec, checkpoint.contract, batch, Path(self._workspace.name))
+        graph = canonical.trace(module, checkpoint.spec, checkpoint.contract, batch, self.workspace)
         return replace(graph, labels=checkpoint.labels)
 
     def _image_graph(self, lowering: str) -> Callable[[], Graph] | None:
@@ -92,7 +97,7 @@ class Builder:
         """Input moments of the linears on rendered clips, so that no calibration clips are needed. Computed once."""
         if (frames := graph.spec.frames) not in self._moments:
             clips = [clip.frames for clip in demo.scenes(graph.contract, MOMENT_CLIPS)]
-            folder = Path(tempfile.mkdtemp(dir=self._workspace.name))
+            folder = Path(tempfile.mkdtemp(dir=self.workspace))
             self._moments[frames] = moments.measure(graph.model, graph.roles, clips, export.evaluator(), folder)
         return self._moments[frames]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -217,8 +216,3 @@ def summary(report: Mapping[str, Any]) -> str:
     speed = report["speedup"]
     pace = f"{speed:.2f}x faster than" if speed >= 1 else f"SLOWER, {speed:.2f}x the speed of"
     return f"{pace} {report['against']}, {report['size_ratio']:.2f}x its size; {kept}; {work}"
-
-
-def workspace() -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder for frames and activations."""
-    return tempfile.TemporaryDirectory(prefix="edgetube.")

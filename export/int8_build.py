@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from typing_extensions import Self
 
 from edgetube import bundle as bundles
 from edgetube import calibration, export, processes, runtimes
@@ -41,14 +40,10 @@ class Int8Builder:
         self.builder, self.given, self.max_drop = builder, given, max_drop
         self.checkpoint, self.progress = builder.checkpoint, builder.progress
         self._calibrations: dict[tuple[ActivationScheme, IntegerFormat], Calibrated] = {}
-        self._workspace = int8.workspace()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Forget the calibrations, whose arrays are in the builder's folder."""
         self._calibrations.clear()
-        self._workspace.cleanup()
 
     def build(self, folder: Path, target: Target, graph: Graph, prover: Prover) -> tuple[Bundle, Built]:
         """Calibrate, build, and compare with the float artifact of the same runtime."""
@@ -126,7 +121,7 @@ class Int8Builder:
         """
         activations, form = key = int8.activation_scheme(target), int8.integer_format(target)
         if key not in self._calibrations:
-            folder, graph = Path(self._workspace.name), self.builder.graph("gather", batch=1)
+            folder, graph = self.builder.workspace, self.builder.graph("gather", batch=1)
             statistics, judged = self.clips
             self._calibrations[key] = calibration.calibrate(
                 graph.model,
@@ -163,7 +158,7 @@ class Int8Builder:
     @cached_property
     def clips(self) -> tuple[Clips, Clips]:
         """The calibration clips and the judging clips; read once."""
-        folder, checkpoint = Path(self._workspace.name), self.checkpoint
+        folder, checkpoint = self.builder.workspace, self.checkpoint
         statistics, judged = (
             collect(
                 source,

@@ -141,7 +141,7 @@ class ExportSession:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.int8.__exit__()
+        self.int8.close()
         self.builder.close()
 
     def export(self, target: Target, out: Path) -> Bundle:
