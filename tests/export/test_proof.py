@@ -44,12 +44,12 @@ def wrong_mean(module: static.StaticTransformer) -> None:
 
 def wrong_proj(module: static.StaticTransformer) -> None:
     proj: Any = module.get_submodule("blocks.2.attn.proj")
-    proj.weight *= 1.5
+    proj.weight = proj.weight * 1.5  # not in place: the reference has the same storage
 
 
 def wrong_tube(module: static.StaticTransformer) -> None:
     tube: Any = module.get_submodule("tubes.2")
-    tube.weight *= 1.25
+    tube.weight = tube.weight * 1.25
 
 
 FAULTS: dict[str, Fault] = {
