@@ -1,6 +1,7 @@
 """The novelty gate on what fixed cameras see: how much work it saves, and which answers it costs.
 
-    python bench/studies/still.py [--bundle out/demo.onnx-fp32] [--json bench/results/still.json] [--plot FILE.png]
+    python bench/studies/still.py [--bundle out/demo.onnx-fp32] [--film FILE] [--json bench/results/still.json]
+    python bench/studies/still.py --plot FILE.png
     python bench/studies/still.py --cost
 
 The built-in model answers every window of rendered films and of the shipped videos; gates with several thresholds run
@@ -13,6 +14,8 @@ the gate sees: a camera of 480 x 640 whose frames are resized to 224 x 224 has a
 * *moves*: a camera that stands still for 4 s, makes one of the built-in moves, stands still, and goes elsewhere.
 * *built-in clips*: the evaluation clips one after the other; they are moving, noisy, or both.
 * the shipped videos.
+* each recording of `--film`: whole, and nine parts of a quarter of its height and width as if each were a camera: its
+  four corners, where less happens, and between them.
 
 `--cost` prints the processor time of the gate on one clip of TubeViT-S. `--plot` draws the scores, the spans and the
 gate of one film of *moves*.
@@ -21,6 +24,7 @@ gate of one film of *moves*.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -33,7 +37,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetube import demo, metrics, resize
+from edgetube import demo, metrics, resize, video
 from edgetube.bench import machine, temporal
 from edgetube.contract import InputContract
 from edgetube.demo.moves import LABELS, Move
@@ -137,7 +141,7 @@ def moves(photo: Photo, contract: InputContract, fps: float, rng: np.random.Gene
         yield from [clip[-1]] * stand
 
 
-def films(contract: InputContract) -> Iterator[tuple[str, float | None, Film]]:
+def films(contract: InputContract, recorded: Sequence[Path] = ()) -> Iterator[tuple[str, float | None, Film]]:
     """(scene, noise, film) of each film."""
     fps = contract.fps or 25.0
     photos = demo.photos(demo.EVALUATION)[:PHOTOS]
@@ -154,6 +158,19 @@ def films(contract: InputContract) -> Iterator[tuple[str, float | None, Film]]:
     yield "built-in clips", None, partial(_joined, contract, fps)
     for name, path in demo.videos().items():
         yield f"{name}.mp4", None, partial(Path, path)
+    for path in recorded:
+        yield path.name, None, partial(Path, path)
+        for row, column in itertools.product(range(3), repeat=2):
+            place = "corners" if row != 1 and column != 1 else "between them"
+            yield f"{path.name}, {place}", None, partial(_part, path, row / 2, column / 2)
+
+
+def _part(path: Path, top: float, left: float) -> Iterator[TimedFrame]:
+    """A sixteenth of a recording's frames; `top` and `left` are shares of the way that it can go."""
+    for seconds, frame in video.frames(path):
+        height, width = (length // 4 for length in frame.shape[:2])
+        y, x = round(3 * top * height), round(3 * left * width)
+        yield seconds, frame[y : y + height, x : x + width]
 
 
 def _filmed(
@@ -244,9 +261,9 @@ def rows(scene: str, noise: float | None, watched: Sequence[Watched]) -> Iterato
         )  # fmt: skip
 
 
-def measure(rt: Runtime) -> list[Row]:
+def measure(rt: Runtime, recorded: Sequence[Path] = ()) -> list[Row]:
     watched: dict[tuple[str, float | None], list[Watched]] = {}
-    for scene, noise, film in films(rt.contract):
+    for scene, noise, film in films(rt.contract, recorded):
         print(f"{scene}, noise {noise}", file=sys.stderr)
         watched.setdefault((scene, noise), []).append(watch(rt, film()))
     return [row for (scene, noise), one in watched.items() for row in rows(scene, noise, one)]
@@ -351,6 +368,7 @@ def table(found: Sequence[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=Path("out/demo.onnx-fp32"))
+    parser.add_argument("--film", type=Path, action="append", default=[], help="a recording of a fixed camera, too")
     parser.add_argument("--cost", action="store_true", help="Only the processor time of the gate.")
     parser.add_argument("--plot", type=Path, help="Only the picture.")
     parser.add_argument("--json", type=Path)
@@ -363,7 +381,7 @@ def main() -> int:
             if args.plot:
                 timeline(args.plot, rt)
                 return 0
-            found = measure(rt)
+            found = measure(rt, args.film)
         document = {
             "machine": machine.describe(),
             "bundle": args.bundle.name,

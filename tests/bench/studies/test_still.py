@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgetube import demo
+from edgetube import demo, video
 from edgetube.bench.studies import still
 from edgetube.contract import InputContract
 from edgetube.demo.render import Photo, generator
@@ -55,3 +56,16 @@ def test_a_film_is_the_same_each_time(photos: tuple[Photo, Photo]) -> None:
     make = partial(still.movers, *photos, CONTRACT, FPS)
     for a, b in zip(make(generator("x", 3)), make(generator("x", 3)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_parts_of_a_recording_are_its_corners_and_what_lies_between(tmp_path: Path) -> None:
+    """Each is a quarter of the height and width, and nine of them reach every edge."""
+    picture = np.zeros((64, 96, 3), np.uint8)
+    picture[:16, :24], picture[48:, 72:] = 250, 120
+    path = video.write(tmp_path / "film.mp4", [picture] * 5, 25)
+    parts = [(scene, list(film())) for scene, _, film in still.films(CONTRACT, [path]) if "film.mp4, " in scene]
+    assert [scene for scene, _ in parts].count("film.mp4, corners") == 4
+    assert [scene for scene, _ in parts].count("film.mp4, between them") == 5
+    means = [frames[0][1].mean() for _, frames in parts]
+    np.testing.assert_allclose(means, [250, 0, 0, 0, 0, 0, 0, 0, 120], atol=6)
+    assert all(frame.shape == (16, 24, 3) for _, frames in parts for _, frame in frames)
