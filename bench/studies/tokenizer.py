@@ -1,6 +1,10 @@
 """The tokenizer alone, from uint8 frames to embedded tokens: every lowering against the Conv3d that it replaces.
 
     python bench/studies/tokenizer.py [--checkpoint random:tubevit-b] [--threads 2] [--json FILE]
+    python bench/studies/tokenizer.py --checkpoint videomae-b
+
+A dense model, whose one tube touches each voxel once, has one more candidate: a plain reshape and one product, with the
+normalisation folded into the weights as edgetube does.
 
 The candidates take turns in blocks of calls. The first calls of a block are not counted: the threads of the
 runtime that ran before spin on the cores for a while after its last call.
@@ -24,23 +28,54 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
-from edgetube import demo
+from edgetube import demo, formats
 from edgetube.bench.machine import describe
+from edgetube.bench.studies import published
 from edgetube.bench.studies.peers import naive
 from edgetube.export import canonical, tokenizer
-from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
+from edgetube.spec import TubeSpec
 
-NAIVE = "Conv3d"
+NAIVE, PATCHES = "Conv3d", "reshape, GEMM"
 SETTLE = 3
 """Calls at the start of each block that are not counted."""
 
 Call = Callable[[], np.ndarray]
 
 
+class Patches(nn.Module):
+    """The tokens of a dense tube: frames (B, T, H, W, 3) uint8 cut into blocks, one product, positions added."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        spec, contract = checkpoint.spec, checkpoint.contract
+        (kernel,) = (tube.kernel for tube in spec.tubes)
+        self.cut = [part for pair in zip(spec.clip, kernel, strict=True) for part in (pair[0] // pair[1], pair[1])]
+        convolution = checkpoint.model.tubes.weights[0].detach()  # (D, C, kt, kh, kw)
+        gain = 1 / (255 * torch.tensor(contract.std))
+        shift = -torch.tensor(contract.mean) / torch.tensor(contract.std)
+        columns = convolution.permute(2, 3, 4, 1, 0)  # (kt, kh, kw, C, D)
+        bias = (columns * shift[:, None]).sum((0, 1, 2, 3))
+        self.register_buffer("weight", (columns * gain[:, None]).reshape(-1, columns.shape[-1]))
+        self.register_buffer("added", checkpoint.model.positions.detach() + checkpoint.model.tubes.biases[0] + bias)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        blocks = frames.to(torch.float32).reshape(-1, *self.cut, 3).permute(0, 1, 3, 5, 2, 4, 6, 7)
+        tokens: torch.Tensor = blocks.reshape(len(frames), -1, len(self.weight)) @ self.weight + self.added
+        return tokens
+
+
+def is_dense(checkpoint: Checkpoint) -> bool:
+    """Whether one tube touches each voxel of the clip once."""
+    spec = checkpoint.spec
+    return len(spec.tubes) == 1 and spec.tubes[0] == TubeSpec(spec.tubes[0].kernel, spec.tubes[0].kernel)
+
+
 def candidates(checkpoint: Checkpoint, frames: np.ndarray, threads: int, folder: Path) -> dict[tuple[str, str], Call]:
     """(runtime, lowering) -> a call that tokenizes `frames` (1, T, H, W, 3)."""
     modules: dict[str, nn.Module] = {NAIVE: naive.Tokenizer(checkpoint).eval()}
+    if is_dense(checkpoint):
+        modules[PATCHES] = Patches(checkpoint).eval()
     for lowering in tokenizer.LOWERINGS:
         modules[lowering] = tokenizer.StaticTokenizer(checkpoint.model, checkpoint.contract, lowering).eval()
     calls: dict[tuple[str, str], Call] = {}
@@ -122,9 +157,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    checkpoint = checkpoints.load(args.checkpoint)
-    frames = demo.golden(checkpoint.contract).frames[None]
     with tempfile.TemporaryDirectory() as folder:
+        source: str | Path = args.checkpoint
+        if args.checkpoint in published.MODELS:
+            source = Path(folder) / args.checkpoint
+            published.published(args.checkpoint, source)
+        checkpoint = formats.load(source)
+        frames = demo.golden(checkpoint.contract).frames[None]
         calls = candidates(checkpoint, frames, args.threads, Path(folder))
         table = rows(calls, measure(calls, args.seconds, args.block))
     print(f"tokenizer of {checkpoint.name}, clip {checkpoint.contract.shape} uint8, batch 1, {args.threads} threads")
