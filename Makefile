@@ -4,8 +4,8 @@ VENV   ?= .venv
 OUT    ?= out
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off
-# One process by default: the imports of a second cost what it gains. On a machine with many cores: ARGS="-n auto".
-ARGS   ?=
+# Two processes, which every machine has cores for. On a machine with many: ARGS="-n auto"; without others: ARGS=.
+ARGS   ?= -n 2
 PYTEST := $(BIN)/python -m pytest $(ARGS)
 SHADOW := build/shadow
 STUBS  := build/stubs
