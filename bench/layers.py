@@ -10,25 +10,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetube import bundle as bundles
-from edgetube import formats, metrics
+from edgetube import metrics
 from edgetube.bench import model_set
-from edgetube.bench.model_set import Artifact, OpenedModels
+from edgetube.bench.model_set import Artifact, Model, OpenedModels
 from edgetube.bundle import Bundle
 from edgetube.datasets import ClipSet
 from edgetube.errors import BackendError, InputError
-from edgetube.model.transformer import VideoTransformer
 from edgetube.precision import Precision
 from edgetube.progress import Progress, silent
 from edgetube.roles import TOKENS, GraphRoles, roles_of
-from edgetube.runtimes.base import Backend
+from edgetube.runtimes.base import Backend, Tap
 from edgetube.spec import ModelSpec
+from edgetube.targets import need
 from edgetube.video import Frames
+
+if TYPE_CHECKING:
+    from edgetube.model.transformer import VideoTransformer
 
 Array = npt.NDArray[np.float32]
 View = Callable[[str, Array], Array]
@@ -104,9 +107,18 @@ def drops(curve: Sequence[Layer], expected: Sequence[float] = (VISIBLE, VISIBLE)
     return found
 
 
-def first_jump(curve: Sequence[Layer]) -> str | None:
-    """The first layer whose SQNR drops by more than `JUMP`; None if there is none."""
-    return next((layer for layer, drop in drops(curve) if drop > JUMP), None)
+def first_jump(curve: Sequence[Layer], expected: Sequence[float] = (VISIBLE, VISIBLE)) -> str | None:
+    """The first layer whose SQNR drops, see `drops`, by more than `JUMP`; None if there is none."""
+    return next((layer for layer, drop in drops(curve, expected) if drop > JUMP), None)
+
+
+def expected_between(first: Precision, second: Precision) -> tuple[float, float]:
+    """Sufficient SQNR between two artifacts, of the tokens and of the rest, dB: the energies of their errors add up."""
+    tokens, rest = (
+        -metrics.decibels(10 ** (-a / 10) + 10 ** (-b / 10), 1.0)
+        for a, b in zip(EXPECTED[first], EXPECTED[second], strict=True)
+    )
+    return tokens, rest
 
 
 def largest_drop(curve: Curve, precision: Precision) -> tuple[str, float] | None:
@@ -156,13 +168,21 @@ def of_opened(
     seen = truth.layers(wanted)
     if not seen:
         raise BackendError(f"the runtime of {first.name} shows no layers; leave out --reference")
-    if reference is None:
-        model = formats.of_bundle(first.bundle).model
-        stated = as_exported(model, first.bundle.spec)
-    else:
-        stated = _plain
+    stated = stated_by(first)
     for index, artifact in enumerate(rest, start=1):
         yield curve(truth, opened.backend(index), artifact.bundle, clips, seen, stated, reference, progress)
+
+
+def stated_by(model: Model) -> View:
+    """Turns a model's tensors into those of an artifact: the reference's `as_exported`, an artifact's as they are.
+
+    Raises:
+        CheckpointError: the reference's checkpoint cannot be read.
+    """
+    if isinstance(model, Artifact):
+        return _plain
+    trained: VideoTransformer = need("edgetube.formats", "export").of_bundle(model.bundle).model
+    return as_exported(trained, model.bundle.spec)
 
 
 def curve(
@@ -182,15 +202,31 @@ def curve(
         stated: turns the reference's tensors into those of an artifact, see `as_exported`.
         reference: the bundle that `truth` runs, if it runs one.
     """
-    shown = backend.layers(wanted)
-    view: View = _plain
-    if _is_equalised(bundle, reference):
-        roles = roles_of(bundle.spec)
-        shown, view = _unscaled(shown, roles), _without_values(roles)
-    passes = _passes(shown, bundle.spec)
-    measured = _measure(truth, backend, passes, clips, stated, view, bundle.name, progress)
+    shown, view = comparable(backend.layers(wanted), bundle, reference)
+    measured = _measure(truth, backend, passes(shown, bundle.spec), clips, stated, view, bundle.name, progress)
     note = "" if shown else "this bundle's runtime shows no inner tensors"
     return Curve(bundle.name, len(clips), tuple(measured), note)
+
+
+def comparable(shown: Sequence[str], bundle: Bundle, other: Bundle | None = None) -> tuple[tuple[str, ...], View]:
+    """Which of the layers that two models show can be compared, and what of each.
+
+    Args:
+        bundle: of one of them.
+        other: of the other one; None if it is the trained model.
+    """
+    if not _is_equalised(bundle, other):
+        return tuple(shown), _plain
+    roles = roles_of(bundle.spec)
+    return _unscaled(shown, roles), _without_values(roles)
+
+
+def read(tap: Tap, batch: int, clip: Frames) -> dict[str, Array]:
+    """The inner tensors of a clip (T, H, W, 3) uint8, as a tap of `batch` clips gives them.
+
+    Of each tensor the rows of that clip are returned: one, or one for each frame.
+    """
+    return {name: _first_clip(value, batch) for name, value in tap(np.repeat(clip[None], batch, axis=0)).items()}
 
 
 def _measure(
@@ -210,12 +246,9 @@ def _measure(
         taps = truth.tap(some), backend.tap(some)
         sums = dict.fromkeys(some, (0.0, 0.0))
         for clip in clips:
-            expected = taps[0](np.repeat(clip[None], truth.batch, axis=0))
-            got = taps[1](np.repeat(clip[None], backend.batch, axis=0))
+            expected, got = read(taps[0], truth.batch, clip), read(taps[1], backend.batch, clip)
             for layer in some:
-                ref = view(layer, stated(layer, _first_clip(expected[layer], truth.batch)))
-                value = view(layer, _first_clip(got[layer], backend.batch))
-                signal, noise = metrics.energies(ref, value.reshape(ref.shape))  # graphs keep some axes of length 1
+                signal, noise = energies(view(layer, stated(layer, expected[layer])), view(layer, got[layer]))
                 sums[layer] = sums[layer][0] + signal, sums[layer][1] + noise
         del taps  # before the next ones hold the weights once more
         yield from (Layer(layer, metrics.decibels(*sums[layer])) for layer in some)
@@ -223,7 +256,12 @@ def _measure(
         progress(f"{name}: layers", done, total)
 
 
-def _passes(names: Sequence[str], spec: ModelSpec) -> list[Sequence[str]]:
+def energies(reference: Array, value: Array) -> tuple[float, float]:
+    """`metrics.energies` of a layer of two models; graphs keep some axes of length 1."""
+    return metrics.energies(reference, value.reshape(reference.shape))
+
+
+def passes(names: Sequence[str], spec: ModelSpec) -> list[Sequence[str]]:
     """Layers in groups that are read together: each group runs the whole model once a clip."""
     count = TOGETHER
     if set(names) <= set(roles_of(spec).landmarks):

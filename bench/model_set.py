@@ -13,24 +13,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from typing_extensions import Self
 
-from edgetube import formats, metrics, runtimes
+from edgetube import metrics, runtimes
 from edgetube.bench import machine
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.datasets import Item
 from edgetube.errors import CheckpointError, InputError, printable
-from edgetube.model.checkpoints import Checkpoint
 from edgetube.runtimes.base import Backend, Logits
-from edgetube.runtimes.torch import Reference
 from edgetube.spec import ModelSpec
-from edgetube.targets import Status
+from edgetube.targets import Status, need
 from edgetube.video import Clip, Frames
 from edgetube.views import SINGLE, Views
+
+if TYPE_CHECKING:
+    from edgetube.model.checkpoints import Checkpoint
 
 CHUNK, CHUNK_BYTES = 8, 1 << 26
 """Clips that are in memory at a time: at most so many, of at most so many bytes, but one at least.
@@ -108,9 +109,11 @@ class ReferenceModel:
         return {"checkpoint": self.bundle.checkpoint["sha256"], "model": self.bundle.spec.to_json()}
 
     def open(self, threads: int | None) -> Backend:
-        checkpoint = formats.of_bundle(self.bundle)
+        reference = need("edgetube.runtimes.torch", "export").Reference
+        checkpoint: Checkpoint = need("edgetube.formats", "export").of_bundle(self.bundle)
         _must_match(self.bundle, checkpoint)
-        return Reference(checkpoint.model, checkpoint.contract, threads)
+        opened: Backend = reference(checkpoint.model, checkpoint.contract, threads)
+        return opened
 
 
 def _must_match(bundle: Bundle, checkpoint: Checkpoint) -> None:
@@ -119,18 +122,46 @@ def _must_match(bundle: Bundle, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it does not; names the first thing that differs, and both values.
     """
-    pairs = {
-        "input": (bundle.contract.to_json(), checkpoint.contract.to_json()),
-        "labels": ({"labels": list(bundle.labels)}, {"labels": list(checkpoint.labels)}),
-        "model": (_stated(bundle.spec), _stated(checkpoint.spec)),
-    }
-    for what, (stated, trained) in pairs.items():
-        for key in sorted(stated.keys() | trained.keys()):
-            if stated.get(key) != trained.get(key):
-                raise CheckpointError(
-                    f"{bundle.path}: the manifest and its checkpoint differ in {what}: {key} is "
-                    f"{_short(stated.get(key))}, the model was trained with {_short(trained.get(key))}; export it again"
-                )
+    if found := _difference(_statement(bundle), _statement(checkpoint)):
+        what, stated, trained = found
+        raise CheckpointError(
+            f"{bundle.path}: the manifest and its checkpoint differ in {what} is {stated}, the model was trained with "
+            f"{trained}; export it again"
+        )
+
+
+def check_same_model(bundles: Sequence[Bundle]) -> None:
+    """Check that bundles are of one model: the same input, labels, geometry and weights.
+
+    Raises:
+        InputError: they are not; names two of them, the first thing that differs, and both values.
+    """
+    first, *rest = bundles
+    for bundle in rest:
+        weights = ({"sha256": one.checkpoint.get("sha256")} for one in (first, bundle))
+        pairs = zip((_statement(first), _statement(bundle)), weights, strict=True)
+        if found := _difference(*({**stated, "checkpoint": digest} for stated, digest in pairs)):
+            what, one, other = found
+            raise InputError(
+                f"{first.path} and {bundle.path} are not of one model, they differ in {what} is {one} and {other}; "
+                "give bundles of one checkpoint and input"
+            )
+
+
+def _statement(of: Bundle | Checkpoint) -> dict[str, dict[str, Any]]:
+    """What a bundle or checkpoint states: input, labels and model."""
+    return {"input": of.contract.to_json(), "labels": {"labels": list(of.labels)}, "model": _stated(of.spec)}
+
+
+def _difference(
+    first: Mapping[str, Mapping[str, Any]], second: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, str, str] | None:
+    """The first difference of two statements: where it is, and both values; None where there is none."""
+    for what, stated in first.items():
+        for key in sorted(stated.keys() | second[what].keys()):
+            if (one := stated.get(key)) != (other := second[what].get(key)):
+                return f"{what}: {key}", _short(one), _short(other)
+    return None
 
 
 def _stated(spec: ModelSpec) -> dict[str, Any]:

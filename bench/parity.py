@@ -181,16 +181,16 @@ class Comparison:
             "layers": list(layers),
             "video": video,
         }
-        plain: dict[str, Any] = _finite(document)
+        plain: dict[str, Any] = plain_json(document)
         return plain
 
 
-def _finite(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """Plain JSON: numbers that it cannot express are null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [plain_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

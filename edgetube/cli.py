@@ -620,6 +620,46 @@ def parity(
 
 
 @app.command()
+def agree(
+    bundle: Annotated[list[Path], typer.Argument(help="Bundles of one model, for different runtimes.")],
+    clip: Annotated[
+        str, typer.Argument(help="A video, image, .npy or .npz file, demo, or a built-in clip that parity names.")
+    ],
+    start: Annotated[float | None, typer.Option(help="Second of a video at which the clip begins.")] = None,
+    checkpoint: Weights = None,
+    max_difference: Annotated[
+        float | None, typer.Option(help="Gate: largest difference of the logits of two runtimes / largest logit.")
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Find the layer where two depart.")] = True,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """One clip through every runtime: how far each two answers are apart, and the layer where they depart.
+
+    PyTorch takes part where it is installed and finds the checkpoint. Exit 1 when the gate fails.
+
+    Example: edgetube agree out/demo.onnx-fp32 out/demo.openvino-int8 out/demo.trt-fp16 clip.mp4
+    """
+    _finite(start=start, max_difference=max_difference)
+    comparing = need("edgetube.bench.agree", "export")
+    found = [bundles.load(path) for path in bundle]
+    shown = datasets.single(clip, found[0].labels, start).read(found[0].contract)
+    with progress() as show:
+        agreement = comparing.measure(
+            _located(found, checkpoint), shown, reference=None if checkpoint is None else True, by_layer=layers,
+            threads=threads, progress=show,
+        )  # fmt: skip
+    verdicts = agreement.verdicts(max_difference)
+    document = agreement.to_json(verdicts)
+    if as_json:
+        print_json(document)
+    else:
+        terminal.agree(document)
+    if failed := [str(verdict) for verdict in verdicts if not verdict.passed]:
+        raise ParityError("; ".join(failed))
+
+
+@app.command()
 def bench(
     bundle: Annotated[list[Path], typer.Argument(help="Bundles; timed in turns, each in its own process.")],
     threads: Annotated[

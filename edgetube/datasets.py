@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import unicodedata
 import zipfile
 from collections import defaultdict
@@ -168,6 +169,49 @@ def _rendered(name: str, photos: tuple[str, ...], count: int, labels: tuple[str,
 def _render(name: str, photos: tuple[str, ...], index: int, labelled: bool, contract: InputContract) -> Clip:
     clip = demo.clip(name, demo.photos(photos), index, contract)
     return clip if labelled else replace(clip, label=None)
+
+
+def single(source: str, labels: tuple[str, ...] = (), start: float | None = None) -> Item:
+    """One clip, unread: of a video, an image or an array file, or a built-in one.
+
+    Args:
+        source: a file; of an array file with several clips `FILE#INDEX`; `demo`, the first built-in clip, or the name
+            of one, `evaluation/PHOTO/NUMBER`.
+        labels: of the model; a built-in clip has a label if they are those of the built-in clips.
+        start: second at which the clip of a video begins; None takes its middle.
+
+    Raises:
+        InputError: there is no such clip.
+    """
+    path, number = Path(source), None
+    if not path.exists() and source.rpartition("#")[2].isdecimal():
+        path, number = Path(source.rpartition("#")[0]), int(source.rpartition("#")[2])
+    if path.is_dir():
+        raise InputError(f"{source} is a folder; expected one clip: a video, an image or an array")
+    is_array = path.suffix.lower() in ARRAYS
+    if start is not None and (is_array or not path.exists()):
+        raise InputError(f"start is {start:g} s, but {source} is not a video")
+    if not path.is_file():
+        return _named(source, labels)
+    found = _items(path.absolute(), path.name, None, start)
+    if number is None and len(found) == 1:
+        return found[0]
+    if number is None or not is_array or number >= len(found):
+        raise InputError(f"{path} holds {len(found)} clips; name one: {path}#0 to {path}#{len(found) - 1}")
+    return found[number]
+
+
+def _named(source: str, labels: tuple[str, ...]) -> Item:
+    """A built-in clip by its name."""
+    number = 0 if source == "demo" else int(found[0]) if (found := re.findall(r"/(\d{4,6})$", source)) else None
+    if number is not None:
+        item = built_in(number + 1, labels).items[-1]
+        if source in ("demo", item.name):
+            return item
+    raise InputError(
+        f"there is no clip {shown(repr(source))}; expected a video, image or array file, demo, or the name of a "
+        f"built-in clip, like {built_in(1, labels).items[0].name}"
+    )
 
 
 def load(source: str | Path, contract: InputContract | None = None) -> ClipSet:

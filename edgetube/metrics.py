@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -117,10 +119,11 @@ def energies(reference: Array, value: Array) -> tuple[float, float]:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise); inf without noise, -inf without a signal."""
-    if noise == 0:
+    """10 log10(signal / noise); inf without noise; -inf without a signal, or where one of the two is not finite."""
+    if noise == 0 and math.isfinite(signal):
         return float("inf")
-    return float(10 * np.log10(signal / noise)) if signal else float("-inf")
+    known = signal and math.isfinite(signal) and math.isfinite(noise)
+    return float(10 * np.log10(signal / noise)) if known else float("-inf")
 
 
 def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:

@@ -352,6 +352,46 @@ def _decibels(ratio: float | None) -> str:
     return "exact" if ratio is None else f"{ratio:.1f}"
 
 
+def agree(document: Mapping[str, Any]) -> None:
+    """The document of `edgetube agree --json`."""
+    clip, rows, pairs = document["clip"], document["rows"], document["pairs"]
+    span = "" if clip["start"] is None else f", {clip['start']:.2f}-{clip['end']:.2f} s"
+    say(f"{clip['name']}{span}" + ("" if clip["label"] is None else f", labelled {clip['label']}"))
+    numbers = {row["name"]: str(i) for i, row in enumerate(rows, start=1)}
+    found = table("", "runtime", "status", "answer", "next")
+    for row in rows:
+        first, *rest = [f"{one['label']} {one['score']:.4f}" for one in row["top"]] or ["-"]
+        reason = "a logit is NaN or infinite" if row["logits"] is not None and not row["top"] else row["reason"]
+        add(found, numbers[row["name"]], row["name"], row["status"] or "-", reason or first, "  ".join(rest))
+    out.print(found)
+    answered = [row["name"] for row in rows if row["logits"] is not None]
+    matrix = dict(zip(document["difference"]["names"], document["difference"]["matrix"], strict=True))
+    found = table("largest difference, % of the largest logit", *(numbers[name] for name in answered))
+    for name in answered:
+        cells = dict(zip(document["difference"]["names"], matrix[name], strict=True))
+        shown = ("not finite" if cells[other] is None else f"{100 * cells[other]:.2g}" for other in answered)
+        other_cells = ("" if other == name else cell for other, cell in zip(answered, shown, strict=True))
+        add(found, f"{numbers[name]} {name}", *other_cells)
+    out.print(found)
+    if departing := [pair for pair in pairs if pair["departs"]]:
+        found = table("two that depart", "at layer", "dB below expected", "SQNR of the logits, dB", "same answer")
+        for pair in departing:
+            place = pair["departs"]
+            below = "all of it" if place["db"] is None else f"{place['db']:.1f}"
+            ratio = "-" if pair["difference"] is None else _decibels(pair["sqnr_db"])
+            add(
+                found, " / ".join(pair["names"]), place["layer"], below,
+                ratio, "yes" if pair["same_class"] else "no",
+            )  # fmt: skip
+        out.print(found)
+    for one in document["outliers"]:
+        say(f"{one['name']} departs from all others that show layers, at {' and '.join(one['layers'])}")
+    if compared := sum(bool(pair["curve"]) for pair in pairs) - len(departing):
+        say(f"{compared} of {len(pairs)} pairs depart at no layer")
+    for note in dict.fromkeys(pair["note"] for pair in pairs if pair["note"]):
+        warn("note", note)
+
+
 def bench(document: Mapping[str, Any], notes: Sequence[str]) -> None:
     """The document of `edgetube bench --json`, with notes."""
     found = table(

@@ -40,7 +40,7 @@ def test_the_commands_then_the_python_run_as_printed(
     """In a folder that has what a clone has where the README looks for it."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(demo.videos()["pan-left"].parent, VIDEOS)
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
     for command in COMMANDS:
         with pytest.raises(SystemExit) as stopped:
             cli.main([*command.split(), *BRIEFLY.get(command.split()[0], [])])

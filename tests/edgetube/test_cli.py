@@ -408,6 +408,43 @@ def test_parity_with_views(
     assert "mean of the softmax over 3 x 3 views" in " ".join(out.split())
 
 
+def test_agree_compares_runtimes_on_one_clip(edgetube_cli: Cli, tiny_bundle: Path, tmp_path: Path, clip: Path) -> None:
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy.onnx-fp32")
+    code, out, _ = edgetube_cli("agree", tiny_bundle, copy, clip, "--start", 0.3, "--json")
+    assert code == 0
+    document = json.loads(out)
+    names = [row["name"] for row in document["rows"]]
+    assert names == ["reference", str(tiny_bundle), str(copy)]
+    assert document["difference"]["matrix"][1][2] == 0
+    with edgetube.Runtime(tiny_bundle) as rt:
+        cut = video.load(clip, rt.contract, 0.3)
+        expected = rt.predict(cut.frames).logits
+    assert document["clip"] == {"name": "clip.mp4", "label": None, "start": cut.start, "end": cut.end}
+    assert document["rows"][1]["logits"] == pytest.approx(expected)
+
+    code, out, err = edgetube_cli("agree", tiny_bundle, copy, "demo", "--max-difference", 1e-9)
+    assert code == 1
+    assert "evaluation/astronaut/0000, labelled static" in out
+    assert "3 of 3 pairs depart at no layer" in out
+    assert f"reference and {copy}: difference is" in err
+    assert "--max-difference asks for at most 1e-09" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["demo", "--start", "1"], "start is 1 s, but demo is not a video"),
+        (["nothing.mp4"], "there is no clip 'nothing.mp4'; expected a video, image or array file, demo, or the name"),
+        (["."], ". is a folder; expected one clip"),
+        (["demo", "--max-difference", "nan"], "--max-difference is nan; expected a number"),
+    ],
+)
+def test_agree_refuses_what_is_no_clip(edgetube_cli: Cli, tiny_bundle: Path, args: list[str], said: str) -> None:
+    code, _, err = edgetube_cli("agree", tiny_bundle, *args)
+    assert code == 2
+    assert said in " ".join(err.split())
+
+
 @pytest.mark.slow
 def test_bench_prints_tables_and_notes(edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path) -> None:
     options = ("--seconds", 0.1, "--starts", 1, "--camera-fps", 40, "--camera-seconds", 0.5, "--camera-size", "48x64")
@@ -630,7 +667,9 @@ def test_a_broken_bundle_fails_the_doctor_with_exit_code_1(
     assert [check["ok"] for check in json.loads(out)] == [True, False]
 
 
-@pytest.mark.parametrize("command", ["targets", "export", "run", "inspect", "doctor", "parity", "bench", "report"])
+@pytest.mark.parametrize(
+    "command", ["targets", "export", "run", "inspect", "doctor", "parity", "agree", "bench", "report"]
+)
 def test_help_has_an_example(edgetube_cli: Callable[..., tuple[int, str, str]], command: str) -> None:
     code, out, _ = edgetube_cli(command, "--help")
     assert code == 0

@@ -296,6 +296,54 @@ def test_an_item_is_found_by_its_name(clips: npt.NDArray[np.uint8], tmp_path: Pa
         found.item("set#9")
 
 
+class TestSingle:
+    def test_an_array_with_one_clip_and_one_of_several(self, clips: npt.NDArray[np.uint8], tmp_path: Path) -> None:
+        np.save(tmp_path / "one.npy", clips[0])
+        np.savez(tmp_path / "all.npz", frames=clips, labels=np.array(["a", "b", "c"]))
+        np.testing.assert_array_equal(datasets.single(str(tmp_path / "one.npy")).read(CONTRACT).frames, clips[0])
+        found = datasets.single(f"{tmp_path / 'all.npz'}#2").read(CONTRACT)
+        assert found.label == "c"
+        np.testing.assert_array_equal(found.frames, clips[2])
+        for source in ("all.npz", "all.npz#3"):
+            with pytest.raises(InputError, match=r"all.npz holds 3 clips; name one: .*all.npz#0 to .*all.npz#2"):
+                datasets.single(str(tmp_path / source))
+        with pytest.raises(InputError, match=r"one.npy holds 1 clips"):
+            datasets.single(f"{tmp_path / 'one.npy'}#4")
+
+    def test_a_name_with_a_hash_is_a_name(self, clips: npt.NDArray[np.uint8], tmp_path: Path) -> None:
+        np.save(tmp_path / "take#1", clips[0])
+        (tmp_path / "take#1.npy").rename(tmp_path / "take.npy#1")
+        np.save(tmp_path / "take.npy", clips)
+        with pytest.raises(InputError):  # a file by that name, which is no array by its suffix
+            datasets.single(str(tmp_path / "take.npy#1")).read(CONTRACT)
+
+    def test_a_video_from_its_middle_or_a_second(self, tmp_path: Path, rng: np.random.Generator) -> None:
+        still = rng.integers(0, 256, (6, 8, 3), np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+        path = video.write(tmp_path / "v.mp4", (np.roll(still, 2 * i, axis=1) for i in range(40)), 20.0)
+        for start in (None, 0.5):
+            found, expected = datasets.single(str(path), (), start).read(CONTRACT), video.load(path, CONTRACT, start)
+            np.testing.assert_array_equal(found.frames, expected.frames)
+            assert (found.name, found.start) == ("v.mp4", expected.start)
+
+    def test_built_in_clips_by_their_names(self) -> None:
+        items = datasets.built_in(20, demo.LABELS).items
+        for source, item in (("demo", items[0]), (items[13].name, items[13])):
+            found = datasets.single(source, demo.LABELS)
+            assert (found.name, found.label) == (item.name, item.label)
+            np.testing.assert_array_equal(found.read(CONTRACT).frames, item.read(CONTRACT).frames)
+        assert datasets.single("demo").label is None
+
+    @pytest.mark.parametrize("source", ["evaluation/nobody/0000", "evaluation/astronaut/0013", "x#1", "nothing", ""])
+    def test_what_is_no_clip_is_refused(self, source: str) -> None:
+        with pytest.raises(InputError, match="expected"):
+            datasets.single(source)
+
+    def test_a_start_is_of_a_video(self, clips: npt.NDArray[np.uint8], tmp_path: Path) -> None:
+        np.save(tmp_path / "one.npy", clips[0])
+        with pytest.raises(InputError, match=r"one\.npy is not a video"):
+            datasets.single(str(tmp_path / "one.npy"), (), 1.0)
+
+
 def test_a_file_that_changes_is_another_version(clips: npt.NDArray[np.uint8], tmp_path: Path) -> None:
     path = tmp_path / "set.npz"
     np.savez(path, frames=clips)

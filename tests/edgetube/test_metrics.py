@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -114,3 +115,14 @@ def test_a_view_that_is_not_finite_spoils_its_clip_alone(bad: float) -> None:
     logits[1, 0, 2] = bad
     assert np.isnan(metrics.view_mean(logits)).all(axis=1).tolist() == [False, True, False]
     assert (metrics.view_mean(logits)[[0, 2]] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("signal", "noise", "decibels"),
+    [
+        (1.0, 0.0, math.inf), (0.0, 0.0, math.inf), (0.0, 1.0, -math.inf), (100.0, 1.0, 20.0),
+        (1.0, math.nan, -math.inf), (1.0, math.inf, -math.inf), (math.nan, 1.0, -math.inf), (math.inf, 0.0, -math.inf),
+    ],
+)  # fmt: skip
+def test_decibels_at_their_ends(signal: float, noise: float, decibels: float) -> None:
+    assert metrics.decibels(signal, noise) == pytest.approx(decibels)
