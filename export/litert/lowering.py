@@ -1,0 +1,316 @@
+"""Translates the canonical graph to a TFLite graph: one method per operator.
+
+Tensors keep the names of the canonical graph, so that a runtime can show them; what a translation adds is named after
+the tensor that it is for, with a suffix. Values are float32 and of rank 5 at most.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from ai_edge_litert import schema_py_generated as schema
+from onnx import helper
+
+from edgetube.calibration import storage
+from edgetube.errors import SpecError
+from edgetube.export.statistics import byte_casts, tensor_shapes
+from edgetube.runtimes.litert.flatbuffer import Writer
+
+Array = npt.NDArray[Any]
+
+PIXEL_SCALE = 256.0
+"""Graphs with float16 weights divide pixels by this and multiply the weights by it: weights / 255 would lose digits."""
+
+TO_CHANNELS_LAST, FROM_CHANNELS_LAST = [0, 2, 3, 1], [0, 3, 1, 2]
+"""Images (B, C, H, W) to (B, H, W, C) and back."""
+
+
+class Lowering:
+    """Translates one float graph.
+
+    Args:
+        model: a canonical graph.
+        half: store constants of rank 2 and above as float16, behind a DEQUANTIZE to float32.
+
+    Raises:
+        SpecError: an operator has no translation, says which layer has it; a weight exceeds float16; or the constants
+            exceed what one file can hold.
+    """
+
+    def __init__(self, model: onnx.ModelProto, half: bool = False) -> None:
+        self.model, self.half = model, half
+        self.nodes = list(model.graph.node)
+        for node in self.nodes:
+            if node.op_type not in self.operators():
+                raise SpecError(
+                    f"{node.name}: no translation for the operator {node.op_type}; there are "
+                    f"{', '.join(self.operators())}"
+                )
+        self.writer = Writer(model.doc_string)
+        self.shapes = tensor_shapes(model)
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.uses: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in self.nodes:
+            for name in node.input:
+                self.uses[name].append(node)
+        casts = {node.output[0] for node in byte_casts(model)}
+        self.scaled = {name for node in self.nodes if node.input[0] in casts for name in node.input[1:]} if half else {}
+        self.values: dict[str, int] = {}
+        self.types: dict[str, str] = {}
+
+    @classmethod
+    def operators(cls) -> list[str]:
+        """The supported operators."""
+        return sorted(name.removeprefix("on_") for name in dir(cls) if name.startswith("on_"))
+
+    def run(self) -> Writer:
+        """Translate the whole graph."""
+        (frames,) = self.model.graph.input
+        self.put(frames.name, dtype=helper.tensor_dtype_to_np_dtype(frames.type.tensor_type.elem_type).name)
+        for node in self.nodes:
+            if node.output[0] not in self.values:  # a bias may have been folded into its matrix product
+                getattr(self, f"on_{node.op_type}")(node)
+        return self.writer
+
+    # values
+
+    def take(self, name: str) -> int:
+        """The index of a tensor."""
+        if name not in self.values:
+            self.values[name] = self.constant(name, self.array(name))
+        return self.values[name]
+
+    def array(self, name: str) -> Array:
+        """The values of an initializer; tube weights may be multiplied by `PIXEL_SCALE`."""
+        array: Array = np.asarray(storage.read(self.constants[name]))
+        return array * np.float32(PIXEL_SCALE) if name in self.scaled else array
+
+    def constant(self, name: str, array: Array) -> int:
+        """A constant, float32 for who reads it; whole numbers become int32."""
+        if array.dtype == np.int64:
+            array = array.astype(np.int32)
+        if not (self.half and array.dtype == np.float32 and array.ndim > 1):
+            return self.writer.constant(name, array)
+        if (largest := float(np.abs(array).max(initial=0))) > float(np.finfo(np.float16).max):
+            raise SpecError(f"{name} reaches {largest:.3g}; float16 ends at 65504: export this model to fp32")
+        stored = self.writer.constant(f"{name}.fp16", array.astype(np.float16))
+        wide = self.writer.tensor(name, array.shape, "float32")
+        self.writer.operator("DEQUANTIZE", [stored], [wide], schema.DequantizeOptionsT())
+        return wide
+
+    def numbers(self, values: Sequence[int]) -> int:
+        """An int32 constant (axes, a shape, a permutation): one per value."""
+        name = "int32." + "x".join(map(str, values))
+        if name not in self.values:
+            self.values[name] = self.writer.constant(name, np.array(values, np.int32))
+        return self.values[name]
+
+    def integers(self, name: str) -> list[int]:
+        return [int(i) for i in self.array(name).reshape(-1)]
+
+    def put(self, name: str, shape: Sequence[int] | None = None, dtype: str = "float32", **quantised: Any) -> int:
+        """Add the tensor that is computed next; its shape is the graph's where it is one of the graph."""
+        self.values[name] = self.writer.tensor(name, self.shapes[name] if shape is None else shape, dtype, **quantised)
+        self.types[name] = dtype
+        return self.values[name]
+
+    def emit(
+        self, kind: str, inputs: Sequence[int], name: str, options: Any = None, shape: Sequence[int] | None = None
+    ) -> int:
+        """One operator with one float output called `name`; returns the output."""
+        output = self.put(name, shape)
+        self.writer.operator(kind, inputs, [output], options)
+        return output
+
+    def move(self, node: onnx.NodeProto, kind: str, inputs: Sequence[int], options: Any) -> None:
+        """An operator that only moves data: it keeps the type of its input."""
+        output = self.put(node.output[0], dtype=self.types.get(node.input[0], "float32"))
+        self.writer.operator(kind, [self.take(node.input[0]), *inputs], [output], options)
+
+    # data movement
+
+    def on_Reshape(self, node: onnx.NodeProto) -> None:
+        options = schema.ReshapeOptionsT()
+        shape = self.shapes[node.output[0]]
+        options.newShape = np.array(shape, np.int32)
+        self.move(node, "RESHAPE", [self.numbers(shape)], options)
+
+    on_Unsqueeze = on_Squeeze = on_Reshape
+
+    def on_Transpose(self, node: onnx.NodeProto) -> None:
+        self.move(node, "TRANSPOSE", [self.numbers(attribute(node, "perm"))], schema.TransposeOptionsT())
+
+    def on_Slice(self, node: onnx.NodeProto) -> None:
+        shape = self.shapes[node.input[0]]
+        begin, end, stride = [0] * len(shape), list(shape), [1] * len(shape)
+        starts, ends, axes, steps = (self.integers(name) for name in node.input[1:5])
+        for start, stop, axis, step in zip(starts, ends, axes, steps, strict=True):
+            if step < 1 or start < 0 or stop < 0:
+                raise SpecError(f"{node.name}: slices from the end or backwards are not translated")
+            begin[axis], end[axis], stride[axis] = start, min(stop, shape[axis]), step
+        if set(stride) == {1}:
+            size = self.shapes[node.output[0]]
+            self.move(node, "SLICE", [self.numbers(begin), self.numbers(size)], schema.SliceOptionsT())
+        else:
+            bounds = [self.numbers(values) for values in (begin, end, stride)]
+            self.move(node, "STRIDED_SLICE", bounds, schema.StridedSliceOptionsT())
+
+    def on_Gather(self, node: onnx.NodeProto) -> None:
+        options = schema.GatherOptionsT()
+        options.axis = attribute(node, "axis")
+        self.move(node, "GATHER", [self.take(node.input[1])], options)
+
+    def on_Split(self, node: onnx.NodeProto) -> None:
+        options = schema.SplitOptionsT()
+        options.numSplits = len(node.output)
+        axis = attribute(node, "axis") % len(self.shapes[node.input[0]])
+        x = self.take(node.input[0])
+        outputs = [self.put(name, dtype=self.types[node.input[0]]) for name in node.output]
+        self.writer.operator("SPLIT", [self.numbers([axis]), x], outputs, options)
+
+    def on_Concat(self, node: onnx.NodeProto) -> None:
+        options = schema.ConcatenationOptionsT()
+        options.axis = attribute(node, "axis") % len(self.shapes[node.output[0]])
+        inputs = [self.take(name) for name in node.input]
+        types = {self.types.get(name, "float32") for name in node.input}
+        assert len(types) == 1, node.name
+        self.writer.operator("CONCATENATION", inputs, [self.put(node.output[0], dtype=types.pop())], options)
+
+    # arithmetic
+
+    def on_Cast(self, node: onnx.NodeProto) -> None:
+        """Pixels to float32; with float16 weights also divided by 256, which is exact: see `PIXEL_SCALE`."""
+        name, x = node.output[0], self.take(node.input[0])
+        options = schema.CastOptionsT()
+        options.inDataType, options.outDataType = schema.TensorType.UINT8, schema.TensorType.FLOAT32
+        if not self.half:
+            self.emit("CAST", [x], name, options)
+            return
+        wide = self.emit("CAST", [x], f"{name}.bytes", options, self.shapes[name])
+        self.emit("MUL", [wide, self.scalar(1 / PIXEL_SCALE)], name, schema.MulOptionsT())
+
+    def scalar(self, value: float) -> int:
+        name = f"float32.{np.float32(value)}"
+        if name not in self.values:
+            self.values[name] = self.writer.constant(name, np.array(value, np.float32))
+        return self.values[name]
+
+    def on_Add(self, node: onnx.NodeProto) -> None:
+        self.simple(node, "ADD", schema.AddOptionsT())
+
+    def on_Sub(self, node: onnx.NodeProto) -> None:
+        self.simple(node, "SUB", schema.SubOptionsT())
+
+    def on_Mul(self, node: onnx.NodeProto) -> None:
+        self.simple(node, "MUL", schema.MulOptionsT())
+
+    def simple(self, node: onnx.NodeProto, kind: str, options: Any = None) -> None:
+        self.emit(kind, [self.take(name) for name in node.input], node.output[0], options)
+
+    def on_MatMul(self, node: onnx.NodeProto) -> None:
+        if node.input[1] in self.constants and len(self.shapes[node.input[1]]) == 2:
+            self.linear(node, *self.bias(node))
+        else:
+            self.simple(node, "BATCH_MATMUL", schema.BatchMatMulOptionsT())
+
+    def linear(self, node: onnx.NodeProto, bias: str | None, output: str) -> None:
+        """x @ W + b in one operator; W is stored (outputs, inputs)."""
+        inputs = [self.take(node.input[0]), self.matrix(node.input[1], (1, 0)), -1 if bias is None else self.take(bias)]
+        self.emit("FULLY_CONNECTED", inputs, output, fully_connected())
+        self.values[node.output[0]] = self.values[output]
+
+    def bias(self, node: onnx.NodeProto) -> tuple[str | None, str]:
+        """The bias that is added to a product, if any, and the result of the linear."""
+        users = self.uses[node.output[0]]
+        if len(users) == 1 and users[0].op_type == "Add":
+            width = self.shapes[node.output[0]][-1:]
+            for name in users[0].input:
+                if name in self.constants and self.shapes[name] == width:
+                    return name, users[0].output[0]
+        return None, node.output[0]
+
+    def matrix(self, name: str, order: Sequence[int]) -> int:
+        """The weight of a linear or a convolution with its axes in another order; several may share one."""
+        if name not in self.values:
+            self.values[name] = self.constant(name, np.ascontiguousarray(self.array(name).transpose(order)))
+        return self.values[name]
+
+    def on_Conv(self, node: onnx.NodeProto) -> None:
+        """A convolution of images whose channels are last, between two transpositions."""
+        if len(node.input) > 2 or any(attribute(node, "pads")) or attribute(node, "group") != 1:
+            raise SpecError(f"{node.name}: only convolutions without bias, padding and groups are translated")
+        options = schema.Conv2DOptionsT()
+        options.padding = schema.Padding.VALID
+        options.strideH, options.strideW = attribute(node, "strides")
+        name, (batch, channels, height, width) = node.output[0], self.shapes[node.input[0]]
+        x = self.turn(self.take(node.input[0]), TO_CHANNELS_LAST, f"{name}.input", (batch, height, width, channels))
+        weight = self.matrix(node.input[1], TO_CHANNELS_LAST)
+        bias = self.writer.constant(f"{name}.bias", np.zeros(self.shapes[name][1], np.float32))
+        batch, channels, height, width = self.shapes[name]
+        result = self.emit("CONV_2D", [x, weight, bias], f"{name}.output", options, (batch, height, width, channels))
+        self.turn(result, FROM_CHANNELS_LAST, name, self.shapes[name])
+
+    def turn(self, x: int, order: Sequence[int], name: str, shape: Sequence[int]) -> int:
+        return self.emit("TRANSPOSE", [x, self.numbers(order)], name, schema.TransposeOptionsT(), shape)
+
+    def on_LayerNormalization(self, node: onnx.NodeProto) -> None:
+        """(x - mean) / sqrt(variance + epsilon) * gamma + beta over the last axis, operator by operator."""
+        name, shape = node.output[0], self.shapes[node.output[0]]
+        if attribute(node, "axis") not in (-1, len(shape) - 1):
+            raise SpecError(f"{node.name}: only LayerNorms over the last axis are translated")
+        rows, x = (*shape[:-1], 1), self.take(node.input[0])
+        gamma, beta = (self.take(constant) for constant in node.input[1:3])
+        mean = self.emit("MEAN", [x, self.numbers([len(shape) - 1])], f"{name}.mean", reducer(True), rows)
+        centred = self.emit("SUB", [x, mean], f"{name}.centred", schema.SubOptionsT(), shape)
+        square = self.emit("MUL", [centred, centred], f"{name}.square", schema.MulOptionsT(), shape)
+        variance = self.emit("MEAN", [square, self.numbers([len(shape) - 1])], f"{name}.variance", reducer(True), rows)
+        epsilon = self.scalar(attribute(node, "epsilon"))
+        stable = self.emit("ADD", [variance, epsilon], f"{name}.stable", schema.AddOptionsT(), rows)
+        factor = self.emit("RSQRT", [stable], f"{name}.factor", None, rows)
+        normal = self.emit("MUL", [centred, factor], f"{name}.normal", schema.MulOptionsT(), shape)
+        scaled = self.emit("MUL", [normal, gamma], f"{name}.scaled", schema.MulOptionsT(), shape)
+        self.emit("ADD", [scaled, beta], name, schema.AddOptionsT())
+
+    def on_Softmax(self, node: onnx.NodeProto) -> None:
+        if attribute(node, "axis") not in (-1, len(self.shapes[node.output[0]]) - 1):
+            raise SpecError(f"{node.name}: only softmax over the last axis is translated")
+        options = schema.SoftmaxOptionsT()
+        options.beta = 1.0
+        self.simple(node, "SOFTMAX", options)
+
+    def on_Gelu(self, node: onnx.NodeProto) -> None:
+        options = schema.GeluOptionsT()
+        options.approximate = attribute(node, "approximate") == b"tanh"
+        self.simple(node, "GELU", options)
+
+    def on_Sigmoid(self, node: onnx.NodeProto) -> None:
+        self.simple(node, "LOGISTIC")
+
+    def on_ReduceMean(self, node: onnx.NodeProto) -> None:
+        rank = len(self.shapes[node.input[0]])
+        axes = [axis % rank for axis in self.integers(node.input[1])]
+        inputs = [self.take(node.input[0]), self.numbers(axes)]
+        self.emit("MEAN", inputs, node.output[0], reducer(bool(attribute(node, "keepdims"))))
+
+
+def reducer(keep: bool) -> Any:
+    options = schema.ReducerOptionsT()
+    options.keepDims = keep
+    return options
+
+
+def fully_connected() -> Any:
+    """Options of a linear that keeps the leading axes of its input."""
+    options = schema.FullyConnectedOptionsT()
+    options.keepNumDims = True
+    return options
+
+
+def attribute(node: onnx.NodeProto, name: str) -> Any:
+    """An attribute of a node; the canonical graph has no implicit ones."""
+    return next(helper.get_attribute_value(a) for a in node.attribute if a.name == name)
