@@ -144,8 +144,33 @@ def sizes(rows: Sequence[Row]) -> str:
 
 def heat(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
     """Agreement of every pair; the less they agree, the stronger the colour."""
-    count = len(names)
     reach = max(1 - min(map(min, matrix)), 0.02)
+    strengths = [[(1 - share) / reach for share in line] for line in matrix]
+    texts = [["100" if share == 1 else f"{100 * share:.1f}" for share in line] for line in matrix]
+    return _matrix(names, strengths, texts, "agreement between targets in per cent")
+
+
+def distances(names: Sequence[str], matrix: Sequence[Sequence[float | None]]) -> str:
+    """Difference of every pair, see `edgetube.bench.agree`; the more they differ, the stronger the colour."""
+    reach = max([value for line in matrix for value in line if value is not None] + [0.02])
+    strengths = [[1.0 if value is None else value / reach for value in line] for line in matrix]
+    texts = [["–" if value is None else _share(value) for value in line] for line in matrix]
+    return _matrix(names, strengths, texts, "difference between targets in per cent of the largest logit")
+
+
+def _share(value: float) -> str:
+    """Per cent in at most four letters."""
+    percent = 100 * value
+    if 0 < percent < 0.01:
+        return "<.01"
+    return f"{percent:.2f}" if 0 < percent < 1 else f"{percent:.3g}"
+
+
+def _matrix(
+    names: Sequence[str], strengths: Sequence[Sequence[float]], texts: Sequence[Sequence[str]], label: str
+) -> str:
+    """A coloured table of every pair, strengths from 0 to 1; what is on its diagonal has no text."""
+    count = len(names)
     left = 0.078 * max(map(len, names)) + 0.1
     cell = (NARROW - left - 0.05) / count
 
@@ -154,13 +179,12 @@ def heat(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
 
         axes = _axes(figure, (1.35, 0.05, 0.05, 1.15) if wide else (left, 0.05, 0.05, left))
         size = 8.0 if wide else min(8.0, 72 * cell / DIGITS)
-        for y, line in enumerate(matrix):
-            for x, share in enumerate(line):
-                strength = 0.04 + 0.9 * (1 - share) / reach
-                axes.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, facecolor=HEAT, alpha=strength, lw=0))
+        for y, line in enumerate(strengths):
+            for x, strength in enumerate(line):
+                alpha = 0.04 + 0.9 * strength
+                axes.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, facecolor=HEAT, alpha=alpha, lw=0))
                 if x != y:
-                    text = "100" if share == 1 else f"{100 * share:.1f}"
-                    axes.text(x + 0.5, y + 0.52, text, ha="center", va="center", color=INK, size=size)
+                    axes.text(x + 0.5, y + 0.52, texts[y][x], ha="center", va="center", color=INK, size=size)
         axes.set(xlim=(0, count), ylim=(count, 0), xticks=[i + 0.5 for i in range(count)])
         axes.set_xticklabels(names, rotation=55 if wide else 90, ha="left", rotation_mode="anchor")
         axes.set_yticks([i + 0.5 for i in range(count)], names)
@@ -169,7 +193,6 @@ def heat(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
         axes.grid(False)
         axes.spines[:].set_visible(False)
 
-    label = "agreement between targets in per cent"
     high = count * max(cell, 0.18) + left + 0.05
     return both(draw, 0.32 * count + 1.2, high, label, min(WIDE, 1.4 + 0.6 * count))
 

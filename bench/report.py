@@ -1,7 +1,7 @@
 """One self-contained HTML page about all bundles of a folder: accuracy, latency and cost.
 
-The page is made from the documents of `edgetube parity --json` and `edgetube bench --json`. They are cached beside the
-bundles until anything that they depend on changes.
+The page is made from the documents of `edgetube parity --json`, `edgetube bench --json` and `edgetube agree --json`.
+They are cached beside the bundles until anything that they depend on changes.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Report:
 
     Attributes:
         parity, bench: the documents, with one entry for each bundle.
+        agree: the document about one clip; None without it.
         rows: one for each bundle and for the PyTorch model if it was timed; see `docs/report.md`.
         strips: frames (n, H, W, 3) uint8 of the worst clips by their names.
         commands: the command lines that made the report.
@@ -104,10 +105,12 @@ class Report:
     rows: tuple[Document, ...]
     strips: Mapping[str, Frames]
     commands: tuple[str, ...] = ()
+    agree: Document | None = None
 
     def to_json(self) -> Document:
         """The document of `edgetube report --json`."""
-        return {"schema": SCHEMA, "bundles": list(self.rows), "parity": self.parity, "bench": self.bench}
+        documents = {"parity": self.parity, "bench": self.bench, "agree": self.agree}
+        return {"schema": SCHEMA, "bundles": list(self.rows), **documents}
 
 
 def make(
@@ -128,7 +131,7 @@ def make(
     Raises:
         InputError: no clips, or clips that do not fit the bundles.
     """
-    parity, layers = need("edgetube.bench.parity", "export"), need("edgetube.bench.layers", "export")
+    parity, layers, agree = (need(f"edgetube.bench.{name}", "export") for name in ("parity", "layers", "agree"))
     contract, threads = found[0].contract, options.threads[0]
 
     def prove() -> Document:
@@ -137,12 +140,20 @@ def make(
         document: Document = comparison.to_json(gates.judge(comparison), [curve.to_json() for curve in curves])
         return document
 
+    def compare() -> Document:
+        clip = source.item(shown).read(contract)
+        document: Document = agree.measure(found, clip, threads=threads, progress=progress).to_json()
+        return document
+
     asked = {"clips": [clip_key(item, contract) for item in source.items], "gates": asdict(gates), "threads": threads}
+    proven = kept(folder, "parity", found, asked, prove)
+    shown = worst_clip(proven) or source.items[0].name
     return assemble(
-        kept(folder, "parity", found, asked, prove),
+        proven,
         kept(folder, "bench", found, asdict(options), lambda: latency.measure(found, options, progress)),
         lambda name, count: parity.strip(source, name, contract, count),
         [command],
+        kept(folder, "agree", found, asked | {"clip": shown}, compare),
     )
 
 
@@ -157,9 +168,13 @@ PROVEN = (
 
 
 def assemble(
-    parity: Document, bench: Document, strip: Callable[[str, int], Frames], commands: Sequence[str] = ()
+    parity: Document,
+    bench: Document,
+    strip: Callable[[str, int], Frames],
+    commands: Sequence[str] = (),
+    agree: Document | None = None,
 ) -> Report:
-    """Join the two documents.
+    """Join the documents.
 
     Args:
         strip: (name, count) -> frames of a clip.
@@ -178,7 +193,7 @@ def assemble(
             row["top1"] = parity["bundles"][0]["top1_reference"]
     rows.sort(key=lambda row: (row["target"] is not None, row["p50_ms"] is None, row["p50_ms"] or 0.0, row["name"]))
     worst = list(dict.fromkeys(clip["name"] for clip in _worst(parity)))[:WORST_CLIPS]
-    return Report(parity, bench, tuple(rows), {name: strip(name, FRAMES) for name in worst}, tuple(commands))
+    return Report(parity, bench, tuple(rows), {name: strip(name, FRAMES) for name in worst}, tuple(commands), agree)
 
 
 def _common(names: Sequence[str]) -> str:
@@ -210,10 +225,20 @@ def _ratio(eager: Document | None, row: Document) -> float | None:
 
 def _worst(parity: Document) -> list[Document]:
     """The clips where a bundle differs: with another answer first, then by KL."""
+    return [clip for clip in _by_difference(parity) if _differs(clip)]
+
+
+def _by_difference(parity: Document) -> list[Document]:
+    """The worst clips of all bundles: those with another answer first, then by KL."""
     return sorted(
-        ({**clip, "of": row["name"]} for row in parity["bundles"] for clip in row["worst"] if _differs(clip)),
+        ({**clip, "of": row["name"]} for row in parity["bundles"] for clip in row["worst"]),
         key=lambda clip: (not clip["flipped"], -(clip["kl"] or 0.0)),
     )
+
+
+def worst_clip(parity: Document) -> str | None:
+    """The name of the clip where a bundle differs most, if the document names clips."""
+    return next((clip["name"] for clip in _by_difference(parity)), None)
 
 
 def _differs(clip: Document) -> bool:
@@ -263,7 +288,7 @@ def html(report: Report) -> str:
     plotted = [row | ({"agreement": 1.0} if _is_reference(row, parity) else {}) for row in rows]
     both_known = [row for row in plotted if row["p50_ms"] and row[quality] is not None]
     short = {row["name"]: row["short"] for row in rows}
-    agreement = parity["agreement"]
+    agreement, one_clip = parity["agreement"], report.agree and _one_clip(report.agree, short)
     curves = [curve for curve in parity["layers"] if curve["curve"]]
     precisions = dict.fromkeys(row["precision"] for row in both_known)
     drawings = {
@@ -271,6 +296,7 @@ def html(report: Report) -> str:
         "sizes": safe(figures.sizes(rows)),
         "heat": safe(figures.heat([short.get(n, n) for n in agreement["names"]], agreement["matrix"])),
         "layers": safe(figures.layers(rows, curves)) if curves else "",
+        "distances": safe(figures.distances(*one_clip.pop("matrix"))) if one_clip else "",
     }
     text: str = environment.get_template(TEMPLATE).render(
         headline=headline(report),
@@ -285,6 +311,7 @@ def html(report: Report) -> str:
         jumps=[curve for curve in curves if curve["first_jump"]],
         mute=[curve for curve in parity["layers"] if not curve["curve"]],
         short=short,
+        one_clip=one_clip,
         worst=[
             (name, jpeg(frames), [clip for clip in _worst(parity) if clip["name"] == name])
             for name, frames in report.strips.items()
@@ -293,6 +320,28 @@ def html(report: Report) -> str:
         notes=latency.notes(report.bench),
     )
     return text
+
+
+def _one_clip(agree: Document, short: Mapping[str, str]) -> Document:
+    """What the page shows of the document of `edgetube agree`; rows without an answer are not in the matrix.
+
+    Pairs of a model that departs from all others are not listed one by one.
+    """
+    outliers = {one["name"] for one in agree["outliers"]}
+    index = [i for i, row in enumerate(agree["rows"]) if row["logits"] is not None]
+    names = [short.get(agree["rows"][i]["name"], agree["rows"][i]["name"]) for i in index]
+    matrix = [[agree["difference"]["matrix"][i][j] for j in index] for i in index]
+    departing = [
+        {"names": [short.get(name, name) for name in pair["names"]], **pair["departs"]}
+        for pair in agree["pairs"] if pair["departs"] and not outliers & set(pair["names"])
+    ]  # fmt: skip
+    same = sum(bool(pair["curve"]) and not pair["departs"] for pair in agree["pairs"])
+    return {
+        "clip": agree["clip"], "matrix": (names, matrix), "departing": departing,
+        "outliers": [{**one, "name": short.get(one["name"], one["name"])} for one in agree["outliers"]],
+        "same": same, "pairs": len(agree["pairs"]),
+        "mute": [row for row in agree["rows"] if row["reason"]],
+    }  # fmt: skip
 
 
 def _is_reference(row: Document, parity: Document) -> bool:

@@ -77,6 +77,44 @@ def _curve(name: str, end: float) -> list[dict[str, Any]]:
     return [{"layer": layer, "sqnr_db": float(value)} for layer, value in zip(LAYERS, values, strict=True)]
 
 
+def agree() -> dict[str, Any]:
+    """One clip: `trt-fp16` gave no answer, `rtx-int8` shows no layers, `coreml-w4` departs from all others."""
+    names = ["reference", *(f"demo.{name}" for name in TARGETS)]
+    errors = [0.0, *(10 ** (-target[4] / 20) for target in TARGETS.values())]
+    mute, blind, odd = "demo.trt-fp16", "demo.rtx-int8", "demo.coreml-w4"
+    matrix = [
+        [
+            None if mute in (one, other) else 0.0 if one == other else a + b
+            for other, b in zip(names, errors, strict=True)
+        ]
+        for one, a in zip(names, errors, strict=True)
+    ]
+    pairs = [
+        {
+            "names": [one, other],
+            "difference": matrix[i][j],
+            "cosine": 1.0,
+            "sqnr_db": 40.0,
+            "same_class": True,
+            "departs": {"layer": "blocks.2.mlp.fc2", "db": 11.0}
+            if odd in (one, other) and blind not in (one, other)
+            else None,
+            "note": f"{blind} shows no inner tensors" if blind in (one, other) else "",
+            "curve": [] if blind in (one, other) else [{"layer": "tubes", "sqnr_db": 60.0}],
+        }
+        for i, one in enumerate(names)
+        for j, other in enumerate(names)
+        if i < j and mute not in (one, other)
+    ]
+    return {
+        "schema": 1, "clip": {"name": "evaluation/coffee/0003", "label": "zoom-in", "start": None, "end": None},
+        "rows": [{"name": name, "logits": None, "reason": "no GPU"} if name == mute else
+                 {"name": name, "logits": [0.0] * 9, "reason": ""} for name in names],
+        "difference": {"names": names, "matrix": matrix}, "pairs": pairs,
+        "outliers": [{"name": odd, "layers": ["blocks.2.mlp.fc2"]}],
+    }  # fmt: skip
+
+
 def bench() -> dict[str, Any]:
     """PyTorch, then all targets; those that have a time in `TARGETS` were timed."""
     return {

@@ -28,7 +28,7 @@ def strip(name: str, count: int) -> Frames:
 
 @pytest.fixture(scope="module")
 def made(example: ModuleType) -> report.Report:
-    return report.assemble(example.parity(), example.bench(), strip, ["edgetube report out"])
+    return report.assemble(example.parity(), example.bench(), strip, ["edgetube report out"], example.agree())
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +186,65 @@ class TestPage:
         for drawing in (wide, narrow):
             assert sorted(re.findall(r">([\d.]+)</text>", drawing)) == expected
 
+    def test_one_clip_through_every_runtime(self, made: report.Report, page: str) -> None:
+        """11 answered, 10 of them show layers; one departs from the 9 others."""
+        assert made.agree is not None
+        section = page.split("One clip, every runtime")[1].split("</section>")[0]
+        wide, narrow = re.findall(r"<svg.*?</svg>", section, re.DOTALL)
+        values = [100 * pair["difference"] for pair in made.agree["pairs"] for _ in range(2)]  # of both orders
+        assert len(values) == 11 * 10
+        for drawing in (wide, narrow):
+            texts = re.findall(r">(&lt;)?([\d.]+)</text>", drawing)
+            assert len(texts) == len(values)
+            for value, (below, text) in zip(
+                sorted(values), sorted(texts, key=lambda t: (not t[0], float(t[1]))), strict=True
+            ):
+                assert value < 0.01 if below else float(text) == pytest.approx(value, abs=0.0051, rel=0.006)
+            assert "trt-fp16" not in drawing
+        assert "on evaluation/coffee/0003" in section
+        assert "<b>coreml-w4</b> departs from all others that show layers, at blocks.2.mlp.fc2" in section
+        assert "they depart at" not in section
+        assert "evaluation/coffee/0003 (zoom-in), one of" in " ".join(section.split())
+        assert "36 of 55 pairs depart at no layer" in section
+        assert "trt-fp16: no GPU" in section
+
+    def test_pairs_of_no_outlier_are_listed(self, example: ModuleType) -> None:
+        agree = example.agree() | {"outliers": []}
+        text = report.html(report.assemble(example.parity(), example.bench(), strip, [], agree))
+        assert text.count("they depart at blocks.2.mlp.fc2, 11 dB below") == 9
+        assert "onnx-fp32 / coreml-w4: they depart" in text
+
+    def test_a_page_without_that_clip(self, example: ModuleType) -> None:
+        found = report.assemble(example.parity(), example.bench(), strip)
+        assert found.to_json()["agree"] is None
+        assert "One clip, every runtime" not in report.html(found)
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [
+            (0.0, "0"),
+            (1e-9, "<.01"),
+            (0.00012, "0.01"),
+            (0.0045, "0.45"),
+            (0.031, "3.1"),
+            (0.314, "31.4"),
+            (2.0, "200"),
+        ],
+    )
+    def test_a_difference_has_four_letters_at_most(self, value: float, text: str) -> None:
+        assert figures._share(value) == text
+
+    def test_the_clip_is_the_one_that_differs_most(self, example: ModuleType) -> None:
+        parity = example.parity()
+        assert report.worst_clip(parity) == "evaluation/coffee/0003"  # flipped
+        for row in parity["bundles"]:
+            row["worst"] = [clip | {"flipped": False} for clip in row["worst"]]
+        largest = max((clip for row in parity["bundles"] for clip in row["worst"]), key=lambda clip: clip["kl"])
+        assert report.worst_clip(parity) == largest["name"]
+        for row in parity["bundles"]:
+            row["worst"] = []
+        assert report.worst_clip(parity) is None
+
     @pytest.mark.parametrize("lowest", [0.2, 0.97, 0.995, 1.0])
     def test_no_axis_runs_past_a_share_of_all(self, made: report.Report, lowest: float) -> None:
         rows = [row | {"top1": share} for row, share in zip(made.rows, (1.0, lowest), strict=False)]
@@ -242,7 +301,7 @@ def test_a_browser_shows_it_well(page: str, browser: ModuleType, tmp_path: Path)
                 assert sticking == []
                 shown = "wide" if width > 900 else "narrow"
                 visible = "[...document.querySelectorAll('svg')].filter(e => e.getBoundingClientRect().width > 0)"
-                assert chromium.evaluate(f"{visible}.length") == 4
+                assert chromium.evaluate(f"{visible}.length") == 5
                 assert chromium.evaluate(f"{visible}.every(e => e.parentElement.className == '{shown}')")
                 smallest = chromium.evaluate(
                     f"Math.min(...{visible}.flatMap(s => [...s.querySelectorAll('text')]).map("
@@ -329,6 +388,8 @@ def test_a_folder_becomes_a_page(tiny_bundle: Path, tmp_path: Path, capsys: pyte
     assert (stopped.value.code or 0) == 0
     document = json.loads(first.out)
     assert [row["verdict"] for row in document["bundles"]] == ["reference", "agrees"]
+    assert document["agree"]["difference"]["names"] == ["reference", "tiny.onnx-fp32"]
+    assert document["agree"]["difference"]["matrix"][0][1] < 1e-5
     assert "turns: done" in first.err
     page = (out / "report.html").read_text("utf-8")
     assert "tiny.onnx-fp32" in page or ">onnx-fp32" in page
