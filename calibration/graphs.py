@@ -120,6 +120,17 @@ def linears(model: onnx.ModelProto) -> tuple[Linear, ...]:
     return tuple(found)
 
 
+def linear_outputs(model: onnx.ModelProto) -> dict[str, str]:
+    """The tensor that each linear gives, by its name: behind the bias where it has one of its own."""
+    adds = {name: node.output[0] for node in model.graph.node if node.op_type == "Add" for name in node.input}
+    makers = {node.name: node.output[0] for node in model.graph.node}
+    found = {}
+    for linear in linears(model):
+        product = makers[linear.node]
+        found[linear.name] = product if linear.bias is None else adds[product]
+    return found
+
+
 def select_linears(model: onnx.ModelProto, names: Iterable[str]) -> tuple[Linear, ...]:
     """The linears called `names`, in that order.
 

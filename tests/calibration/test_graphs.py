@@ -106,6 +106,16 @@ def test_linears_are_products_by_a_constant_matrix(model: onnx.ModelProto) -> No
     )
 
 
+def test_linears_give_what_is_behind_their_bias(model: onnx.ModelProto) -> None:
+    found = graphs.linear_outputs(model)
+    assert list(found) == [linear.name for linear in graphs.linears(model)]
+    makers = graphs.producers(model.graph.node)
+    assert found["tubes.0"] == "tubes.0"
+    for linear in graphs.linears(model)[1:]:
+        assert makers[found[linear.name]].op_type == "Add"
+        assert set(makers[found[linear.name]].input) == {linear.node, linear.bias}
+
+
 def test_linears_by_name(model: onnx.ModelProto) -> None:
     assert [linear.name for linear in graphs.select_linears(model, ["head", "tubes.0"])] == ["head", "tubes.0"]
     with pytest.raises(SpecError, match=r"the graph has no linear pool, a, b and 1 more, which its roles name"):
