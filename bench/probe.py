@@ -23,8 +23,12 @@ from edgetube.video import Frames
 ORDER_CLIPS, LAYER_CLIPS = 6, 2
 """Clips of the order check, and of the layer check."""
 
-MOVES = 1e-3
-"""The reference is insensitive to order if its logits change by less than this share of their energy."""
+MOVES = 1e-2
+"""The reference is insensitive to order if its logits change by less than this share of their energy, 20 dB.
+
+The noise of sound arithmetic, 40 dB and less, would be a good part of smaller changes. A VideoMAE with random weights
+changes by 0.14 %, and in bfloat16 its changes are 0.989 alike.
+"""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 A float16 artifact is computed in float32 on most x86 processors, and in float16, sums included, on ARM and on GPUs;
 both are correct. The export simulates the least precise arithmetic that a target allows: the rewritten model runs in
-float32, and noise of the size of that arithmetic's rounding is added to the output of every operator. The resulting
-error of the golden clips' logits goes into the manifest as the tolerance of `Runtime.check`.
+float32 on constants rounded as that arithmetic does, and noise of the size of its rounding is added to the output of
+every operator. The resulting error of the golden clips' logits goes into the manifest as the tolerance of
+`Runtime.check`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ UNIT_ROUNDOFF: dict[Arithmetic, float] = {"float32": 2.0**-24, "float16": 2.0**-
 
 SUM_ROUNDOFF: dict[Arithmetic, float] = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-24}
 """Unit roundoff of the accumulator of a matrix product: bfloat16 is accumulated in float32 everywhere."""
+
+STORED: dict[Arithmetic, torch.dtype] = {"bfloat16": torch.bfloat16}
+"""The type that constants are rounded to where artifacts store them in a wider one. No artifact stores bfloat16, while
+float16 constants are in the file, the same for every machine. Their errors are equal in all tokens: a mean over tokens
+leaves them, and noise on the outputs alone would miss them."""
 
 NOISE_DRAWS, MAX_CLIPS = 2, 3
 """Independent draws of the noise, and the most clips that are used."""
@@ -78,7 +84,7 @@ class NoiseSimulation:
         """
         generator = torch.Generator().manual_seed(0)
         noise = partial(_add_noise, self.walks, UNIT_ROUNDOFF[arithmetic], SUM_ROUNDOFF[arithmetic], generator)
-        with torch.inference_mode(), _hooked(self.module, noise):
+        with torch.inference_mode(), _stored(self.module, STORED.get(arithmetic)), _hooked(self.module, noise):
             errors = [float(((_logits(self.module, self.clips) - self.exact) ** 2).sum()) for _ in range(NOISE_DRAWS)]
         return float(np.mean(errors)) / max(float((self.exact**2).sum()), float(np.finfo(np.float64).tiny))
 
@@ -97,6 +103,19 @@ def _hooked(module: nn.Module, hook: Hook) -> Iterator[None]:
         for part in module.modules():
             if isinstance(part, ROUNDED_MODULES):
                 stack.callback(part.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def _stored(module: nn.Module, kind: torch.dtype | None) -> Iterator[None]:
+    """Context manager: the constants of a module are rounded to a type; None leaves them."""
+    with ExitStack() as stack:
+        for part in module.modules() if kind is not None else ():
+            for constants in (part._parameters, part._buffers):
+                for name, value in constants.items():
+                    if value is not None and value.is_floating_point():
+                        stack.callback(constants.__setitem__, name, value)
+                        constants[name] = value.to(kind).to(value.dtype)
         yield
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgetube.export import arithmetic
+from edgetube.export import arithmetic, static
 from edgetube.export.static import MatMul
 from edgetube.export.tokenizer import Conv2d, Gather, Linear, Slice
 from edgetube.spec import TubeSpec
+from tests.export.models import model_of
 
 TUBE, CLIP = TubeSpec((2, 4, 4), (2, 4, 4), space_to_depth=(2, 1, 1)), (4, 8, 8)
 
@@ -58,3 +59,19 @@ def test_partial_sums_begin_at_zero_and_end_at_the_product(rng: np.random.Genera
     first, second = (arithmetic.partial_sums(part, given, n) for n in (count // 2, count // 2 + 1))
     assert (first != second).any()
     torch.testing.assert_close(part(*given), whole + (1 if isinstance(part, Linear) else 0))
+
+
+@pytest.mark.parametrize("name", ["dense", "class-token", "paper"])
+def test_bfloat16_is_noisier_by_its_constants_where_tokens_are_averaged(name: str) -> None:
+    """Against PyTorch in bfloat16. A constant's error is the same in all tokens, so that no mean takes it away."""
+    model, contract = model_of(name)
+    clips = np.random.default_rng(2).integers(0, 256, (3, *contract.shape), np.uint8)
+    module = static.StaticTransformer(model, contract)
+    simulation = arithmetic.NoiseSimulation(module, clips)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    simulated = simulation.logit_noise("bfloat16")
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        narrow = torch.cat([module(torch.from_numpy(clip[None])) for clip in clips]).double()
+    measured = float((narrow - simulation.exact).square().sum() / simulation.exact.square().sum())
+    assert simulated / 10 < measured < arithmetic.ARITHMETIC_MARGIN * simulated
