@@ -109,13 +109,12 @@ def _hooked(module: nn.Module, hook: Hook) -> Iterator[None]:
 @contextmanager
 def _stored(module: nn.Module, kind: torch.dtype | None) -> Iterator[None]:
     """Context manager: the constants of a module are rounded to a type; None leaves them."""
+    constants = [*module.parameters(), *module.buffers()] if kind is not None else []
     with ExitStack() as stack:
-        for part in module.modules() if kind is not None else ():
-            for constants in (part._parameters, part._buffers):
-                for name, value in constants.items():
-                    if value is not None and value.is_floating_point():
-                        stack.callback(constants.__setitem__, name, value)
-                        constants[name] = value.to(kind).to(value.dtype)
+        for value in constants:
+            if value.is_floating_point():
+                stack.callback(setattr, value, "data", value.data)
+                value.data = value.data.to(kind).to(value.dtype)
         yield
 
 

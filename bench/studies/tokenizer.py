@@ -46,6 +46,9 @@ Call = Callable[[], np.ndarray]
 class Patches(nn.Module):
     """The tokens of a dense tube: frames (B, T, H, W, 3) uint8 cut into blocks, one product, positions added."""
 
+    weight: torch.Tensor
+    added: torch.Tensor
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
         spec, contract = checkpoint.spec, checkpoint.contract
@@ -158,10 +161,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        source: str | Path = args.checkpoint
-        if args.checkpoint in published.MODELS:
-            source = Path(folder) / args.checkpoint
-            published.published(args.checkpoint, source)
+        source = args.checkpoint
+        if source in published.MODELS:
+            published.published(source, Path(folder) / source)
+            source = str(Path(folder) / source)
         checkpoint = formats.load(source)
         frames = demo.golden(checkpoint.contract).frames[None]
         calls = candidates(checkpoint, frames, args.threads, Path(folder))
