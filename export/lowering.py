@@ -74,9 +74,11 @@ class LoweringChoice:
         }
         if self.forced:
             return record | {"chosen": self.forced, "why": "asked for"}
+        default = target.lowering if target.lowering in sound else sound[0]
         if missing := target.missing(target.run_needs):
-            chosen = target.lowering if target.lowering in sound else sound[0]
-            return record | {"chosen": chosen, "why": f"not timed: that needs {', '.join(missing)}"}
+            return record | {"chosen": default, "why": f"not timed: that needs {', '.join(missing)}"}
+        if runtimes.simulated(target.backend):
+            return record | {"chosen": default, "why": "not timed: the processor is simulated here"}
         if len(sound) == 1:
             return record | {"chosen": sound[0], "why": "the only one that is sound"}
         self.progress(f"{target.name}: time lowerings", 0, 1)

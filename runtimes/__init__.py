@@ -5,7 +5,8 @@
 
 A backend whose runtime is not available on every machine lists its needs in `NEEDS` (by the first part of the target's
 name if they differ), and may name in `EMULATOR` another backend that evaluates its artifacts on any machine. Its module
-must import without those needs. A function `product` lets it take part in measuring the machine's peak rate.
+must import without those needs. One whose vendor simulates the processor on this machine sets `SIMULATED`, and its
+times are not measured. A function `product` lets it take part in measuring the machine's peak rate.
 
 Third parties add backends by entry points of the group `edgetube.targets`: `NAME = PACKAGE`, where `PACKAGE.runtime` is
 such a module and `PACKAGE.exporter` one as in `edgetube.export`. A built-in backend of the same name counts.
@@ -22,10 +23,10 @@ from types import ModuleType
 from typing import Any, Literal
 
 from edgetube.bundle import Bundle
-from edgetube.errors import BundleError, InputError
+from edgetube.errors import BundleError, InputError, MissingPackageError
 from edgetube.precision import Precision
 from edgetube.runtimes.base import Backend, Interface, Shape
-from edgetube.targets import missing
+from edgetube.targets import missing, pip_line
 
 EMULATED: Literal["emulated"] = "emulated"
 """The device name of artifacts that another backend evaluates."""
@@ -98,7 +99,15 @@ def open_bundle(bundle: Bundle, *, threads: int | None = None, device: str | Non
         if emulator is None:
             raise InputError(f"nothing emulates {name}; leave out the device {EMULATED!r}")
         name, device = emulator, None
-    families = _stated(bundle.backend, "RUNS") or ()
+    try:
+        families = getattr(runtime(bundle.backend), "RUNS", ())
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("edgetube"):
+            raise
+        raise MissingPackageError(
+            f"{bundle.path} needs the package {error.name}, which is not installed; install it with: "
+            f"{pip_line(bundle.backend)}"
+        ) from error
     if bundle.target.partition("-")[0] not in families:
         raise BundleError(
             f"{bundle.path}: the target is {bundle.target}, but the backend is {bundle.backend}; export or copy the "
@@ -144,6 +153,11 @@ def proof_device(target: str, backend: str) -> str | None:
     if isinstance(needs, Mapping):
         needs = needs[target.partition("-")[0]]
     return EMULATED if emulator and missing(needs) else None
+
+
+def simulated(backend: str) -> bool:
+    """Whether the vendor's runtime simulates the processor on this machine: slowly, and times say nothing."""
+    return bool(_stated(backend, "SIMULATED"))
 
 
 def products(precision: Precision, size: int, threads: int | None) -> dict[str, Callable[[], object]]:

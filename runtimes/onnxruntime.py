@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,8 +52,73 @@ AS_THEY_STAND = "session.disable_quant_qdq"
 """Q/DQ pairs are computed one by one, in float32 between them, and not fused into integer kernels."""
 
 
-class Session(Backend):
-    """An ONNX file in one inference session.
+class OnnxBackend(Backend):
+    """An ONNX file in one inference session; a subclass says how sessions are opened.
+
+    Args:
+        bundle: a bundle whose artifact is an ONNX file with one input and one output.
+        threads: CPU threads of one call; None leaves it to ONNX Runtime (the physical cores).
+        opened: the file of the bundle that answers calls, where that is not the artifact itself. Inner tensors are
+            those of the artifact.
+
+    Raises:
+        BackendError: ONNX Runtime refuses the file.
+    """
+
+    thread_safe = True
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, opened: Path | None = None) -> None:
+        super().__init__(bundle.contract, bundle.batch)
+        self.path, self.threads, opened = bundle.artifact_path, threads, opened or bundle.artifact_path
+        self.session = self.open_session(opened, {}, f"cannot open {opened}")
+        self.input = self.session.get_inputs()[0].name if self.session.get_inputs() else ""
+        self.outputs = {value.name for value in self.session.get_outputs()}
+
+    @abstractmethod
+    def open_session(self, model: Path | bytes, entries: Mapping[str, str], what: str) -> ort.InferenceSession:
+        """Open the artifact, or the same graph with more outputs, as bytes.
+
+        Args:
+            entries: further session options.
+            what: what failed, for errors.
+        """
+
+    def interface(self) -> Interface:
+        inputs, outputs = (
+            tuple(tuple(n if isinstance(n, int) else None for n in value.shape) for value in values)
+            for values in (self.session.get_inputs(), self.session.get_outputs())
+        )
+        return Interface(inputs, outputs)
+
+    def infer(self, clips: Frames) -> Logits:
+        with mapped("the session failed"):
+            (output,) = self.session.run(None, {self.input: clips})
+        return np.asarray(output, np.float32)
+
+    def layers(self, names: Sequence[str]) -> tuple[str, ...]:
+        made = _tensors(self.path)
+        return tuple(name for name in names if name in made)
+
+    def tap(self, names: Sequence[str]) -> Tap:
+        hidden = [name for name in names if name not in self.outputs]
+        beside = {BESIDE: str(self.path.parent)}
+        session = self.open_session(
+            _with_outputs(self.path, hidden), beside, f"cannot open {self.path} with more outputs"
+        )
+
+        def show(clips: Frames) -> LayerOutputs:
+            with mapped("the session failed"):
+                values = session.run(list(names), {self.input: clips})
+            return {name: np.asarray(value, np.float32) for name, value in zip(names, values, strict=True)}
+
+        return show
+
+    def release_calls(self) -> None:
+        del self.session
+
+
+class Session(OnnxBackend):
+    """An ONNX file on one of ONNX Runtime's own providers.
 
     INT8 artifacts whose sums would saturate on this processor run with other kernels, or are refused. Q/DQ pairs of
     another backend's artifact, which is emulated here, are not fused.
@@ -68,27 +134,12 @@ class Session(Backend):
             would be computed wrongly.
     """
 
-    thread_safe = True
-
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
-        super().__init__(bundle.contract, bundle.batch)
-        self.path, self.provider, self.threads = bundle.artifact_path, _provider(device or "cpu"), threads
-        self.entries = _entries(bundle)
-        self.session = _open(self.path, _options(threads, self.entries), self.provider, f"cannot open {self.path}")
-        self.input = self.session.get_inputs()[0].name if self.session.get_inputs() else ""
-        self.outputs = {value.name for value in self.session.get_outputs()}
+        self.provider, self.entries = _provider(device or "cpu"), _entries(bundle)
+        super().__init__(bundle, threads=threads)
 
-    def interface(self) -> Interface:
-        inputs, outputs = (
-            tuple(tuple(n if isinstance(n, int) else None for n in value.shape) for value in values)
-            for values in (self.session.get_inputs(), self.session.get_outputs())
-        )
-        return Interface(inputs, outputs)
-
-    def infer(self, clips: Frames) -> Logits:
-        with _mapped("the session failed"):
-            (output,) = self.session.run(None, {self.input: clips})
-        return np.asarray(output, np.float32)
+    def open_session(self, model: Path | bytes, entries: Mapping[str, str], what: str) -> ort.InferenceSession:
+        return _open(model, session_options(self.threads, {**self.entries, **entries}), self.provider, what)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -96,27 +147,6 @@ class Session(Backend):
             "providers": self.session.get_providers(),
             "threads": self.threads or "default",
         }
-
-    def layers(self, names: Sequence[str]) -> tuple[str, ...]:
-        made = _tensors(self.path)
-        return tuple(name for name in names if name in made)
-
-    def tap(self, names: Sequence[str]) -> Tap:
-        hidden = [name for name in names if name not in self.outputs]
-        beside = {BESIDE: str(self.path.parent)}
-        options = _options(self.threads, {**self.entries, **beside})
-        what = f"cannot open {self.path} with more outputs"
-        session = _open(_with_outputs(self.path, hidden), options, self.provider, what)
-
-        def show(clips: Frames) -> LayerOutputs:
-            with _mapped("the session failed"):
-                values = session.run(list(names), {self.input: clips})
-            return {name: np.asarray(value, np.float32) for name, value in zip(names, values, strict=True)}
-
-        return show
-
-    def release_calls(self) -> None:
-        del self.session
 
 
 GRAPH, NODE, GRAPH_OUTPUT, NODE_OUTPUT, VALUE_NAME = 7, 1, 12, 2, 1
@@ -142,7 +172,8 @@ def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
     return path.read_bytes() + protobuf.field(GRAPH, added)
 
 
-def _options(threads: int | None = None, entries: Mapping[str, str] | None = None) -> ort.SessionOptions:
+def session_options(threads: int | None = None, entries: Mapping[str, str] | None = None) -> ort.SessionOptions:
+    """Options of a session; `entries` by ONNX Runtime's names."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
@@ -157,7 +188,7 @@ def _open(model: Path | bytes, options: ort.SessionOptions, provider: str, what:
     Raises:
         BackendError: the provider cannot be used here, or ONNX Runtime refuses the model.
     """
-    with _mapped(what):
+    with mapped(what):
         session = ort.InferenceSession(model, options, providers=[provider], enable_fallback=0)
     if (got := session.get_providers()[0]) != provider:
         raise BackendError(
@@ -191,8 +222,10 @@ def _saturates(entry: str) -> bool:
     """Whether sums of uint8 times int8 overflow here, under one session option: 255 times 127, computed."""
     size = 64
     model = _integers(np.full((size, size), 127, np.int8))
-    session = _open(model, _options(1, {entry: "1"} if entry else {}), PROVIDERS["cpu"], "cannot multiply integers")
-    with _mapped("cannot multiply integers"):
+    session = _open(
+        model, session_options(1, {entry: "1"} if entry else {}), PROVIDERS["cpu"], "cannot multiply integers"
+    )
+    with mapped("cannot multiply integers"):
         (result,) = session.run(None, {"a": np.full((size, size), 255, np.uint8)})
     return not bool((np.asarray(result) == size * 255 * 127).all())
 
@@ -208,12 +241,12 @@ def _integers(weight: npt.NDArray[np.int8]) -> bytes:
         "zero": zero,
         "": zero,
     }
-    return _product("MatMulIntegerToFloat", np.uint8, np.float32, constants, "com.microsoft")
+    return one_operator("MatMulIntegerToFloat", np.uint8, np.float32, constants, "com.microsoft")
 
 
 def optimise(source: Path, optimised: Path) -> Path:
     """Write the graph as ONNX Runtime optimises it for execution; returns `optimised`."""
-    options = _options()
+    options = session_options()
     options.optimized_model_filepath = str(optimised)
     _open(source, options, PROVIDERS["cpu"], f"cannot open {source}")
     return optimised
@@ -228,12 +261,12 @@ def evaluate(
         folder: of the files that hold its weights, where they are not in `model`.
     """
     beside = {BESIDE: str(folder)} if folder else {}
-    options = _options(entries={AS_THEY_STAND: "1", "session.intra_op.allow_spinning": "0", **beside})
+    options = session_options(entries={AS_THEY_STAND: "1", "session.intra_op.allow_spinning": "0", **beside})
     session = _open(model, options, PROVIDERS["cpu"], "cannot open a graph")
     outputs = [output.name for output in session.get_outputs()]
 
     def call(feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[np.float32]]:
-        with _mapped("the graph failed"):
+        with mapped("the graph failed"):
             return [np.asarray(value) for value in session.run(outputs, dict(feeds))]
 
     return call
@@ -248,8 +281,8 @@ def product(precision: Precision, size: int, threads: int | None) -> Callable[[]
     if precision not in kinds:
         return None
     operator, left, right, result = kinds[precision]
-    model = _product(operator, left, result, {"b": np.ones((size, size), right)})
-    session = _open(model, _options(threads), PROVIDERS["cpu"], "cannot multiply")
+    model = one_operator(operator, left, result, {"b": np.ones((size, size), right)})
+    session = _open(model, session_options(threads), PROVIDERS["cpu"], "cannot multiply")
     feed = {"a": np.ones((size, size), left)}
     return lambda: session.run(None, feed)
 
@@ -260,7 +293,7 @@ TYPES: Mapping[_Type, int] = {np.float32: 1, np.uint8: 2, np.int8: 3, np.int32: 
 """Numbers of element types in onnx.proto."""
 
 
-def _product(
+def one_operator(
     operator: str, left: _Type, result: _Type, constants: Mapping[str, npt.NDArray[np.generic]], domain: str = ""
 ) -> bytes:
     """An ONNX file with one operator: `a`, of any shape (M, K), and constants, "" for one that is left out -> `c`.
@@ -297,7 +330,8 @@ def _provider(device: str) -> str:
 
 
 @contextmanager
-def _mapped(what: str) -> Iterator[None]:
+def mapped(what: str) -> Iterator[None]:
+    """Context manager: ONNX Runtime's errors become `BackendError`, in one line."""
     try:
         yield
     except FAILURES as error:

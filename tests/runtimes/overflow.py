@@ -36,7 +36,9 @@ def weights(safe: bool) -> Weights:
 def onnxruntime(frames: npt.NDArray[np.uint8], weight: Weights) -> npt.NDArray[Any]:
     from edgetube.runtimes import onnxruntime as backend
 
-    session = backend._open(backend._integers(weight), backend._options(1), backend.PROVIDERS["cpu"], "cannot multiply")
+    session = backend._open(
+        backend._integers(weight), backend.session_options(1), backend.PROVIDERS["cpu"], "cannot multiply"
+    )
     return np.asarray(session.run(None, {"a": frames})[0])
 
 

@@ -15,7 +15,7 @@ from edgetube import bundle as bundles
 from edgetube import demo, export, runtimes
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
-from edgetube.errors import BackendError, BundleError, InputError
+from edgetube.errors import BackendError, BundleError, InputError, MissingPackageError
 from edgetube.export import pipeline
 from edgetube.model import checkpoints
 from edgetube.runtimes.base import Backend
@@ -112,6 +112,18 @@ def test_without_calls_inner_tensors_are_still_shown(
         for name in names:
             np.testing.assert_array_equal(before[name], after[name])
     backend.close()
+
+
+def test_a_missing_package_is_named(exported: tuple[Bundle, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, _ = exported
+    package = "vendor_of_" + bundle.backend
+
+    def absent(_: str) -> None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr(runtimes, "runtime", absent)
+    with pytest.raises(MissingPackageError, match=rf"needs the package {package}, .* 'edgetube\[{bundle.backend}\]'"):
+        runtimes.open_bundle(bundle)
 
 
 def test_a_bundle_of_an_unknown_backend_says_to_upgrade(tiny_bundle: Path) -> None:
