@@ -1,0 +1,173 @@
+"""Targets of ExecuTorch: the canonical graph as a program `model.pte`, what XNNPACK can compute delegated to it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetube.export.base import BuildContext, Built
+from edgetube.precision import Precision
+from edgetube.targets import Target
+
+if TYPE_CHECKING:
+    import onnx
+    from executorch.exir import EdgeProgramManager
+    from torch import Tensor
+
+BUILD_NEEDS = ("torch", "onnx", "onnxscript", "safetensors", "executorch.exir")
+RUN_NEEDS = ("torch", "executorch.runtime")
+EXTRA = "export,executorch"
+
+TARGETS = (
+    Target(
+        name="executorch-fp32",
+        precision=Precision.FP32,
+        backend="executorch",
+        summary="a program for ExecuTorch on Android, iOS and boards; XNNPACK computes it in float32",
+        build_needs=BUILD_NEEDS,
+        run_needs=RUN_NEEDS,
+        extra=EXTRA,
+        tolerance=1e-4,
+    ),
+)
+
+ARTIFACT = "model.pte"
+
+DELEGATE = "XnnpackBackend"
+
+
+def build(context: BuildContext) -> Built:
+    """Write `model.pte`."""
+    from edgetube.export.statistics import graph_statistics
+
+    program = lower(context.graph.model)
+    save(program, context.folder / ARTIFACT)
+    details = {"graph": graph_statistics(context.graph.model), "delegation": delegation(program)}
+    return Built(ARTIFACT, details)
+
+
+def lower(model: onnx.ModelProto) -> EdgeProgramManager:
+    """A canonical graph or its Q/DQ form with everything delegated to XNNPACK that its partitioner takes."""
+    import torch
+
+    from edgetube.export.statistics import tensor_shapes
+    from edgetube.export.torchgraph import TorchGraph
+
+    frames = torch.zeros(tensor_shapes(model)[model.graph.input[0].name], dtype=torch.uint8)
+    with _quiet():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        aten = torch.ops.aten
+        table = {aten.split_with_sizes.default: _split, aten.matmul.default: _matmul, aten.gelu.default: _gelu}
+        program = torch.export.export(TorchGraph(model), (frames,)).run_decompositions(table)
+        return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+
+
+def _split(x: Tensor, sizes: Sequence[int], axis: int = 0) -> list[Tensor]:
+    """A split in slices: XNNPACK has no operator for a split, which would end a delegated part."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [x.narrow(axis, end - size, size) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _matmul(left: Tensor, right: Tensor) -> Any:
+    """A product of two batches of matrices, (..., N, K) and (..., K, M), in three axes.
+
+    The usual decomposition copies the operands, and XNNPACK has no operator for that.
+    """
+    import torch
+
+    if left.shape[:-2] != right.shape[:-2]:
+        return NotImplemented
+    product = torch.bmm(left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:]))
+    return product.reshape(*left.shape[:-1], right.shape[-1])
+
+
+def _gelu(x: Tensor, *, approximate: str = "none") -> Any:
+    """The approximation by tanh in its parts: delegated whole, it is computed as if it was exact, 5e-4 off."""
+    import torch
+
+    if approximate == "none":
+        return NotImplemented
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+    return 0.5 * x * (1 + torch.tanh(inner))
+
+
+def save(program: EdgeProgramManager, path: Path) -> None:
+    """Write a program as a file that ExecuTorch runs."""
+    with _quiet(), path.open("wb") as file:
+        program.to_executorch().write_to_file(file)
+
+
+def delegation(program: EdgeProgramManager) -> dict[str, Any]:
+    """What XNNPACK computes and what is left to ExecuTorch's own operators, plain JSON.
+
+    Returns:
+        delegates: number of parts that XNNPACK computes; delegated: its operators in them (type -> count); portable:
+        the operators outside of them (name -> count).
+    """
+    delegated = Counter(
+        node["xnode_union_type"].removeprefix("XNN") for graph in xnnpack_graphs(program) for node in graph["xnodes"]
+    )
+    called = [node.target for node in program.exported_program().graph.nodes if node.op == "call_function"]
+    names = Counter(getattr(target, "__name__", str(target)) for target in called)
+    return {
+        "delegates": names.pop("executorch_call_delegate", 0),
+        "delegated": _ordered(delegated),
+        "portable": _ordered(Counter({name: count for name, count in names.items() if name != "getitem"})),
+    }
+
+
+def _ordered(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def xnnpack_graphs(program: EdgeProgramManager) -> list[dict[str, Any]]:
+    """The graphs that XNNPACK is given, read from the bytes of the delegated parts: `xnodes` and `xvalues`."""
+    from executorch.exir.lowered_backend_module import get_lowered_backend_modules
+
+    modules = get_lowered_backend_modules(program.exported_program().graph_module)
+    return [_parse(module.processed_bytes) for module in modules if module.backend_id == DELEGATE]
+
+
+def _parse(delegate: bytes) -> dict[str, Any]:
+    """XNNPACK's part of a program as JSON: a header says where the flatbuffer lies.
+
+    The package reads and writes flatbuffers with a compiler that it brings, by these functions alone.
+    """
+    from importlib import resources
+
+    from executorch.backends.xnnpack import serialization
+    from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
+    from executorch.exir._serialize._flatbuffer import _flatc_decompile
+
+    header = XNNHeader.from_bytes(delegate[: XNNHeader.EXPECTED_LENGTH])
+    start = header.flatbuffer_offset
+    with tempfile.TemporaryDirectory() as folder:
+        schema, binary = Path(folder) / "schema.fbs", Path(folder) / "graph.bin"
+        schema.write_bytes(resources.files(serialization).joinpath(schema.name).read_bytes())
+        binary.write_bytes(delegate[start : start + header.flatbuffer_size])
+        _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary", "--defaults-json"])
+        found: dict[str, Any] = json.loads(binary.with_suffix(".json").read_text())
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of the packages that ExecuTorch imports, and of what it calls, none of which is about the model."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
