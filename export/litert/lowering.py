@@ -6,6 +6,7 @@ the tensor that it is for, with a suffix. Values are float32 and of rank 5 at mo
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +17,11 @@ import onnx
 from ai_edge_litert import schema_py_generated as schema
 from onnx import helper
 
-from edgetube.calibration import storage
+from edgetube.calibration import numeric, storage
+from edgetube.calibration.table import LinearPlan
 from edgetube.errors import SpecError
 from edgetube.export.statistics import byte_casts, tensor_shapes
-from edgetube.runtimes.litert.flatbuffer import Writer
+from edgetube.runtimes.litert.flatbuffer import HYBRID, Writer
 
 Array = npt.NDArray[Any]
 
@@ -36,14 +38,18 @@ class Lowering:
     Args:
         model: a canonical graph.
         half: store constants of rank 2 and above as float16, behind a DEQUANTIZE to float32.
+        plans: of the linears whose weights are stored, and multiplied, as int8.
+
+    Attributes:
+        integer_products: multiply-accumulates of each product in integers.
 
     Raises:
         SpecError: an operator has no translation, says which layer has it; a weight exceeds float16; or the constants
             exceed what one file can hold.
     """
 
-    def __init__(self, model: onnx.ModelProto, half: bool = False) -> None:
-        self.model, self.half = model, half
+    def __init__(self, model: onnx.ModelProto, half: bool = False, plans: Sequence[LinearPlan] = ()) -> None:
+        self.model, self.half, self.plans = model, half, {plan.weight: plan for plan in plans}
         self.nodes = list(model.graph.node)
         for node in self.nodes:
             if node.op_type not in self.operators():
@@ -60,6 +66,7 @@ class Lowering:
                 self.uses[name].append(node)
         casts = {node.output[0] for node in byte_casts(model)}
         self.scaled = {name for node in self.nodes if node.input[0] in casts for name in node.input[1:]} if half else {}
+        self.integer_products: list[int] = []
         self.values: dict[str, int] = {}
         self.types: dict[str, str] = {}
 
@@ -220,9 +227,29 @@ class Lowering:
 
     def linear(self, node: onnx.NodeProto, bias: str | None, output: str) -> None:
         """x @ W + b in one operator; W is stored (outputs, inputs)."""
+        if (plan := self.plans.get(node.input[1])) is not None:
+            self.integer_linear(node, plan, bias, output)
+            return
         inputs = [self.take(node.input[0]), self.matrix(node.input[1], (1, 0)), -1 if bias is None else self.take(bias)]
         self.emit("FULLY_CONNECTED", inputs, output, fully_connected())
         self.values[node.output[0]] = self.values[output]
+
+    def integer_linear(self, node: onnx.NodeProto, plan: LinearPlan, bias: str | None, output: str) -> None:
+        """x @ W + b whose weight is int8, (outputs, inputs) with a scale per output; x and b are float32.
+
+        This is the form that TFLite calls hybrid: the kernel rounds each row of x to 8 bits, with a scale and a zero
+        point of its own, and multiplies integers.
+        """
+        name, options = f"{plan.weight}.int8", fully_connected()
+        options.asymmetricQuantizeInputs = True
+        if name not in self.values:
+            scales = np.array(plan.weight_scales, np.float32)
+            integers = numeric.quantize_weights(np.asarray(self.array(plan.weight), np.float32), scales)
+            self.values[name] = self.writer.constant(name, np.ascontiguousarray(integers.T), scales=scales)
+        inputs = [self.take(node.input[0]), self.values[name], -1 if bias is None else self.take(bias)]
+        self.emit(HYBRID, inputs, output, options)
+        self.values[node.output[0]] = self.values[output]
+        self.integer_products.append(math.prod(self.shapes[output]) * self.shapes[plan.weight][0])
 
     def bias(self, node: onnx.NodeProto) -> tuple[str | None, str]:
         """The bias that is added to a product, if any, and the result of the linear."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from ai_edge_litert.interpreter import Interpreter
 
 from edgetube import processes
@@ -100,11 +101,24 @@ def partitions(interpreter: Interpreter) -> int:
     return sum(operator["op_name"] == "DELEGATE" for operator in interpreter._get_ops_details())
 
 
-def _run(interpreter: Interpreter, clips: Frames, outputs: Sequence[int]) -> list[Logits]:
+def _run(interpreter: Interpreter, clips: npt.NDArray[Any], outputs: Sequence[int]) -> list[Logits]:
     (frames,) = interpreter.get_input_details()
     interpreter.set_tensor(frames["index"], clips)
     interpreter.invoke()
     return [np.array(interpreter.get_tensor(index), np.float32) for index in outputs]
+
+
+def multiplies_integers() -> bool:
+    """Whether a product of float32 rows by an int8 weight is computed in integers: one whose rows must round is run."""
+    from edgetube.runtimes.litert.flatbuffer import hybrid_product
+
+    rows = np.full((2, 64), 0.3, np.float32)
+    rows[:, 0] = 127  # a step of its 8 bits is about 1/2, so that 0.3 cannot be exact
+    weight = np.ones((8, 64), np.float32)
+    interpreter = open_file(hybrid_product(rows, weight), 1)
+    with _mapped("cannot multiply integers"):
+        (found,) = _run(interpreter, rows, [interpreter.get_output_details()[0]["index"]])
+    return bool((np.abs(found - rows @ weight.T) > 1).all())
 
 
 def product(precision: Precision, size: int, threads: int | None) -> Callable[[], object] | None:
@@ -114,7 +128,7 @@ def product(precision: Precision, size: int, threads: int | None) -> Callable[[]
     from edgetube.runtimes.litert.flatbuffer import matrix_product
 
     interpreter = open_file(matrix_product(size, precision.quantises_activations), threads or processes.cores())
-    return interpreter.invoke
+    return lambda: interpreter.invoke()
 
 
 @contextmanager

@@ -36,9 +36,12 @@ TYPES: Mapping[str, int] = {
 }
 """Element types by the names that numpy has for them."""
 
-VERSIONS: Mapping[str, int] = {"FULLY_CONNECTED": 5, "QUANTIZE": 2, "DEQUANTIZE": 2}
+HYBRID = "FULLY_CONNECTED.hybrid"
+"""A FULLY_CONNECTED whose input is float32 and whose weight is int8."""
+
+VERSIONS: Mapping[str, int] = {"FULLY_CONNECTED": 5, HYBRID: 12, "DEQUANTIZE": 3}
 """Versions of operators above 1; a runtime refuses those that it does not know. Version 5 of FULLY_CONNECTED keeps the
-leading axes, version 2 of the others has int8."""
+leading axes, version 12 has a scale per output where the input is float32; version 3 of DEQUANTIZE has float16."""
 
 
 class _Builder(flatbuffers.Builder):  # type: ignore[misc]  # the package has no annotations
@@ -124,7 +127,7 @@ class Writer:
         """Add an operator.
 
         Args:
-            kind: its name in the schema, `FULLY_CONNECTED`.
+            kind: its name in the schema, `FULLY_CONNECTED`, or `HYBRID`.
             inputs: a bias that is left out is -1.
             options: object of the schema, `FullyConnectedOptionsT`.
         """
@@ -169,7 +172,7 @@ class Writer:
 
 def _code(kind: str) -> Any:
     code = schema.OperatorCodeT()
-    code.builtinCode = getattr(schema.BuiltinOperator, kind)
+    code.builtinCode = getattr(schema.BuiltinOperator, kind.partition(".")[0])
     code.deprecatedBuiltinCode = min(code.builtinCode, schema.BuiltinOperator.PLACEHOLDER_FOR_GREATER_OP_CODES)
     code.version = VERSIONS.get(kind, 1)
     return code
@@ -196,6 +199,18 @@ def with_outputs(file: bytes, names: Sequence[str]) -> bytes:
     struct.pack_into("<I", data, field, len(data) - field)
     data += struct.pack(f"<{len(outputs) + 1}i", len(outputs), *outputs)
     return bytes(data)
+
+
+def hybrid_product(rows: Array, weight: Array) -> bytes:
+    """A file that multiplies rows (M, K) float32 by a constant (N, K) of whole numbers stored as int8."""
+    writer = Writer("a hybrid product")
+    left = writer.tensor("left", rows.shape, "float32")
+    right = writer.constant("right", weight.astype(np.int8), scales=np.ones(len(weight), np.float32))
+    result = writer.tensor("result", (len(rows), len(weight)), "float32")
+    options = schema.FullyConnectedOptionsT()
+    options.keepNumDims = options.asymmetricQuantizeInputs = True
+    writer.operator(HYBRID, [left, right, -1], [result], options)
+    return writer.pack(["left"], ["result"])
 
 
 def matrix_product(size: int, integers: bool) -> bytes:

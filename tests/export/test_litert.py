@@ -10,7 +10,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgetube.errors import SpecError
+from edgetube import metrics
+from edgetube.calibration import graphs
+from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
+from edgetube.errors import ParityError, SpecError
+from edgetube.export.canonical import Graph
 from tests.export import models
 
 pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert: pip install 'edgetube[litert]'")
@@ -180,6 +184,84 @@ def test_weights_above_the_limit_of_a_file(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(flatbuffer, "MAX_BYTES", 100_000)
     with pytest.raises(SpecError, match=r"exceed 0.0001 GB, the most that a TFLite file can hold; nothing was written"):
         Lowering(models.trace("paper").model).run()
+
+
+def hybrid(rows: Array, integers: Array, scales: Array) -> Array:
+    """XNNPACK's product, by its definition: a row's range holds 0, and 255 steps of it."""
+    low, high = np.minimum(rows.min(-1, keepdims=True), 0), np.maximum(rows.max(-1, keepdims=True), 0)
+    scale = np.where(high > low, (high - low) / 255, 1)
+    zero = np.clip(np.rint(-128 - low / scale), -128, 127)
+    rounded = np.clip(np.rint(rows / scale) + zero, -128, 127)
+    return np.asarray((rounded - zero) @ integers * scale * scales)
+
+
+def test_an_integer_linear_is_the_product_by_hand(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Rows of very different ranges, one of zeros, weights of one sign and of the largest magnitude, a zero channel."""
+    rows = (rng.normal(size=(5, 70)) * np.array([[1e-3], [1], [1e4], [0], [1]])).astype(np.float32)
+    rows[4] = np.abs(rows[4])
+    integers = rng.integers(-127, 128, (70, 6)).astype(np.float32)
+    integers[:, 0], integers[:, 1], integers[:, 2] = 127, -127, 0
+    scales = np.array([1e-3, 2e-2, 1, 1e-30, 5, 0.1], np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "l.weight"], ["m"], name="m"),
+        helper.make_node("Add", ["m", "bias"], ["y"], name="y"),
+    ]
+    bias = np.arange(6, dtype=np.float32)
+    graph = model(nodes, rows, (5, 6), {"l.weight": integers * scales, "bias": bias})
+    plan = LinearPlan("l", "x", "l.weight", tuple(map(float, scales)), "int8")
+    lowering = Lowering(graph, plans=[plan])
+    lowering.run().save(tmp_path / "model.tflite", ["x"], ["y"])
+    assert lowering.integer_products == [5 * 70 * 6]
+    found, expected = answer(tmp_path / "model.tflite", rows), hybrid(rows, integers, scales) + bias
+    plain = rows @ (integers * scales) + bias
+    step = (rows.max(-1) - rows.min(-1))[:, None] / 255 * np.abs(integers).max(0) * scales
+    assert (np.abs(found - expected) <= 1.1 * step + 1e-5 * np.abs(expected)).all()  # one value may round the other way
+    assert metrics.sqnr(expected, found) > metrics.sqnr(plain, found) + 20
+    assert found[3].tolist() == bias.tolist()
+
+
+def test_integer_linears_are_stored_by_rows_with_a_scale_each(tmp_path: Path) -> None:
+    graph = models.trace("dense").model
+    constants = models.constants(graph)
+    plans = []
+    for linear in graphs.linears(graph)[:-1]:
+        scales = np.abs(constants[linear.weight]).max(axis=0) / 127
+        plans.append(LinearPlan(linear.name, linear.activation, linear.weight, tuple(map(float, scales)), "int8"))
+    lowering = Lowering(graph, plans=plans)
+    writer = lowering.run()
+    writer.save(tmp_path / "model.tflite", ["frames"], ["logits"])
+    tensors = {tensor.name.decode(): tensor for tensor in graph_of(tmp_path / "model.tflite").tensors}
+    for plan in plans:
+        stored, weight = tensors[f"{plan.weight}.int8"], constants[plan.weight]
+        assert list(stored.shape) == [*weight.shape[::-1]]
+        assert stored.quantization.quantizedDimension == 0
+        assert not np.any(stored.quantization.zeroPoint)
+        np.testing.assert_array_equal(stored.quantization.scale, np.float32(plan.weight_scales))
+    assert writer.operators[flatbuffer.HYBRID] == len(plans) == len(lowering.integer_products)
+    assert f"{graphs.linears(graph)[-1].weight}.int8" not in tensors
+    frames = models.noise("dense")
+    assert metrics.sqnr(models.reference("dense", frames), answer(tmp_path / "model.tflite", frames)) > 25
+    (parts,) = {runtime.partitions(runtime.open_file(tmp_path / "model.tflite", 1))}
+    assert parts == 1
+
+
+def test_a_runtime_that_multiplies_floats_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgetube.export import litert as exporter
+
+    graph = models.trace("dense")
+    table = CalibrationTable(graphs.digest(graph.model), {}, "uint8", *whole(graph))
+    assert exporter._integers(graph, table, 1)["kernels"] == {"FULLY_CONNECTED hybrid": 1}
+    monkeypatch.setattr(runtime, "multiplies_integers", lambda: False)
+    with pytest.raises(ParityError, match="LiteRT computes 1 of 1 quantised products in float; nothing was written"):
+        exporter._integers(graph, table, 1)
+
+
+def whole(graph: Graph) -> tuple[dict[str, Range], tuple[LinearPlan, ...]]:
+    """The ranges and plans of a table that quantises the first linear of a block."""
+    linear = graphs.linears(graph.model)[1]
+    scales = tuple(map(float, np.abs(models.constants(graph.model)[linear.weight]).max(axis=0) / 127))
+    plan = LinearPlan(linear.name, linear.activation, linear.weight, scales, "int8")
+    return {linear.activation: Range(-4.0, 4.0, "by hand")}, (plan,)
 
 
 def test_constants_lie_where_kernels_can_read_them(tmp_path: Path) -> None:

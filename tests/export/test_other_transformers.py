@@ -16,8 +16,8 @@ from edgetube.roles import roles_of
 from edgetube.runtimes.torch import Reference
 from tests.export.models import OTHERS, model_of
 
-FLOATS = ("onnx-fp32", "onnx-fp16", "openvino-fp32", "coreml-fp16", "rtx-fp16")
-INTEGERS = ("onnx-int8", "openvino-int8", "coreml-int8", "rtx-int8")
+FLOATS = ("onnx-fp32", "onnx-fp16", "openvino-fp32", "litert-fp32", "litert-fp16", "coreml-fp16", "rtx-fp16")
+INTEGERS = ("onnx-int8", "openvino-int8", "litert-int8", "coreml-int8", "rtx-int8")
 PROCESSORS = dict(zip(OTHERS, ("any", "x86", "arm", "any", "x86", "any"), strict=True))
 """The form of onnx-int8 that is made of each."""
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from edgetube import runtimes
@@ -103,6 +104,29 @@ def test_the_product_of_the_peak_is_run_by_the_delegate(precision: Precision) ->
     interpreter.set_tensor(interpreter.get_input_details()[0]["index"], one)
     interpreter.invoke()
     assert (interpreter.get_tensor(interpreter.get_output_details()[0]["index"]) == 32).all()
+
+
+def test_integers_are_told_from_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert litert.multiplies_integers()
+
+    def floats(rows: npt.NDArray[np.float32], weight: npt.NDArray[np.float32]) -> bytes:
+        writer = flatbuffer.Writer("a product of floats")
+        left, right = writer.tensor("left", rows.shape, "float32"), writer.constant("right", weight)
+        result = writer.tensor("result", (len(rows), len(weight)), "float32")
+        writer.operator("FULLY_CONNECTED", [left, right, -1], [result], schema.FullyConnectedOptionsT())
+        return writer.pack(["left"], ["result"])
+
+    monkeypatch.setattr(flatbuffer, "hybrid_product", floats)
+    assert not litert.multiplies_integers()
+
+
+def test_sums_of_the_largest_products_do_not_overflow() -> None:
+    """Where neighbouring products were added in 16 bits, 255 * 127 twice would be too much."""
+    rows, weight = np.zeros((1, 64), np.float32), np.full((8, 64), 127, np.float32)
+    for rows[:] in (255, -255):
+        interpreter = litert.open_file(flatbuffer.hybrid_product(rows, weight), 1)
+        (found,) = litert._run(interpreter, rows, [interpreter.get_output_details()[0]["index"]])
+        np.testing.assert_allclose(found, rows @ weight.T, rtol=1e-6)
 
 
 def test_there_is_no_product_in_half_precision() -> None:
