@@ -77,7 +77,7 @@ class Artifact:
 
     @property
     def device(self) -> str | None:
-        return runtimes.proof_device(self.bundle.target, self.bundle.backend)
+        return runtimes.device_of(self.bundle)
 
     @property
     def status(self) -> Status:

@@ -5,8 +5,9 @@
 
 A backend whose runtime is not available on every machine lists its needs in `NEEDS` (by the first part of the target's
 name if they differ), and may name in `EMULATOR` another backend that evaluates its artifacts on any machine. Its module
-must import without those needs. One whose vendor simulates the processor on this machine sets `SIMULATED`, and its
-times are not measured. A function `product` lets it take part in measuring the machine's peak rate.
+must import without those needs. A function `needs_of` may state other needs of a single bundle. A backend whose vendor
+simulates the processor on this machine sets `SIMULATED`, and its times are not measured. A function `product` lets it
+take part in measuring the machine's peak rate.
 
 Third parties add backends by entry points of the group `edgetube.targets`: `NAME = PACKAGE`, where `PACKAGE.runtime` is
 such a module and `PACKAGE.exporter` one as in `edgetube.export`. A built-in backend of the same name counts.
@@ -149,10 +150,22 @@ def _shapes(shapes: tuple[Shape, ...]) -> str:
 
 def proof_device(target: str, backend: str) -> str | None:
     """The device of a target's proof on this machine: None for its own device, `EMULATED` where that is missing."""
-    needs, emulator = _stated(backend, "NEEDS"), _stated(backend, "EMULATOR")
+    needs = _stated(backend, "NEEDS")
     if isinstance(needs, Mapping):
         needs = needs[target.partition("-")[0]]
-    return EMULATED if emulator and missing(needs) else None
+    return EMULATED if _stated(backend, "EMULATOR") and missing(needs) else None
+
+
+def device_of(bundle: Bundle) -> str | None:
+    """The device that runs a finished bundle on this machine: None for its own, `EMULATED` where that is missing.
+
+    Raises:
+        BundleError: the manifest is damaged.
+    """
+    needs_of = _stated(bundle.backend, "needs_of")
+    if needs_of is None or _stated(bundle.backend, "EMULATOR") is None:
+        return proof_device(bundle.target, bundle.backend)
+    return EMULATED if missing(needs_of(bundle)) else None
 
 
 def simulated(backend: str) -> bool:

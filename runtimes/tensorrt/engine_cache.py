@@ -14,10 +14,11 @@ from typing import Any
 
 from edgetube import cache, cuda, strict
 from edgetube.bundle import CALIBRATION_CLIPS, Bundle, sha256
-from edgetube.errors import BundleError, FormatError
+from edgetube.errors import BackendError, BundleError, FormatError
 from edgetube.runtimes.tensorrt import build as builder
 from edgetube.runtimes.tensorrt.build import Settings
-from edgetube.runtimes.tensorrt.sdk import Sdk, system
+from edgetube.runtimes.tensorrt.sdk import FAMILIES, Sdk, system
+from edgetube.targets import pip_line
 
 LOGGER = logging.getLogger("edgetube")
 
@@ -95,7 +96,16 @@ def build_here(
     Args:
         incompatibility: why the bundle's engine, or the cached one, is not used.
         refused: sha256 of an engine that does not open; if that is the cached one, it is built again.
+
+    Raises:
+        BackendError: the SDK only runs engines, or cannot build this one.
     """
+    if not trt.family.builds:
+        raise BackendError(
+            f"{bundle.path}: {incompatibility}, and {trt.family.title} {trt.version} builds none; export the bundle "
+            f"with --set version-compatible=yes where the full TensorRT and such a GPU are (or another GPU from Ampere "
+            f"on: --set hardware-compatible=ampere), or install it here: {pip_line(FAMILIES['trt'].extra)}"
+        )
     settings = replace(settings, capabilities=())
     source = bundle.file(settings.source)
     key = engine_key(trt, bundle, gpu, settings)
@@ -147,8 +157,11 @@ def graph_hash(bundle: Bundle, source: str) -> str:
 
 def engine_incompatibility(record: EngineRecord, trt: Sdk, gpu: cuda.Stream) -> str:
     """Why the bundle's engine cannot run here; empty if it can."""
+    if not (record.version_compatible or trt.family.builds):
+        return "the bundle's engine is not version-compatible"
     if record.version != trt.version and not (record.version_compatible and _newer(trt.version, record.version)):
-        return f"the bundle's engine is for {trt.family.title} {record.version}, here is {trt.version}"
+        title = trt.family.title if trt.family.builds else FAMILIES["trt"].title
+        return f"the bundle's engine is for {title} {record.version}, here is {trt.version}"
     if record.capabilities and gpu.capability.replace(".", "") not in record.capabilities:
         return (
             f"the bundle's engine is for compute capability {', '.join(record.capabilities)}, here is {gpu.capability}"

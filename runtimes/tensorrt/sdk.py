@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT for RTX, which share an API: the module that is used, and its log."""
+"""TensorRT, its lean runtime, and TensorRT for RTX, which share an API: the module that is used, and its log."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from edgetube.errors import BackendError
-from edgetube.targets import need
+from edgetube.errors import BackendError, MissingPackageError
+from edgetube.targets import installed, need, pip_line
 
 if TYPE_CHECKING:
     import tensorrt
@@ -20,7 +20,10 @@ RELEVANT_LINES = 6
 
 
 class Vendor(Protocol):
-    """The parts of `tensorrt` and `tensorrt_rtx` that are used, with the types of TensorRT's stubs."""
+    """The parts of `tensorrt` and `tensorrt_rtx` that are used, with the types of TensorRT's stubs.
+
+    `tensorrt_lean` has those of them that run engines.
+    """
 
     __version__: str
     Builder: type[tensorrt.Builder]
@@ -43,11 +46,12 @@ class Vendor(Protocol):
 
 @dataclass(frozen=True)
 class Family:
-    """One of the two SDKs: its module, its pip extra, and its name."""
+    """One of the SDKs: its module, its pip extra, its name, and whether it builds engines or only runs them."""
 
     module: str
     extra: str
     title: str
+    builds: bool = True
 
 
 FAMILIES = {
@@ -55,6 +59,11 @@ FAMILIES = {
     "rtx": Family("tensorrt_rtx", "rtx", "TensorRT for RTX"),
 }
 """By the first part of a target's name."""
+
+LEAN = Family("tensorrt_lean", "tensorrt-lean", "TensorRT's lean runtime", builds=False)
+"""Runs version-compatible engines of TensorRT."""
+
+SDKS = {**FAMILIES, "lean": LEAN}
 
 
 class Sdk:
@@ -102,13 +111,40 @@ class Sdk:
 
 
 @functools.cache
-def load_sdk(family: str) -> Sdk:
-    """The SDK of "trt" or "rtx".
+def load_sdk(name: str) -> Sdk:
+    """The SDK of "trt" or "rtx", or "lean".
 
     Raises:
         MissingPackageError: it is not installed.
     """
-    return Sdk(FAMILIES[family])
+    return Sdk(SDKS[name])
+
+
+def uses_lean(family: str, version_compatible: bool) -> bool:
+    """Whether engines of a family are run by the lean runtime: it is here, and the full TensorRT is not."""
+    full = FAMILIES[family].module
+    return family == "trt" and version_compatible and not installed(full) and installed(LEAN.module)
+
+
+def load_runner(family: str, version_compatible: bool) -> Sdk:
+    """The SDK that runs engines of "trt" or "rtx": their own or, for version-compatible ones, the lean runtime.
+
+    Raises:
+        MissingPackageError: none is installed that runs them; says what to install.
+    """
+    if uses_lean(family, version_compatible):
+        return load_sdk("lean")
+    try:
+        return load_sdk(family)
+    except MissingPackageError as error:
+        if family != "trt":
+            raise
+        if version_compatible:
+            raise MissingPackageError(f"{error}; to run an engine and build none: {pip_line(LEAN.extra)}") from error
+        if installed(LEAN.module):
+            hint = "the lean runtime, which is here, runs engines of bundles with --set version-compatible=yes"
+            raise MissingPackageError(f"{error}; {hint}") from error
+        raise
 
 
 def system() -> str:

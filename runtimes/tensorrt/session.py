@@ -18,9 +18,17 @@ from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
 from edgetube.files import atomic_write
 from edgetube.runtimes.base import Backend, Interface, Logits
-from edgetube.runtimes.tensorrt.engine_cache import JUST_BUILT, build_here, find_engine, kernels_path, read_build
+from edgetube.runtimes.tensorrt.build import Settings
+from edgetube.runtimes.tensorrt.engine_cache import (
+    JUST_BUILT,
+    EngineRecord,
+    build_here,
+    find_engine,
+    kernels_path,
+    read_build,
+)
 from edgetube.runtimes.tensorrt.layers import summarize_engine_layers
-from edgetube.runtimes.tensorrt.sdk import FAMILIES, Sdk, load_sdk
+from edgetube.runtimes.tensorrt.sdk import FAMILIES, Sdk, load_runner
 from edgetube.video import Frames
 
 if TYPE_CHECKING:
@@ -40,22 +48,23 @@ class Session(Backend):
     Raises:
         InputError: the device is no GPU's name.
         MissingPackageError: the SDK, or both pycuda and cuda-python, are not installed.
-        BackendError: no driver, no such GPU, or the SDK fails; with its last messages.
+        BackendError: no driver, no such GPU, the SDK fails, with its last messages, or the lean runtime finds no engine
+            that it can run.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
         super().__init__(bundle.contract, bundle.batch)
-        self.trt = load_sdk(bundle.target.partition("-")[0])
+        settings, record = read_build(bundle)
+        self.trt = load_runner(bundle.target.partition("-")[0], settings.version_compatible)
         self._graph: cuda.Graph | None = None
         with ExitStack() as failed:
             failed.callback(self.release)
             self.stream = cuda.open_stream(_index(device), self.trt.family.extra)
             with self.stream.current():
-                self._load(bundle)
+                self._load(bundle, settings, record)
             failed.pop_all()
 
-    def _load(self, bundle: Bundle) -> None:
-        settings, record = read_build(bundle)
+    def _load(self, bundle: Bundle, settings: Settings, record: EngineRecord | None) -> None:
         runtime = self.trt.api.Runtime(self.trt.log)
         if settings.version_compatible:
             runtime.engine_host_code_allowed = True

@@ -24,7 +24,7 @@ from edgetube import cuda, targets
 from edgetube.errors import BackendError
 from edgetube.runtimes.tensorrt import build as builder
 from edgetube.runtimes.tensorrt.build import Settings
-from edgetube.runtimes.tensorrt.sdk import FAMILIES, Sdk, load_sdk
+from edgetube.runtimes.tensorrt.sdk import FAMILIES, LEAN, Sdk, load_sdk
 
 Work = Callable[[], object]
 
@@ -244,6 +244,13 @@ class Machine:
         self.trt = vendor(**changes)
         for family in FAMILIES.values():
             self.patch.setitem(sys.modules, family.module, self.trt)
+        load_sdk.cache_clear()
+
+    def use_lean(self, **changes: Any) -> None:
+        """Install the lean runtime alone, in the place of the full TensorRT; see `vendor`."""
+        self.trt = vendor(**changes)
+        self.patch.setitem(sys.modules, FAMILIES["trt"].module, None)
+        self.patch.setitem(sys.modules, LEAN.module, self.trt)
         load_sdk.cache_clear()
 
     def open_stream(self, index: int, extra: str) -> HostStream:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 
 import edgetube
+from edgetube import runtimes, targets
 from edgetube.bundle import Bundle, FileRecord
-from edgetube.errors import BundleError
+from edgetube.errors import BackendError, BundleError
+from edgetube.export import pipeline
+from edgetube.model import checkpoints
 from edgetube.runtimes.tensorrt import engine_cache
 from edgetube.runtimes.tensorrt.build import Settings
 from edgetube.runtimes.tensorrt.engine_cache import engine_key
-from edgetube.runtimes.tensorrt.sdk import load_sdk, system
+from edgetube.runtimes.tensorrt.sdk import FAMILIES, load_sdk, system
+from edgetube.runtimes.torch import Reference
 from tests.runtimes import doubles
 from tests.runtimes.doubles import HostStream, Machine
 
@@ -177,6 +184,91 @@ class TestTheBundlesOwnEngine:
     ) -> None:
         with pytest.raises(BundleError, match=message):
             edgetube.Runtime(replace(deferred, build={**deferred.build, "engine": record | change}))
+
+
+class TestTheLeanRuntime:
+    """The full TensorRT is not installed."""
+
+    @pytest.fixture
+    def travels(self, machine: Machine, deferred: Bundle) -> Callable[..., Bundle]:
+        """The bundle with a version-compatible engine, whose record can be changed; a machine with the lean runtime."""
+        machine.use_lean(version="11.4.0")
+
+        def make(**changes: Any) -> Bundle:
+            record = {
+                "file": "model.onnx",
+                "version": "11.1.0",
+                "version_compatible": True,
+                "capabilities": [],
+                "gpu": "",
+            }
+            settings = deferred.build["settings"] | {"version_compatible": True}
+            return replace(deferred, build={**deferred.build, "settings": settings, "engine": record | changes})
+
+        return make
+
+    def test_it_runs_a_version_compatible_engine(
+        self, travels: Callable[..., Bundle], machine: Machine, tiny_checkpoint: Path, rng: np.random.Generator
+    ) -> None:
+        checkpoint, bundle = checkpoints.load(tiny_checkpoint), travels()
+        clips = rng.integers(0, 256, (3, *bundle.contract.shape), np.uint8)
+        expected = Reference(checkpoint.model, checkpoint.contract)(clips)
+        with edgetube.Runtime(bundle) as rt:
+            np.testing.assert_allclose(rt(clips), expected, atol=2e-2)
+            said = rt.describe()
+        assert (said["tensorrt_lean"], said["engine"]) == ("11.4.0", "the bundle's")
+        assert machine.builds == []
+
+    @pytest.mark.parametrize(
+        ("changes", "why"),
+        [
+            ({"version": "11.6.0"}, r"the bundle's engine is for TensorRT 11\.6\.0, here is 11\.4\.0"),
+            ({"version": "10.16.0"}, r"the bundle's engine is for TensorRT 10\.16\.0, here is 11\.4\.0"),
+            ({"version": "11.4.0", "version_compatible": False}, "the bundle's engine is not version-compatible"),
+            ({"gpu": "Orin"}, "the bundle's engine is for Orin, here is RTX 4070"),
+        ],
+    )
+    def test_it_builds_none_and_says_where_to(
+        self, travels: Callable[..., Bundle], machine: Machine, changes: dict[str, Any], why: str
+    ) -> None:
+        said = rf"{why}, and TensorRT's lean runtime 11\.4\.0 builds none; export the bundle .* where the full TensorRT"
+        with pytest.raises(BackendError, match=said):
+            edgetube.Runtime(travels(**changes))
+        assert machine.builds == []
+        assert machine.opened[-1].closed
+
+    def test_without_an_engine_or_with_one_that_does_not_open(
+        self, travels: Callable[..., Bundle], machine: Machine
+    ) -> None:
+        bundle = travels()
+        build = {key: value for key, value in bundle.build.items() if key != "engine"}
+        with pytest.raises(BackendError, match=r"the bundle has no engine, and TensorRT's lean runtime .* builds none"):
+            edgetube.Runtime(replace(bundle, build=build))
+        machine.use_lean(version="11.4.0", opens=False)
+        with pytest.raises(
+            BackendError, match=r"does not open \(Error Code 6: .*\), and TensorRT's lean .* builds none"
+        ):
+            edgetube.Runtime(bundle)
+
+    def test_a_comparison_runs_such_an_engine_and_emulates_other_bundles(
+        self, travels: Callable[..., Bundle], machine: Machine, deferred: Bundle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert runtimes.device_of(travels()) is None
+        assert runtimes.device_of(travels(version_compatible=False)) == runtimes.EMULATED
+        assert runtimes.device_of(deferred) == runtimes.EMULATED
+        assert runtimes.proof_device("trt-fp16", "tensorrt") == runtimes.EMULATED
+        monkeypatch.setattr(targets, "_gpus", lambda: 0)
+        assert runtimes.device_of(travels()) == runtimes.EMULATED
+
+    def test_an_export_beside_it_builds_no_engine(
+        self, machine: Machine, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        machine.use_lean()
+        monkeypatch.setitem(sys.modules, FAMILIES["rtx"].module, None)  # whose parser would check the graph
+        options = pipeline.Options(lowering="gather", settings={"version-compatible": "yes"})
+        made = pipeline.export_model("trt-fp16", tiny_checkpoint, tmp_path, options)
+        assert made.status == "deferred"
+        assert machine.builds == []
 
 
 class TestWhatIsKeptOnTheMachine:
