@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from edgetube import bundle as bundles
 from edgetube import cli, datasets, runtimes
-from edgetube.bench import layers, parity
+from edgetube.bench import agree, layers, parity
 from edgetube.bench.layers import Curve
 from edgetube.bench.parity import Comparison
 from edgetube.bundle import Bundle
@@ -190,6 +190,16 @@ def comparison(sound: Bundle, broken: dict[str, Bundle]) -> Comparison:
 def curves(sound: Bundle, broken: dict[str, Bundle]) -> dict[str, Curve]:
     found = layers.curves([sound, *broken.values()], datasets.built_in(2, sound.labels))
     return {curve.name: curve for curve in found}
+
+
+@pytest.mark.parametrize(("name", "layer"), [("channels", "tubes"), ("scale", FIRST), ("proj", PROJ)])
+def test_one_clip_names_the_artifact_and_its_layer(
+    sound: Bundle, broken: dict[str, Bundle], name: str, layer: str
+) -> None:
+    """Beside the trained model and a sound artifact."""
+    found = agree.measure([sound, broken[name]], datasets.single("demo", sound.labels).read(sound.contract))
+    assert list(found.outliers()) == [(name, (layer,))]
+    assert [pair.names for pair in found.pairs if pair.departs is None] == [("reference", "sound")]
 
 
 @pytest.mark.parametrize("name", ["mean", "channels", "time", "scale", *SMALL])
