@@ -39,7 +39,7 @@ from edgetube.video import Frames
 
 __all__ = ["Calibrated", "calibrate", "observe"]
 
-ALGORITHM_VERSION = 8
+ALGORITHM_VERSION = 9
 """Version of the algorithm; bump it to invalidate cached results."""
 
 OBSERVED_CLIPS = 32

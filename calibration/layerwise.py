@@ -8,14 +8,20 @@ kept, in files, so memory does not grow with the number of clips.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+from threadpoolctl import threadpool_limits
 
+from edgetube import processes
 from edgetube.arrays import DiskArray, RowArray
 from edgetube.calibration import equalize, graphs, numeric, observers
 from edgetube.calibration.clips import Clips
@@ -37,6 +43,7 @@ from edgetube.roles import FoldSite, GraphRoles
 from edgetube.video import Frames
 
 Array = npt.NDArray[np.float32]
+T = TypeVar("T")
 
 ROWS, ROW_VALUES = (512, 2048), 1_500_000
 """Fewest and most rows that are sampled of an activation to measure output errors on, and values in between."""
@@ -92,6 +99,16 @@ class CalibrationState:
     integers: dict[str, npt.NDArray[np.int8]] = field(default_factory=dict)
     means: dict[str, Array] = field(default_factory=dict)
     biases: dict[str, Array] = field(default_factory=dict)
+
+
+@contextmanager
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads for NumPy's work on the linears of a stage, one for each core; BLAS has one in each of them.
+
+    BLAS's own threads would wait for their next product by spinning, on cores that the runtime or another linear needs.
+    """
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(processes.cores()) as pool:
+        yield pool
 
 
 class StaleStateError(Exception):
@@ -224,39 +241,48 @@ class LayerwiseCalibrator:
         """
         streams: dict[str, RowArray] = {self.input: self.clips.frames}
         others: dict[str, RowArray] = {self.input: np.stack(self.held_out)} if len(self.held_out) else {}
-        for stage in track(self.stages, "calibrate", len(self.stages), self.progress):
-            linears = self._linears(stage)
-            if any(linear.name not in state.choices for linear in linears):
-                streams = self._calibrate_stage(stage, linears, streams, state)
-                done()
-            else:
-                plain = self._run(stage, {}, streams, range(1), {})
-                streams = self._run(stage, state.values, streams, range(len(self.clips)), {})
-                if not self._relative_change(stage, plain, streams) <= FOLD_TOLERANCE:
-                    raise StaleStateError(stage.name)
-            others = self._measure_held_out(stage, linears, others, state)
+        with threads() as pool:
+            for stage in track(self.stages, "calibrate", len(self.stages), self.progress):
+                linears = self._linears(stage)
+                if any(linear.name not in state.choices for linear in linears):
+                    streams = self._calibrate_stage(stage, linears, streams, state, pool)
+                    done()
+                else:
+                    plain = self._run(stage, {}, streams, range(1), {})
+                    streams = self._run(stage, state.values, streams, range(len(self.clips)), {})
+                    if not self._relative_change(stage, plain, streams) <= FOLD_TOLERANCE:
+                        raise StaleStateError(stage.name)
+                others = self._measure_held_out(stage, linears, others, state)
 
     def _calibrate_stage(
-        self, stage: Stage, linears: Sequence[Linear], streams: dict[str, RowArray], state: CalibrationState
+        self,
+        stage: Stage,
+        linears: Sequence[Linear],
+        streams: dict[str, RowArray],
+        state: CalibrationState,
+        pool: ThreadPoolExecutor,
     ) -> dict[str, RowArray]:
         everything = range(len(self.clips))
         survey = {linear.activation: ActivationStats(linear.activation, len(everything)) for linear in linears}
         outputs = self._run(stage, state.values, streams, everything, survey)
-        plain = {linear.name: self._plain_error(linear, survey[linear.activation]) for linear in linears}
+        seen = [survey[linear.activation] for linear in linears]
+        plain = list(pool.map(self._plain_error, linears, seen))
         unfolded = dict(state.values)
-        folded = {linear.name: self._equalize(linear, survey[linear.activation], state) for linear in linears}
+        folded = list(pool.map(partial(self._choose_equalization, state=state), linears, seen))
+        for linear, chosen in zip(linears, folded, strict=True):
+            self._fold(linear, chosen, state)
         stats = {name: ActivationStats(name, len(everything), whole=True) for name in survey}
         again = self._run(stage, state.values, streams, everything, stats)
         if not (change := self._relative_change(stage, outputs, again)) <= FOLD_TOLERANCE:
             state.values = unfolded
             reason = f"none: folding it changed {stage.name} by {change:.0e}"
-            folded = {linear.name: self._no_equalization(linear, reason) for linear in linears}
+            folded = [self._no_equalization(linear, reason) for linear in linears]
             stats = {name: ActivationStats(name, len(everything), whole=True) for name in survey}
             again = self._run(stage, state.values, streams, everything, stats)
-        for linear in linears:
-            state.choices[linear.name] = self._quantize(
-                linear, stats[linear.activation], folded[linear.name], plain[linear.name], state
-            )
+        seen = [stats[linear.activation] for linear in linears]
+        quantised = pool.map(partial(self._quantize, state=state), linears, seen, folded, plain)
+        for linear, (choice, integers) in zip(linears, quantised, strict=True):
+            state.choices[linear.name], state.integers[linear.weight] = choice, integers
             state.means[linear.name] = stats[linear.activation].means[list(self.correction)].mean(axis=0)
         return again
 
@@ -289,20 +315,27 @@ class LayerwiseCalibrator:
             stats.rows, found, weight, numeric.fake_quantize_weights(weight, numeric.absmax_scales(weight))
         )
 
-    def _equalize(self, linear: Linear, stats: ActivationStats, state: CalibrationState) -> Equalization:
-        """Choose an equalisation and fold it into producer, weight and bias."""
+    def _choose_equalization(self, linear: Linear, stats: ActivationStats, state: CalibrationState) -> Equalization:
         weight, site = self._value(linear.weight, state), self.fold_sites.get(linear.name)
         if site is None or linear.bias is None or (site.kind == "activation" and linear.activation not in self.sites):
             return self._no_equalization(linear)
         choose = equalize.choose_behind_gelu if site.kind == "activation" else equalize.choose
-        chosen = choose(stats.halves, weight, self.activations, self.form.dtype)
-        if not chosen.identity:
-            bias = self._value(linear.bias, state)
-            state.values[linear.bias] = chosen.bias(weight, bias)
-            state.values[linear.weight] = chosen.weight(weight)
-            fold = {"norm": self._fold_norm, "activation": self._fold_activation, "values": self._fold_values}
-            fold[site.kind](site, linear, chosen, state)
-        return chosen
+        return choose(stats.halves, weight, self.activations, self.form.dtype)
+
+    def _fold(self, linear: Linear, chosen: Equalization, state: CalibrationState) -> None:
+        """Fold an equalisation into producer, weight and bias."""
+        if chosen.identity:
+            return
+        assert linear.bias is not None
+        site, weight, bias = (
+            self.fold_sites[linear.name],
+            self._value(linear.weight, state),
+            self._value(linear.bias, state),
+        )
+        state.values[linear.bias] = chosen.bias(weight, bias)
+        state.values[linear.weight] = chosen.weight(weight)
+        fold = {"norm": self._fold_norm, "activation": self._fold_activation, "values": self._fold_values}
+        fold[site.kind](site, linear, chosen, state)
 
     def _no_equalization(self, linear: Linear, name: str = "none") -> Equalization:
         size, _ = self.initializers.shape(linear.weight)
@@ -337,15 +370,18 @@ class LayerwiseCalibrator:
 
     def _quantize(
         self, linear: Linear, stats: ActivationStats, folded: Equalization, plain_error: float, state: CalibrationState
-    ) -> Choice:
-        """Round the weights by the Gram matrix of all tokens; choose the range by the output error on the rows."""
+    ) -> tuple[Choice, npt.NDArray[np.int8]]:
+        """Round the weights by the Gram matrix of all tokens; choose the range by the output error on the rows.
+
+        Returns:
+            What is chosen, and the rounded weights (K, N).
+        """
         assert stats.gram is not None
         weight, rows = self._value(linear.weight, state), stats.rows
         unit = self.form.pixels if linear.name in self.roles.pixels else 1.0
         scales = numeric.mse_scales(weight, stats.gram.power, self.form.safe_pairs)
         scales = stored_scales(scales * np.float32(unit), self.form.dtype, linear.weight) / np.float32(unit)
         integers = numeric.gptq_quantize(weight, scales, stats.gram.total, self.form.safe_pairs)
-        state.integers[linear.weight] = integers
         quantised, exact = integers * scales, rows @ weight
         errors: dict[str, float] = {}
         best: Range | None = None
@@ -358,7 +394,7 @@ class LayerwiseCalibrator:
                 best = found
         assert best is not None
         best = Range(shortest_float32(best.low), shortest_float32(best.high), best.method)
-        return Choice(best, scales, folded.name, errors[best.method], plain_error, errors)
+        return Choice(best, scales, folded.name, errors[best.method], plain_error, errors), integers
 
     def _ranges(self, linear: Linear, stats: ActivationStats) -> list[Range]:
         if linear.name in self.roles.pixels:
@@ -402,6 +438,10 @@ class LayerwiseCalibrator:
 
         Linears are corrected in order; each reads the output of the corrected quantised graph before it.
         """
+        with threads():
+            self._correct_biases(state, quantised)
+
+    def _correct_biases(self, state: CalibrationState, quantised: frozenset[str]) -> None:
         state.biases.clear()
         streams: dict[str, RowArray] = {self.input: np.stack([self.clips.frames[i] for i in self.correction])}
         every = range(len(self.correction))
@@ -505,12 +545,16 @@ class LayerwiseCalibrator:
         needed = {value.name for value in part.graph.input}
         later = self._later(stage) if later is None else later
         carried = {name: array for name, array in streams.items() if name in later}
-        made: dict[str, DiskArray] = {}
-        for index in clips:
+
+        def run(index: int) -> tuple[dict[str, np.ndarray], list[Array]]:
             feeds = {name: streams[name][index] for name in needed}
             if self.input in feeds:
                 feeds[self.input] = feeds[self.input][None]
-            results = dict(zip(fetched, call(feeds), strict=True))
+            return feeds, call(feeds)
+
+        made: dict[str, DiskArray] = {}
+        for index, (feeds, answers) in zip(clips, _ahead(run, clips), strict=True):
+            results = dict(zip(fetched, answers, strict=True))
             for name, stats in watched.items():
                 stats.add(index, np.asarray(results[name] if name in results else feeds[name]))
             for name in kept:
@@ -529,3 +573,16 @@ class LayerwiseCalibrator:
 
     def _value(self, name: str, state: CalibrationState) -> Array:
         return np.asarray(state.values[name] if name in state.values else self.initializers[name], np.float32)
+
+
+def _ahead(run: Callable[[int], T], indices: Iterable[int]) -> Iterator[T]:
+    """`run` of each index, in order; a thread runs the next one while the caller works on the last."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Future[T] | None = None
+        for index in indices:
+            following = pool.submit(run, index)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,11 @@ MIN_LAYER_SHARE = 0.005
 MIN_INT8_SHARE = 0.5
 """Least share of the linears' multiply-accumulates in int8; with more fallbacks the export fails."""
 
-RANKING_CLIPS = 16
+RANKING_CLIPS = 8
+
+SCREENING_SHARE = 4
+"""Among several numbers of linears in float the search tells by 1 / this of the judging clips, those whose answers are
+nearest to a tie; the number that it chooses is judged by all."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,13 @@ class Verdict:
     """Accuracy of the quantised graph against the float graph, and the budget.
 
     Attributes:
-        clips: how many; with `labelled`, the loss is one of top-1 accuracy, else of agreement.
+        clips: how many were answered; with `labelled`, the loss is one of top-1 accuracy, else of agreement.
         top1, top1_float: accuracy, None without labels.
         agreement: share of clips with the same answer.
         sqnr: of the logits, dB.
-        loss, budget: in points; the default budget is at least one clip.
+        loss, budget: in points; the default budget is at least one clip. Where clips are left, the loss is what is lost
+            of all whatever they give.
+        left: clips that were not answered.
     """
 
     clips: int
@@ -53,6 +59,7 @@ class Verdict:
     sqnr: float
     loss: float
     budget: float
+    left: int = 0
 
     @property
     def within_budget(self) -> bool:
@@ -60,10 +67,12 @@ class Verdict:
 
     def __str__(self) -> str:
         what = "points of top-1" if self.labelled else "% of the answers"
-        return f"{self.loss:.2f} {what} on {self.clips} clips, {self.budget:.2f} allowed"
+        least = "at least " if self.left else ""
+        return f"{least}{self.loss:.2f} {what} on {self.clips + self.left} clips, {self.budget:.2f} allowed"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain JSON of a verdict on all clips."""
+        return {name: value for name, value in asdict(self).items() if name != "left"}
 
 
 @dataclass(frozen=True)
@@ -102,29 +111,52 @@ class AccuracyBudget:
             return self.max_drop
         return max(MAX_DROP if self.labelled else MAX_DISAGREEMENT, 100 / len(self.clips))
 
-    def verdict(self, logits: Array) -> Verdict:
-        """The verdict on other logits (n, classes) for the same clips, or for the first n of them."""
-        count, labelled = len(logits), self.labelled
-        truth, exact = self.clips.labels[:count], self.logits[:count]
+    @property
+    def order(self) -> npt.NDArray[np.intp]:
+        """The clips (N,) in the order in which they are judged: the nearest to a tie first, which change most easily.
+
+        What a graph loses so shows after few clips.
+        """
+        if self.logits.shape[1] < 2:
+            return np.arange(len(self.clips))
+        second, first = np.partition(self.logits, -2, axis=1)[:, -2:].T
+        return np.argsort(first - second, kind="stable")
+
+    def verdict(self, logits: Array, judged: npt.NDArray[np.intp] | None = None) -> Verdict:
+        """The verdict on other logits (n, classes) for the clips (n,) `judged`, by default the first n.
+
+        Where clips are left, they can at best agree; with labels they can at best be right where the float graph is
+        wrong. So a graph that is not within the budget then will not be whatever it answers to them: judging may stop
+        there (a curtailed test) without changing who passes.
+        """
+        judged = np.arange(len(logits)) if judged is None else judged
+        labelled, truth, exact = self.labelled, self.clips.labels[judged], self.logits[judged]
+        others = np.setdiff1d(np.arange(len(self.clips)), judged)
         agreement = metrics.agreement(exact, logits)
         top1 = metrics.top_k(logits, truth) if labelled else None
         top1_float = metrics.top_k(exact, truth) if labelled else None
         loss = 1 - agreement if top1 is None or top1_float is None else top1_float - top1
-        return Verdict(
-            count, labelled, top1, top1_float, agreement, metrics.sqnr(exact, logits), 100 * loss, self.points
-        )
+        if len(others):
+            lost = loss * len(judged)
+            if labelled:
+                lost -= len(others) * (1 - metrics.top_k(self.logits[others], self.clips.labels[others]))
+            loss = max(0.0, lost / len(self.clips))
+        sqnr = metrics.sqnr(exact, logits)
+        return Verdict(len(judged), labelled, top1, top1_float, agreement, sqnr, 100 * loss, self.points, len(others))
 
-    def exceeded(self, logits: Array) -> bool:
-        """Whether the first n answers (n, classes) have lost the budget already, whatever the other clips give.
 
-        The other clips can at best agree; with labels they can at best be right where the float graph is wrong. So no
-        verdict changes by stopping here (a curtailed test).
-        """
-        found, left = self.verdict(logits), len(self.clips) - len(logits)
-        lost = found.loss * len(logits) / 100
-        if self.labelled and left:
-            lost -= left * (1 - metrics.top_k(self.logits[-left:], self.clips.labels[-left:]))
-        return 100 * lost / len(self.clips) > self.points + 1e-9
+@dataclass(frozen=True)
+class Judged:
+    """A quantised graph, judged by the first n clips of `AccuracyBudget.order`.
+
+    Attributes:
+        logits: (n, classes).
+        biases: the corrected ones.
+    """
+
+    verdict: Verdict
+    logits: Array
+    biases: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,16 +179,32 @@ def compute_logits(
 
 
 def judge(
-    model: onnx.ModelProto, budget: AccuracyBudget, open_graph: OpenGraph, progress: Progress = silent
-) -> Verdict:
-    """The verdict on a graph with batch 1. It ends with the clip at which the budget is exceeded for certain."""
-    call, name = open_graph(model), model.graph.input[0].name
-    found = np.empty_like(budget.logits)
-    for index, frames in enumerate(track(budget.clips.frames, "judge accuracy", len(budget.clips), progress)):
-        found[index] = call({name: frames[None]})[0][0]
-        if budget.exceeded(found[: index + 1]):
-            return budget.verdict(found[: index + 1])
-    return budget.verdict(found)
+    model: onnx.ModelProto,
+    budget: AccuracyBudget,
+    open_graph: OpenGraph,
+    progress: Progress = silent,
+    most: int | None = None,
+    known: Array | None = None,
+) -> Judged:
+    """Judge a graph with batch 1. It ends with the clip at which the budget is exceeded for certain.
+
+    Args:
+        most: clips to judge it by, all by default.
+        known: its logits (n, classes) for the first clips of the budget's order, from a judgement that ended early.
+    """
+    call, name, order = open_graph(model), model.graph.input[0].name, budget.order[:most]
+    found = np.empty((len(order), budget.logits.shape[1]), budget.logits.dtype)
+    start = 0
+    if known is not None:
+        start, found[: len(known)] = len(known), known
+    for count in track(range(start + 1, len(order) + 1), "judge accuracy", len(order) - start, progress):
+        found[count - 1] = call({name: budget.clips.frames[int(order[count - 1])][None]})[0][0]
+        verdict = budget.verdict(found[:count], order[:count])
+        if not verdict.within_budget:
+            return Judged(verdict, found[:count])
+    if len(order) < len(budget.clips):
+        return Judged(budget.verdict(found, order), found)
+    return Judged(budget.verdict(found[np.argsort(order)]), found)
 
 
 def search(calibrator: LayerwiseCalibrator, state: CalibrationState, budget: AccuracyBudget) -> SearchResult:
@@ -173,29 +221,74 @@ def search(calibrator: LayerwiseCalibrator, state: CalibrationState, budget: Acc
         if max(work[name] / of_work, sizes[name] / of_weights) < MIN_LAYER_SHARE
     }
     admitted = frozenset(work) - frozenset(reasons)
-    verdict = _evaluate(calibrator, state, budget, admitted)
-    if verdict.within_budget:
-        return SearchResult(admitted, reasons, {}, verdict)
+    first = _evaluate(calibrator, state, budget, admitted)
+    if first.verdict.within_budget:
+        return SearchResult(admitted, reasons, {}, first.verdict)
     ranking = rank(calibrator, state, budget, admitted)
     worst = sorted(ranking, key=lambda name: -ranking[name])
     most = _max_fallbacks(worst, work, (1 - MIN_INT8_SHARE) * sum(work[name] for name in admitted))
-    low, high, best = 1, most, (0, verdict, dict(state.biases))
-    while low <= high:
-        middle = (low + high) // 2
-        verdict = _evaluate(calibrator, state, budget, admitted - frozenset(worst[:middle]))
-        if verdict.within_budget:
-            best, high = (middle, verdict, dict(state.biases)), middle - 1
+    screening, tried = -(-len(budget.clips) // SCREENING_SHARE), {0: first}
+
+    def fits(count: int) -> bool:
+        if count not in tried:
+            tried[count] = _evaluate(calibrator, state, budget, admitted - frozenset(worst[:count]), screening)
+        return tried[count].verdict.within_budget
+
+    low, guess = 1, _guess(budget, [ranking[name] for name in worst])
+    while (count := _smallest(low, most, fits, guess)) <= most:
+        fallen = frozenset(worst[:count])
+        found = _evaluate(calibrator, state, budget, admitted - fallen, known=tried[count])
+        if found.verdict.within_budget:
+            reasons |= {name: f"fell back: alone it moves the logits by {ranking[name]:.1%}" for name in fallen}
+            return SearchResult(admitted - fallen, reasons, ranking, found.verdict)
+        tried[count] = found
+        low = guess = count + 1
+    raise ParityError(
+        f"INT8 loses {tried[most].verdict} with the {most} most sensitive of {len(admitted)} linears in floating "
+        "point; nothing was written: allow more with --max-drop, give more --calib clips, or use a float target"
+    )
+
+
+def _smallest(low: int, high: int, fits: Callable[[int], bool], guess: int) -> int:
+    """The smallest number from `low` to `high` that fits, where all above one that fits do; `high` + 1 if none does.
+
+    The search begins at the guess and goes from there in steps that double, until it has one that fits and one that
+    does not; then it halves.
+    """
+    end, step, above, below = high + 1, 1, False, False
+    probe = min(max(guess, low), high)
+    while low < end:
+        if fits(probe):
+            end, above = probe, True
         else:
-            low = middle + 1
-    count, verdict, state.biases = best
-    if not count:
-        raise ParityError(
-            f"INT8 loses {verdict} with the {most} most sensitive of {len(admitted)} linears in floating point; "
-            "nothing was written: allow more with --max-drop, give more --calib clips, or use a float target"
-        )
-    fallen = frozenset(worst[:count])
-    reasons |= {name: f"fell back: alone it moves the logits by {ranking[name]:.1%}" for name in fallen}
-    return SearchResult(admitted - fallen, reasons, ranking, verdict)
+            low, below = probe + 1, True
+        if above and below:
+            probe = (low + end) // 2
+        else:
+            probe = max(end - step, low) if above else min(low - 1 + step, high)
+            step *= 2
+    return end
+
+
+def _guess(budget: AccuracyBudget, ranking: Sequence[float]) -> int:
+    """About how many of the most sensitive linears have to be in float.
+
+    As if their errors were independent and Gaussian, and all classes had the same: the number at which no more answers
+    are expected to change than may.
+
+    Args:
+        ranking: relative error of the logits by each linear, in falling order.
+    """
+    if budget.logits.shape[1] < 2:
+        return 1
+    second, first = np.partition(budget.logits.astype(np.float64), -2, axis=1)[:, -2:].T
+    scale = float(np.sqrt(np.mean(np.square(budget.logits, dtype=np.float64))))
+    noise = scale * np.sqrt(np.cumsum(np.square(np.asarray(ranking, np.float64)[::-1]))[::-1])
+    for count in range(1, len(ranking)):
+        share = np.mean([0.5 * math.erfc(gap / max(2 * noise[count], 1e-30)) for gap in first - second])
+        if 100 * share <= budget.points:
+            return count
+    return len(ranking)
 
 
 def _max_fallbacks(worst: list[str], work: Mapping[str, int], allowance: float) -> int:
@@ -205,11 +298,27 @@ def _max_fallbacks(worst: list[str], work: Mapping[str, int], allowance: float) 
 
 
 def _evaluate(
-    calibrator: LayerwiseCalibrator, state: CalibrationState, budget: AccuracyBudget, quantised: frozenset[str]
-) -> Verdict:
-    calibrator.correct_biases(state, quantised)
+    calibrator: LayerwiseCalibrator,
+    state: CalibrationState,
+    budget: AccuracyBudget,
+    quantised: frozenset[str],
+    most: int | None = None,
+    known: Judged | None = None,
+) -> Judged:
+    """Judge a set of linears; its corrected biases are left in `state`.
+
+    Args:
+        most: clips to judge by, all by default.
+        known: the same set, judged by the first clips.
+    """
+    if known is None:
+        calibrator.correct_biases(state, quantised)
+    else:
+        state.biases = dict(known.biases)
     model = calibrator.fake_quantized(state, quantised)
-    return judge(model, budget, calibrator.open, calibrator.progress)
+    logits = None if known is None else known.logits
+    found = judge(model, budget, calibrator.open, calibrator.progress, most, logits)
+    return replace(found, biases=dict(state.biases))
 
 
 def rank(

@@ -337,7 +337,7 @@ def test_what_is_quantised_and_what_is_not(calibrated: dict[str, Calibrated]) ->
 
 def test_a_budget_that_cannot_hold_fails_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = search.Verdict(18, True, 0.5, 1.0, 0.5, 3.0, 50.0, 5.56)
-    monkeypatch.setattr(search, "_evaluate", lambda *_: verdict)
+    monkeypatch.setattr(search, "_evaluate", lambda *_: search.Judged(verdict, np.zeros((0, 9), np.float32)))
     with pytest.raises(ParityError, match=r"INT8 loses 50\.00 points of top-1 on 18 clips, 5\.56 allowed with the"):
         calibrate(traced().model, traced().roles, *NOISE, export.evaluator(), activations="int8", workspace=tmp_path)
 
@@ -353,7 +353,11 @@ def test_the_worst_linears_fall_back_until_the_budget_holds(
     sensitive = {"blocks.0.attn.qkv", "blocks.1.mlp.fc2"}
     holds = search.Verdict(18, True, 1.0, 1.0, 1.0, 40.0, 0.0, 5.56)
     fails = search.Verdict(18, True, 0.5, 1.0, 0.5, 3.0, 50.0, 5.56)
-    monkeypatch.setattr(search, "_evaluate", lambda w, s, j, q: fails if q & sensitive else holds)
+
+    def evaluate(w: object, s: object, j: object, q: frozenset[str], *_: object, **__: object) -> search.Judged:
+        return search.Judged(fails if q & sensitive else holds, np.zeros((0, 9), np.float32))
+
+    monkeypatch.setattr(search, "_evaluate", evaluate)
     ranking = {linear.name: 0.1 for linear in calibrator.linears} | dict.fromkeys(sensitive, 0.9)
     monkeypatch.setattr(search, "rank", lambda *_: ranking)
     found = search.search(calibrator, state, budget)

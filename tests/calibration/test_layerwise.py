@@ -102,6 +102,7 @@ class TestFolding:
             found.append(Equalization("given", scale, shift))
             return found[-1]
 
+        monkeypatch.setattr("edgetube.processes.cores", lambda: 1)  # else several are chosen at once
         monkeypatch.setattr("edgetube.calibration.equalize.choose", choose)
         monkeypatch.setattr("edgetube.calibration.equalize.choose_behind_gelu", lambda *given: choose(*given, one=True))
         return found
@@ -157,13 +158,41 @@ class TestFolding:
         stats = ActivationStats("blocks.0.norm1", 1)
         stats.add(0, np.ones((1, 8, 16), np.float32))
         state = CalibrationState()
-        found = calibrator._equalize(replace(named(calibrator)[QKV], bias=None), stats, state)
+        bare, own = replace(named(calibrator)[QKV], bias=None), named(calibrator)[QKV]
+        found = calibrator._choose_equalization(bare, stats, state)
         assert (found.name, found.identity) == ("none", True)
         np.testing.assert_array_equal(found.scale, np.ones(16))
         np.testing.assert_array_equal(found.shift, np.zeros(16))
+        calibrator._fold(bare, found, state)
         assert (state.values, given) == ({}, [])
-        calibrator._equalize(named(calibrator)[QKV], stats, state)
+        calibrator._fold(own, calibrator._choose_equalization(own, stats, state), state)
         assert {*state.values} == {f"{QKV}.weight", f"{QKV}.bias", "blocks.0.norm1.weight", "blocks.0.norm1.bias"}
+
+    def test_linear_algebra_has_one_thread_in_each_thread_of_ours(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And has what it had before afterwards."""
+        from threadpoolctl import threadpool_info, threadpool_limits
+
+        def blas() -> set[int]:
+            return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+        seen: list[set[int]] = []
+        quantize = LayerwiseCalibrator._quantize
+
+        def watched(self: LayerwiseCalibrator, *given: Any, **more: Any) -> Any:
+            seen.append(blas())
+            return quantize(self, *given, **more)
+
+        monkeypatch.setattr(LayerwiseCalibrator, "_quantize", watched)
+        with threadpool_limits(2, "blas"):
+            before = blas()
+            if before != {2}:
+                pytest.skip(f"the linear algebra here does not take two threads: {before}")
+            calibrated(make())
+            assert blas() == before
+        assert seen
+        assert all(found == {1} for found in seen)
 
     def test_a_folding_that_changes_the_graph_says_by_how_much(
         self, make: Make, given: list[Equalization], monkeypatch: pytest.MonkeyPatch

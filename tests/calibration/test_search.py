@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from edgetube.calibration import search
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import linears
 from edgetube.calibration.layerwise import CalibrationState
-from edgetube.calibration.search import AccuracyBudget, SearchResult, Verdict
+from edgetube.calibration.search import AccuracyBudget, Judged, SearchResult, Verdict
 from edgetube.errors import ParityError
 from edgetube.roles import GraphRoles
 
@@ -60,14 +61,23 @@ def run(
     sizes: dict[str, tuple[int, int, int]],
     sensitive: dict[str, float],
     ranking: dict[str, float] | None = None,
+    hidden: Collection[str] = (),
 ) -> tuple[SearchResult, list[frozenset[str]]]:
-    """A search where the budget holds when nothing in `sensitive` is quantised; what was tried, too."""
+    """A search where the budget holds when nothing in `sensitive` is quantised; what was tried, too.
+
+    Args:
+        hidden: of `sensitive`, those that only all of the clips tell.
+    """
     tried: list[frozenset[str]] = []
 
-    def attempt(calibrator: Any, state: Any, budget: Any, quantised: frozenset[str]) -> Verdict:
-        tried.append(quantised)
+    def attempt(
+        calibrator: Any, state: Any, budget: Any, quantised: frozenset[str], most: Any = None, known: Any = None
+    ) -> Judged:
+        if known is None:
+            tried.append(quantised)
         state.biases = {name: np.zeros(1, np.float32) for name in quantised}
-        return FAILS if quantised & {*sensitive} else HOLDS
+        fails = quantised & ({*sensitive} - ({*hidden} if most else {*()}))
+        return Judged(FAILS if fails else HOLDS, np.zeros((1, 2), np.float32), state.biases)
 
     monkeypatch.setattr(search, "_evaluate", attempt)
     found = {name: sensitive.get(name, 0.001) for name in sizes} if ranking is None else ranking
@@ -130,6 +140,20 @@ class TestFallback:
         assert tried[0] == frozenset(BLOCKS)
         assert len({*tried}) == len(tried)  # each takes minutes: no number is tried again
 
+    @pytest.mark.parametrize("hidden", [1, 2, 3, 4])
+    def test_what_passes_by_some_clips_has_to_pass_by_all(self, monkeypatch: pytest.MonkeyPatch, hidden: int) -> None:
+        names = list(BLOCKS)[:4]
+        sensitive = {name: 0.9 - 0.1 * i for i, name in enumerate(names)}
+        found, tried = run(monkeypatch, BLOCKS, sensitive, hidden=names[4 - hidden :])
+        assert found.quantised == frozenset(BLOCKS) - {*sensitive}
+        assert found.verdict is HOLDS
+        assert len({*tried}) == len(tried)
+
+    def test_none_passes_by_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sensitive = dict.fromkeys(BLOCKS, 0.5)
+        with pytest.raises(ParityError, match=r"INT8 loses 50\.00 points .* with the 4 most sensitive of 8 linears in"):
+            run(monkeypatch, BLOCKS, sensitive, hidden=BLOCKS)
+
     def test_no_more_than_half_of_the_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
         sensitive = {f"blocks.{i}.mlp.fc1": 0.9 - 0.1 * i for i in range(5)}
         with pytest.raises(ParityError, match=r"INT8 loses 50\.00 points .* with the 4 most sensitive of 8 linears in"):
@@ -147,6 +171,38 @@ class TestFallback:
         names = [f"{i}" for i in range(len(work))]
         by_hand = max(count for count in range(len(work) + 1) if sum(work[:count]) <= budget)
         assert search._max_fallbacks(names, dict(zip(names, work, strict=True)), budget) == by_hand
+
+
+@given(high=st.integers(0, 40), answer=st.integers(1, 41), low=st.integers(1, 41), guess=st.integers(-3, 60))
+def test_the_smallest_that_fits_is_found_from_any_guess(high: int, answer: int, low: int, guess: int) -> None:
+    tried: list[int] = []
+
+    def fits(count: int) -> bool:
+        assert low <= count <= high
+        tried.append(count)
+        return count >= answer
+
+    expected = min((count for count in range(low, high + 1) if count >= answer), default=high + 1)
+    assert search._smallest(low, high, fits, guess) == max(expected, min(low, high + 1)) or low > high
+    assert len({*tried}) == len(tried)
+    if guess in (answer, answer - 1) and low <= guess <= high:
+        assert len(tried) <= 3
+
+
+class TestGuess:
+    def test_by_hand(self) -> None:
+        """100 clips without labels, gaps of 0.2 and of 2, logits of 1 on average: what is left has to be well below."""
+        logits = np.tile(np.array([[1.0, 1.0]], np.float32), (100, 1))
+        logits[:50] += [0.1, -0.1]
+        logits[50:] += [1, -1]
+        budget = AccuracyBudget(clips([-1] * 100), logits, None)
+        assert search._guess(budget, [1.0, 0.5, 0.3, 0.01, 0.01]) == 3
+        assert search._guess(budget, [1.0, 0.01, 0.01]) == 1
+        assert search._guess(budget, [1.0, 1.0, 1.0]) == 3
+        assert search._guess(AccuracyBudget(clips([-1] * 100), logits, 30.0), [1.0, 0.5, 0.3, 0.01]) == 1
+
+    def test_one_class(self) -> None:
+        assert search._guess(AccuracyBudget(clips([0]), np.ones((1, 1), np.float32), None), [1.0, 0.5]) == 1
 
 
 class TestVerdict:
@@ -241,9 +297,8 @@ class TestExceeded:
         for count in range(1, len(found) + 1):
             rests = itertools.product(range(3), repeat=len(found) - count)
             lost = not any(budget.verdict(classes[[*found[:count], *rest]]).within_budget for rest in rests)
-            assert budget.exceeded(classes[found[:count]]) == lost
+            assert budget.verdict(classes[found[:count]]).within_budget != lost
             if lost:
-                assert not budget.verdict(classes[found[:count]]).within_budget
                 return count
         return 0
 
@@ -268,9 +323,29 @@ class TestExceeded:
             return call
 
         budget = AccuracyBudget(seen, np.eye(2, dtype=np.float32)[[0] * 10], None)
-        verdict = search.judge(graph({"a": (1, 1, 2)}), budget, open_graph)
+        verdict = search.judge(graph({"a": (1, 1, 2)}), budget, open_graph).verdict
         assert shown == [0, 1, 2, 3, 4]
-        assert (verdict.clips, verdict.agreement, verdict.within_budget) == (5, 0.6, False)
+        assert (verdict.clips, verdict.left, verdict.agreement, verdict.within_budget) == (5, 5, 0.6, False)
+        assert str(verdict) == "at least 20.00 % of the answers on 10 clips, 10.00 allowed"
+
+        shown.clear()  # near ties are asked first
+        exact = np.eye(2, dtype=np.float32)[[0] * 10]
+        exact[[7, 4, 2], 1] = 0.5, 0.6, 0.7
+        budget = AccuracyBudget(seen, exact, None)
+        assert search.judge(graph({"a": (1, 1, 2)}), budget, open_graph).verdict.clips == 2
+        assert shown == [2, 4]
+
+        shown.clear()  # what is known is not asked again, and a whole verdict is that of the clips in their order
+        budget = AccuracyBudget(seen, exact, 20.0)
+        some = search.judge(graph({"a": (1, 1, 2)}), budget, open_graph, most=4)
+        assert (some.verdict.clips, some.verdict.left, some.verdict.within_budget) == (4, 6, True)
+        assert shown == [2, 4, 7, 0]
+        whole = search.judge(graph({"a": (1, 1, 2)}), budget, open_graph, known=some.logits)
+        assert shown == [2, 4, 7, 0, 1, 3, 5, 6, 8, 9]
+        answers = np.eye(2, dtype=np.float32)[[int(i in (2, 4)) for i in range(10)]]
+        np.testing.assert_array_equal(whole.logits[np.argsort(budget.order)], answers)
+        assert whole.verdict == budget.verdict(answers)
+        assert (whole.verdict.left, whole.verdict.agreement) == (0, 0.8)
 
 
 def test_answers_are_those_to_every_clip_in_its_order(tmp_path: Path) -> None:
@@ -306,9 +381,9 @@ class RankStub(Stub):
             yield name, np.array([[1, clip] for clip in self.seen[name]], np.float32) * (1 + 0.1 * int(name))
 
 
-@pytest.mark.parametrize(("count", "step"), [(1, 1), (15, 1), (16, 1), (17, 1), (31, 1), (32, 2), (40, 2), (50, 3)])
+@pytest.mark.parametrize(("count", "step"), [(1, 1), (7, 1), (8, 1), (9, 1), (15, 1), (16, 2), (20, 2), (25, 3)])
 def test_the_ranking_is_the_relative_error_of_each_alone(count: int, step: int) -> None:
-    """On 16 clips spread evenly, or on all of fewer."""
+    """On 8 clips spread evenly, or on all of fewer."""
     frames = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1, 1)
     exact = np.stack([np.ones(count), np.arange(count)], axis=1).astype(np.float32)
     seen = Clips("x", frames, np.zeros(count, int), tuple(map(str, range(count))), "")
@@ -317,6 +392,6 @@ def test_the_ranking_is_the_relative_error_of_each_alone(count: int, step: int) 
     state = CalibrationState(biases={"x": np.array([1], np.float32)})
     found = search.rank(stub, state, AccuracyBudget(seen, exact, None), frozenset({"1", "3"}))
     assert found == {"1": pytest.approx(0.1, rel=1e-5), "3": pytest.approx(0.3, rel=1e-5)}
-    some = [i * step for i in range(min(count, 16))]
+    some = [i * step for i in range(min(count, 8))]
     assert ranker.seen == {"1": some, "3": some}
     assert ranker.steps == [("rank linears", done, 2) for done in range(3)]
