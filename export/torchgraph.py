@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 Attributes = Mapping[str, Any]
 Shape = tuple[int, ...]
 
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Rows (..., N, K), weight (M, K) and bias (M,) or None -> (..., N, M), like `functional.linear`."""
+
 TYPES = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16}
 """Float types of an ONNX graph."""
 
@@ -43,17 +47,18 @@ class TorchGraph(nn.Module):
     Args:
         model: the graph.
         outputs: tensors of it to return, in this order; its own output by default.
+        linear: computes a product with a matrix.
 
     Raises:
         SpecError: an operator has no translation, or there is no such tensor; says which.
     """
 
-    def __init__(self, model: onnx.ModelProto, outputs: Sequence[str] = ()) -> None:
+    def __init__(self, model: onnx.ModelProto, outputs: Sequence[str] = (), linear: Linear = functional.linear) -> None:
         super().__init__()
         self.input = model.graph.input[0].name
         self.outputs = tuple(outputs) or (model.graph.output[0].name,)
         self.steps: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
-        translation = _Translation(model)
+        translation = _Translation(model, linear)
         for node in model.graph.node:
             if (made := translation.operator(node)) is not None:
                 operator, inputs, results = made
@@ -107,7 +112,8 @@ class Operator(nn.Module):
 class _Translation:
     """Makes the operators of one graph."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, linear: Linear) -> None:
+        self.linear = linear
         self.shapes = tensor_shapes(model)
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self.uses = Counter(name for node in model.graph.node for name in node.input)
@@ -149,9 +155,12 @@ class _Translation:
             source = self.weights[node.input[1]]
             integers, scales = (self.array(each) for each in source.input[:2])
             zeros = np.zeros(len(scales), np.int64)
-            constants, function = [np.ascontiguousarray(integers.T), scales, zeros], _integer_linear
+            constants, function = (
+                [np.ascontiguousarray(integers.T), scales, zeros],
+                partial(_integer_linear, self.linear),
+            )
         else:
-            constants, function = [np.ascontiguousarray(self.array(node.input[1]).T)], functional.linear
+            constants, function = [np.ascontiguousarray(self.array(node.input[1]).T)], partial(_linear, self.linear)
         constants += [] if bias is None else [bias]
         return Operator(function, [None, *map(_tensor, constants)]), (node.input[0],), (name,)
 
@@ -250,8 +259,9 @@ class _Translation:
 
     def _dequantizelinear(self, node: onnx.NodeProto, _: Attributes) -> tuple[Function, int | None]:
         scale, zero = self._scale(node)
+        kind = _narrow(TYPES[self.constants[node.input[1]].data_type])
         dequantise = torch.ops.quantized_decomposed.dequantize_per_tensor.default
-        return lambda x: dequantise(x, scale, zero, -128, 127, torch.int8), 1
+        return lambda x: dequantise(x, scale, zero, -128, 127, torch.int8, **kind), 1
 
     def _scale(self, node: onnx.NodeProto) -> tuple[float, int]:
         """Scale, and zero point as int8."""
@@ -259,10 +269,21 @@ class _Translation:
         return float(self.array(node.input[1])), int(zero) - (128 if zero.dtype == np.uint8 else 0)
 
 
-def _integer_linear(x: Tensor, kept: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(linear: Linear, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(x, weight, bias)
+
+
+def _integer_linear(
+    linear: Linear, x: Tensor, kept: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """A linear whose weight `kept` is int8 (N, K), with scales (N,)."""
     dequantise = torch.ops.quantized_decomposed.dequantize_per_channel.default
-    return functional.linear(x, dequantise(kept, scales, zeros, 0, -127, 127, torch.int8), bias)
+    return linear(x, dequantise(kept, scales, zeros, 0, -127, 127, torch.int8, **_narrow(scales.dtype)), bias)
+
+
+def _narrow(kind: torch.dtype) -> dict[str, torch.dtype]:
+    """The arguments of a dequantisation to a type; none for float32, the default, as converters expect it."""
+    return {} if kind is torch.float32 else {"out_dtype": kind}
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:

@@ -59,7 +59,7 @@ HEAVY = {
     "typer",
 }
 
-VENDORS = {"onnxruntime", "openvino", "tensorrt", "coreml", "executorch", "litert", "qnn"}
+VENDORS = {"onnxruntime", "openvino", "tensorrt", "coreml", "coreai", "executorch", "litert", "qnn"}
 """What a backend's file or folder is called; the vendor's packages have names that begin with it."""
 
 MODULES = re.compile(r"blocks\\?\.|\battn\b|qkv|\bmlp\b|\bfc[12]\b|\bnorm[12]\b|\bproj\b")
