@@ -102,6 +102,22 @@ def test_half_precision_stores_matrices_in_float16_and_nothing_else(tmp_path: Pa
     assert all(kinds[name][1] >= 2 for name in halves)
 
 
+@pytest.mark.parametrize("name", ["gates", "rotary"])
+def test_half_precision_is_float32_arithmetic_on_rounded_weights(name: str, tmp_path: Path) -> None:
+    """The weights of the tubes, 256 times as large, are rounded in that size."""
+    graph, frames = models.trace(name).model, models.noise(name)
+    rounded = onnx.ModelProto()
+    rounded.CopyFrom(graph)
+    for tensor in rounded.graph.initializer:
+        array, factor = numpy_helper.to_array(tensor), 256 if tensor.name.startswith("tubes.") else 1
+        if array.ndim > 1 and array.dtype == np.float32:
+            half = (array * np.float32(factor)).astype(np.float16).astype(np.float32) / np.float32(factor)
+            tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    found = answer(write(graph, tmp_path / "half.tflite", half=True), frames)
+    expected = models.run(rounded, frames)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
 def test_the_smallest_epsilon_survives(tmp_path: Path) -> None:
     """1e-12, of a token without variance: beta, not a NaN."""
     feed, gamma, beta = np.full((2, 4), 3, np.float32), np.ones(4, np.float32), np.arange(4, dtype=np.float32)
@@ -225,7 +241,7 @@ def test_integer_linears_are_stored_by_rows_with_a_scale_each(tmp_path: Path) ->
     constants = models.constants(graph)
     plans = []
     for linear in graphs.linears(graph)[:-1]:
-        scales = np.abs(constants[linear.weight]).max(axis=0) / 127
+        scales: Array = np.abs(constants[linear.weight]).max(axis=0) / 127
         plans.append(LinearPlan(linear.name, linear.activation, linear.weight, tuple(map(float, scales)), "int8"))
     lowering = Lowering(graph, plans=plans)
     writer = lowering.run()
@@ -236,7 +252,7 @@ def test_integer_linears_are_stored_by_rows_with_a_scale_each(tmp_path: Path) ->
         assert list(stored.shape) == [*weight.shape[::-1]]
         assert stored.quantization.quantizedDimension == 0
         assert not np.any(stored.quantization.zeroPoint)
-        np.testing.assert_array_equal(stored.quantization.scale, np.float32(plan.weight_scales))
+        np.testing.assert_array_equal(stored.quantization.scale, np.array(plan.weight_scales, np.float32))
     assert writer.operators[flatbuffer.HYBRID] == len(plans) == len(lowering.integer_products)
     assert f"{graphs.linears(graph)[-1].weight}.int8" not in tensors
     frames = models.noise("dense")

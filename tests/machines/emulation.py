@@ -62,8 +62,8 @@ def x86(cpu: str, python: Path | str = sys.executable) -> Machine:
     return Machine((_qemu("x86_64"), "-cpu", cpu, str(python)))
 
 
-def aarch64(wheel: Path) -> Machine:
-    """A Debian of its own with Python, and edgetube's wheel with what a base install brings.
+def aarch64(wheel: Path, extras: Sequence[str] = ()) -> Machine:
+    """A Debian of its own with Python, and edgetube's wheel with what a base install and some extras bring.
 
     It has no /sys: the library by which ONNX Runtime looks for the processor would read the host's there and crash.
 
@@ -77,7 +77,18 @@ def aarch64(wheel: Path) -> Machine:
     shutil.rmtree(site / "edgetube", ignore_errors=True)
     platforms = [option for name in WHEELS for option in ("--platform", name)]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade"]
-    _call([*pip, *platforms, "--python-version", PYTHON, "--only-binary=:all:", "--target", str(site), str(wheel)])
+    _call(
+        [
+            *pip,
+            *platforms,
+            "--python-version",
+            PYTHON,
+            "--only-binary=:all:",
+            "--target",
+            str(site),
+            f"{wheel}[{','.join(extras)}]",
+        ]
+    )
     become_root = () if os.geteuid() == 0 else ("unshare", "--map-root-user")
     return Machine((*become_root, _chroot(), str(root), "/qemu", f"/usr/bin/python{PYTHON}"), root)
 

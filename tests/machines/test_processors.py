@@ -41,11 +41,16 @@ def here() -> list[str]:
     return [t.name for t in export.targets().values() if not t.missing(t.build_needs + t.run_needs)]
 
 
+EXTRAS = ("litert",)
+"""What is installed on aarch64 beside the base install."""
+
+
 def forms() -> list[str]:
-    """Targets of the base install, and each once more for every other form that it can be built in."""
+    """Targets of the base install and of `EXTRAS`, each once more for every other form that it can be built in."""
+    needs = {"onnxruntime", *(need for t in export.targets().values() if t.backend in EXTRAS for need in t.run_needs)}
     named = []
     for target in export.targets().values():
-        if target.run_needs == ("onnxruntime",):
+        if needs >= set(target.run_needs) and not target.missing(target.build_needs):
             others = [form for s in target.settings if s.name == CPU for form in s.allowed if form != s.default]
             named += [target.name, *(f"{target.name} {CPU}={form}" for form in others)]
     return named
@@ -85,7 +90,7 @@ def answers(
     def ask(processor: str) -> Answers:
         try:
             arm = processor == "aarch64"
-            machine = emulation.aarch64(request.getfixturevalue("wheel")) if arm else emulation.x86(processor)
+            machine = emulation.aarch64(request.getfixturevalue("wheel"), EXTRAS) if arm else emulation.x86(processor)
         except emulation.Absent as error:
             pytest.skip(str(error))
 
