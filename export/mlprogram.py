@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import helper
 
 from edgetube.calibration import storage
 from edgetube.errors import InputError, SpecError
 from edgetube.export.float16 import PIXEL_SCALE
-from edgetube.export.statistics import tensor_shapes
+from edgetube.export.statistics import attribute, tensor_shapes
 from edgetube.mlpackage import label as label
 
 Array = npt.NDArray[Any]
@@ -496,11 +495,6 @@ class NeuralEngineLowering(Lowering):
         width = self.width(node)
         scores = [self._cast(x, width) for x in self.heads[node.input[0]]]
         self.heads[node.output[0]] = [self.mb.softmax(x=x, axis=1) for x in scores]
-
-
-def attribute(node: onnx.NodeProto, name: str) -> Any:
-    """An attribute of a node; the canonical graph has no implicit ones."""
-    return next(helper.get_attribute_value(a) for a in node.attribute if a.name == name)
 
 
 def width_of(value: Var) -> str:

@@ -1,4 +1,4 @@
-"""What an ONNX graph holds: shapes, bytes, multiply-accumulates, casts of pixels."""
+"""What an ONNX graph holds: shapes, attributes, bytes, multiply-accumulates, casts of pixels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from edgetube.calibration import storage
 
@@ -50,6 +50,11 @@ def tensor_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
         dims = value.type.tensor_type.shape.dim
         found[value.name] = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
     return found
+
+
+def attribute(node: onnx.NodeProto, name: str) -> Any:
+    """An attribute of a node of a canonical graph, which has no implicit ones."""
+    return next(helper.get_attribute_value(a) for a in node.attribute if a.name == name)
 
 
 def byte_casts(model: onnx.ModelProto) -> list[onnx.NodeProto]:

@@ -20,13 +20,11 @@ from onnx import helper
 from edgetube.calibration import numeric, storage
 from edgetube.calibration.table import LinearPlan
 from edgetube.errors import SpecError
-from edgetube.export.statistics import byte_casts, tensor_shapes
+from edgetube.export.float16 import PIXEL_SCALE
+from edgetube.export.statistics import attribute, byte_casts, tensor_shapes
 from edgetube.runtimes.litert.flatbuffer import HYBRID, Writer
 
 Array = npt.NDArray[Any]
-
-PIXEL_SCALE = 256.0
-"""Graphs with float16 weights divide pixels by this and multiply the weights by it: weights / 255 would lose digits."""
 
 TO_CHANNELS_LAST, FROM_CHANNELS_LAST = [0, 2, 3, 1], [0, 3, 1, 2]
 """Images (B, C, H, W) to (B, H, W, C) and back."""
@@ -336,8 +334,3 @@ def fully_connected() -> Any:
     options = schema.FullyConnectedOptionsT()
     options.keepNumDims = True
     return options
-
-
-def attribute(node: onnx.NodeProto, name: str) -> Any:
-    """An attribute of a node; the canonical graph has no implicit ones."""
-    return next(helper.get_attribute_value(a) for a in node.attribute if a.name == name)
