@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import IO, Any
@@ -106,7 +107,7 @@ class _Threads:
     """The threads that all programs of this process share; they can be replaced only while none is open."""
 
     def __init__(self) -> None:
-        self.lock, self.users = threading.Lock(), 0
+        self.lock, self.users = threading.RLock(), 0  # a session may be collected while another one is opened
 
     @property
     def count(self) -> int:
@@ -157,10 +158,11 @@ class Session(Backend):
         if (device or "cpu").lower() != "cpu":
             raise InputError(f"no device is called {device!r} here; ExecuTorch's Python package runs on cpu alone")
         THREADS.take(threads)
+        self._give = weakref.finalize(self, THREADS.give)  # also where nobody closes the session
         try:
             self.method = _load(bundle)
         except BaseException:
-            THREADS.give()
+            self._give()
             raise
 
     def interface(self) -> Interface:
@@ -184,7 +186,7 @@ class Session(Backend):
 
     def release_calls(self) -> None:
         del self.method
-        THREADS.give()
+        self._give()
 
 
 def _load(bundle: Bundle) -> Method:

@@ -28,7 +28,7 @@ class Session(Backend):
     Args:
         bundle: a bundle whose artifact is a TFLite file with one input and one output.
         threads: CPU threads of one call; None takes one for each core that the process may use.
-        device: "cpu", the only one.
+        device: "cpu" (default), in any case; the only one.
 
     Raises:
         InputError: another device.
@@ -37,7 +37,7 @@ class Session(Backend):
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
         super().__init__(bundle.contract, bundle.batch)
-        if (device or "cpu") != "cpu":
+        if (device or "cpu").lower() != "cpu":
             raise InputError(f"no device is called {device!r} here; LiteRT runs these files on the cpu")
         self.path, self.threads = bundle.artifact_path, threads or processes.cores()
         self.interpreter = open_file(self.path, self.threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -58,6 +59,14 @@ def test_programs_of_a_process_share_their_threads(exported: Bundle, threads: in
             runtimes.open_bundle(exported, threads=3)
     with runtimes.open_bundle(exported, threads=3) as backend:
         assert backend.describe()["threads"] == 3
+
+
+def test_a_program_that_nobody_closes_keeps_no_threads(exported: Bundle, threads: int) -> None:
+    backend = runtimes.open_bundle(exported, threads=1)
+    del backend
+    gc.collect()
+    with runtimes.open_bundle(exported, threads=3) as other:
+        assert other.describe()["threads"] == 3
 
 
 def test_answers_are_the_caller_s(exported: Bundle, rng: np.random.Generator) -> None:

@@ -39,7 +39,7 @@ def test_half_precision_halves_the_file(exported: dict[str, Bundle]) -> None:
 
 
 def test_it_says_what_runs_it(exported: dict[str, Bundle]) -> None:
-    with runtimes.open_bundle(exported["fp32"], threads=1, device="cpu") as backend:
+    with runtimes.open_bundle(exported["fp32"], threads=1, device="CPU") as backend:
         said = backend.describe()
     assert said["delegate"] == "XNNPACK"
     assert said["threads"] == 1
