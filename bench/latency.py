@@ -209,6 +209,7 @@ class Candidate:
         batch: clips of one call.
         facts: further columns of the row.
         macs: multiply-accumulates of one clip, to compare with the peak of `precision`.
+        untimed: why it is not timed on this machine; empty where it is.
     """
 
     name: str
@@ -219,16 +220,22 @@ class Candidate:
     facts: Mapping[str, Any] = field(default_factory=dict)
     macs: int | None = None
     precision: Precision = Precision.FP32
+    untimed: str = ""
 
     def start(self) -> Process:
         """Open it in a fresh process."""
         return Process(self.name, self.opener, self.given, self.threads)
 
 
+SIMULATED = "its processor is simulated on this machine, so times would say nothing about a device"
+"""Why a bundle is not timed, see `runtimes.simulated`."""
+
+
 def measure(bundles: Sequence[Bundle], options: Options | None = None, progress: Progress = silent) -> dict[str, Any]:
     """The document of `edgetube bench --json` for bundles; `docs/benchmarking.md` explains its keys.
 
-    A bundle whose runtime is not here has a row with its status and the reason, and no timings.
+    A bundle whose runtime is not here, or simulates its processor, has a row with its status and the reason, and no
+    timings.
 
     Raises:
         InputError: no bundles, an option that a backend does not take, or a camera for a model that samples segments.
@@ -283,13 +290,14 @@ def _candidates(bundles: Sequence[Bundle], threads: int | None, options: Options
     for bundle in bundles:
         facts = {key: str(getattr(bundle, key)) for key in ("target", "precision", "backend")}
         facts |= {"path": str(bundle.path), "size_mb": bundle.artifact_bytes / 1e6}
-        # The status of the proof at export, used if the bundle cannot run here.
-        facts["status"] = "built" if bundle.status == "executed" else bundle.status
+        # The status of the proof at export, used if the bundle is not timed here.
+        untimed = SIMULATED if runtimes.simulated(bundle.backend) else ""
+        facts["status"] = "built" if bundle.status == "executed" and not untimed else bundle.status
         given = {"path": str(bundle.path), "camera": options.camera_size}
         given |= {"threads": threads, "device": options.device}
         worker = "edgetube.bench.worker:bundle"
         macs, precision = bundle.spec.macs(), bundle.precision
-        yield Candidate(bundle.name, worker, given, threads, bundle.batch, facts, macs, precision)
+        yield Candidate(bundle.name, worker, given, threads, bundle.batch, facts, macs, precision, untimed)
 
 
 def run_interleaved(
@@ -303,6 +311,9 @@ def run_interleaved(
             progress("cold starts", index, len(candidates))
             row = _blank(candidate)
             rows.append(row)
+            if candidate.untimed:
+                row["reason"] = candidate.untimed
+                continue
             try:
                 starts = []
                 for _ in range(options.starts - 1):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from edgetube import bundle as bundles
+from edgetube import runtimes
 from edgetube.bench import latency, worker
 from edgetube.bench.latency import interleave
 from edgetube.errors import BackendError, BundleError, InputError
@@ -63,6 +64,17 @@ def test_a_long_call_is_a_turn_by_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     found = worker.turn(candidate, 1.0, 3)
     assert (len(found["ms"]), found["calls"]) == (1, 1)
     assert found["ms"][0] >= 10
+
+
+def test_what_a_simulator_runs_is_not_timed(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "simulated", lambda backend: backend == "onnxruntime")
+    monkeypatch.setattr(latency, "peaks", lambda threads: [])
+    document = latency.measure([bundles.load(tiny_bundle)], latency.Options())
+    (row,) = document["bundles"]
+    assert row["status"] == "executed"
+    assert row["p50_ms"] is row["cold_start_ms"] is row["runtime"] is None
+    (note,) = latency.notes(document)
+    assert note.startswith("tiny.onnx-fp32 is not timed here (executed): its processor is simulated")
 
 
 def keys_documented(title: str) -> set[str]:
