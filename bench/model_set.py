@@ -183,6 +183,7 @@ class ModelSet:
         contract: the input of all of them.
         labels: class names, in the order of the logits of all of them.
         threads: CPU threads of one call; None leaves the choice to each runtime.
+        share: the threads that a process should take where `threads` is None: it shares the cores with others.
         views: of each clip; the answer to it is the mean of the softmax over them.
     """
 
@@ -190,7 +191,13 @@ class ModelSet:
     contract: InputContract
     labels: tuple[str, ...]
     threads: int | None = None
+    share: int | None = None
     views: Views = SINGLE
+
+    def threads_of(self, model: Model) -> int | None:
+        """CPU threads of one call of a model; runtimes that choose their own get no share."""
+        shares = not isinstance(model, Artifact) or runtimes.takes_threads(model.bundle.backend)
+        return self.threads or (self.share if shares else None)
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -289,7 +296,8 @@ class OpenedModels:
     def backend(self, model: int) -> Backend:
         """The backend of one model; opened on first use."""
         if model not in self._backends:
-            opened = self.model_set.models[model].open(self.model_set.threads)
+            asked = self.model_set.models[model]
+            opened = asked.open(self.model_set.threads_of(asked))
             self._backends[model] = self._stack.enter_context(opened)
         return self._backends[model]
 

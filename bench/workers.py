@@ -54,9 +54,9 @@ def in_processes(model_set: ModelSet, jobs: Iterable[Job], *, workers: int) -> R
     """
     if workers < 1:
         raise InputError(f"workers is {workers}; expected >= 1")
-    model_set = replace(model_set, threads=model_set.threads or max(1, processes.cores() // workers))
+    model_set = replace(model_set, share=max(1, processes.cores() // workers))
     source, suspects = iter(jobs), deque[Job]()
-    with processes.threads(model_set.threads):
+    with processes.threads(model_set.threads or model_set.share):
         while True:
             yield from _alone(model_set, suspects)
             running: dict[Future[JobResult], Job] = {}
@@ -132,7 +132,7 @@ def on_cluster(model_set: ModelSet, jobs: Iterable[Job], *, address: str) -> Res
             raise InputError(
                 f"no Ray cluster at {address}: {' '.join(str(error).split())}; start one with: ray start"
             ) from error
-    model_set = replace(model_set, threads=model_set.threads or 1)
+    model_set = replace(model_set, share=1)
     shared = ray.put(model_set)
     ask = ray.remote(max_retries=ALONE)(_ask_from)
     folder = str(Path.cwd())
@@ -173,7 +173,7 @@ _opened: dict[str, OpenedModels] = {}
 
 
 def _ask(model_set: ModelSet, job: Job) -> JobResult:
-    key = f"{model_set.keys} {model_set.threads} {model_set.views}"
+    key = f"{model_set.keys} {model_set.threads} {model_set.share} {model_set.views}"
     if key not in _opened:
         for old in _opened.values():
             old.close()

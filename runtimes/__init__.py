@@ -6,8 +6,8 @@
 A backend whose runtime is not available on every machine lists its needs in `NEEDS` (by the first part of the target's
 name if they differ), and may name in `EMULATOR` another backend that evaluates its artifacts on any machine. Its module
 must import without those needs. A function `needs_of` may state other needs of a single bundle. A backend whose vendor
-simulates the processor on this machine sets `SIMULATED`, and its times are not measured. A function `product` lets it
-take part in measuring the machine's peak rate.
+simulates the processor on this machine sets `SIMULATED`, and its times are not measured. A backend that refuses a
+number of threads sets `OWN_THREADS`. A function `product` lets it take part in measuring the machine's peak rate.
 
 Third parties add backends by entry points of the group `edgetube.targets`: `NAME = PACKAGE`, where `PACKAGE.runtime` is
 such a module and `PACKAGE.exporter` one as in `edgetube.export`. A built-in backend of the same name counts.
@@ -171,6 +171,11 @@ def device_of(bundle: Bundle) -> str | None:
 def simulated(backend: str) -> bool:
     """Whether the vendor's runtime simulates the processor on this machine: slowly, and times say nothing."""
     return bool(_stated(backend, "SIMULATED"))
+
+
+def takes_threads(backend: str) -> bool:
+    """Whether a backend can be told a number of threads; others choose it themselves and refuse one."""
+    return not _stated(backend, "OWN_THREADS")
 
 
 def products(precision: Precision, size: int, threads: int | None) -> dict[str, Callable[[], object]]:

@@ -27,6 +27,7 @@ from edgetube.runtimes.base import Backend, Interface, Logits
 from edgetube.video import Frames
 
 RUNS = ("coreai",)
+OWN_THREADS = True
 SIMULATED = sys.platform != "darwin"
 """Elsewhere Core AI interprets the program on the CPU."""
 

@@ -18,6 +18,7 @@ from edgetube.video import Frames
 RUNS = ("coreml",)
 NEEDS = ("macOS", "coremltools")
 EMULATOR = "mil"
+OWN_THREADS = True
 
 DEVICES = {"all": "ALL", "cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
 """Device -> compute units; each may fall back to the CPU."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
@@ -13,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from edgetube import bundle as bundles
+from edgetube import runtimes
 from edgetube.bench import workers
-from edgetube.bench.model_set import Job, ModelSet, OpenedModels
+from edgetube.bench.model_set import Artifact, Job, ModelSet, OpenedModels
 from edgetube.contract import InputContract
 from edgetube.datasets import Item
 from edgetube.video import Clip
@@ -113,3 +116,14 @@ def test_a_process_does_not_mix_the_views_of_two_comparisons() -> None:
 
 def test_a_job_has_as_many_views_as_it_would_have_clips() -> None:
     assert [model_set(views).chunk for views in (SINGLE, Views(2, 1), Views(1, 3), Views(5, 3))] == [8, 4, 2, 1]
+
+
+def test_runtimes_that_choose_their_threads_get_no_share(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--workers` shares the cores; a number that the user asks for reaches every runtime."""
+    artifact = Artifact(bundles.load(tiny_bundle))
+    models = ModelSet((artifact,), CONTRACT, ("a", "b"), share=2)
+    assert models.threads_of(artifact) == 2
+    assert replace(models, threads=3).threads_of(artifact) == 3
+    monkeypatch.setattr(runtimes.runtime(artifact.bundle.backend), "OWN_THREADS", True, raising=False)
+    assert models.threads_of(artifact) is None
+    assert replace(models, threads=3).threads_of(artifact) == 3

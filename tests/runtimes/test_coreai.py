@@ -123,6 +123,7 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(exported: Bundle) -> 
 def test_devices_and_threads(exported: Bundle) -> None:
     with pytest.raises(InputError, match="no device is called 'abacus' here; Core AI knows cpu, gpu, ane"):
         runtimes.open_bundle(exported, device="abacus")
+    assert not runtimes.takes_threads(exported.backend)
     with pytest.raises(InputError, match="threads is 2; Core AI chooses them itself"):
         runtimes.open_bundle(exported, threads=2)
 
