@@ -84,7 +84,9 @@ class CalibrationRequest:
     Attributes:
         tensors: names of further tensors whose ranges go into the table.
         clips: number of calibration clips in the bundle, in `edgetube.bundle.CALIBRATION_CLIPS`: (N, T, H, W, 3) uint8.
+        outputs: the target quantises what its linears give, too; the table gets ranges for it.
     """
 
     tensors: tuple[str, ...] = ()
     clips: int = 0
+    outputs: bool = False

@@ -16,7 +16,7 @@ from edgetube import bundle as bundles
 from edgetube import calibration, export, processes, runtimes
 from edgetube.bench import machine
 from edgetube.bundle import Bundle
-from edgetube.calibration import Calibrated, search
+from edgetube.calibration import Calibrated, graphs, search
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.table import ActivationScheme, CalibrationTable, IntegerFormat, Range, ScaleType
 from edgetube.export import int8, proof, quantize
@@ -54,7 +54,10 @@ class Int8Builder:
         proof.check_float_graph(target.name, answers, calibrated.budget.logits[: len(some)])
         equalised, table = quantize.apply(calibrated, graph)
         scales = int8.integer_format(target).dtype
-        table = replace(table, ranges={**table.ranges, **self._observe(request.tensors, calibrated, scales)})
+        further = request.tensors
+        if request.outputs:
+            further += tuple(name for names in graphs.inner_linear_outputs(graph.model).values() for name in names)
+        table = replace(table, ranges={**table.ranges, **self._observe(further, calibrated, scales)})
         if request.clips:
             np.save(folder / bundles.CALIBRATION_CLIPS, self.clips[0].first(request.clips))
         bundle, built = self.builder.build(folder, target, equalised, table)
@@ -63,7 +66,7 @@ class Int8Builder:
         report["macs_share"] = int8.macs_share(built, calibrated, self.builder.batch)
 
         def expected(backend: Backend) -> float:
-            simulated = self._simulated(calibrated, table, request.tensors)
+            simulated = self._simulated(calibrated, table, further, request.outputs)
             return int8.expected_sqnr(simulated, prover.logit_noise(backend.arithmetic))
 
         if runtimes.proof_device(target.name, target.backend) == runtimes.EMULATED:
@@ -76,7 +79,9 @@ class Int8Builder:
         table.save(folder / bundles.CALIBRATION)
         return replace(bundle, build={**bundle.build, "int8": {"summary": int8.summary(report), **report}}), built
 
-    def _simulated(self, calibrated: Calibrated, table: CalibrationTable, further: Sequence[str]) -> float:
+    def _simulated(
+        self, calibrated: Calibrated, table: CalibrationTable, further: Sequence[str], outputs: bool
+    ) -> float:
         """Simulated SQNR in dB of a target's Q/DQ graph on the judging clips.
 
         Calibration simulated the linears; the graph is simulated again where a target quantises further tensors.
@@ -84,7 +89,8 @@ class Int8Builder:
         if not further:
             return float(calibrated.report["judged"]["sqnr"])
         plain, own = quantize.apply(calibrated, self.builder.graph("gather", batch=1))
-        model = quantize.qdq(plain.model, replace(own, ranges={**own.ranges, **{n: table.ranges[n] for n in further}}))
+        ranges = {**own.ranges, **{name: table.ranges[name] for name in further}}
+        model = quantize.qdq(plain.model, replace(own, ranges=ranges), outputs=outputs)
         clips = calibrated.budget.clips
         logits = search.compute_logits(model, clips, export.evaluator(), "simulate", self.progress)
         return float(calibrated.budget.verdict(logits).sqnr)
