@@ -29,10 +29,17 @@ VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PANEL: "panel", HEAT: "heat
     colour: f"c{index}" for index, colour in enumerate(SERIES)
 }
 
-MARKERS = {"fp32": "o", "fp16": "s", "int8": "^", "w8": "D", "w4": "p"}
-SIGNS = {"fp32": "●", "fp16": "■", "int8": "▲", "w8": "◆", "w4": "⬟"}
+MARKERS = {"fp32": "o", "fp16": "s", "int8": "^", "w8a16": "v", "w8": "D", "w4": "p"}
+SIGNS = {"fp32": "●", "fp16": "■", "int8": "▲", "w8a16": "▼", "w8": "◆", "w4": "⬟"}
 """The markers as letters."""
-DASHES = {"fp32": "-", "fp16": (0, (5, 1.5)), "int8": (0, (2, 1)), "w8": (0, (1, 1)), "w4": (0, (4, 1, 1, 1))}
+DASHES = {
+    "fp32": "-",
+    "fp16": (0, (5, 1.5)),
+    "int8": (0, (2, 1)),
+    "w8a16": (0, (3, 1, 1, 1)),
+    "w8": (0, (1, 1)),
+    "w4": (0, (4, 1, 1, 1)),
+}
 
 WIDE, NARROW = 10.2, 3.7
 """Width of a figure in inches; the page shows about 100 pixels per inch."""

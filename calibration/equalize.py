@@ -154,7 +154,7 @@ def choose_behind_gelu(
         weight: (K, N) of the linear that reads the tensor.
         scales: the type that the target stores scales in.
     """
-    plain, *scaled = _cross_validated(halves, weight, "uint8", shifts=False)
+    plain, *scaled = _cross_validated(halves, weight, "uint8" if activations == "int8" else activations, shifts=False)
     chosen = min(scaled, key=lambda option: option.error)
     if chosen.error < MAX_OPERATOR_ERROR_RATIO * plain.error:
         gain = (1 / chosen.scale).astype(np.float16).astype(np.float32)  # half precision multiplies by just this

@@ -131,33 +131,6 @@ def linear_outputs(model: onnx.ModelProto) -> dict[str, str]:
     return found
 
 
-MOVES = ("Reshape", "Squeeze", "Unsqueeze", "Transpose", "Concat", "Identity")
-"""Operators whose outputs have the values of their inputs."""
-
-
-def inner_linear_outputs(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
-    """The tensors that targets quantise which quantise what linears give, by the linears' names.
-
-    They are that of `linear_outputs`, or the parts that it is split into; none of a linear that gives the answer, which
-    is not rounded to 8 bits.
-    """
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    answers = {value.name for value in model.graph.output}
-    for node in reversed(model.graph.node):
-        if node.op_type in MOVES and answers & {*node.output}:
-            answers |= {*node.input}
-    found = {}
-    for linear, tensor in linear_outputs(model).items():
-        first, *others = readers.get(tensor, [None])
-        split = first is not None and not others and first.op_type == "Split"
-        parts = tuple(first.output) if first is not None and split else (tensor,)
-        found[linear] = () if answers & {tensor, *parts} else parts
-    return found
-
-
 def select_linears(model: onnx.ModelProto, names: Iterable[str]) -> tuple[Linear, ...]:
     """The linears called `names`, in that order.
 
@@ -419,29 +392,26 @@ def extract_subgraph(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.Mod
 
 
 def quantize_activations(
-    model: onnx.ModelProto,
-    tensors: Mapping[str, Range],
-    nodes: Iterable[str],
-    activations: ActivationScheme,
-    outputs: Collection[str] = (),
+    model: onnx.ModelProto, tensors: Mapping[str, Range], nodes: Iterable[str], activations: ActivationScheme
 ) -> onnx.ModelProto:
     """A copy in which the MatMuls called `nodes` read the activations in `tensors` through QuantizeLinear,
     DequantizeLinear.
 
-    One pair per tensor, whatever the number of readers; other readers of the tensor keep the float value, except of
-    those in `outputs`, which all nodes read through the pair.
+    One pair per tensor, whatever the number of readers; other readers of the tensor keep the float value.
 
     Args:
         tensors: range of each tensor to quantise.
-        activations: "int8" (zero point 0) or "uint8".
+        activations: the type of the integers; int8 has zero point 0. uint16 takes the graph to opset 21.
     """
     result = deepcopy(model)
+    if activations == "uint16":
+        allow_wide_integers(result)
     graph, readers = result.graph, set(nodes)
     made: set[str] = set()
     ordered: list[onnx.NodeProto] = []
     for node in graph.node:
-        for index, name in enumerate(node.input):
-            if name not in tensors or not (node.name in readers or name in outputs):
+        for index, name in enumerate(node.input if node.name in readers else ()):
+            if name not in tensors:
                 continue
             if name not in made:
                 made.add(name)
@@ -453,6 +423,18 @@ def quantize_activations(
     del graph.node[:]
     graph.node.extend(ordered)
     return result
+
+
+WIDE_OPSET, WIDE_IR = 21, 10
+"""The first opset whose QuantizeLinear gives integers of 16 bits, and the version of the file format that has it."""
+
+
+def allow_wide_integers(model: onnx.ModelProto) -> None:
+    """Change a graph to an opset with integers of 16 bits; no operator of a canonical graph changes its meaning."""
+    for opset in model.opset_import:
+        if not opset.domain:
+            opset.version = max(opset.version, WIDE_OPSET)
+    model.ir_version = max(model.ir_version, WIDE_IR)
 
 
 def dequantized_name(name: str) -> str:
@@ -471,8 +453,7 @@ def _qdq_pair(name: str) -> list[onnx.NodeProto]:
 
 def _qdq_parameters(name: str, found: Range, activations: ActivationScheme) -> list[TensorProto]:
     scale, zero = found.parameters(activations)
-    kind = np.int8 if activations == "int8" else np.uint8
     return [
         numpy_helper.from_array(np.array(scale, np.float32), f"{name}.scale"),
-        numpy_helper.from_array(np.array(zero, kind), f"{name}.zero_point"),
+        numpy_helper.from_array(np.array(zero, activations), f"{name}.zero_point"),
     ]

@@ -27,10 +27,10 @@ SCHEMA = 1
 INT8_MAX = 127
 """Largest magnitude of symmetric int8; -128 is not used, so that the grid is symmetric."""
 
-ActivationScheme = Literal["int8", "uint8"]
-"""Activation scheme: symmetric int8, or uint8 with a zero point."""
+ActivationScheme = Literal["int8", "uint8", "uint16"]
+"""Activation scheme, by the name of its integers: symmetric int8, or uint8 or uint16 with a zero point."""
 
-INTEGERS: Mapping[ActivationScheme, tuple[int, int]] = {"int8": (-128, 127), "uint8": (0, 255)}
+INTEGERS: Mapping[ActivationScheme, tuple[int, int]] = {"int8": (-128, 127), "uint8": (0, 255), "uint16": (0, 65535)}
 """The smallest and largest integer of an activation."""
 
 ScaleType = Literal["float16", "float32"]
@@ -106,12 +106,15 @@ class Range:
     @property
     def asymmetric(self) -> tuple[float, int]:
         """Scale and zero point of uint8."""
-        scale = _scale((self.high - self.low) / 255)
-        return scale, min(255, max(0, round(-self.low / scale)))
+        return self._unsigned(INTEGERS["uint8"][1])
+
+    def _unsigned(self, largest: int) -> tuple[float, int]:
+        scale = _scale((self.high - self.low) / largest)
+        return scale, min(largest, max(0, round(-self.low / scale)))
 
     def parameters(self, activations: ActivationScheme) -> tuple[float, int]:
         """Scale and zero point in a scheme."""
-        return (self.symmetric, 0) if activations == "int8" else self.asymmetric
+        return (self.symmetric, 0) if activations == "int8" else self._unsigned(INTEGERS[activations][1])
 
     def stored(self, activations: ActivationScheme, dtype: ScaleType, unit: float = 1.0) -> Range:
         """The nearest range whose scale, divided by `unit`, is a number of `dtype`: see `stored_scales`."""
@@ -119,7 +122,10 @@ class Range:
         wanted = float(stored_scales(scale / unit, dtype, "an activation")) * unit
         if wanted == scale or self.low == self.high:
             return self
-        exact = max(-self.low, self.high) / INT8_MAX if activations == "int8" else (self.high - self.low) / 255
+        if activations == "int8":
+            exact = max(-self.low, self.high) / INT8_MAX
+        else:
+            exact = (self.high - self.low) / INTEGERS[activations][1]
         scale = exact if exact < SMALLEST_NORMAL else scale
         low, high = self.low * wanted / scale, self.high * wanted / scale
         return Range(shortest_float32(low), shortest_float32(high), self.method)

@@ -388,7 +388,7 @@ def _check_consistency(bundle: Bundle) -> None:
         raise FormatError(f"there are {len(bundle.labels)} labels, but the classifier {name} has {classes} classes")
     if bundle.contract.shape != (clip := (*bundle.spec.clip, bundle.spec.channels)):
         raise FormatError(f"the input is {bundle.contract.shape}, but the model takes clips {clip}")
-    if bundle.target.rpartition("-")[2] != bundle.precision:
+    if not bundle.precision.names(bundle.target.rpartition("-")[2]):
         raise FormatError(f"the target is {bundle.target}, but the precision is {bundle.precision}")
     if GOLDEN not in bundle.files:
         raise FormatError(f"{GOLDEN} is not in files")

@@ -10,6 +10,7 @@ For its INT8 targets, the module may define::
     def activation_scheme(target: Target) -> ActivationScheme          # default: int8 without a zero point
     def integer_format(target: Target) -> IntegerFormat                # default: scales in float32, sums are exact
     def calibration_request(graph: Graph, target: Target) -> CalibrationRequest  # default: linears only
+    def quantized_graph(model, table, target) -> ModelProto            # what is simulated; default: quantize.qdq
 
 The module is imported to list the targets, so it imports torch, onnx and the vendor's package inside `build`.
 """
@@ -82,11 +83,11 @@ class CalibrationRequest:
     """What an exporter needs from calibration, in addition to the linears in the table.
 
     Attributes:
-        tensors: names of further tensors whose ranges go into the table.
+        tensors: names of further tensors whose ranges go into the table, for the scheme of the target.
         clips: number of calibration clips in the bundle, in `edgetube.bundle.CALIBRATION_CLIPS`: (N, T, H, W, 3) uint8.
-        outputs: the target quantises what its linears give, too; the table gets ranges for it.
+        wide: names of further tensors that are uint16 whatever the scheme.
     """
 
     tensors: tuple[str, ...] = ()
     clips: int = 0
-    outputs: bool = False
+    wide: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -16,7 +16,7 @@ from edgetube import bundle as bundles
 from edgetube import calibration, export, processes, runtimes
 from edgetube.bench import machine
 from edgetube.bundle import Bundle
-from edgetube.calibration import Calibrated, graphs, search
+from edgetube.calibration import Calibrated, search
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.table import ActivationScheme, CalibrationTable, IntegerFormat, Range, ScaleType
 from edgetube.export import int8, proof, quantize
@@ -54,10 +54,11 @@ class Int8Builder:
         proof.check_float_graph(target.name, answers, calibrated.budget.logits[: len(some)])
         equalised, table = quantize.apply(calibrated, graph)
         scales = int8.integer_format(target).dtype
-        further = request.tensors
-        if request.outputs:
-            further += tuple(name for names in graphs.inner_linear_outputs(graph.model).values() for name in names)
-        table = replace(table, ranges={**table.ranges, **self._observe(further, calibrated, scales)})
+        observed = {
+            **self._observe(request.tensors, calibrated, scales, table.activations),
+            **self._observe(request.wide, calibrated, scales, "uint16"),
+        }
+        table = replace(table, ranges={**table.ranges, **observed})
         if request.clips:
             np.save(folder / bundles.CALIBRATION_CLIPS, self.clips[0].first(request.clips))
         bundle, built = self.builder.build(folder, target, equalised, table)
@@ -65,35 +66,49 @@ class Int8Builder:
         report = {**calibrated.report, "notes": [*calibrated.report["notes"], *built.notes], "unread": unread}
         report["macs_share"] = int8.macs_share(built, calibrated, self.builder.batch)
 
+        simulator = runtimes.simulated(target.backend)
+        most = int8.SIMULATED_CLIPS if simulator else None
+
         def expected(backend: Backend) -> float:
-            simulated = self._simulated(calibrated, table, further, request.outputs)
+            simulated = self._simulated(
+                target, calibrated, table, {name: table.ranges[name] for name in observed}, most
+            )
             return int8.expected_sqnr(simulated, prover.logit_noise(backend.arithmetic))
 
-        if runtimes.proof_device(target.name, target.backend) == runtimes.EMULATED:
-            with runtimes.open_bundle(bundle, device=runtimes.EMULATED) as backend:
+        device = runtimes.proof_device(target.name, target.backend)
+        if device == runtimes.EMULATED or simulator:
+            with runtimes.open_bundle(bundle, device=device) as backend:
                 candidate = int8.Candidate(bundle, backend)
                 alternative = int8.float_baseline(target).name
-                report |= int8.check_accuracy(calibrated, expected(backend), candidate, alternative, self.progress)
+                simulated = expected(backend)
+                report |= int8.check_accuracy(calibrated, simulated, candidate, alternative, self.progress, most)
+                report |= {"simulator": True} if simulator else {}
         elif not target.missing(target.run_needs):
             report |= self._measure(calibrated, expected, bundle, target, graph)
         table.save(folder / bundles.CALIBRATION)
         return replace(bundle, build={**bundle.build, "int8": {"summary": int8.summary(report), **report}}), built
 
     def _simulated(
-        self, calibrated: Calibrated, table: CalibrationTable, further: Sequence[str], outputs: bool
+        self,
+        target: Target,
+        calibrated: Calibrated,
+        table: CalibrationTable,
+        further: Mapping[str, Range],
+        most: int | None,
     ) -> float:
-        """Simulated SQNR in dB of a target's Q/DQ graph on the judging clips.
+        """Simulated SQNR in dB of a target's Q/DQ graph on the judging clips, or the first `most` of them.
 
         Calibration simulated the linears; the graph is simulated again where a target quantises further tensors.
         """
-        if not further:
+        quantized = int8.quantized_graph(target)
+        if not further and quantized is None:
             return float(calibrated.report["judged"]["sqnr"])
         plain, own = quantize.apply(calibrated, self.builder.graph("gather", batch=1))
-        ranges = {**own.ranges, **{name: table.ranges[name] for name in further}}
-        model = quantize.qdq(plain.model, replace(own, ranges=ranges), outputs=outputs)
+        own = replace(own, ranges={**own.ranges, **further})
+        model = quantize.qdq(plain.model, own) if quantized is None else quantized(plain.model, own, target)
         clips = calibrated.budget.clips
         logits = search.compute_logits(model, clips, export.evaluator(), "simulate", self.progress)
-        return float(calibrated.budget.verdict(logits).sqnr)
+        return float(calibrated.budget.verdict(logits[:most]).sqnr)
 
     def _measure(
         self,
@@ -152,14 +167,18 @@ class Int8Builder:
         graph, clips = self.builder.graph("gather", batch=1), self.clips[1]
         return search.compute_logits(graph.model, clips, export.evaluator(), "float answers", self.progress)
 
-    def _observe(self, tensors: Sequence[str], calibrated: Calibrated, scales: ScaleType) -> dict[str, Range]:
-        """The ranges of further tensors in the calibrated float graph."""
+    def _observe(
+        self, tensors: Sequence[str], calibrated: Calibrated, scales: ScaleType, scheme: ActivationScheme
+    ) -> dict[str, Range]:
+        """The ranges of further tensors in the calibrated float graph; tensors that only other lowerings have are
+        left out."""
         if not tensors:
             return {}
-        plain, table = quantize.apply(calibrated, self.builder.graph("gather", batch=1))
+        plain, _ = quantize.apply(calibrated, self.builder.graph("gather", batch=1))
+        made = {name for node in plain.model.graph.node for name in node.output}
+        chosen = [name for name in tensors if name in made]
         clips, _ = self.clips
-        scheme = table.activations
-        return calibration.observe(plain.model, tensors, clips, export.evaluator(), scheme, self.progress, scales)
+        return calibration.observe(plain.model, chosen, clips, export.evaluator(), scheme, self.progress, scales)
 
     @cached_property
     def clips(self) -> tuple[Clips, Clips]:

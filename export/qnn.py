@@ -6,16 +6,21 @@ A context binary is the file as the vendor's compiler compiles it for one SoC; a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgetube.errors import InputError, ParityError
-from edgetube.export.base import BuildContext, Built
+from edgetube.export.base import BuildContext, Built, CalibrationRequest
 from edgetube.precision import Precision
 from edgetube.targets import Setting, Target
 
 if TYPE_CHECKING:
     import onnx
+
+    from edgetube.calibration.table import ActivationScheme, CalibrationTable
+    from edgetube.export.canonical import Graph
+    from edgetube.export.pairs import IntegerGraph
 
 NEEDS = ("torch", "onnx", "onnxscript", "safetensors", "onnxruntime_qnn")
 
@@ -38,36 +43,126 @@ TARGETS = (
         arithmetic=("float16",),
         settings=(SOC,),
     ),
+    Target(
+        name="qnn-w8a16",
+        precision=Precision.W8A16,
+        backend="qnn",
+        summary="Qualcomm's NPU in integers: weights of 8, activations of 16 bits; calibrated on clips",
+        build_needs=NEEDS,
+        run_needs=("onnxruntime_qnn",),
+        extra="export,qnn",
+        arithmetic=("float16",),
+        settings=(SOC,),
+    ),
+    Target(
+        name="qnn-w8a8",
+        precision=Precision.W8A8,
+        backend="qnn",
+        summary="the same, with 8 bits into and out of linears, and 16 bits between them",
+        build_needs=NEEDS,
+        run_needs=("onnxruntime_qnn",),
+        extra="export,qnn",
+        arithmetic=("float16",),
+        settings=(SOC,),
+    ),
 )
 
 AGREEMENT = 1e-2
 """Largest difference of the logits of two SoCs' contexts, relative to the largest logit (at least 1)."""
 
 
+def activation_scheme(target: Target) -> ActivationScheme:
+    """Integers with a zero point, of 16 or 8 bits."""
+    return "uint16" if target.precision is Precision.W8A16 else "uint8"
+
+
+def calibration_request(graph: Graph, target: Target) -> CalibrationRequest:
+    """The ranges of everything that is computed between the linears, and of what they give."""
+    from edgetube.calibration import graphs
+    from edgetube.export.pairs import MOVES
+    from edgetube.export.statistics import byte_casts
+
+    model = graph.model
+    linears, outputs = graphs.linears(model), tuple(graphs.linear_outputs(model).values())
+    pixels = {node.output[0] for node in byte_casts(model)}
+    read = {linear.activation for linear in linears} | pixels
+    biased = {node.output[0] for node in model.graph.node for linear in linears if linear.node == node.name}
+    names = [
+        name
+        for node in model.graph.node
+        for name in node.output
+        if node.op_type not in (*MOVES, "Cast", "Softmax", "Conv") and name not in read | biased | {*outputs}
+    ]
+    given = tuple(name for name in outputs if name not in read)
+    if target.precision is Precision.W8A16:
+        return CalibrationRequest((*given, *names))
+    return CalibrationRequest(given, wide=tuple(names))
+
+
+def quantized_graph(model: onnx.ModelProto, table: CalibrationTable, target: Target) -> onnx.ModelProto:
+    """What the NPU computes of a calibrated graph, for a simulation."""
+    from edgetube.export import pairs
+
+    return pairs.integer_pairs(model, table, narrow=target.precision is Precision.W8A8).model
+
+
 def build(context: BuildContext) -> Built:
     """Write `model.onnx`, and for each SoC `<soc>.onnx` with its binary `<soc>_qnn.bin`.
+
+    Operators of an integer target that the NPU does not take in integers are left to float16; linears are not.
 
     Raises:
         InputError: an unknown SoC.
         BackendError: the NPU does not take an operator; with its name.
-        ParityError: the contexts of two SoCs answer differently.
+        ParityError: the NPU does not take a linear in integers, or the contexts of two SoCs answer differently.
     """
+    from edgetube.calibration import graphs
     from edgetube.export import canonical, integer, pairs
     from edgetube.runtimes import qnn as runtime
 
-    graph, folder = context.graph, context.folder
+    graph, table, path = context.graph, context.table, context.folder / "model.onnx"
     socs = parse_socs(context.target)
-    model = pairs.pixel_pairs(graph.model)
-    path = folder / "model.onnx"
-    canonical.save(model, path)
-    contexts = compile_contexts(path, socs, model)
-    details = {
-        "graph": integer.statistics(graph.model, model),
+    details: dict[str, Any] = {
         "settings": {SOC.name: context.target.setting(SOC.name)},
-        "contexts": contexts,
         "qairt": runtime.qairt_version(),
     }
-    return Built(path.name, details)
+    macs = 0
+    if table is None:
+        model = pairs.pixel_pairs(graph.model)
+        canonical.save(model, path)
+    else:
+        narrow = context.target.precision is Precision.W8A8
+        made, floats = _integers(graph.model, table, narrow, path, socs or (next(iter(runtime.SOCS)),))
+        model, count = made.model, len(made.linears)
+        asked = [plan.name for plan in table.quantised]
+        integer.assert_integer_coverage("the NPU", len(asked), count)
+        kernel = "Gemm uint8 int8" if narrow else "Gemm uint16 int8"
+        details["integers"] = {
+            **integer.coverage(model, len(asked), count, {kernel: count}),
+            "saturates": False,  # the NPU sums in 32 bits
+            "float16": floats,
+        }
+        work = graphs.macs(graph.model)
+        macs = sum(work[name] for name in made.linears)
+    details |= {"graph": integer.statistics(graph.model, model), "contexts": compile_contexts(path, socs, model)}
+    return Built(path.name, details, integer_macs=macs)
+
+
+def _integers(
+    model: onnx.ModelProto, table: CalibrationTable, narrow: bool, path: Path, socs: Sequence[str]
+) -> tuple[IntegerGraph, list[str]]:
+    """Write the graph in integers, but for operators that the NPU of a SoC does not take; their names."""
+    from edgetube.export import canonical, pairs
+    from edgetube.runtimes import qnn as runtime
+
+    floats: set[str] = set()
+    while True:
+        made = pairs.integer_pairs(model, table, narrow=narrow, floats=floats)
+        canonical.save(made.model, path)
+        refused = {made.origins.get(name, name) for soc in socs for name, _ in runtime.refused_operators(path, soc)}
+        if refused <= floats:
+            return made, sorted(floats)
+        floats |= refused
 
 
 def parse_socs(target: Target) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +18,7 @@ from edgetube.export.canonical import Graph
 
 
 def qdq(
-    model: onnx.ModelProto,
-    table: CalibrationTable,
-    *,
-    activations: ActivationScheme | None = None,
-    outputs: bool = False,
+    model: onnx.ModelProto, table: CalibrationTable, *, activations: ActivationScheme | None = None
 ) -> onnx.ModelProto:
     """Insert Q/DQ around the linears that the table quantises, and around the products of two activations for which it
     has ranges.
@@ -32,10 +28,7 @@ def qdq(
 
     Args:
         model: the calibrated float graph.
-        activations: int8 (zero point 0) or uint8; the table's scheme by default.
-
-        outputs: what these linears give passes through Q/DQ, too, where the table has ranges for it; see
-            `edgetube.calibration.graphs.inner_linear_outputs`.
+        activations: the type of the integers, int8 with zero point 0; the table's scheme by default.
 
     Raises:
         InputError: the table is for another graph.
@@ -43,11 +36,8 @@ def qdq(
     table.check(graphs.digest(model))
     plans = {plan.weight: plan for plan in table.quantised}
     readers = [node.name for node in model.graph.node if any(name in plans for name in node.input)]
-    given = graphs.inner_linear_outputs(model) if outputs else {}
-    operands = {*table.ranges} - {name for names in given.values() for name in names}
-    readers += [node.name for node in model.graph.node if node.op_type == "MatMul" and {*node.input} <= operands]
-    rounded = {name for plan in table.quantised for name in given.get(plan.name, ())}
-    result = graphs.quantize_activations(model, table.ranges, readers, activations or table.activations, rounded)
+    readers += [node.name for node in model.graph.node if node.op_type == "MatMul" and {*node.input} <= {*table.ranges}]
+    result = graphs.quantize_activations(model, table.ranges, readers, activations or table.activations)
     graph, known = result.graph, graphs.initializers(model)
     kept = [tensor for tensor in graph.initializer if tensor.name not in plans]
     folder = storage.folder_of(model)
@@ -58,7 +48,7 @@ def qdq(
     nodes = [deepcopy(node) for node in nodes]
     del graph.node[:]
     graph.node.extend(nodes)
-    graph.value_info.extend(_types(model, table, activations or table.activations, graphs.producers(graph.node)))
+    graph.value_info.extend(_types(model, table, activations or table.activations))
     storage.check(result)
     return result
 
@@ -77,17 +67,15 @@ def _weight(
     return helper.make_node("DequantizeLinear", inputs, [name], name=f"{name}.dequantize", axis=1), tensors
 
 
-def _types(
-    model: onnx.ModelProto, table: CalibrationTable, activations: ActivationScheme, made: Container[str]
-) -> list[onnx.ValueInfoProto]:
-    """Types of the tensors that quantisation adds; `made`: the tensors of the result."""
+def _types(model: onnx.ModelProto, table: CalibrationTable, activations: ActivationScheme) -> list[onnx.ValueInfoProto]:
+    """Types of the tensors that quantisation adds."""
     known = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
     shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-    integer = TensorProto.INT8 if activations == "int8" else TensorProto.UINT8
+    integer = helper.np_dtype_to_tensor_dtype(np.dtype(activations))
     found = []
     for plan in table.quantised:
         found.append(helper.make_tensor_value_info(plan.weight, TensorProto.FLOAT, shapes[plan.weight]))
-    for name in (name for name in table.ranges if f"{name}.quantized" in made):
+    for name in table.ranges:
         found.append(helper.make_tensor_value_info(f"{name}.quantized", integer, known[name]))
         found.append(helper.make_tensor_value_info(graphs.dequantized_name(name), TensorProto.FLOAT, known[name]))
     return found

@@ -13,7 +13,7 @@ import platform
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Session(OnnxBackend):
             the first SoC that the bundle has a context for.
 
     Raises:
-        InputError: the SoC is unknown, or the system does not say which one it runs on.
+        InputError: the SoC is unknown.
         BackendError: the NPU does not take the artifact, or its context binary.
     """
 
@@ -94,7 +94,7 @@ class Session(OnnxBackend):
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
         contexts = strict.record(bundle.build.get("contexts", {}), "build.contexts")
-        self.soc = find_soc(device or _own_soc(contexts))
+        self.soc = find_soc(device or _own_soc() or next(iter(contexts), next(iter(SOCS))))
         opened = bundle.artifact_path
         if self.soc in contexts and not _older(strict.text(bundle.build.get("qairt", "0"), "build.qairt")):
             name = strict.text(contexts[self.soc], f"build.contexts.{self.soc}")
@@ -150,7 +150,7 @@ def open_strictly(
     try:
         return _open(model, soc, {**entries, STRICT: "1"}, what, threads)
     except BackendError as error:
-        if refused := [name for name in refused_operators(model, soc, entries) if name]:
+        if refused := [f"{name} ({kind})" for name, kind in refused_operators(model, soc, entries)]:
             more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
             raise BackendError(
                 f"ONNX Runtime {ort.__version__}: {what}: the NPU of {soc} does not take {', '.join(refused[:3])}{more}"
@@ -158,15 +158,15 @@ def open_strictly(
         raise
 
 
-def refused_operators(model: Path | bytes, soc: str, entries: Mapping[str, str] | None = None) -> list[str]:
-    """The operators that the NPU does not take, "name (type)"; empty where it takes all, or refuses the whole file."""
+def refused_operators(model: Path | bytes, soc: str, entries: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
+    """Name and type of the operators that the NPU does not take; empty where it takes all, or refuses the file."""
     options = {key: value for key, value in (entries or {}).items() if not key.startswith("ep.context")}
     try:
         session = _open(model, soc, {**options, ASSIGNMENT: "1"}, "cannot be opened")
     except BackendError:
         return []
     return [
-        f"{node.name} ({node.op_type})"
+        (node.name, node.op_type)
         for part in session.get_provider_graph_assignment_info()
         if part.ep_name != plugin.get_ep_name()
         for node in part.get_nodes()
@@ -239,18 +239,14 @@ def _register() -> list[Any]:
     return chosen
 
 
-def _own_soc(contexts: Mapping[str, Any]) -> str:
-    """The SoC of this machine, as the system states it; where the processor is emulated, the first with a context.
-
-    Raises:
-        InputError: the system does not state it.
-    """
+def _own_soc() -> str | None:
+    """The SoC of this machine, as the system states it; None where the processor is emulated or it says nothing."""
     if SIMULATED:
-        return next(iter(contexts), next(iter(SOCS)))
-    with suppress(OSError):
-        if stated := MACHINE.read_text().strip():
-            return stated
-    raise InputError(f"{MACHINE} does not say which SoC this is; name it as the device: {', '.join(SOCS)}")
+        return None
+    try:
+        return MACHINE.read_text().strip() or None
+    except OSError:
+        return None
 
 
 def qairt_version() -> str:

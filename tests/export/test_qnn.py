@@ -11,9 +11,12 @@ import onnxruntime as ort
 import pytest
 
 from edgetube import bundle as bundles
-from edgetube import export, runtimes
+from edgetube import export, metrics, runtimes
+from edgetube.calibration import graphs
+from edgetube.calibration.table import CalibrationTable
 from edgetube.errors import InputError, ParityError
 from edgetube.export import canonical, pairs, pipeline
+from edgetube.export.onnxruntime import evaluate
 from tests.export import models
 
 pytest.importorskip("onnxruntime_qnn", reason="needs onnxruntime-qnn: pip install 'edgetube[qnn]'")
@@ -117,3 +120,48 @@ def test_other_transformers_answer_like_pytorch(name: str, tmp_path: Path) -> No
     canonical.save(pairs.pixel_pairs(models.trace(name).model), tmp_path / "model.onnx")
     answer = runtime.run_once(tmp_path / "model.onnx", "sm8650", {"frames": frames})
     assert np.abs(answer - expected).max() <= 5e-3 * max(1, np.abs(expected).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kernel"), [("qnn-w8a16", "Gemm uint16 int8"), ("qnn-w8a8", "Gemm uint8 int8")])
+def test_integers_on_the_npu_are_those_of_the_simulation(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, kernel: str
+) -> None:
+    """The simulation is ONNX Runtime on the CPU, with the same Q/DQ."""
+    options = pipeline.Options(settings={"soc": "sm8650"}, max_drop=100.0)
+    bundle = pipeline.export_model(name, tiny_checkpoint, tmp_path, options)
+    stated = bundle.build["integers"]
+    assert bundle.status == "executed"
+    assert stated["kernels"] == {kernel: stated["asked"]}
+    assert stated["float16"] == []
+    assert bundle.build["int8"]["summary"].startswith("run by a simulator, speed unknown")
+    assert CalibrationTable.load(bundle.path / bundles.CALIBRATION).activations == exporter.activation_scheme(
+        export.target(name)
+    )
+    frames = np.random.default_rng(3).integers(0, 256, (2, *bundle.contract.shape), np.uint8)
+    simulate = evaluate(onnx.load(bundle.artifact_path))
+    with runtimes.open_bundle(bundle) as backend:
+        found = backend(frames)
+    expected = np.concatenate([simulate({"frames": clip[None]})[0] for clip in frames])
+    assert metrics.sqnr(expected, found) > (40 if name == "qnn-w8a16" else 25)
+
+
+def test_what_the_npu_refuses_in_integers_stays_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until nothing is refused any more."""
+    graph = models.trace("dense")
+    table = CalibrationTable(graphs.digest(graph.model), {}, "uint16", {}, ())
+    answers = iter([[("blocks.0.norm1.quantized", "QuantizeLinear")], []])
+    asked: list[frozenset[str]] = []
+
+    def refuse(path: Path, soc: str) -> list[tuple[str, str]]:
+        return next(answers)
+
+    def write(*_: Any, floats: set[str], **__: Any) -> pairs.IntegerGraph:
+        asked.append(frozenset(floats))
+        return pairs.IntegerGraph(graph.model, {"blocks.0.norm1.quantized": "blocks.0.norm1"}, ())
+
+    monkeypatch.setattr(runtime, "refused_operators", refuse)
+    monkeypatch.setattr(pairs, "integer_pairs", write)
+    _, floats = exporter._integers(graph.model, table, False, tmp_path / "model.onnx", ["sm8650"])
+    assert floats == ["blocks.0.norm1"]
+    assert asked == [frozenset(), frozenset({"blocks.0.norm1"})]
