@@ -237,6 +237,13 @@ class TestPackages:
         assert {target.backend for target in export.targets().values()} == exporters & runtimes.names() != set()
         assert all(name == target.name for name, target in export.targets().items())
 
+    def test_every_extra_is_explained(self) -> None:
+        project = (ROOT / "pyproject.toml").read_text("utf-8")
+        section = project.split("\n[project.optional-dependencies]\n")[1].split("\n[")[0]
+        packaging = (ROOT / "docs" / "design.md").read_text("utf-8").split("\n## Packaging\n")[1]
+        first = " ".join(line.split("|")[1] for line in packaging.splitlines() if line.startswith("| `"))
+        assert sorted(re.findall(r"`([\w-]+)`", first)) == sorted(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE))
+
     def test_a_format_is_named_by_its_own_module_only(self) -> None:
         """And none imports another: what they share is in `reading`. (Names of architectures have words of others.)"""
         own = ROOT / "edgetube" / "formats"
