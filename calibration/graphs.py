@@ -131,6 +131,33 @@ def linear_outputs(model: onnx.ModelProto) -> dict[str, str]:
     return found
 
 
+MOVES = ("Reshape", "Squeeze", "Unsqueeze", "Transpose", "Concat", "Identity")
+"""Operators whose outputs have the values of their inputs."""
+
+
+def inner_linear_outputs(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
+    """The tensors that targets quantise which quantise what linears give, by the linears' names.
+
+    They are that of `linear_outputs`, or the parts that it is split into; none of a linear that gives the answer, which
+    is not rounded to 8 bits.
+    """
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    answers = {value.name for value in model.graph.output}
+    for node in reversed(model.graph.node):
+        if node.op_type in MOVES and answers & {*node.output}:
+            answers |= {*node.input}
+    found = {}
+    for linear, tensor in linear_outputs(model).items():
+        first, *others = readers.get(tensor, [None])
+        split = first is not None and not others and first.op_type == "Split"
+        parts = tuple(first.output) if first is not None and split else (tensor,)
+        found[linear] = () if answers & {tensor, *parts} else parts
+    return found
+
+
 def select_linears(model: onnx.ModelProto, names: Iterable[str]) -> tuple[Linear, ...]:
     """The linears called `names`, in that order.
 
@@ -392,12 +419,17 @@ def extract_subgraph(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.Mod
 
 
 def quantize_activations(
-    model: onnx.ModelProto, tensors: Mapping[str, Range], nodes: Iterable[str], activations: ActivationScheme
+    model: onnx.ModelProto,
+    tensors: Mapping[str, Range],
+    nodes: Iterable[str],
+    activations: ActivationScheme,
+    outputs: Collection[str] = (),
 ) -> onnx.ModelProto:
     """A copy in which the MatMuls called `nodes` read the activations in `tensors` through QuantizeLinear,
     DequantizeLinear.
 
-    One pair per tensor, whatever the number of readers; other readers of the tensor keep the float value.
+    One pair per tensor, whatever the number of readers; other readers of the tensor keep the float value, except of
+    those in `outputs`, which all nodes read through the pair.
 
     Args:
         tensors: range of each tensor to quantise.
@@ -410,8 +442,8 @@ def quantize_activations(
     made: set[str] = set()
     ordered: list[onnx.NodeProto] = []
     for node in graph.node:
-        for index, name in enumerate(node.input if node.name in readers else ()):
-            if name not in tensors:
+        for index, name in enumerate(node.input):
+            if name not in tensors or not (node.name in readers or name in outputs):
                 continue
             if name not in made:
                 made.add(name)

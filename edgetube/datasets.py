@@ -157,13 +157,14 @@ def built_in_calibration(count: int, labels: tuple[str, ...]) -> ClipSet:
 
 
 def _rendered(name: str, photos: tuple[str, ...], count: int, labels: tuple[str, ...]) -> ClipSet:
-    known, version = set(demo.LABELS) <= set(labels), f"{__version__} {demo.VERSION}"
-    items = []
-    for index in range(count):
-        photo, label = photos[index // len(demo.LABELS) % len(photos)], demo.LABELS[index % len(demo.LABELS)]
-        read = partial(_render, name, photos, index, known)
-        items.append(Item(f"{name}/{photo}/{index:04d}", label if known else None, read, version))
-    return ClipSet("built-in", tuple(items))
+    known = set(demo.LABELS) <= set(labels)
+    return ClipSet("built-in", tuple(_rendered_item(name, photos, index, known) for index in range(count)))
+
+
+def _rendered_item(name: str, photos: tuple[str, ...], index: int, labelled: bool) -> Item:
+    photo, label = photos[index // len(demo.LABELS) % len(photos)], demo.LABELS[index % len(demo.LABELS)]
+    read = partial(_render, name, photos, index, labelled)
+    return Item(f"{name}/{photo}/{index:04d}", label if labelled else None, read, f"{__version__} {demo.VERSION}")
 
 
 def _render(name: str, photos: tuple[str, ...], index: int, labelled: bool, contract: InputContract) -> Clip:
@@ -205,7 +206,7 @@ def _named(source: str, labels: tuple[str, ...]) -> Item:
     """A built-in clip by its name."""
     number = 0 if source == "demo" else int(found[0]) if (found := re.findall(r"/(\d{4,6})$", source)) else None
     if number is not None:
-        item = built_in(number + 1, labels).items[-1]
+        item = _rendered_item("evaluation", demo.EVALUATION, number, set(demo.LABELS) <= set(labels))
         if source in ("demo", item.name):
             return item
     raise InputError(

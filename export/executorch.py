@@ -8,12 +8,14 @@ import math
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetube.export.base import BuildContext, Built
+from edgetube.export.base import BuildContext, Built, CalibrationRequest
 from edgetube.precision import Precision
 from edgetube.targets import Target
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     import onnx
     from executorch.exir import EdgeProgramManager
     from torch import Tensor
+
+    from edgetube.calibration.table import ActivationScheme, CalibrationTable, IntegerFormat
+    from edgetube.export.canonical import Graph
 
 BUILD_NEEDS = ("torch", "onnx", "onnxscript", "safetensors", "executorch.exir")
 RUN_NEEDS = ("torch", "executorch.runtime")
@@ -37,21 +42,144 @@ TARGETS = (
         extra=EXTRA,
         tolerance=1e-4,
     ),
+    Target(
+        name="executorch-int8",
+        precision=Precision.W8A8,
+        backend="executorch",
+        summary="linears in 8-bit integers by XNNPACK, their inputs and outputs too; within the accuracy budget",
+        build_needs=BUILD_NEEDS,
+        run_needs=RUN_NEEDS,
+        extra=EXTRA,
+    ),
 )
 
 ARTIFACT = "model.pte"
 
 DELEGATE = "XnnpackBackend"
 
+INTEGERS = ("qint8", "qcint8", "qint8")
+"""Types of input, weight and output of a static product in integers: per tensor, per channel, per tensor."""
+
+
+def activation_scheme(target: Target) -> ActivationScheme:
+    """Shares the calibration of onnx-int8; uint8 with zero point z is int8 with z - 128, which XNNPACK computes in."""
+    return "uint8"
+
+
+def integer_format(target: Target) -> IntegerFormat:
+    """That of onnx-int8, to share its calibration: XNNPACK sums in 32 bits on every processor."""
+    from edgetube.calibration.table import IntegerFormat
+
+    return IntegerFormat(safe_pairs=True)
+
+
+def calibration_request(graph: Graph, target: Target) -> CalibrationRequest:
+    """XNNPACK's static integer products round their outputs to 8 bits, too."""
+    return CalibrationRequest(outputs=True)
+
 
 def build(context: BuildContext) -> Built:
-    """Write `model.pte`."""
+    """Write `model.pte`.
+
+    Raises:
+        ParityError: XNNPACK would compute a linear in float that is quantised.
+    """
     from edgetube.export.statistics import graph_statistics
 
-    program = lower(context.graph.model)
-    save(program, context.folder / ARTIFACT)
-    details = {"graph": graph_statistics(context.graph.model), "delegation": delegation(program)}
-    return Built(ARTIFACT, details)
+    graph, path = context.graph, context.folder / ARTIFACT
+    if context.table is not None:
+        return _build_int8(graph, path, context.table)
+    program = lower(graph.model)
+    details = {"graph": graph_statistics(graph.model), "delegation": delegation(program)}
+    save(program, path)
+    return Built(path.name, details)
+
+
+def _build_int8(graph: Graph, path: Path, table: CalibrationTable) -> Built:
+    from edgetube.export import integer, quantize, rewrite
+
+    kept, floats = answers_in_float(graph.model, table)
+    model = rewrite.separate_projections(quantize.qdq(graph.model, kept, outputs=True))
+    program = lower(_one_reader_each(model))
+    products = integer_products(program)
+    integer.assert_integer_coverage("XNNPACK", integer.count_integer_products(model), len(products))
+    kernels = Counter(kernel for kernel, _ in products)
+    stated = integer.coverage(model, len(kept.quantised), len(kept.quantised), kernels)
+    details = {
+        "graph": integer.statistics(graph.model, model),
+        "delegation": delegation(program),
+        "integers": {**stated, "saturates": False},  # XNNPACK sums in 32 bits
+    }
+    save(program, path)
+    notes = [f"{', '.join(floats)} in float: XNNPACK would round the logits to 8 bits"] if floats else []
+    return Built(path.name, details, notes=tuple(notes), integer_macs=sum(macs for _, macs in products))
+
+
+def answers_in_float(model: onnx.ModelProto, table: CalibrationTable) -> tuple[CalibrationTable, list[str]]:
+    """A table in which the linears that give the answer stay float, and the names of those that it quantised."""
+    from edgetube.calibration import graphs
+
+    given = graphs.inner_linear_outputs(model)
+    floats = [plan.name for plan in table.quantised if not given[plan.name]]
+    plans = (
+        replace(plan, precision="float", weight_scales=(), reason="its outputs are the answer")
+        if plan.name in floats
+        else plan
+        for plan in table.linears
+    )
+    return replace(table, linears=tuple(plans)), floats
+
+
+def _one_reader_each(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A Q/DQ graph with a DequantizeLinear for each reader of an activation.
+
+    XNNPACK's partitioner makes one that a product reads a part of that product, and the rest cannot read it then.
+    """
+    result = deepcopy(model)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    shared = {
+        node.output[0]: node
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] not in constants
+    }
+    nodes: list[onnx.NodeProto] = []
+    for node in result.graph.node:
+        if node.output[0] in shared:
+            continue
+        for i, name in enumerate(node.input):
+            if name in shared:
+                nodes.append(deepcopy(shared[name]))
+                nodes[-1].output[0] = nodes[-1].name = node.input[i] = f"{name}.{node.output[0]}"
+        nodes.append(deepcopy(node))
+    del result.graph.node[:]
+    result.graph.node.extend(nodes)
+    return result
+
+
+def integer_products(program: EdgeProgramManager) -> list[tuple[str, int]]:
+    """The products in 8-bit integers of the graphs that XNNPACK is given.
+
+    Kernel of each, and its multiply-accumulates in one call.
+    """
+    found = []
+    for graph in xnnpack_graphs(program):
+        tensors = dict(_tensor(value) for value in graph["xvalues"])
+        for node in graph["xnodes"]:
+            if (kind := node["xnode_union_type"]) != "XNNFullyConnected":
+                continue
+            names = ("input1_id", "filter_id", "output_id")
+            types, shapes = zip(*(tensors[node["xnode_union"][name]] for name in names), strict=True)
+            if types == INTEGERS:
+                macs = math.prod(shapes[2]) * shapes[1][1]  # the weight is (N, K)
+                found.append((f"{kind.removeprefix('XNN')} {' '.join(types)}", macs))
+    return found
+
+
+def _tensor(value: Mapping[str, Any]) -> tuple[int, tuple[str, tuple[int, ...]]]:
+    """Number of a tensor of XNNPACK's graph, its type without the prefix, and its shape."""
+    tensor = value["xvalue_union"]
+    tensor = tensor.get("tensor_value", tensor)
+    return tensor["id_out"], (tensor["datatype"].removeprefix("xnn_datatype_"), tuple(tensor["dims"]))
 
 
 def lower(model: onnx.ModelProto) -> EdgeProgramManager:
@@ -102,7 +230,7 @@ def _gelu(x: Tensor, *, approximate: str = "none") -> Any:
 
 
 def save(program: EdgeProgramManager, path: Path) -> None:
-    """Write a program as a file that ExecuTorch runs."""
+    """Write a program as a file that ExecuTorch runs; what is left of `program` is not what it was."""
     with _quiet(), path.open("wb") as file:
         program.to_executorch().write_to_file(file)
 

@@ -16,9 +16,9 @@ from edgetube import bundle as bundles
 from edgetube import calibration, export, processes, runtimes
 from edgetube.bench import machine
 from edgetube.bundle import Bundle
-from edgetube.calibration import Calibrated, search
+from edgetube.calibration import Calibrated, graphs, search
 from edgetube.calibration.clips import Clips, collect
-from edgetube.calibration.table import ActivationScheme, CalibrationTable, IntegerFormat, Range, ScaleType
+from edgetube.calibration.table import ActivationScheme, IntegerFormat, Range, ScaleType
 from edgetube.export import int8, proof, quantize
 from edgetube.export.base import Built
 from edgetube.export.build import Builder
@@ -54,8 +54,11 @@ class Int8Builder:
         proof.check_float_graph(target.name, answers, calibrated.budget.logits[: len(some)])
         equalised, table = quantize.apply(calibrated, graph)
         scales = int8.integer_format(target).dtype
+        further = request.tensors
+        if request.outputs:
+            further += tuple(name for names in graphs.inner_linear_outputs(graph.model).values() for name in names)
         observed = {
-            **self._observe(request.tensors, calibrated, scales, table.activations),
+            **self._observe(further, calibrated, scales, table.activations),
             **self._observe(request.wide, calibrated, scales, "uint16"),
         }
         table = replace(table, ranges={**table.ranges, **observed})
@@ -70,9 +73,7 @@ class Int8Builder:
         most = int8.SIMULATED_CLIPS if simulator else None
 
         def expected(backend: Backend) -> float:
-            simulated = self._simulated(
-                target, calibrated, table, {name: table.ranges[name] for name in observed}, most
-            )
+            simulated = self._simulated(target, calibrated, observed, request.outputs, most)
             return int8.expected_sqnr(simulated, prover.logit_noise(backend.arithmetic))
 
         device = runtimes.proof_device(target.name, target.backend)
@@ -92,8 +93,8 @@ class Int8Builder:
         self,
         target: Target,
         calibrated: Calibrated,
-        table: CalibrationTable,
         further: Mapping[str, Range],
+        outputs: bool,
         most: int | None,
     ) -> float:
         """Simulated SQNR in dB of a target's Q/DQ graph on the judging clips, or the first `most` of them.
@@ -105,7 +106,10 @@ class Int8Builder:
             return float(calibrated.report["judged"]["sqnr"])
         plain, own = quantize.apply(calibrated, self.builder.graph("gather", batch=1))
         own = replace(own, ranges={**own.ranges, **further})
-        model = quantize.qdq(plain.model, own) if quantized is None else quantized(plain.model, own, target)
+        if quantized is None:
+            model = quantize.qdq(plain.model, own, outputs=outputs)
+        else:
+            model = quantized(plain.model, own, target)
         clips = calibrated.budget.clips
         logits = search.compute_logits(model, clips, export.evaluator(), "simulate", self.progress)
         return float(calibrated.budget.verdict(logits[:most]).sqnr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,11 @@ from edgetube.export.canonical import Graph
 
 
 def qdq(
-    model: onnx.ModelProto, table: CalibrationTable, *, activations: ActivationScheme | None = None
+    model: onnx.ModelProto,
+    table: CalibrationTable,
+    *,
+    activations: ActivationScheme | None = None,
+    outputs: bool = False,
 ) -> onnx.ModelProto:
     """Insert Q/DQ around the linears that the table quantises, and around the products of two activations for which it
     has ranges.
@@ -30,14 +34,20 @@ def qdq(
         model: the calibrated float graph.
         activations: the type of the integers, int8 with zero point 0; the table's scheme by default.
 
+        outputs: what these linears give passes through Q/DQ, too, where the table has ranges for it; see
+            `edgetube.calibration.graphs.inner_linear_outputs`.
+
     Raises:
         InputError: the table is for another graph.
     """
     table.check(graphs.digest(model))
     plans = {plan.weight: plan for plan in table.quantised}
     readers = [node.name for node in model.graph.node if any(name in plans for name in node.input)]
-    readers += [node.name for node in model.graph.node if node.op_type == "MatMul" and {*node.input} <= {*table.ranges}]
-    result = graphs.quantize_activations(model, table.ranges, readers, activations or table.activations)
+    given = graphs.inner_linear_outputs(model) if outputs else {}
+    operands = {*table.ranges} - {name for names in given.values() for name in names}
+    readers += [node.name for node in model.graph.node if node.op_type == "MatMul" and {*node.input} <= operands]
+    rounded = {name for plan in table.quantised for name in given.get(plan.name, ())}
+    result = graphs.quantize_activations(model, table.ranges, readers, activations or table.activations, rounded)
     graph, known = result.graph, graphs.initializers(model)
     kept = [tensor for tensor in graph.initializer if tensor.name not in plans]
     folder = storage.folder_of(model)
@@ -48,7 +58,7 @@ def qdq(
     nodes = [deepcopy(node) for node in nodes]
     del graph.node[:]
     graph.node.extend(nodes)
-    graph.value_info.extend(_types(model, table, activations or table.activations))
+    graph.value_info.extend(_types(model, table, activations or table.activations, graphs.producers(graph.node)))
     storage.check(result)
     return result
 
@@ -67,15 +77,17 @@ def _weight(
     return helper.make_node("DequantizeLinear", inputs, [name], name=f"{name}.dequantize", axis=1), tensors
 
 
-def _types(model: onnx.ModelProto, table: CalibrationTable, activations: ActivationScheme) -> list[onnx.ValueInfoProto]:
-    """Types of the tensors that quantisation adds."""
+def _types(
+    model: onnx.ModelProto, table: CalibrationTable, activations: ActivationScheme, made: Container[str]
+) -> list[onnx.ValueInfoProto]:
+    """Types of the tensors that quantisation adds; `made`: the tensors of the result."""
     known = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
     shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
     integer = helper.np_dtype_to_tensor_dtype(np.dtype(activations))
     found = []
     for plan in table.quantised:
         found.append(helper.make_tensor_value_info(plan.weight, TensorProto.FLOAT, shapes[plan.weight]))
-    for name in table.ranges:
+    for name in (name for name in table.ranges if f"{name}.quantized" in made):
         found.append(helper.make_tensor_value_info(f"{name}.quantized", integer, known[name]))
         found.append(helper.make_tensor_value_info(graphs.dequantized_name(name), TensorProto.FLOAT, known[name]))
     return found

@@ -172,9 +172,8 @@ class Session(Backend):
         return Interface(tuple(map(tuple, inputs)), tuple(map(tuple, outputs)))
 
     def infer(self, clips: Frames) -> Logits:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # frames may be read-only, and are only read
-            frames = torch.from_numpy(clips)
+        # Of read-only frames PyTorch warns; what silences it, `warnings.catch_warnings`, is not for several threads.
+        frames = torch.from_numpy(clips if clips.flags.writeable else clips.copy())
         try:
             (logits,) = self.method.execute([frames])
         except RuntimeError as error:  # the one type that the bindings raise

@@ -13,7 +13,7 @@ import platform
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Session(OnnxBackend):
             the first SoC that the bundle has a context for.
 
     Raises:
-        InputError: the SoC is unknown.
+        InputError: the SoC is unknown, or the system does not say which one it runs on.
         BackendError: the NPU does not take the artifact, or its context binary.
     """
 
@@ -94,7 +94,7 @@ class Session(OnnxBackend):
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
         contexts = strict.record(bundle.build.get("contexts", {}), "build.contexts")
-        self.soc = find_soc(device or _own_soc() or next(iter(contexts), next(iter(SOCS))))
+        self.soc = find_soc(device or _own_soc(contexts))
         opened = bundle.artifact_path
         if self.soc in contexts and not _older(strict.text(bundle.build.get("qairt", "0"), "build.qairt")):
             name = strict.text(contexts[self.soc], f"build.contexts.{self.soc}")
@@ -239,14 +239,18 @@ def _register() -> list[Any]:
     return chosen
 
 
-def _own_soc() -> str | None:
-    """The SoC of this machine, as the system states it; None where the processor is emulated or it says nothing."""
+def _own_soc(contexts: Mapping[str, Any]) -> str:
+    """The SoC of this machine, as the system states it; where the processor is emulated, the first with a context.
+
+    Raises:
+        InputError: the system does not state it.
+    """
     if SIMULATED:
-        return None
-    try:
-        return MACHINE.read_text().strip() or None
-    except OSError:
-        return None
+        return next(iter(contexts), next(iter(SOCS)))
+    with suppress(OSError):
+        if stated := MACHINE.read_text().strip():
+            return stated
+    raise InputError(f"{MACHINE} does not say which SoC this is; name it as the device: {', '.join(SOCS)}")
 
 
 def qairt_version() -> str:

@@ -174,6 +174,8 @@ class Lowering:
         options = schema.SplitOptionsT()
         options.numSplits = len(node.output)
         axis = attribute(node, "axis") % len(self.shapes[node.input[0]])
+        if len({self.shapes[name] for name in node.output}) > 1:  # SPLIT has a number of parts, and no sizes
+            raise SpecError(f"{node.name}: only splits into equal parts are translated")
         x = self.take(node.input[0])
         outputs = [self.put(name, dtype=self.types[node.input[0]]) for name in node.output]
         self.writer.operator("SPLIT", [self.numbers([axis]), x], outputs, options)

@@ -116,6 +116,16 @@ def test_linears_give_what_is_behind_their_bias(model: onnx.ModelProto) -> None:
         assert set(makers[found[linear.name]].input) == {linear.node, linear.bias}
 
 
+def test_what_targets_quantise_of_what_linears_give(model: onnx.ModelProto) -> None:
+    """Queries, keys and values apart, which have ranges of their own; not the logits."""
+    found, given = graphs.inner_linear_outputs(model), graphs.linear_outputs(model)
+    splits = {node.input[0]: tuple(node.output) for node in model.graph.node if node.op_type == "Split"}
+    answer = model.graph.output[0].name
+    for name, tensor in given.items():
+        assert found[name] == (() if tensor == answer else splits.get(tensor, (tensor,)))
+    assert [name for name, tensors in found.items() if not tensors] == [list(given)[-1]]
+
+
 def test_linears_by_name(model: onnx.ModelProto) -> None:
     assert [linear.name for linear in graphs.select_linears(model, ["head", "tubes.0"])] == ["head", "tubes.0"]
     with pytest.raises(SpecError, match=r"the graph has no linear pool, a, b and 1 more, which its roles name"):

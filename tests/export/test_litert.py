@@ -188,6 +188,14 @@ def test_forms_without_translation(node: onnx.NodeProto, words: str) -> None:
         Lowering(model([node], np.zeros((2, 4), np.float32), (2, 4), constants)).run()
 
 
+def test_splits_into_unequal_parts_are_refused() -> None:
+    node = helper.make_node("Split", ["x", "sizes"], ["part", "y"], name="odd", axis=1)
+    graph = model([node], np.zeros((2, 4), np.float32), (2, 1), {"sizes": np.array([3, 1])})
+    graph.graph.value_info[0].type.tensor_type.shape.dim[1].dim_value = 3
+    with pytest.raises(SpecError, match="odd: only splits into equal parts are translated"):
+        Lowering(graph).run()
+
+
 def test_float16_that_overflows_names_the_weight() -> None:
     node = helper.make_node("MatMul", ["x", "w"], ["y"], name="y")
     graph = model([node], np.zeros((1, 2), np.float32), (1, 2), {"w": np.full((2, 2), 1e5, np.float32)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import pytest
 from onnx import numpy_helper
 
 from edgetube import calibration, datasets, export
-from edgetube.calibration import Calibrated
+from edgetube.calibration import Calibrated, graphs
 from edgetube.calibration.clips import collect
-from edgetube.calibration.table import ActivationScheme
+from edgetube.calibration.table import ActivationScheme, Range
 from edgetube.errors import InputError
 from edgetube.export import canonical, quantize, static, tokenizer
 from edgetube.model import checkpoints
 from edgetube.model.checkpoints import Checkpoint
+from tests.export import models
+from tests.export.test_torchgraph import table_of
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +106,27 @@ def test_a_table_of_another_model_is_refused(checkpoint: Checkpoint, calibrated:
     with pytest.raises(InputError, match="a table does not carry over"):
         quantize.qdq(traced(checkpoint).model, table)
     assert quantize.qdq(graph.model, table)
+
+
+@pytest.mark.parametrize("name", ["paper", "cosine", "rotary"])
+def test_outputs_of_quantised_linears_pass_through_integers_where_asked(name: str) -> None:
+    """All that reads them reads what was rounded; logits and linears in float are not rounded."""
+    source = models.trace(name).model
+    table = table_of(source, "uint8")
+    last, spared = table.linears[-1], table.linears[1]
+    given = graphs.inner_linear_outputs(source)
+    assert given[last.name] == ()
+    ranges = {tensor: Range(-1.0, 1.0, "test") for tensors in given.values() for tensor in tensors}
+    plans = tuple(replace(plan, precision="float") if plan == spared else plan for plan in table.linears)
+    table = replace(table, ranges={**ranges, **table.ranges}, linears=plans)
+    plain, rounded = quantize.qdq(source, table), quantize.qdq(source, table, outputs=True)
+    assert [value.name for value in rounded.graph.output] == ["logits"]
+    inputs = {plan.activation for plan in table.quantised}
+    expected = {tensor for plan in table.quantised for tensor in given[plan.name]}
+    for model, tensors in ((plain, inputs), (rounded, inputs | expected)):
+        made = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+        assert made == tensors
+    readers = {node.op_type for node in rounded.graph.node for tensor in node.input if tensor in expected - inputs}
+    assert readers == {"QuantizeLinear"}
+    assert set(given[spared.name]) & expected == set()
+    onnx.checker.check_model(rounded, full_check=True)

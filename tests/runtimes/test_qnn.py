@@ -115,10 +115,14 @@ def test_inner_tensors_are_those_of_the_file(exported: Bundle) -> None:
     assert bundles.load(exported.path).artifact == "model.onnx"
 
 
-def test_a_soc_is_that_of_the_system_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert qnn._own_soc() is None
+def test_a_soc_is_that_of_the_system_on_a_device(
+    exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is guessed: a context of another one would be opened, or compiled for."""
+    assert qnn._own_soc({"sm8650": ""}) == "sm8650"
     monkeypatch.setattr(qnn, "SIMULATED", False)
     monkeypatch.setattr(qnn, "MACHINE", tmp_path / "machine")
-    assert qnn._own_soc() is None
+    with pytest.raises(InputError, match=r"machine does not say which SoC this is; name it as the device: sm8450, "):
+        runtimes.open_bundle(exported)
     (tmp_path / "machine").write_text("SM8650\n")
-    assert qnn.find_soc(str(qnn._own_soc())) == "sm8650"
+    assert qnn.find_soc(qnn._own_soc({})) == "sm8650"
