@@ -33,7 +33,6 @@ def qdq(
     Args:
         model: the calibrated float graph.
         activations: the type of the integers, int8 with zero point 0; the table's scheme by default.
-
         outputs: what these linears give passes through Q/DQ, too, where the table has ranges for it; see
             `edgetube.calibration.graphs.inner_linear_outputs`.
 
