@@ -92,7 +92,7 @@ EXPECTED: Mapping[Precision, tuple[float, float]] = {
     Precision.FP16: (45.0, 45.0),
     Precision.W8: (45.0, 45.0),
     Precision.W8A8: (38.0, 38.0),
-    Precision.W8A16: (45.0, 40.0),
+    Precision.W8A16: (38.0, 38.0),
     Precision.W4: (45.0, 33.0),
 }
 """Sufficient SQNR of the tokens, and of the blocks, by precision, dB; only drops below it count."""

@@ -30,14 +30,21 @@ The noise of sound arithmetic, 40 dB and less, would be a good part of smaller c
 changes by 0.14 %, and in bfloat16 its changes are 0.989 alike.
 """
 
+NOISE = 1e-2
+"""Most energy of the error on clips as they are, as a share of that of the changes.
+
+If errors are independent, changes are expected to be alike but for this share. Where the error is larger, other gates
+judge it.
+"""
+
 
 @dataclass(frozen=True)
 class Probe:
     """The results of one artifact.
 
     Attributes:
-        order_agreement: `edgetube.metrics.moves_alike` of the reversed and shuffled clips; None for single images and
-            for a reference that is insensitive to order.
+        order_agreement: `edgetube.metrics.moves_alike` of the reversed and shuffled clips; None for single images, for
+            a reference that is insensitive to order, and where noise hides it.
         jump: (layer, dB) of the largest `edgetube.bench.layers.drops`; None where the runtime cannot return layers.
     """
 
@@ -54,10 +61,14 @@ def reordered(frames: Frames) -> list[Frames]:
 
 
 def order_agreement(reference: Sequence[Logits], answers: Sequence[Logits]) -> float | None:
-    """`moves_alike` of logits (classes,), given for each clip and its two `reordered` forms in turn."""
+    """`moves_alike` of logits (classes,), given for each clip and its two `reordered` forms in turn.
+
+    None where it would tell of the model or of noise, not of order: see `MOVES` and `NOISE`.
+    """
     first, second = (np.stack(each).reshape(len(each) // 3, 3, -1).astype(np.float64) for each in (reference, answers))
     moved = first[:, 1:] - first[:, :1]
-    if not (moved**2).sum() > MOVES * (first**2).sum():
+    error = first[:, :1] - second[:, :1]
+    if not (moved**2).sum() > MOVES * (first**2).sum() or (error**2).mean() > NOISE * (moved**2).mean():
         return None
     return metrics.moves_alike(moved, second[:, 1:] - second[:, :1])
 

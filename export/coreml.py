@@ -158,7 +158,9 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        from coremltools.converters.mil.mil.passes import pass_pipeline
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it imports where it is installed, ExecuTorch among them
+            from coremltools.converters.mil.mil.passes import pass_pipeline
 
         with mock.patch.object(pass_pipeline, "tqdm", lambda passes, **_: passes), warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # temporary folders that it leaves to the collector
