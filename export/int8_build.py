@@ -70,7 +70,7 @@ class Int8Builder:
         report["macs_share"] = int8.macs_share(built, calibrated, self.builder.batch)
 
         simulator = runtimes.simulated(target.backend)
-        most = int8.SIMULATED_CLIPS if simulator else None
+        most = int8.SIMULATED_CLIPS if simulator and self.max_drop is None else None  # a given budget needs them all
 
         def expected(backend: Backend) -> float:
             simulated = self._simulated(target, calibrated, observed, request.outputs, most)
