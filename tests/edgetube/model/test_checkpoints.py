@@ -109,9 +109,11 @@ class TestRoundTrip:
         assert (loaded.contract, loaded.labels, loaded.other_labels) == (CONTRACT, LABELS, OTHERS)
         assert loaded.digest == hashlib.sha256(path.read_bytes()).hexdigest()
         assert not loaded.model.training
-        assert loaded.model.state_dict().keys() == saved.model.state_dict().keys()
-        for head in ("motion", "place"):
-            torch.testing.assert_close(loaded.model(clips, head), saved.model(clips, head), atol=0, rtol=0)
+        written, read = saved.model.state_dict(), loaded.model.state_dict()
+        assert read.keys() == written.keys()
+        assert all(torch.equal(read[name], written[name]) for name in written)
+        for head in ("motion", "place"):  # sums are made in another order where a mapped tensor is not aligned
+            torch.testing.assert_close(loaded.model(clips, head), saved.model(clips, head), atol=1e-6, rtol=0)
 
     def test_half_precision_weights_become_single(self, tmp_path: Path, checkpoint: Checkpoint) -> None:
         path = checkpoints.save(replace(checkpoint, model=VideoTransformer(SPEC).half()), tmp_path / "half.safetensors")
