@@ -90,6 +90,7 @@ def foreign_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) 
     path = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("foreign") / "tiny.trt-fp32")
     manifest = json.loads((path / "edgetube.json").read_text())
     manifest |= {"name": "tiny.trt-fp32", "target": "trt-fp32", "backend": "tensorrt", "status": "deferred"}
+    manifest["build"]["settings"] = {}
     (path / "edgetube.json").write_text(json.dumps(manifest))
     return path
 
