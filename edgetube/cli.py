@@ -17,7 +17,20 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from edgetube import __version__, address, datasets, demo, errors, export, health, interrupts, signing, terminal, video
+from edgetube import (
+    __version__,
+    address,
+    datasets,
+    demo,
+    errors,
+    export,
+    health,
+    interrupts,
+    runtimes,
+    signing,
+    terminal,
+    video,
+)
 from edgetube import bundle as bundles
 from edgetube.bench import latency
 from edgetube.bundle import Bundle
@@ -816,10 +829,14 @@ def _kernels(b: Bundle, checkpoint: Path | None) -> dict[int, Any] | None:
 
 
 def _chosen(names: list[str]) -> list[str]:
-    """The targets that were asked for; `all` is every one that can be built here."""
-    if "all" in names:
-        return [t.name for t in export.targets().values() if not t.missing(t.build_needs)]
-    return list(dict.fromkeys(names))
+    """The targets that were asked for; `all` is every one that can be built here and does not need a simulator."""
+    if "all" not in names:
+        return list(dict.fromkeys(names))
+    found = [t for t in export.targets().values() if not t.missing(t.build_needs)]
+    slow = [t.name for t in found if t.name not in names and runtimes.simulated(t.backend)]
+    if slow:
+        terminal.warn("note", f"without {', '.join(slow)}: the device is simulated here, slowly; name them for that")
+    return [t.name for t in found if t.name not in slow]
 
 
 def _settings(texts: list[str]) -> dict[str, str]:

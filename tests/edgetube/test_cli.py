@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import edgetube
-from edgetube import bundle, cli, demo, interrupts, video
+from edgetube import bundle, cli, demo, interrupts, runtimes, video
 from edgetube.errors import InputError
 from edgetube.live.decisions import DecisionRule, spans
 from edgetube.runtime import Runtime
@@ -700,3 +700,13 @@ def test_a_checkpoint_that_moved_is_found_by_its_hash(
     code, _, err = edgetube_cli("inspect", moved, "--plot", tmp_path / "t.png", "--checkpoint", tmp_path / "weights")
     assert code == 0
     assert "without kernels" not in err
+
+
+def test_all_leaves_out_what_is_simulated_here_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runtimes, "simulated", lambda backend: backend == "onnxruntime")
+    names = cli._chosen(["all"])
+    assert "onnx-fp32" not in names
+    assert "without onnx-fp16, onnx-fp32, onnx-int8: the device is simulated here" in capsys.readouterr().err
+    assert set(cli._chosen(["all", "onnx-fp32"])) == {*names, "onnx-fp32"}
