@@ -179,6 +179,7 @@ def test_the_share_of_integer_work_is_counted_in_the_artifact(
         work = work_by_hand(bundle.spec, len(bundle.labels))
         floats = {"head" if not name.startswith(("tubes", "blocks")) else name for name in report["fallbacks"]}
         floats |= {name for name in work if name.startswith("tubes")} if lowering == "conv2d" else set()
+        floats |= {"head"} if any(" in float: " in note for note in report["notes"]) else set()  # of one runtime
         expected = 1 - sum(work[name] for name in floats) / sum(work.values())
         assert report["macs_share"] == pytest.approx(expected, rel=1e-9), bundle.target
         assert f"{expected:.0%} of the linear work in int8" in report["summary"]

@@ -15,7 +15,7 @@ from edgetube import export, metrics, runtimes
 from edgetube.calibration import graphs
 from edgetube.calibration.table import CalibrationTable
 from edgetube.errors import InputError, ParityError
-from edgetube.export import canonical, int8, pairs, pipeline
+from edgetube.export import canonical, pairs, pipeline
 from edgetube.export.onnxruntime import evaluate
 from tests.export import models
 
@@ -125,11 +125,10 @@ def test_other_transformers_answer_like_pytorch(name: str, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kernel"), [("qnn-w8a16", "Gemm uint16 int8"), ("qnn-w8a8", "Gemm uint8 int8")])
 def test_integers_on_the_npu_are_those_of_the_simulation(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kernel: str
+    tiny_checkpoint: Path, tmp_path: Path, name: str, kernel: str
 ) -> None:
     """The simulation is ONNX Runtime on the CPU, with the same Q/DQ."""
-    monkeypatch.setattr(int8, "JUDGING_CLIPS", 36)
-    options = pipeline.Options(settings={"soc": "sm8650"}, max_drop=100.0)
+    options = pipeline.Options(lowering="gather", settings={"soc": "sm8650"})
     bundle = pipeline.export_model(name, tiny_checkpoint, tmp_path, options)
     stated = bundle.build["integers"]
     assert bundle.status == "executed"
