@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -188,9 +185,10 @@ def lower(model: onnx.ModelProto) -> EdgeProgramManager:
 
     from edgetube.export.statistics import tensor_shapes
     from edgetube.export.torchgraph import TorchGraph
+    from edgetube.runtimes.executorch import no_warnings
 
     frames = torch.zeros(tensor_shapes(model)[model.graph.input[0].name], dtype=torch.uint8)
-    with _quiet():
+    with no_warnings():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
@@ -231,7 +229,9 @@ def _gelu(x: Tensor, *, approximate: str = "none") -> Any:
 
 def save(program: EdgeProgramManager, path: Path) -> None:
     """Write a program as a file that ExecuTorch runs; what is left of `program` is not what it was."""
-    with _quiet(), path.open("wb") as file:
+    from edgetube.runtimes.executorch import no_warnings
+
+    with no_warnings(), path.open("wb") as file:
         program.to_executorch().write_to_file(file)
 
 
@@ -286,16 +286,3 @@ def _parse(delegate: bytes) -> dict[str, Any]:
         _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary", "--defaults-json"])
         found: dict[str, Any] = json.loads(binary.with_suffix(".json").read_text())
     return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings of the packages that ExecuTorch imports, and of what it calls, none of which is about the model."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

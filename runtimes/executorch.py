@@ -78,7 +78,7 @@ def _own(text: str, pass_on: Callable[[str], object]) -> list[str]:
 
 
 @contextmanager
-def _no_warnings() -> Iterator[None]:
+def no_warnings() -> Iterator[None]:
     """In the block, nobody is warned: of interfaces that are experimental, and of what ExecuTorch imports."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -90,7 +90,7 @@ def _no_warnings() -> Iterator[None]:
         logging.disable(before)
 
 
-with _log(), _no_warnings():
+with _log(), no_warnings():
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Method, Runtime
     from executorch.version import __version__ as VERSION
