@@ -111,7 +111,7 @@ def agreement(model: str, options: argparse.Namespace, work: Path) -> dict[str, 
     found = [one for one in made if isinstance(one, Bundle)]
     sets = [datasets.built_in(options.clips, found[0].labels)]
     sets += [films(options.film, options.windows)] if options.film else []
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for simulated in (False, True):
         group = [bundle for bundle in found if runtimes.simulated(bundle.backend) is simulated]
         shown = [clips.sample(options.simulated_clips) if simulated else clips for clips in sets]
