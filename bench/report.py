@@ -256,7 +256,7 @@ def headline(report: Report) -> str:
     if timed:
         best = min(timed, key=lambda row: float(row["p50_ms"]))
         rivals = [row for row in timed if _lowest(row) < best["p50_ms"] * (1 + best["noise"])]
-        fastest = " and ".join(row["short"] for row in rivals[:3]) if len(rivals) <= 3 else f"{len(rivals)} of them"
+        fastest = " and ".join(row["short"] for row in rivals[:3]) if len(rivals) <= 3 else str(len(rivals))
         if len(rivals) > 1:
             text += f"; of the {len(timed)} that run here {fastest} are the fastest, too close to tell apart"
         else:
