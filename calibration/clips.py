@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,10 @@ class Clips:
     def first(self, count: int) -> Frames:
         """The first `count` clips (n, T, H, W, 3), or all, in memory."""
         return np.stack([self.frames[i] for i in range(min(count, len(self)))])
+
+    def head(self, count: int) -> Clips:
+        """The first `count` clips, or all, with their frames in memory."""
+        return replace(self, frames=self.first(count), labels=self.labels[:count], names=self.names[:count])
 
 
 def collect(

@@ -111,6 +111,10 @@ class AccuracyBudget:
             return self.max_drop
         return max(MAX_DROP if self.labelled else MAX_DISAGREEMENT, 100 / len(self.clips))
 
+    def first(self, count: int) -> AccuracyBudget:
+        """The same on the first `count` clips alone."""
+        return replace(self, clips=self.clips.head(count), logits=self.logits[:count])
+
     @property
     def order(self) -> npt.NDArray[np.intp]:
         """The clips (N,) in the order in which they are judged: the nearest to a tie first, which change most easily.

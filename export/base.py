@@ -85,11 +85,9 @@ class CalibrationRequest:
     Attributes:
         tensors: names of further tensors whose ranges go into the table, for the scheme of the target.
         clips: number of calibration clips in the bundle, in `edgetube.bundle.CALIBRATION_CLIPS`: (N, T, H, W, 3) uint8.
-        outputs: the target quantises what its linears give, too; the table gets ranges for it.
         wide: names of further tensors that are uint16 whatever the scheme.
     """
 
     tensors: tuple[str, ...] = ()
     clips: int = 0
-    outputs: bool = False
     wide: tuple[str, ...] = ()

@@ -72,7 +72,17 @@ def integer_format(target: Target) -> IntegerFormat:
 
 def calibration_request(graph: Graph, target: Target) -> CalibrationRequest:
     """XNNPACK's static integer products round their outputs to 8 bits, too."""
-    return CalibrationRequest(outputs=True)
+    from edgetube.calibration import graphs
+
+    given = graphs.inner_linear_outputs(graph.model).values()
+    return CalibrationRequest(tuple(name for names in given for name in names))
+
+
+def quantized_graph(model: onnx.ModelProto, table: CalibrationTable, target: Target) -> onnx.ModelProto:
+    """What XNNPACK computes of a calibrated graph, for a simulation."""
+    from edgetube.export import quantize
+
+    return quantize.qdq(model, table, outputs=True)
 
 
 def build(context: BuildContext) -> Built:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -155,17 +154,11 @@ def measure(
 
 
 def check_accuracy(
-    calibrated: Calibrated,
-    simulated_sqnr: float,
-    int8: Candidate,
-    alternative: str,
-    progress: Progress,
-    most: int | None = None,
+    calibrated: Calibrated, simulated_sqnr: float, int8: Candidate, alternative: str, progress: Progress
 ) -> dict[str, Any]:
     """Check the accuracy of an INT8 artifact on the judging clips; its record for the manifest.
 
     Args:
-        most: only the first so many clips; one answer may differ then, too.
         simulated_sqnr: SQNR in dB that is expected on the same clips, see `expected_sqnr`.
         alternative: target that an error proposes.
 
@@ -175,12 +168,9 @@ def check_accuracy(
             clip is below `MIN_COSINE`.
     """
     clips = calibrated.budget.clips
-    count = min(len(clips), most or len(clips))
-    shown = track(islice(clips.frames, count), f"{int8.name}: accuracy", count, progress)
+    shown = track(clips.frames, f"{int8.name}: accuracy", len(clips), progress)
     logits = np.concatenate([int8.backend(frames[None]) for frames in shown])
     verdict = calibrated.budget.verdict(logits)
-    if calibrated.budget.max_drop is None:
-        verdict = replace(verdict, budget=max(verdict.budget, 100 / count))
     if not verdict.within_budget:
         raise ParityError(
             f"{int8.name} loses {verdict}; nothing was written: allow more with --max-drop, or use {alternative}"
@@ -188,13 +178,13 @@ def check_accuracy(
     if not verdict.sqnr >= simulated_sqnr - SQNR_LOSS:
         why = diagnose(int8, clips.frames[0], calibrated.budget.logits[0])
         raise ParityError(
-            f"{int8.name} computes something else than what was calibrated: its SQNR on {count} clips is "
+            f"{int8.name} computes something else than what was calibrated: its SQNR on {len(clips)} clips is "
             f"{verdict.sqnr:.1f} dB, simulated were {simulated_sqnr:.1f}; {why}; nothing was written: use {alternative}"
         )
-    cosine = metrics.cosine(calibrated.budget.logits[:count], logits)
+    cosine = metrics.cosine(calibrated.budget.logits, logits)
     if not cosine >= MIN_COSINE:
         raise ParityError(
-            f"{int8.name}: the cosine of the logits on the worst of {count} clips is {cosine:.4f}, at least "
+            f"{int8.name}: the cosine of the logits on the worst of {len(clips)} clips is {cosine:.4f}, at least "
             f"{MIN_COSINE} is expected; nothing was written: use {alternative}, or calibrate on more clips"
         )
     return {"accuracy": {**verdict.to_json(), "cosine": cosine}}

@@ -16,7 +16,7 @@ from edgetube import bundle as bundles
 from edgetube import calibration, export, processes, runtimes
 from edgetube.bench import machine
 from edgetube.bundle import Bundle
-from edgetube.calibration import Calibrated, graphs, search
+from edgetube.calibration import Calibrated, search
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.table import ActivationScheme, IntegerFormat, Range, ScaleType
 from edgetube.export import int8, proof, quantize
@@ -54,11 +54,8 @@ class Int8Builder:
         proof.check_float_graph(target.name, answers, calibrated.budget.logits[: len(some)])
         equalised, table = quantize.apply(calibrated, graph)
         scales = int8.integer_format(target).dtype
-        further = request.tensors
-        if request.outputs:
-            further += tuple(name for names in graphs.inner_linear_outputs(graph.model).values() for name in names)
         observed = {
-            **self._observe(further, calibrated, scales, table.activations),
+            **self._observe(request.tensors, calibrated, scales, table.activations),
             **self._observe(request.wide, calibrated, scales, "uint16"),
         }
         table = replace(table, ranges={**table.ranges, **observed})
@@ -70,10 +67,11 @@ class Int8Builder:
         report["macs_share"] = int8.macs_share(built, calibrated, self.builder.batch)
 
         simulator = runtimes.simulated(target.backend)
-        most = int8.SIMULATED_CLIPS if simulator and self.max_drop is None else None  # a given budget needs them all
+        if simulator and self.max_drop is None:  # a given budget needs all clips
+            calibrated = replace(calibrated, budget=calibrated.budget.first(int8.SIMULATED_CLIPS))
 
         def expected(backend: Backend) -> float:
-            simulated = self._simulated(target, calibrated, observed, request.outputs, most)
+            simulated = self._simulated(target, calibrated, observed)
             return int8.expected_sqnr(simulated, prover.logit_noise(backend.arithmetic))
 
         device = runtimes.proof_device(target.name, target.backend)
@@ -81,38 +79,28 @@ class Int8Builder:
             with runtimes.open_bundle(bundle, device=device) as backend:
                 candidate = int8.Candidate(bundle, backend)
                 alternative = int8.float_baseline(target).name
-                simulated = expected(backend)
-                report |= int8.check_accuracy(calibrated, simulated, candidate, alternative, self.progress, most)
+                report |= int8.check_accuracy(calibrated, expected(backend), candidate, alternative, self.progress)
                 report |= {"simulator": True} if simulator else {}
         elif not target.missing(target.run_needs):
             report |= self._measure(calibrated, expected, bundle, target, graph)
         table.save(folder / bundles.CALIBRATION)
         return replace(bundle, build={**bundle.build, "int8": {"summary": int8.summary(report), **report}}), built
 
-    def _simulated(
-        self,
-        target: Target,
-        calibrated: Calibrated,
-        further: Mapping[str, Range],
-        outputs: bool,
-        most: int | None,
-    ) -> float:
-        """Simulated SQNR in dB of a target's Q/DQ graph on the judging clips, or the first `most` of them.
+    def _simulated(self, target: Target, calibrated: Calibrated, further: Mapping[str, Range]) -> float:
+        """Simulated SQNR in dB of a target's Q/DQ graph on the clips of the budget.
 
-        Calibration simulated the linears; the graph is simulated again where a target quantises further tensors.
+        Calibration simulated the linears on all judging clips; the graph is simulated again where a target quantises
+        further tensors, has a graph of its own, or is judged on fewer clips.
         """
-        quantized = int8.quantized_graph(target)
-        if not further and quantized is None:
-            return float(calibrated.report["judged"]["sqnr"])
+        quantized, budget = int8.quantized_graph(target), calibrated.budget
+        judged = calibrated.report["judged"]
+        if not further and quantized is None and judged["clips"] == len(budget.clips):
+            return float(judged["sqnr"])
         plain, own = quantize.apply(calibrated, self.builder.graph("gather", batch=1))
         own = replace(own, ranges={**own.ranges, **further})
-        if quantized is None:
-            model = quantize.qdq(plain.model, own, outputs=outputs)
-        else:
-            model = quantized(plain.model, own, target)
-        clips = calibrated.budget.clips
-        logits = search.compute_logits(model, clips, export.evaluator(), "simulate", self.progress)
-        return float(calibrated.budget.verdict(logits[:most]).sqnr)
+        model = quantize.qdq(plain.model, own) if quantized is None else quantized(plain.model, own, target)
+        logits = search.compute_logits(model, budget.clips, export.evaluator(), "simulate", self.progress)
+        return float(budget.verdict(logits).sqnr)
 
     def _measure(
         self,

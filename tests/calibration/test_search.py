@@ -395,3 +395,17 @@ def test_the_ranking_is_the_relative_error_of_each_alone(count: int, step: int) 
     some = [i * step for i in range(min(count, 8))]
     assert ranker.seen == {"1": some, "3": some}
     assert ranker.steps == [("rank linears", done, 2) for done in range(3)]
+
+
+def test_a_budget_on_the_first_clips_knows_nothing_of_the_others() -> None:
+    """Two answers of 32 that changed are 6 points of those, whatever 220 others might give."""
+    logits = np.random.default_rng(0).normal(size=(252, 5)).astype(np.float32)
+    budget = AccuracyBudget(clips([-1] * 252), logits, None)
+    few = budget.first(32)
+    assert (len(few.clips), few.clips.names[-1], few.points) == (32, "31", 100 / 32)
+    changed = logits[:32].copy()
+    changed[:2] *= -1
+    found = few.verdict(changed)
+    assert (found.clips, found.left, found.loss) == (32, 0, pytest.approx(100 * 2 / 32))
+    assert not found.within_budget
+    assert budget.verdict(changed).within_budget  # at best
