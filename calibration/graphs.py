@@ -8,6 +8,7 @@ found by the graph's roles (`edgetube.roles`).
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -106,6 +107,15 @@ def producers(nodes: Iterable[onnx.NodeProto]) -> dict[str, onnx.NodeProto]:
     return {name: node for node in nodes for name in node.output}
 
 
+def readers(nodes: Iterable[onnx.NodeProto]) -> dict[str, list[onnx.NodeProto]]:
+    """The nodes that read each tensor, once for each time; an empty list for what nobody reads."""
+    found: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in nodes:
+        for name in node.input:
+            found[name].append(node)
+    return found
+
+
 def linears(model: onnx.ModelProto) -> tuple[Linear, ...]:
     """Every MatMul by a constant matrix with more than one column, in the graph's order."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
@@ -136,22 +146,19 @@ MOVES = ("Reshape", "Squeeze", "Unsqueeze", "Transpose", "Concat", "Identity")
 
 
 def inner_linear_outputs(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
-    """The tensors that targets quantise which quantise what linears give, by the linears' names.
+    """What linears give, by their names, for targets that quantise that, too.
 
-    They are that of `linear_outputs`, or the parts that it is split into; none of a linear that gives the answer, which
-    is not rounded to 8 bits.
+    It is the tensor of `linear_outputs`, or the parts that it is split into; none of a linear that gives the answer,
+    which is not rounded to 8 bits.
     """
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    users = readers(model.graph.node)
     answers = {value.name for value in model.graph.output}
     for node in reversed(model.graph.node):
         if node.op_type in MOVES and answers & {*node.output}:
             answers |= {*node.input}
     found = {}
     for linear, tensor in linear_outputs(model).items():
-        first, *others = readers.get(tensor, [None])
+        first, *others = users[tensor] or [None]
         split = first is not None and not others and first.op_type == "Split"
         parts = tuple(first.output) if first is not None and split else (tensor,)
         found[linear] = () if answers & {tensor, *parts} else parts

@@ -252,6 +252,8 @@ def delegation(program: EdgeProgramManager) -> dict[str, Any]:
         delegates: number of parts that XNNPACK computes; delegated: its operators in them (type -> count); portable:
         the operators outside of them (name -> count).
     """
+    from edgetube.export.statistics import by_count
+
     delegated = Counter(
         node["xnode_union_type"].removeprefix("XNN") for graph in xnnpack_graphs(program) for node in graph["xnodes"]
     )
@@ -259,13 +261,9 @@ def delegation(program: EdgeProgramManager) -> dict[str, Any]:
     names = Counter(getattr(target, "__name__", str(target)) for target in called)
     return {
         "delegates": names.pop("executorch_call_delegate", 0),
-        "delegated": _ordered(delegated),
-        "portable": _ordered(Counter({name: count for name, count in names.items() if name != "getitem"})),
+        "delegated": by_count(delegated),
+        "portable": by_count({name: count for name, count in names.items() if name != "getitem"}),
     }
-
-
-def _ordered(counts: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def xnnpack_graphs(program: EdgeProgramManager) -> list[dict[str, Any]]:

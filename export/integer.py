@@ -9,7 +9,7 @@ no linear falls back to float silently.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +22,7 @@ from edgetube.calibration import graphs, numeric, storage
 from edgetube.calibration.graphs import Linear
 from edgetube.calibration.table import CalibrationTable, LinearPlan
 from edgetube.errors import ParityError
-from edgetube.export.statistics import graph_statistics, tensor_shapes
+from edgetube.export.statistics import by_count, graph_statistics, tensor_shapes
 
 DOMAIN = "com.microsoft"
 
@@ -69,7 +69,7 @@ class _LinearRewriter:
     def rewrite(self) -> tuple[list[NodeProto], list[onnx.TensorProto]]:
         """The new nodes of the graph, and the added constants."""
         linears = {found.node: found for found in graphs.linears(self.model) if found.name in self.plans}
-        readers = _readers(self.model.graph.node)
+        readers = graphs.readers(self.model.graph.node)
         nodes: list[NodeProto] = []
         biased: dict[str, str] = {}  # Add that is taken into a kernel -> that kernel's MatMul
         for node in self.model.graph.node:
@@ -138,7 +138,7 @@ def _fuse_attention(
     Its operands (B, N, D) are what is reshaped to heads (B, N, h, D / h). Where that Reshape also makes other sequences
     of the tokens, (B, n, H, D / h) of (B, N, D), a Reshape to (B, n, H D / h) stays before it, and one back behind it.
     """
-    producers, readers = graphs.producers(nodes), _readers(nodes)
+    producers, readers = graphs.producers(nodes), graphs.readers(nodes)
     gone: set[str] = set()
     fused: dict[str, list[NodeProto]] = {}
     shapes: list[onnx.TensorProto] = []
@@ -199,14 +199,6 @@ def _attention(
 
 def _transposes(node: NodeProto, order: list[int]) -> bool:
     return node.op_type == "Transpose" and list(node.attribute[0].ints) == order
-
-
-def _readers(nodes: Iterable[NodeProto]) -> dict[str, list[NodeProto]]:
-    found: dict[str, list[NodeProto]] = defaultdict(list)
-    for node in nodes:
-        for name in node.input:
-            found[name].append(node)
-    return found
 
 
 def _is_read(name: str, nodes: Iterable[NodeProto], model: onnx.ModelProto) -> bool:
@@ -281,7 +273,7 @@ def statistics(plain: onnx.ModelProto, model: onnx.ModelProto) -> dict[str, Any]
     """`graph_statistics` of the float graph, with the operators and bytes of the integer one."""
     operators = Counter(node.op_type for node in model.graph.node)
     return graph_statistics(plain) | {
-        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
+        "operators": by_count(operators),
         "nodes": len(model.graph.node),
         "weight_bytes": storage.total(model),
     }

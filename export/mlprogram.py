@@ -7,7 +7,6 @@ Letters: B clips, N tokens, D width, h heads, d = D / h.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from edgetube.calibration import storage
+from edgetube.calibration import graphs, storage
 from edgetube.errors import InputError, SpecError
 from edgetube.export.float16 import PIXEL_SCALE
-from edgetube.export.statistics import attribute, tensor_shapes
+from edgetube.export.statistics import attribute, bias_of, tensor_shapes
 from edgetube.mlpackage import label as label
 
 Array = npt.NDArray[Any]
@@ -79,10 +78,7 @@ class Lowering:
             )
         self.shapes = tensor_shapes(model)
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.uses: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in self.nodes:
-            for name in node.input:
-                self.uses[name].append(node)
+        self.uses = graphs.readers(model.graph.node)
         self.pinned = self._pinned(pins)
         self.pixels = {node.output[0] for node in self.nodes if node.op_type == "Cast"}
         self.scaled = {name for pixels in self.pixels for node in self.uses[pixels] for name in node.input[1:]}
@@ -239,13 +235,7 @@ class Lowering:
         self.values[node.output[0]] = self.values[end.output[0]] = value
 
     def _bias(self, node: onnx.NodeProto) -> tuple[str | None, onnx.NodeProto]:
-        """The bias that is added to a product, if any, and the last node of the linear."""
-        users = self.uses[node.output[0]]
-        if len(users) == 1 and users[0].op_type == "Add":
-            for name in users[0].input:
-                if name in self.constants and len(self.shapes[name]) == 1:
-                    return name, users[0]
-        return None, node
+        return bias_of(node, self.uses[node.output[0]], self.shapes, self.constants)
 
     def vector(self, node: onnx.NodeProto, bias: str, width: str) -> Array:
         """The bias of a product, corrected unless the product is pinned; after its `matrix`."""

@@ -201,7 +201,8 @@ class _IntegerWriter:
 
     def write(self) -> IntegerGraph:
         moved, self.types = moved_pixels(self.model)
-        own = {node.name for node in self.model.graph.node if node.input[0] not in self._bytes()}
+        moves = self._bytes()
+        own = {node.name for node in self.model.graph.node if node.input[0] not in moves}
         origins: dict[str, str] = {}
         done: list[str] = []
         biased: set[str] = set()
@@ -347,7 +348,7 @@ class _IntegerWriter:
             f"{name}.zero_point": np.broadcast_to(np.asarray(zero), shape).astype(kind),
         }
         result = self._typed(f"{name}.dequantized", np.shape(integers))
-        if result not in {node.output[0] for node in self.nodes}:
+        if not parts.keys() <= self.tensors.keys():
             self.tensors |= {part: storage.make(part, value, self.folder) for part, value in parts.items()}
             node = helper.make_node("DequantizeLinear", [*parts], [result], name=result)
             node.attribute.extend([] if axis is None else [helper.make_attribute("axis", axis)])

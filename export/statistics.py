@@ -1,9 +1,10 @@
-"""What an ONNX graph holds: shapes, attributes, bytes, multiply-accumulates, casts of pixels."""
+"""What an ONNX graph holds: shapes, attributes, biases, bytes, multiply-accumulates, casts of pixels."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -23,7 +24,7 @@ def graph_statistics(model: onnx.ModelProto) -> dict[str, Any]:
     operators = Counter(node.op_type for node in graph.node)
     floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
     return {
-        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
+        "operators": by_count(operators),
         "nodes": len(graph.node),
         "parameters": sum(math.prod(t.dims) for t in graph.initializer if t.data_type in floats),
         "weight_bytes": storage.total(model),
@@ -31,6 +32,11 @@ def graph_statistics(model: onnx.ModelProto) -> dict[str, Any]:
         "max_rank": max(map(len, known.values())),
         "voxels": sum(math.prod(known[node.output[0]]) for node in byte_casts(model)),
     }
+
+
+def by_count(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts by name, the largest first."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _macs(node: onnx.NodeProto, known: dict[str, tuple[int, ...]]) -> int:
@@ -55,6 +61,26 @@ def tensor_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
 def attribute(node: onnx.NodeProto, name: str) -> Any:
     """An attribute of a node of a canonical graph, which has no implicit ones."""
     return next(helper.get_attribute_value(a) for a in node.attribute if a.name == name)
+
+
+def bias_of(
+    product: onnx.NodeProto,
+    users: Sequence[onnx.NodeProto],
+    shapes: Mapping[str, tuple[int, ...]],
+    constants: Container[str],
+) -> tuple[str | None, onnx.NodeProto]:
+    """The bias that is added to a product by a matrix, if any, and the last node of that linear.
+
+    Args:
+        users: the nodes that read the product; see `edgetube.calibration.graphs.readers`.
+        shapes: of all tensors.
+        constants: names of the graph's initializers.
+    """
+    if len(users) == 1 and users[0].op_type == "Add":
+        for name in users[0].input:
+            if name in constants and shapes[name] == shapes[product.output[0]][-1:]:
+                return name, users[0]
+    return None, product
 
 
 def byte_casts(model: onnx.ModelProto) -> list[onnx.NodeProto]:

@@ -7,7 +7,6 @@ that it makes (`blocks.3.attn.qkv`), which converters write into their artifacts
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,9 +20,9 @@ from onnx import helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgetube.calibration import storage
+from edgetube.calibration import graphs, storage
 from edgetube.errors import SpecError
-from edgetube.export.statistics import tensor_shapes
+from edgetube.export.statistics import bias_of, tensor_shapes
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 Attributes = Mapping[str, Any]
@@ -116,9 +115,7 @@ class _Translation:
         self.linear = linear
         self.shapes = tensor_shapes(model)
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.uses = Counter(name for node in model.graph.node for name in node.input)
-        self.uses.update(value.name for value in model.graph.output)
-        self.readers = {name: node for node in model.graph.node for name in node.input}
+        self.uses = graphs.readers(model.graph.node)
         self.weights: dict[str, onnx.NodeProto] = {}
         """Weights in integers, by the name of what their DequantizeLinear makes."""
         self.fused: set[str] = set()
@@ -149,7 +146,8 @@ class _Translation:
         return name in self.constants and len(self.constants[name].dims) == 2
 
     def _linear(self, node: onnx.NodeProto) -> tuple[Operator, tuple[str, ...], tuple[str, ...]]:
-        bias, name = self._bias(node)
+        bias, end = bias_of(node, self.uses[node.output[0]], self.shapes, self.constants)
+        self.fused |= {end.output[0]} - {node.output[0]}
         function: Function
         if node.input[1] in self.weights:
             source = self.weights[node.input[1]]
@@ -161,19 +159,8 @@ class _Translation:
             )
         else:
             constants, function = [np.ascontiguousarray(self.array(node.input[1]).T)], partial(_linear, self.linear)
-        constants += [] if bias is None else [bias]
-        return Operator(function, [None, *map(_tensor, constants)]), (node.input[0],), (name,)
-
-    def _bias(self, node: onnx.NodeProto) -> tuple[npt.NDArray[Any] | None, str]:
-        """What is added to a product's columns, and the name of the result."""
-        product = node.output[0]
-        add = self.readers.get(product)
-        if self.uses[product] == 1 and add is not None and add.op_type == "Add":
-            other = next((name for name in add.input if name != product), "")
-            if other in self.constants and tuple(self.constants[other].dims) == self.shapes[product][-1:]:
-                self.fused.add(add.output[0])
-                return self.array(other), add.output[0]
-        return None, product
+        constants += [] if bias is None else [self.array(bias)]
+        return Operator(function, [None, *map(_tensor, constants)]), (node.input[0],), (end.output[0],)
 
     # Each gives a function of the operator's inputs, and how many of them it reads; None for all.
 

@@ -74,13 +74,13 @@ def build(context: BuildContext) -> Built:
         ParityError: LiteRT would compute a linear in float that the table quantises.
     """
     from edgetube.export.litert.lowering import Lowering
-    from edgetube.export.statistics import graph_statistics
+    from edgetube.export.statistics import by_count, graph_statistics
 
     graph, target, table, path = context.graph, context.target, context.table, context.folder / ARTIFACT
     lowering = Lowering(graph.model, target.precision is Precision.FP16, table.quantised if table else ())
     writer = lowering.run()
     writer.save(path, [value.name for value in graph.model.graph.input], [graph.model.graph.output[0].name])
-    details = {"graph": graph_statistics(graph.model), "operators": writer.operators}
+    details = {"graph": graph_statistics(graph.model), "operators": by_count(writer.operators)}
     if table is None:
         return Built(path.name, details)
     details["integers"] = _integers(graph, table, len(lowering.integer_products))

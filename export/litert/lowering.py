@@ -7,7 +7,6 @@ the tensor that it is for, with a suffix. Values are float32 and of rank 5 at mo
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +16,11 @@ import onnx
 from ai_edge_litert import schema_py_generated as schema
 from onnx import helper
 
-from edgetube.calibration import numeric, storage
+from edgetube.calibration import graphs, numeric, storage
 from edgetube.calibration.table import LinearPlan
 from edgetube.errors import SpecError
 from edgetube.export.float16 import PIXEL_SCALE
-from edgetube.export.statistics import attribute, byte_casts, tensor_shapes
+from edgetube.export.statistics import attribute, bias_of, byte_casts, tensor_shapes
 from edgetube.runtimes.litert.flatbuffer import HYBRID, Writer
 
 Array = npt.NDArray[Any]
@@ -58,10 +57,7 @@ class Lowering:
         self.writer = Writer(model.doc_string)
         self.shapes = tensor_shapes(model)
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.uses: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in self.nodes:
-            for name in node.input:
-                self.uses[name].append(node)
+        self.uses = graphs.readers(model.graph.node)
         casts = {node.output[0] for node in byte_casts(model)}
         self.scaled = {name for node in self.nodes if node.input[0] in casts for name in node.input[1:]} if half else {}
         self.integer_products: list[int] = []
@@ -221,7 +217,8 @@ class Lowering:
 
     def on_MatMul(self, node: onnx.NodeProto) -> None:
         if node.input[1] in self.constants and len(self.shapes[node.input[1]]) == 2:
-            self.linear(node, *self.bias(node))
+            bias, end = bias_of(node, self.uses[node.output[0]], self.shapes, self.constants)
+            self.linear(node, bias, end.output[0])
         else:
             self.simple(node, "BATCH_MATMUL", schema.BatchMatMulOptionsT())
 
@@ -250,16 +247,6 @@ class Lowering:
         self.emit(HYBRID, inputs, output, options)
         self.values[node.output[0]] = self.values[output]
         self.integer_products.append(math.prod(self.shapes[output]) * self.shapes[plan.weight][0])
-
-    def bias(self, node: onnx.NodeProto) -> tuple[str | None, str]:
-        """The bias that is added to a product, if any, and the result of the linear."""
-        users = self.uses[node.output[0]]
-        if len(users) == 1 and users[0].op_type == "Add":
-            width = self.shapes[node.output[0]][-1:]
-            for name in users[0].input:
-                if name in self.constants and self.shapes[name] == width:
-                    return name, users[0].output[0]
-        return None, node.output[0]
 
     def matrix(self, name: str, order: Sequence[int]) -> int:
         """The weight of a linear or a convolution with its axes in another order; several may share one."""

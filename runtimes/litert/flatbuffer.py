@@ -117,11 +117,10 @@ class Writer:
         return index
 
     @property
-    def operators(self) -> dict[str, int]:
-        """Number of operators by kind, most first."""
+    def operators(self) -> Counter[str]:
+        """Number of operators by kind."""
         kinds = list(self._codes)
-        counts = Counter(kinds[operator.opcodeIndex] for operator in self._graph.operators)
-        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        return Counter(kinds[operator.opcodeIndex] for operator in self._graph.operators)
 
     def operator(self, kind: str, inputs: Sequence[int], outputs: Sequence[int], options: Any = None) -> None:
         """Add an operator.
