@@ -243,13 +243,18 @@ def _own_soc(contexts: Mapping[str, Any]) -> str:
     """The SoC of this machine, as the system states it; where the processor is emulated, the first with a context.
 
     Raises:
-        InputError: the system does not state it.
+        InputError: the system does not state it, or states one that is not in `SOCS`.
     """
     if SIMULATED:
         return next(iter(contexts), next(iter(SOCS)))
     with suppress(OSError):
         if stated := MACHINE.read_text().strip():
-            return stated
+            if stated.lower() in SOCS:
+                return stated
+            raise InputError(
+                f"{MACHINE} says {stated!r:.60}, a SoC that is not known here; name the one that is most like it as "
+                f"the device: {', '.join(SOCS)}"
+            )
     raise InputError(f"{MACHINE} does not say which SoC this is; name it as the device: {', '.join(SOCS)}")
 
 
@@ -282,6 +287,7 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        ctypes.CDLL(None).fflush(None)  # the library's own buffer
+        if sys.platform != "win32":  # there a library has a C runtime of its own, which no other code can flush
+            ctypes.CDLL(None).fflush(None)
         os.dup2(kept, 1)
         os.close(kept)

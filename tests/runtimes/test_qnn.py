@@ -126,3 +126,6 @@ def test_a_soc_is_that_of_the_system_on_a_device(
         runtimes.open_bundle(exported)
     (tmp_path / "machine").write_text("SM8650\n")
     assert qnn.find_soc(qnn._own_soc({})) == "sm8650"
+    (tmp_path / "machine").write_text("SM9999\n")
+    with pytest.raises(InputError, match=r"machine says 'SM9999', a SoC that is not known here; name the one that is "):
+        runtimes.open_bundle(exported)
