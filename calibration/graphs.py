@@ -156,11 +156,11 @@ def inner_linear_outputs(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
     for node in reversed(model.graph.node):
         if node.op_type in MOVES and answers & {*node.output}:
             answers |= {*node.input}
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for linear, tensor in linear_outputs(model).items():
-        first, *others = users[tensor] or [None]
-        split = first is not None and not others and first.op_type == "Split"
-        parts = tuple(first.output) if first is not None and split else (tensor,)
+        parts: tuple[str, ...] = (tensor,)
+        if [node.op_type for node in users[tensor]] == ["Split"]:
+            parts = tuple(users[tensor][0].output)
         found[linear] = () if answers & {tensor, *parts} else parts
     return found
 
