@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from edgetube.reduction import Kind
 from edgetube.spec import ModelSpec, SpaceTime
 
 TOKENS, LOGITS = "tubes", "logits"
@@ -35,6 +36,10 @@ ATTENTIONS: Mapping[SpaceTime, Attentions] = {
     "joint": (("norm1", "attn"),),
     "divided": (("time_norm", "time_attn"), ("norm1", "attn")),
 }
+REGRET = "regret"
+DECISIONS: Mapping[Kind, tuple[str, ...]] = {"merge": ("order", "target"), "drop": ("order",)}
+"""What is decided where tokens leave: all candidates, the leaving first, and what each of those becomes part of."""
+
 ATTENTION_LAYERS, MLP_LAYERS = ("qkv", "softmax", "context", "proj"), ("norm2", "mlp.fc1", "mlp.act", "mlp.fc2")
 """The compared layers of an attention, and those of a block behind it, in the order of execution."""
 
@@ -87,6 +92,8 @@ class GraphRoles:
         fold_sites: where equalisations can be folded in, at most one for each linear.
         attention: of the blocks, in order.
         layers: the tensors to compare between an artifact and its reference, in the order of execution.
+        decisions: where tokens leave, the tensors that say which, in order; indices.
+        whole: of `layers`, those at which no token has left, and the output.
     """
 
     tokens: str
@@ -96,6 +103,13 @@ class GraphRoles:
     fold_sites: tuple[FoldSite, ...] = ()
     attention: tuple[Attention, ...] = ()
     layers: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+
+    @property
+    def regrets(self) -> tuple[str, ...]:
+        """Of the reference where it follows decisions: by how much worse they are than its own, for each of them."""
+        return tuple(dict.fromkeys(f"{name.rpartition('.')[0]}.{REGRET}" for name in self.decisions))
 
     @property
     def landmarks(self) -> tuple[str, ...]:
@@ -108,6 +122,7 @@ def roles_of(spec: ModelSpec, head: str | None = None) -> GraphRoles:
     names = [f"blocks.{i}" for i in range(spec.depth)]
     pooling = [f"{QUERY_POOL}.blocks.{i}" for i in range(spec.query_pool.depth if spec.query_pool else 0)]
     gated, own, joint = spec.gated_mlp, ATTENTIONS[spec.attention], ATTENTIONS["joint"]
+    layers = _layers(spec, names, pooling)
     return GraphRoles(
         tokens=TOKENS,
         pixels=tuple(f"{TOKENS}.{i}" for i in spec.active),
@@ -122,7 +137,9 @@ def roles_of(spec: ModelSpec, head: str | None = None) -> GraphRoles:
             *_attention(names, own, spec.width, spec.heads),
             *(_attention(pooling, joint, spec.width, spec.query_pool.heads) if spec.query_pool else ()),
         ),
-        layers=_layers(spec, names, pooling),
+        layers=layers,
+        decisions=tuple(_decisions(spec)),
+        whole=_whole(spec, layers),
     )
 
 
@@ -167,6 +184,21 @@ def _attention(blocks: Sequence[str], attentions: Attentions, width: int, heads:
     scale = (width / heads) ** -0.5
     for module in (f"{block}.{attn}" for block in blocks for _, attn in attentions):
         yield Attention(f"{module}.qkv", (0, width), scale, f"{module}.scores", f"{module}.context")
+
+
+def _decisions(spec: ModelSpec) -> Iterator[str]:
+    """Which tokens leave in each block, and into which others they are merged."""
+    if spec.reduction is None:
+        return
+    for block, (before, after) in enumerate(zip(spec.entering, spec.reduction.keep, strict=True)):
+        if after < before:
+            yield from (f"blocks.{block}.reduce.{part}" for part in DECISIONS[spec.reduction.kind])
+
+
+def _whole(spec: ModelSpec, layers: tuple[str, ...]) -> tuple[str, ...]:
+    """The layers before the first block in which tokens leave, those of its attention, and the output."""
+    first = next((name.partition(".reduce.")[0] for name in _decisions(spec)), None)
+    return layers if first is None else (*layers[: layers.index(f"{first}.{MLP_LAYERS[0]}")], layers[-1])
 
 
 def _layers(spec: ModelSpec, names: Sequence[str], pooling: Sequence[str]) -> tuple[str, ...]:

@@ -14,19 +14,20 @@ from typing import Any, Literal, get_args
 from edgetube import strict
 from edgetube.contract import LARGEST, MOST_VOXELS
 from edgetube.errors import FormatError, SpecError
+from edgetube.reduction import Reduction
 
 Triple = tuple[int, int, int]
 """(time, height, width), in voxels of the input clip."""
 
 AXES = ("time", "height", "width")
 
-Positions = Literal["fixed", "stored", "rotary"]
+Positions = Literal["fixed", "stored", "rotary", "anchored"]
 PositionResize = Literal["none", "bilinear", "bicubic", "bicubic-antialias", "nearest"]
 SpaceTime = Literal["joint", "divided"]
 Activation = Literal["gelu", "gelu-tanh", "quick-gelu", "silu"]
 FinalNorm = Literal["tokens", "readout", "none"]
 
-LATER = ("projection", "attention")
+LATER = ("projection", "attention", "reduction", "left_out")
 """Fields that older bundles lack. JSON leaves them out where they have their defaults, so that the digests of older
 bundles, which are made of it, stay what they were."""
 
@@ -258,9 +259,12 @@ class ModelSpec:
         activation: of the MLPs: "gelu" (exact), "gelu-tanh" (its tanh approximation), "quick-gelu"
             (x sigmoid(1.702 x)), "silu".
         gated_mlp: the MLP is down(activation(gate(x)) * up(x)), gate and up in one linear, in this order.
-        positions: "fixed" (equations 3-7 at the tubes' centres), "stored" (a table in the checkpoint) or "rotary".
+        positions: "fixed" (equations 3-7 at the tubes' centres), "stored" (a table in the checkpoint), "rotary", or
+            "anchored": a learned grid with a row for each place of the 2-D tube, which every other token takes
+            bilinearly at its centre, plus a learned number times p(t) - p(0), the time channels of equations 3-7. So an
+            image has the rows of the grid, whatever that number is.
         position_resize: how a stored table is taken to another size: this filter over height and width, linear in time;
-            "nearest" is that in time, too; "none": the table belongs to one clip shape.
+            "nearest" is that in time, too; "none": the table belongs to one clip shape. Of an anchored one's grid.
         rotary: of the positions "rotary".
         embedding_norm: a LayerNorm follows the embedding (prefix tokens, tubes, positions).
         attention: of a block: "joint", of all tokens to all; or "divided" (Bertasius et al., ICML 2021): first over
@@ -271,6 +275,8 @@ class ModelSpec:
         norm_eps: epsilon of every other LayerNorm.
         per_frame: an image model over video: each frame is a sequence of its own, and the logits are the mean over the
             frames.
+        reduction: of the tokens, in the blocks; None keeps all.
+        left_out: indices of the tubes that make no tokens; the checkpoint has their weights all the same.
     """
 
     tubes: tuple[TubeSpec, ...]
@@ -299,6 +305,8 @@ class ModelSpec:
     gates: tuple[int, ...] = ()
     norm_eps: float = 1e-6
     per_frame: bool = False
+    reduction: Reduction | None = None
+    left_out: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.tubes:
@@ -319,6 +327,7 @@ class ModelSpec:
         )
         self._check_readout()
         self._check_rotary()
+        self._check_anchor()
         self._check_attention()
         self._check_classifiers()
         for tube in self.tubes:
@@ -328,11 +337,16 @@ class ModelSpec:
             raise SpecError(f"gates {bad} are outside the {self.depth} blocks")
         if len(set(self.gates)) < len(self.gates):
             raise SpecError(f"gates {self.gates} name a block twice")
+        if len(self.left_out) == len(self.tubes):
+            raise SpecError(f"all {len(self.tubes)} tubes are left out; keep one at least")
         if not self.active:
-            raise SpecError(f"an image needs a 2-D tube (1, h, w); the tubes are {', '.join(map(str, self.tubes))}")
+            tubes = ", ".join(map(str, self.chosen.values()))
+            raise SpecError(f"an image needs a 2-D tube (1, h, w); the tubes are {tubes}")
         for index in self.active:
             self._must_fit(index)
         self._check_amount()
+        if self.reduction is not None:
+            self.reduction.check(self.tokens, self.depth)
 
     def _normalise(self) -> None:
         """Convert every field to its type and check its bounds."""
@@ -346,6 +360,10 @@ class ModelSpec:
         found["prefix"] = strict.integer(self.prefix, "prefix", 0, LARGEST)
         found["projection"] = strict.integer(self.projection, "projection", 0, LARGEST)
         found["hidden"] = strict.integer(self.hidden, "hidden", 0, 1 << 40) or 4 * found["width"]
+        left_out = strict.items(self.left_out, "left_out", 0, MOST_TUBES)
+        found["left_out"] = tuple(strict.integer(tube, "left_out", 0, len(tubes) - 1) for tube in left_out)
+        if sorted(set(found["left_out"])) != list(found["left_out"]):
+            raise SpecError(f"left_out is {found['left_out']}; expected indices of tubes, each once and in order")
         found["size"] = _integers(self.size, "size (height, width)", 2, 1)
         found["norm_eps"] = strict.number(self.norm_eps, "norm_eps", 0, LARGEST)
         found["final_norm_eps"] = strict.number(self.final_norm_eps, "final_norm_eps", 0, LARGEST) or found["norm_eps"]
@@ -386,6 +404,14 @@ class ModelSpec:
         if head % 2 or head < 2 * len(self.rotary.axes):
             raise SpecError(f"heads of {head} channels have no pair for each of the {len(self.rotary.axes)} axes")
 
+    def _check_anchor(self) -> None:
+        flat = [tube for tube in self.tubes if tube.is_2d]
+        if self.positions == "anchored" and (len(flat) != 1 or flat[0].merge > 1):
+            raise SpecError(
+                f"anchored positions are those of one 2-D tube without space-to-depth; the model has {len(flat)} 2-D "
+                f"tubes among {', '.join(map(str, self.tubes))}"
+            )
+
     def _check_attention(self) -> None:
         """Divided attention needs a time and a place for each token, and is for models of that kind alone."""
         if self.attention == "joint":
@@ -396,6 +422,7 @@ class ModelSpec:
             "a query pool": self.query_pool is not None,
             "gates": bool(self.gates),
             "frames that are sequences of their own": self.per_frame,
+            "a reduction of tokens": self.reduction is not None,
         }
         if found := [what for what, there in against.items() if there]:
             raise SpecError(
@@ -459,12 +486,28 @@ class ModelSpec:
     @property
     def accepts_images(self) -> bool:
         """Whether the model has a 2-D tube, so that the same weights also classify one image."""
-        return any(tube.is_2d for tube in self.tubes)
+        return any(tube.is_2d for tube in self.chosen.values())
+
+    @property
+    def chosen(self) -> dict[int, TubeSpec]:
+        """The tubes that are not left out, by their index."""
+        return {i: tube for i, tube in enumerate(self.tubes) if i not in self.left_out}
 
     @property
     def active(self) -> tuple[int, ...]:
-        """Indices of the tubes that make tokens: all for a clip, the 2-D ones for an image."""
-        return tuple(i for i, tube in enumerate(self.tubes) if self.encoded[0] > 1 or tube.is_2d)
+        """Indices of the tubes that make tokens: the chosen ones for a clip, of these the 2-D ones for an image."""
+        return tuple(i for i, tube in self.chosen.items() if self.encoded[0] > 1 or tube.is_2d)
+
+    @property
+    def anchor(self) -> TubeSpec:
+        """The 2-D tube whose places the grid of anchored positions is for."""
+        return next(tube for tube in self.tubes if tube.is_2d)
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Height and width of the grid of anchored positions."""
+        _, rows, columns = self.anchor.grid(self.encoded)
+        return rows, columns
 
     @property
     def grids(self) -> tuple[Triple, ...]:
@@ -480,6 +523,16 @@ class ModelSpec:
     def sequence(self) -> int:
         """Length of the encoder's sequence: prefix tokens, then those of the tubes."""
         return self.prefix + self.tokens
+
+    @property
+    def entering(self) -> tuple[int, ...]:
+        """Number of the tubes' tokens that enter each block."""
+        return (self.tokens,) * self.depth if self.reduction is None else self.reduction.entering(self.tokens)
+
+    @property
+    def left(self) -> int:
+        """Number of the tubes' tokens behind the last block."""
+        return self.tokens if self.reduction is None else self.reduction.keep[-1]
 
     @property
     def attended(self) -> tuple[tuple[int, int], ...]:
@@ -499,18 +552,85 @@ class ModelSpec:
         """Length of the vector that the classifiers read: the readout, or its projection."""
         return self.projection or self.features
 
-    def with_clip(self, frames: int | None = None, size: tuple[int, int] | None = None) -> ModelSpec:
-        """The same model for another clip shape.
+    def with_clip(
+        self,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        tubes: Mapping[int, TubeSpec] | None = None,
+    ) -> ModelSpec:
+        """The same model for another clip shape, or with some of its tubes.
+
+        Args:
+            tubes: those that make tokens, see `check_tubes`; None leaves them as they are.
 
         Raises:
             SpecError: a tube does not fit, or stored positions have no rule for another clip. (An image takes the rows
                 of its own tubes at time 0.)
         """
-        new = replace(self, frames=self.frames if frames is None else frames, size=size or self.size)
-        fixed = self.positions == "stored" and self.position_resize == "none"
-        if fixed and new.encoded != self.encoded and not (new.size == self.size and new.is_image):
-            raise SpecError(f"this checkpoint stores its positions for clip {self.clip}; it cannot run on {new.clip}")
+        changed: dict[str, Any] = {"frames": self.frames if frames is None else frames, "size": size or self.size}
+        if tubes is not None:
+            self.check_tubes(tubes)
+            changed["tubes"] = tuple(tubes.get(i, tube) for i, tube in enumerate(self.tubes))
+            changed["left_out"] = tuple(i for i in range(len(self.tubes)) if i not in tubes)
+        new = replace(self, reduction=None, **changed)
+        if self.reduction is not None:
+            new = replace(new, reduction=self.reduction.scaled(self.tokens, new.tokens))
+        if self.position_resize == "none" and new.encoded != self.encoded:
+            image = new.size == self.size and new.is_image
+            moved = (
+                new.places != self.places if self.positions == "anchored" else self.positions == "stored" and not image
+            )
+            if moved:
+                raise SpecError(
+                    f"this checkpoint stores its positions for clip {self.clip}; it cannot run on {new.clip}"
+                )
         return new
+
+    def same_tubes(self, other: ModelSpec) -> bool:
+        """Whether the same tubes make tokens, at the same strides and offsets."""
+        return (self.tubes, self.left_out) == (other.tubes, other.left_out)
+
+    def tubes_label(self, trained: ModelSpec | None) -> str:
+        """For names of files: `tubes0.2.3`, with `-98` for the tokens where some were moved; empty where all are there
+        as they were trained."""
+        if trained is None or self.same_tubes(trained):
+            return ""
+        moved = "" if self.tubes == trained.tubes else f"-{self.tokens}"
+        return f"tubes{'.'.join(map(str, self.chosen))}{moved}"
+
+    def check_tubes(self, tubes: Mapping[int, TubeSpec]) -> None:
+        """Check that the model's weights and positions allow tubes, by their index: some of its own, or moved.
+
+        A moved tube has another stride or offset. Fixed and anchored positions are functions of where a token is, so it
+        has one wherever it is moved; a stored or rotary one belongs to a place in the grid of the trained tube, as does
+        the learned grid of anchored ones to the places of the 2-D tube.
+
+        Raises:
+            SpecError: they do not.
+        """
+        for index, tube in tubes.items():
+            own = self.tubes[index] if 0 <= index < len(self.tubes) else None
+            if own is None:
+                raise SpecError(f"there is no tube {index}; the model has tubes 0 to {len(self.tubes) - 1}")
+            if (tube.kernel, tube.space_to_depth) != (own.kernel, own.space_to_depth):
+                raise SpecError(
+                    f"tube {index} has weights for the kernel {own} with space_to_depth {own.space_to_depth}; {tube} "
+                    f"with {tube.space_to_depth} would need others"
+                )
+            anchor = self.positions == "anchored" and own.is_2d and own.stride[1:] + own.offset[1:]
+            if tube != own and (
+                self.positions in ("stored", "rotary") or (anchor and anchor != tube.stride[1:] + tube.offset[1:])
+            ):
+                raise SpecError(
+                    f"tube {index} cannot have another stride or offset: the {self.positions} positions of this model "
+                    "belong to the places in its grid; it can only be left out"
+                )
+            for axis, old, new, joined in zip(AXES, own.stride, tube.stride, own.space_to_depth, strict=True):
+                if joined > 1 and old != new:
+                    raise SpecError(
+                        f"tube {index} joins {joined} neighbours that are 1 / {joined} of its {axis} stride apart; "
+                        f"that stride is {old} and cannot be {new}"
+                    )
 
     def tokenizer_macs(self) -> int:
         """Multiply-accumulates of the tube GEMMs alone."""
@@ -528,24 +648,34 @@ class ModelSpec:
 
         Matrix products alone: means and rotations are not counted.
         """
-        linears = (3 if self.gated_mlp else 2) * self.sequence * self.width * self.hidden
-        encoder = self.depth * (self._attention_macs() + linears) + self._readout_macs()
+        encoder = self._blocks_macs() + self._readout_macs()
         both = 2 if self.projection else 1  # an exported graph projects to [y, -y], see `edgetube.export.static`
         projected = self._sequences * self.features * both * self.projection
         head = both * self.embedding * self.classifiers[0][1]
         return self.tokenizer_macs() + self._sequences * encoder + projected + head
 
-    def _attention_macs(self) -> int:
-        """Of one block: linears and products of each attention."""
-        d = self.width
-        return sum(count * (4 * n * d * d + 2 * n * n * d) for count, n in self.attended)
+    def _blocks_macs(self) -> int:
+        """Of all blocks: linears and products of each attention, linears of the MLP, and products that merge tokens."""
+        d, linears = self.width, (3 if self.gated_mlp else 2) * self.hidden
+        if self.reduction is None:
+            attention = sum(count * (4 * n * d * d + 2 * n * n * d) for count, n in self.attended)
+            return self.depth * (attention + self.sequence * d * linears)
+        total, last_gate = 0, max(self.gates, default=-1)
+        for block, (before, after) in enumerate(zip(self.entering, self.reduction.keep, strict=True)):
+            n, pairs = self.prefix + before, before // 2
+            total += 4 * n * d * d + 2 * n * n * d + (self.prefix + after) * d * linears
+            if self.reduction.kind == "merge" and after < before:  # gates add bare tokens, which are merged, too
+                merged = d * (2 if block <= last_gate else 1) + 1
+                total += (before - pairs) * pairs * (2 * d // self.heads) + (before - after) * pairs * merged
+        return total
 
     def _readout_macs(self) -> int:
-        n, d = self.sequence, self.width
+        n, d = self.prefix + self.left, self.width
         if (pool := self.query_pool) is not None:
             block = n * d * (4 * d + 2 * pool.hidden) + 2 * n * n * d
             return pool.depth * block + 2 * n * d * pool.heads + d * d * (1 + pool.projection) + 2 * d * pool.hidden
-        return 2 * n * d if "attention" in self.readout else 0
+        merged = self.reduction is not None and self.reduction.kind == "merge" and "mean" in self.readout
+        return (2 * n * d if "attention" in self.readout else 0) + (self.left * d if merged else 0)
 
     def to_json(self) -> dict[str, Any]:
         data = strict.stated(self, LATER)
@@ -559,7 +689,7 @@ class ModelSpec:
             data = strict.fields_of(cls, _second_version(data))
             tubes = strict.items(data["tubes"], "tubes", 1, MOST_TUBES)
             data |= {"tubes": tuple(TubeSpec.from_json(tube) for tube in tubes)}
-            for name, part in (("rotary", Rotary), ("query_pool", QueryPool)):
+            for name, part in (("rotary", Rotary), ("query_pool", QueryPool), ("reduction", Reduction)):
                 if data.get(name) is not None:
                     data[name] = part.from_json(data[name])
             return cls(**data)

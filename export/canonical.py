@@ -105,6 +105,7 @@ def trace(
     del program  # it holds the module's tensors
     _fold(canonical)
     _name(canonical, module.output)
+    _name_constants(canonical.graph, {name for name, _ in (*module.named_parameters(), *module.named_buffers())})
     _state_shapes(canonical.graph)
     _share_constants(canonical.graph)
     _share_tables(canonical.graph)
@@ -169,6 +170,18 @@ def _fold(model: ir.Model) -> None:
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
     passes.ShapeInferencePass()(model)
+    _drop_casts(model.graph)
+
+
+def _drop_casts(graph: ir.Graph) -> None:
+    """Drop casts to the type that a tensor has, and those of int32 indices to int64: Gather reads either."""
+    for node in [node for node in graph if node.op_type == "Cast"]:
+        (value,), (made,) = node.inputs, node.outputs
+        assert value is not None
+        indices = {(user.op_type, place) for user, place in made.uses()} == {("Gather", 1)}
+        if value.dtype == made.dtype or (indices and value.dtype == ir.DataType.INT32):
+            ir.convenience.replace_all_uses_with(made, value)
+            graph.remove(node, safe=True)
 
 
 def _name(model: ir.Model, output: str) -> None:
@@ -193,6 +206,14 @@ def _name(model: ir.Model, output: str) -> None:
     graph.outputs[0].name = output
 
 
+def _name_constants(graph: ir.Graph, known: set[str]) -> None:
+    """Name what was folded to a constant, of which the module has none, after its first reader."""
+    for value in list(graph.initializers.values()):
+        made_by_folding = value.name not in known and "." not in str(value.name) and value.dtype != ir.DataType.INT64
+        if made_by_folding and (uses := list(value.uses())):
+            value.name = f"{uses[0].node.name}.constant{uses[0].idx}"
+
+
 def _state_shapes(graph: ir.Graph) -> None:
     """Make Reshape shapes explicit, without -1 and 0; store Gather indices as int32."""
     for node in graph:
@@ -204,8 +225,8 @@ def _state_shapes(graph: ir.Graph) -> None:
         elif node.op_type == "Gather":
             fetched = node.inputs[1]
             assert fetched is not None
-            index = ir.convenience.get_const_tensor(fetched)
-            assert index is not None
+            if (index := ir.convenience.get_const_tensor(fetched)) is None:
+                continue  # of tokens that are chosen by their values
             _replace_constant(graph, node, f"{node.name}.index", ir.tensor(index.numpy().astype(np.int32)))
 
 

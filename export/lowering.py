@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,17 @@ from edgetube.export.build import Builder
 from edgetube.targets import Target
 from edgetube.video import Frames
 
+Lowerings = dict[str, dict[str, Any]]
+"""Choices by the name of the target that they were made for, see `lowered_as`."""
+
+
+def lowered_as(target: Target) -> Target:
+    """The target whose lowering a target takes: an INT8 one that of its float baseline.
+
+    Tubes are a small part of the work and move the same bytes.
+    """
+    return int8.float_baseline(target) if target.precision.quantises_activations else target
+
 
 class LoweringChoice:
     """Chooses how the tubes of one checkpoint are lowered for each target.
@@ -23,34 +34,30 @@ class LoweringChoice:
     Args:
         clips: (N, T, H, W, 3) uint8: noise and a rendered clip.
         forced: the lowering that the user asks for; None takes the fastest.
-
-    Attributes:
-        errors: of each lowering against the reference tokenizer.
-
-    Raises:
-        ParityError: none is accurate enough; the tubes cannot be exported.
+        known: what was chosen for the same tubes and clip before; new choices are added.
     """
 
-    def __init__(self, builder: Builder, clips: Frames, forced: str | None) -> None:
+    def __init__(self, builder: Builder, clips: Frames, forced: str | None, known: Lowerings | None = None) -> None:
         self.builder, self.clips, self.forced = builder, clips, forced
         self.progress = builder.progress
-        self.errors = self._prove()
-        self._chosen: dict[str, dict[str, Any]] = {}
+        self._chosen: Lowerings = {} if known is None else known
 
     def choose(self, target: Target) -> dict[str, Any]:
         """The lowering for a target, as the manifest records it: "chosen", "why", errors and times.
 
-        The fastest in the target's runtime, or the target's default where that runtime cannot run here. An INT8
-        target takes that of its float baseline: tubes are a small part of the work and move the same bytes.
+        The fastest in the target's runtime, or the target's default where that runtime cannot run here.
+
+        Raises:
+            ParityError: none is accurate enough; the tubes cannot be exported.
         """
-        if target.precision.quantises_activations:
-            target = int8.float_baseline(target)
+        target = lowered_as(target)
         if target.name not in self._chosen:
             self._chosen[target.name] = self._time(target)
         return self._chosen[target.name]
 
-    def _prove(self) -> dict[str, tokenizer.LoweringError]:
-        """See `errors`."""
+    @cached_property
+    def errors(self) -> dict[str, tokenizer.LoweringError]:
+        """Of each lowering against the reference tokenizer."""
         self.progress("prove lowerings", 0, 1)
         checkpoint = self.builder.checkpoint
         names = (self.forced,) if self.forced else tokenizer.LOWERINGS

@@ -56,9 +56,11 @@ def opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
     known = {value.name: value for value in types}
     integers = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.data_type == TensorProto.INT64}
     for node in graph.node:
-        if node.op_type == "Split":
-            del node.attribute[[a.name for a in node.attribute].index("num_outputs")]
-        if node.op_type == "ReduceMean":  # the axes were an attribute then
+        if node.op_type == "Split":  # which had no number of outputs then
+            kept = [a for a in node.attribute if a.name != "num_outputs"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        if node.op_type in ("ReduceMean", "ReduceMax", "ReduceMin"):  # the axes were an attribute then
             keep = next(a for a in node.attribute if a.name == "keepdims")
             del node.attribute[:]
             node.attribute.extend([keep, helper.make_attribute("axes", integers[node.input.pop()].tolist())])

@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from edgetube.contract import InputContract
 from edgetube.errors import SpecError
+from edgetube.export.reduction import COSINE_EPSILON, MatMul, StaticState, static_reduce
 from edgetube.export.tokenizer import Linear, StaticTokenizer
 from edgetube.model import transformer
 from edgetube.model.transformer import Block, DividedBlock, Projections, QueryPooler, VideoTransformer
 from edgetube.roles import roles_of
 from edgetube.spec import QUERY, ModelSpec
-
-COSINE_EPSILON = 1e-12
-"""Of the LayerNorm that divides a projection by its length."""
 
 
 class Heads(nn.Module):
@@ -41,11 +39,11 @@ class Heads(nn.Module):
         return x.reshape(batch, self.length or n, -1, self.channels).permute(self.order)
 
 
-class MatMul(nn.Module):
-    """a @ b; a module, so that the product has a name in the graph."""
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.matmul(a, b)
+def signed(tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines, and sines with their first half negated, (N, C) each, of `tables` (2, N, C)."""
+    cos, sin = tables.detach().float().clone()
+    sin[:, : sin.shape[1] // 2].neg_()
+    return cos, sin
 
 
 class Rotate(nn.Module):
@@ -61,14 +59,17 @@ class Rotate(nn.Module):
         """`tables` (2, N, C): cosines and sines."""
         super().__init__()
         self.axis = -2 if columns else -1
-        cos, sin = tables.detach().float().clone()
-        sin[:, : sin.shape[1] // 2].neg_()
-        for name, table in (("cos", cos), ("sin", sin)):
+        for name, table in zip(("cos", "sin"), signed(tables), strict=True):
             self.register_buffer(name, (table.T if columns else table).contiguous())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+        """With `cos` and `sin` (B, 1, N, C) of tokens of which some have left."""
         first, second = x.chunk(2, dim=self.axis)
-        return x * self.cos + torch.cat([second, first], dim=self.axis) * self.sin
+        swapped = torch.cat([second, first], dim=self.axis)
+        if cos is None or sin is None:
+            return x * self.cos + swapped * self.sin
+        cos, sin = (t.transpose(2, 3) if self.axis == -2 else t for t in (cos, sin))
+        return x * cos + swapped * sin
 
 
 class Attention(nn.Module):
@@ -91,12 +92,14 @@ class Attention(nn.Module):
         self.scores, self.softmax, self.context = MatMul(), nn.Softmax(dim=-1), MatMul()
         self.proj = Linear(proj.weight, proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, state: StaticState | None = None) -> Tensor:
+        state = state or StaticState()
         q, k, v = self.qkv(x).split(x.shape[-1], dim=-1)  # each (B, N, D)
+        state.keys = k
         q, k = self.q(q), self.k(k)  # (B, h, N, D / h), (B, h, D / h, N); with a length (B, S h, T, D / h) and so on
         if self.turn_q is not None and self.turn_k is not None:
-            q, k = self.turn_q(q), self.turn_k(k)
-        weights = self.softmax(self.scores(q, k))  # (B, h, N, N)
+            q, k = self.turn_q(q, state.cos, state.sin), self.turn_k(k, state.cos, state.sin)
+        weights = state.weights = self.softmax(state.weighted(self.scores(q, k)))  # (B, h, N, N)
         y = self.context(weights, self.v(v))  # (B, h, N, D / h)
         return self.proj(y.permute(0, 2, 1, 3).reshape(x.shape))  # (B, N, D)
 
@@ -141,18 +144,20 @@ class StaticBlock(nn.Module):
 
     gate: Tensor | None
 
-    def __init__(self, block: Block, spec: ModelSpec, tables: Tensor | None = None) -> None:
+    def __init__(self, block: Block, spec: ModelSpec, tables: Tensor | None = None, sequences: int = 1) -> None:
         super().__init__()
+        self.reduce = static_reduce(block.reduce, spec, sequences)
         self.norm1, self.norm2 = block.norm1, block.norm2
         self.attn = Attention(spec.width, block.attn, tables)
         self.mlp = Mlp(block.mlp)
         gate = None if block.alpha is None else torch.tanh(block.alpha.detach())
         self.register_buffer("gate", gate if gate is not None and gate != 0 else None)
 
-    def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
-        y = x + self.attn(self.norm1(x))  # (B, N, D)
-        z = y + self.mlp(self.norm2(y))  # (B, N, D)
-        return z if self.gate is None or z0 is None else z + self.gate * z0  # (B, N, D)
+    def forward(self, x: Tensor, state: StaticState) -> Tensor:
+        y = x + self.attn(self.norm1(x), state)  # (B, N, D)
+        y = y if self.reduce is None else self.reduce(y, state)  # (B, N - r, D)
+        z = y + self.mlp(self.norm2(y))  # (B, N - r, D)
+        return z if self.gate is None or state.z0 is None else z + self.gate * state.z0  # (B, N - r, D)
 
 
 class StaticDividedBlock(nn.Module):
@@ -166,7 +171,7 @@ class StaticDividedBlock(nn.Module):
         self.attn = Attention(spec.width, block.attn)
         self.mlp = Mlp(block.mlp)
 
-    def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: StaticState) -> Tensor:
         first, tokens = (x[:, : self.prefix], x[:, self.prefix :]) if self.prefix else (None, x)
         tokens = tokens + self.time_attn(self.time_norm(tokens))  # (B, T S, D)
         frames = self.split(tokens)  # (B T, S, D)
@@ -184,12 +189,14 @@ class StaticDividedBlock(nn.Module):
         return tokens.reshape(tokens.shape[0] * self.times, -1, tokens.shape[2])
 
 
-def static_block(block: nn.Module, spec: ModelSpec, tables: Tensor | None = None) -> StaticBlock | StaticDividedBlock:
-    """An encoder block, rewritten."""
+def static_block(
+    block: nn.Module, spec: ModelSpec, tables: Tensor | None = None, sequences: int = 1
+) -> StaticBlock | StaticDividedBlock:
+    """An encoder block, rewritten, for `sequences` of tokens in one call."""
     if isinstance(block, DividedBlock):
         return StaticDividedBlock(block, spec)
     assert isinstance(block, Block)
-    return StaticBlock(block, spec, tables)
+    return StaticBlock(block, spec, tables, sequences)
 
 
 class Pool(nn.Module):
@@ -199,19 +206,24 @@ class Pool(nn.Module):
         super().__init__()
         self.score, self.softmax = Linear(score.weight), nn.Softmax(dim=-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weights = self.softmax(self.score(x).reshape(x.shape[0], 1, -1))  # (B, 1, N)
+    def forward(self, x: Tensor, state: StaticState) -> Tensor:
+        scores = state.weighted(self.score(x))  # (B, N, 1)
+        weights = self.softmax(scores.reshape(x.shape[0], 1, -1))  # (B, 1, N)
         return torch.matmul(weights, x).flatten(1)  # (B, D)
 
 
 class MeanPool(nn.Module):
-    """Mean of the tokens behind the first `prefix`."""
+    """Mean of the tokens behind the first `prefix`; of `tokens` that were there before some were merged."""
 
-    def __init__(self, prefix: int = 0) -> None:
+    def __init__(self, prefix: int = 0, tokens: int = 1) -> None:
         super().__init__()
-        self.prefix = prefix
+        self.prefix, self.share = prefix, 1 / tokens
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, state: StaticState) -> Tensor:
+        sizes = state.sizes
+        if sizes is not None:
+            shares = (sizes[:, self.prefix :] if self.prefix else sizes) * self.share  # (B, N, 1)
+            return torch.matmul(shares.transpose(1, 2), x[:, self.prefix :] if self.prefix else x).flatten(1)  # (B, D)
         return (x[:, self.prefix :] if self.prefix else x).mean(dim=1)  # (B, D)
 
 
@@ -222,7 +234,7 @@ class TokenPool(nn.Module):
         super().__init__()
         self.index = index
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, state: StaticState) -> Tensor:
         return x[:, self.index : self.index + 1].flatten(1)  # (B, D)
 
 
@@ -243,11 +255,12 @@ class QueryPool(nn.Module):
         self.proj = None if pool.proj is None else Linear(pool.proj.weight, pool.proj.bias)
         self.mlp_norm, self.mlp = pool.mlp_norm, Mlp(pool.mlp)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, state: StaticState) -> Tensor:
         for block in self.blocks:
-            x = block(x)  # (B, N, D)
+            x = block(x, StaticState(sizes=state.sizes))  # (B, N, D)
         z = x if self.norm is None else self.norm(x)  # (B, N, D)
-        weights = self.softmax(self.score(z).transpose(1, 2))  # (B, h, N)
+        scores = state.weighted(self.score(z))  # (B, N, h)
+        weights = self.softmax(scores.transpose(1, 2))  # (B, h, N)
         mixed = self.mix(weights, z)  # (B, h, D)
         mixed = mixed.reshape(*mixed.shape[:2], 1, -1)  # (B, h, 1, D)
         y = self.value(mixed, self.rows).reshape(x.shape[0], -1) + self.bias  # (B, D)
@@ -262,7 +275,8 @@ def readout(model: VideoTransformer, part: str) -> nn.Module:
         return Pool(pool.score)
     if part == QUERY:
         return QueryPool(pool.query, model.spec)
-    return MeanPool(model.spec.prefix) if part == "mean" else TokenPool(int(part.partition(".")[2]))
+    mean = MeanPool(model.spec.prefix, model.spec.tokens)
+    return mean if part == "mean" else TokenPool(int(part.partition(".")[2]))
 
 
 class Readout(nn.Module):
@@ -273,8 +287,8 @@ class Readout(nn.Module):
         for name, part in parts.items():
             self.add_module(name.replace(".", "_"), part)
 
-    def forward(self, x: Tensor) -> Tensor:
-        parts = [part(x) for part in self.children()]  # each (B, D)
+    def forward(self, x: Tensor, state: StaticState) -> Tensor:
+        parts = [part(x, state) for part in self.children()]  # each (B, D)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (B, F)
 
 
@@ -307,6 +321,8 @@ class StaticTransformer(nn.Module):
     output = "logits"
     positions: Tensor | None
     prefix: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
 
     def __init__(
         self,
@@ -332,7 +348,8 @@ class StaticTransformer(nn.Module):
             raise SpecError(f"batch is {batch}; expected >= 1")
         self.register_buffer("prefix", None if model.prefix is None else model.prefix.detach().float().clone())
         self.embedding_norm = model.embedding_norm
-        blocks = [static_block(block, self.spec, model.rotation) for block in model.blocks]
+        sequences = batch * (self.spec.frames if self.spec.per_frame else 1)
+        blocks = [static_block(block, self.spec, model.rotation, sequences) for block in model.blocks]
         self.blocks = nn.ModuleList(blocks)
         self.norm = None if self.spec.final_norm == "none" else model.norm
         parts = {part: readout(model, part) for part in self.spec.readout}
@@ -342,19 +359,23 @@ class StaticTransformer(nn.Module):
         linear = Linear(chosen.weight, chosen.bias) if self.projection is None else Projection.classifier(chosen)
         self.classifiers = nn.ModuleDict({self.head: linear})
         gated = any(isinstance(block, StaticBlock) and block.gate is not None for block in blocks)
-        self.register_buffer("positions", model.positions.detach().clone() if gated else None)  # (N, D)
+        rotation = None if model.rotation is None or self.spec.reduction is None else signed(model.rotation)
+        for name, table in zip(("cos", "sin"), rotation or (None, None), strict=True):
+            self.register_buffer(name, None if table is None else table[None, None])  # (1, 1, P + N, C)
+        self.register_buffer("positions", model.position_rows().detach().clone() if gated else None)  # (N, D)
 
     def forward(self, frames: Tensor) -> Tensor:
         tokens = x = self.tubes(frames)  # (B, N, D)
         if self.prefix is not None:
             x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)  # (B, P + N, D)
         x = x if self.embedding_norm is None else self.embedding_norm(x)  # (B, P + N, D)
-        z0 = x if self.positions is None else self.bare(tokens, self.positions)  # (B, P + N, D)
+        z0 = None if self.positions is None else self.bare(tokens, self.positions)  # (B, P + N, D)
+        state = StaticState(z0, None if self.cos is None or self.sin is None else (self.cos, self.sin))
         for block in self.blocks:
-            x = block(x, z0)  # (B, P + N, D)
+            x = block(x, state)  # (B, P + N, D)
         last = self.spec.final_norm == "readout"
         x = x if last or self.norm is None else self.norm(x)  # (B, P + N, D)
-        x = self.pool(x)  # (B, F)
+        x = self.pool(x, state)  # (B, F)
         x = self.norm(x) if last and self.norm is not None else x  # (B, F)
         x = x if self.projection is None else self.projection(x)  # (B, 2 E)
         if self.spec.per_frame:

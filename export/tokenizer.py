@@ -234,7 +234,7 @@ class StaticTokenizer(nn.Module):
             weight, bias = fold(model.tubes.weight(i), model.tubes.biases[i], contract)
             self.add_module(str(i), _TUBES[lowering](tube, self.spec.encoded, weight))
             biases.append(bias.repeat(tube.merge).expand(math.prod(grid), -1))
-        constant = torch.cat(biases) + model.positions.detach().double()
+        constant = torch.cat(biases) + model.position_rows().detach().double()
         self.register_buffer("bias", constant.float())  # (N, D)
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -303,7 +303,7 @@ def tokenizer_errors(
     frames = torch.from_numpy(clips)
     with torch.no_grad():
         exact = copy.deepcopy(model.tubes).double()
-        positions = model.positions.double()
+        positions = model.position_rows().double()
         sequences = frames.reshape(-1, *model.spec.encoded, frames.shape[-1])
         expected = exact(_pixels(sequences, contract)) + positions
         allowed = _rounding(exact, positions, sequences, contract)

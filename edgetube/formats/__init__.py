@@ -135,33 +135,58 @@ def examine(source: str | Path, options: ReadOptions | None = None) -> dict[str,
 
 
 def of_bundle(bundle: Bundle) -> Checkpoint:
-    """The checkpoint that a bundle was made from, at the bundle's clip shape and with its classifier.
+    """The checkpoint that a bundle was made from, with its clip shape, classifier, tubes and reduction of tokens.
 
     Raises:
         CheckpointError: it, or a file that it was read with, was moved, deleted or changed.
     """
-    source, digest = bundle.checkpoint["source"], bundle.checkpoint["sha256"]
+    checkpoint, beside = trained(bundle), _beside(bundle)
+    try:
+        found = checkpoint.with_clip(bundle.spec.frames, bundle.spec.size, bundle.spec.chosen)
+    except SpecError as error:
+        held = _with(bundle, beside)
+        raise CheckpointError(f"{bundle.path} was made from another model than {held} holds: {error}") from error
+    found = found.reduced(bundle.spec.reduction)
+    if beside and (found.spec, found.contract, found.labels) != (bundle.spec, bundle.contract, bundle.labels):
+        raise CheckpointError(
+            f"{bundle.path} was made from another model than {_with(bundle, beside)} says now; export it again"
+        )
+    return found
+
+
+def trained(bundle: Bundle) -> Checkpoint:
+    """The checkpoint that a bundle was made from, with its classifier, at its own clip shape and with all tokens.
+
+    Raises:
+        CheckpointError: it, or a file that it was read with, was moved, deleted or changed.
+    """
+    source, digest, beside = bundle.checkpoint["source"], bundle.checkpoint["sha256"], _beside(bundle)
     remedy = f"give --checkpoint FILE_OR_FOLDER with the file whose sha256 is {digest[:16]}..., or export it again"
-    options = _options(bundle)
-    beside = {f"--{name.replace('_', '-')} {path}": path for name in PATHS if (path := getattr(options, name))}
     if gone := [said for said, path in beside.items() if not Path(path).exists()]:
         raise CheckpointError(
             f"{bundle.path} was made with {gone[0]}, which is not there; give --checkpoint FOLDER with the checkpoint "
             "and it, or export it again"
         )
     try:
-        checkpoint = load(source, options)
+        checkpoint = load(source, _options(bundle))
     except InputError as error:
         raise CheckpointError(
             f"{bundle.path} was made from the checkpoint {source or 'of a program'}, which is not there; {remedy}"
         ) from error
-    held = " with ".join([source, *beside])
     if checkpoint.digest != digest:
+        held = _with(bundle, beside)
         raise CheckpointError(f"{bundle.path} was made from other weights than {held} holds now; {remedy}")
-    found = checkpoint.select(bundle.spec.classifiers[0][0]).with_clip(bundle.spec.frames, bundle.spec.size)
-    if beside and (found.spec, found.contract, found.labels) != (bundle.spec, bundle.contract, bundle.labels):
-        raise CheckpointError(f"{bundle.path} was made from another model than {held} says now; export it again")
-    return found
+    return checkpoint.select(bundle.spec.classifiers[0][0])
+
+
+def _beside(bundle: Bundle) -> dict[str, str]:
+    """The files that the checkpoint was read with, by how they are given."""
+    options = _options(bundle)
+    return {f"--{name.replace('_', '-')} {path}": path for name in PATHS if (path := getattr(options, name))}
+
+
+def _with(bundle: Bundle, beside: Mapping[str, str]) -> str:
+    return " with ".join([bundle.checkpoint["source"], *beside])
 
 
 def _options(bundle: Bundle) -> ReadOptions:

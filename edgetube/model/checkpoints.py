@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,17 @@ from edgetube.errors import CheckpointError, FormatError, InputError, SpecError,
 from edgetube.files import replacing
 from edgetube.model import positions
 from edgetube.model.transformer import VideoTransformer, shapes, with_weights
-from edgetube.spec import ModelSpec, named
+from edgetube.reduction import Reduction
+from edgetube.spec import ModelSpec, TubeSpec, named
 
 FRAMES, SECONDS = 8, 2
 """Of a clip, where an image model answers for a video and nothing says it."""
 
 HEADER = "edgetube"
-"""Key of the JSON document in the safetensors metadata: {"spec", "input", "labels", "other_labels"}."""
+"""Key of the JSON document in the safetensors metadata: {"spec", "input", "labels", "other_labels", "licence"}."""
+
+LICENCE = 200
+"""Most characters of a licence in a header; a longer one is cut."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ class Checkpoint:
         notes: what its reader has to know, one sentence each.
         keys: where each tensor of a foreign format went, see `edgetube.formats.reading.tensors.KeyUse`.
         licence: as its model card states it; empty where it states none.
-        table: a stored position table and the spec that it is for, once it was resized: another clip shape starts
-            from it again, because resizing twice loses what resizing once keeps.
+        table: learned positions and the spec that they are for, once they were resized: another clip shape starts from
+            them again, because resizing twice loses what resizing once keeps.
+        base: the spec of the trained model, where this one has another clip or other tubes.
     """
 
     name: str
@@ -64,13 +69,19 @@ class Checkpoint:
     keys: tuple[Any, ...] = field(default=(), repr=False)
     licence: str = ""
     table: tuple[ModelSpec, torch.Tensor] | None = field(default=None, repr=False)
+    base: ModelSpec | None = field(default=None, repr=False)
 
     @property
     def spec(self) -> ModelSpec:
         return self.model.spec
 
-    def with_clip(self, frames: int | None = None, size: tuple[int, int] | None = None) -> Checkpoint:
-        """The same weights for another clip shape (`frames=1`: the image model).
+    def with_clip(
+        self,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        tubes: Mapping[int, TubeSpec] | None = None,
+    ) -> Checkpoint:
+        """The same weights for another clip shape (`frames=1`: the image model), or with some of the tubes.
 
         Raises:
             InputError: several frames for a model that was never shown time.
@@ -82,7 +93,27 @@ class Checkpoint:
                 f"{self.name} is a model of images; --pool-frames mean answers for {frames} frames with the mean of "
                 "its answers"
             )
-        return self.at_spec(self.spec.with_clip(frames, size))
+        return self.at_spec(self.spec.with_clip(frames, size, tubes))
+
+    def reduced(self, reduction: Reduction | None) -> Checkpoint:
+        """The same weights with fewer tokens, or with all of them.
+
+        Raises:
+            SpecError: the model cannot be reduced so.
+        """
+        return self.at_spec(replace(self.spec, reduction=reduction))
+
+    @property
+    def trained(self) -> Checkpoint:
+        """The model with all tokens of its clip and its tubes."""
+        return self.reduced(None)
+
+    @property
+    def label(self) -> str:
+        """For names of bundles: its name, its tubes where they are others, and the tokens that are left of more."""
+        reduced = self.spec.reduction
+        parts = (self.name, self.spec.tubes_label(self.base), "" if reduced is None else reduced.label)
+        return "-".join(filter(None, parts))
 
     def record(self) -> dict[str, str]:
         """What the manifest of a bundle says about it."""
@@ -108,14 +139,16 @@ class Checkpoint:
         return replace(self, model=model, contract=contract)
 
     def at_spec(self, spec: ModelSpec) -> Checkpoint:
-        """The same weights in the form of `spec`, which differs in the clip and in how frames are used alone."""
+        """The same weights in the form of `spec`: of another clip, or with other uses of frames, tubes and tokens."""
         contract = self.contract.with_clip(spec.frames, spec.size)
         if (spec, contract) == (self.spec, self.contract):
             return self
         if spec == self.spec:
             return replace(self, contract=contract)
-        table = self.table or ((self.spec, self.model.positions) if spec.positions == "stored" else None)
-        return replace(self, model=_moved(self.model, spec, table), contract=contract, table=table)
+        learned = [value for name, value in self.model.state_dict().items() if name in TABLES]
+        table = self.table or ((self.spec, learned[0]) if learned else None)
+        base = self.base or self.spec
+        return replace(self, model=_moved(self.model, spec, table), contract=contract, table=table, base=base)
 
     def select(self, head: str) -> Checkpoint:
         """The same model with one of its classifiers alone.
@@ -177,7 +210,7 @@ def save(checkpoint: Checkpoint, path: str | Path) -> Path:
         "input": checkpoint.contract.to_json(),
         "labels": list(checkpoint.labels),
         "other_labels": {name: list(labels) for name, labels in checkpoint.other_labels.items()},
-    }
+    } | ({"licence": strict.shown(checkpoint.licence, LICENCE - 3)} if checkpoint.licence else {})
     state = {key: value.contiguous() for key, value in checkpoint.model.state_dict().items()}
     with replacing(path) as part:
         save_file(state, part, metadata={HEADER: json.dumps(header)})
@@ -208,7 +241,8 @@ def _read(path: Path) -> Checkpoint:
             )
     model = with_weights(header.spec, state)
     name = re.sub(r"[^\w.-]+", "-", path.stem).lstrip("-.") or "model"  # it becomes the name of files and folders
-    return Checkpoint(name, model, header.contract, header.labels, sha256(path), header.other_labels)
+    found = header.contract, header.labels, sha256(path), header.other_labels
+    return Checkpoint(name, model, *found, licence=header.licence)
 
 
 TORCH = (
@@ -255,6 +289,7 @@ class _Header:
     contract: InputContract
     labels: tuple[str, ...]
     other_labels: Mapping[str, tuple[str, ...]]
+    licence: str
 
 
 def _header(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> _Header:
@@ -271,12 +306,13 @@ def _header(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> _H
         )
     try:
         data = strict.parse_json(metadata[HEADER], "it")
-        data = strict.record(data, "it", ("spec", "input", "labels"), ("other_labels",))
+        data = strict.record(data, "it", ("spec", "input", "labels"), ("other_labels", "licence"))
         spec, contract = ModelSpec.from_json(data["spec"]), InputContract.from_json(data["input"])
         first, *others = spec.classifiers
         given = strict.record(data.get("other_labels", {}), "other_labels", (), [name for name, _ in others])
         labels = parse_labels(data["labels"], f"the labels of {first[0]}")
         other_labels = {name: parse_labels(found, f"the labels of {name}") for name, found in given.items()}
+        licence = strict.text(data.get("licence", ""), "the licence", most=LICENCE)
     except (FormatError, SpecError) as error:
         raise CheckpointError(f"{path}: its {HEADER!r} header is damaged ({error})") from error
     if contract.shape != (*spec.clip, spec.channels):
@@ -287,7 +323,7 @@ def _header(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> _H
         count = len(labels if name == first[0] else other_labels.get(name, ()))
         if count != classes:
             raise CheckpointError(f"{path}: {count} labels for the {classes} classes of {name}")
-    return _Header(spec, contract, labels, other_labels)
+    return _Header(spec, contract, labels, other_labels, licence)
 
 
 WRAPPERS = {
@@ -337,6 +373,12 @@ def _check_types(path: Path, types: Mapping[str, str]) -> None:
             raise CheckpointError(f"{path}: {name} is {kind}; expected one of {', '.join(FLOATS)}")
 
 
+TABLES: Mapping[str, Callable[[torch.Tensor, ModelSpec, ModelSpec], torch.Tensor]] = {
+    "positions": positions.resized,
+    "anchor.grid": positions.resized_grid,
+}
+"""Learned positions, of which a model has one, and how they are taken to another clip: (table, old, new) -> table."""
+
 FLOATS = ("F32", "F16", "BF16", "F64")
 """Types of weights, as safetensors names them."""
 
@@ -350,7 +392,7 @@ def _moved(
         table: see `Checkpoint`.
     """
     state = model.state_dict()
-    if spec.positions == "stored":
-        old, stored = table or (model.spec, state["positions"])
-        state["positions"] = positions.resized(stored, old, spec)
+    for name in TABLES.keys() & state.keys():
+        old, stored = table or (model.spec, state[name])
+        state[name] = TABLES[name](stored, old, spec)
     return with_weights(spec, {name: state[name] for name in shapes(spec)})

@@ -1,4 +1,4 @@
-"""Positions: the fixed embedding (TubeViT, equations 3-7), rotary tables, and stored tables at another clip shape."""
+"""Positions: fixed ones (TubeViT, equations 3-7), rotary tables, stored tables at another clip, anchored ones."""
 
 from __future__ import annotations
 
@@ -50,6 +50,33 @@ def table(spec: ModelSpec) -> FloatArray:
     """Position embedding of every token of `spec`, in token order: (N, width), float64."""
     points = [centres(spec.tubes[i], grid) for i, grid in zip(spec.active, spec.grids, strict=True)]
     return embed(np.concatenate(points), spec.width)
+
+
+def anchored(spec: ModelSpec) -> tuple[FloatArray, FloatArray]:
+    """What anchored positions are made of, `sampling @ grid + scale * waves`, in token order.
+
+    Returns:
+        sampling: (N, places), bilinear at the tokens' centres, in strides of the 2-D tube; beyond the grid its edge.
+        waves: (N, width), p(t) - p(0) of the fixed embedding.
+    """
+    points = np.concatenate([centres(spec.tubes[i], grid) for i, grid in zip(spec.active, spec.grids, strict=True)])
+    sampling = np.ones((len(points), 1))
+    for axis, count in zip((1, 2), spec.places, strict=True):
+        origin = spec.anchor.offset[axis] + (spec.anchor.extent[axis] - 1) / 2
+        at = np.clip((points[:, axis] - origin) / spec.anchor.stride[axis], 0, count - 1)
+        hats = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(count)))  # (N, count)
+        sampling = (sampling[:, :, None] * hats[:, None, :]).reshape(len(points), -1)
+    times = points * [1, 0, 0]
+    return sampling, embed(times, spec.width) - embed(0 * times, spec.width)
+
+
+def resized_grid(grid: Tensor, old: ModelSpec, new: ModelSpec) -> Tensor:
+    """The learned grid (places, D) of anchored positions at another size, by `new.position_resize`.
+
+    Raises:
+        SpecError: it has no rule for another size.
+    """
+    return _resize(grid.reshape(1, *old.places, -1), (1, *new.places), new).flatten(0, 2)
 
 
 def rotation(spec: ModelSpec) -> FloatArray:

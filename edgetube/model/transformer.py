@@ -7,14 +7,16 @@ Letters: B clips, T frames, H, W pixels, C colours, N tokens, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgetube.errors import InputError
+from edgetube.errors import InputError, SpecError
 from edgetube.model import positions
+from edgetube.model.reduction import Reduce, TokenState
 from edgetube.spec import QUERY, Activation, ModelSpec, QueryPool, TubeSpec
 
 
@@ -67,7 +69,7 @@ def tube_tokens(x: Tensor, tube: TubeSpec, weight: Tensor, bias: Tensor, grid: t
 def rotate(x: Tensor, tables: Tensor) -> Tensor:
     """Queries or keys x (..., N, C) turned by their positions: x cos + (-x2 | x1) sin.
 
-    `tables` is (2, N, C): cosines and sines; x1 and x2 are the halves of x on its channels.
+    `tables` is (2, ..., N, C): cosines and sines; x1 and x2 are the halves of x on its channels.
     """
     first, second = x.chunk(2, dim=-1)  # each (..., N, C / 2)
     return x * tables[0] + torch.cat([-second, first], dim=-1) * tables[1]  # (..., N, C)
@@ -84,13 +86,26 @@ class Projections(nn.Module):
 
 
 class Attention(Projections):
-    """Attention of all tokens to all, with `tables` of rotary positions or without."""
+    """Attention of all tokens to all, with rotary positions and sizes of merged tokens, where `state` has them.
 
-    def forward(self, x: Tensor, tables: Tensor | None = None) -> Tensor:
+    What a reduction of tokens decides by is left in `state`: with `keys` the keys, with `received` the attention.
+    """
+
+    def __init__(self, width: int, heads: int, keys: bool = False, received: bool = False) -> None:
+        super().__init__(width, heads)
+        self.keys, self.received = keys, received
+
+    def forward(self, x: Tensor, state: TokenState | None = None) -> Tensor:
+        state = state or TokenState()
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-        if tables is not None:
-            q, k = rotate(q, tables), rotate(k, tables)
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D/heads)
+        if self.keys:
+            state.keys = k.mean(dim=1)  # (B, N, D/heads)
+        if state.rotation is not None:
+            q, k = rotate(q, state.rotation), rotate(k, state.rotation)
+        if self.received:
+            scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5  # (B, heads, N, N)
+            state.attention = torch.softmax(scores, dim=3).mean(dim=(1, 2))  # (B, N)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=state.bias)  # (B, heads, N, D/heads)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
@@ -141,22 +156,37 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN encoder block; a gated one also adds tanh(alpha) * z_0 (section 3.6, alpha starts at 0)."""
+    """Pre-LN encoder block; a gated one also adds tanh(alpha) * z_0 (section 3.6, alpha starts at 0).
+
+    With `reduce`, tokens leave between attention and MLP.
+    """
 
     def __init__(
-        self, width: int, heads: int, hidden: int, activation: Activation, eps: float, gated_mlp: bool, gate: bool
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        activation: Activation,
+        eps: float,
+        gated_mlp: bool,
+        gate: bool,
+        reduce: Reduce | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
-        self.attn = Attention(width, heads)
+        kind = None if reduce is None else reduce.kind
+        self.attn = Attention(width, heads, keys=kind == "merge", received=kind == "drop")
+        self.reduce = reduce
         self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = Mlp(width, hidden, activation, gated_mlp)
         self.alpha = nn.Parameter(torch.zeros(())) if gate else None
 
-    def forward(self, x: Tensor, z0: Tensor | None = None, tables: Tensor | None = None) -> Tensor:
-        y = x + self.attn(self.norm1(x), tables)  # (B, N, D)
-        z = y + self.mlp(self.norm2(y))  # (B, N, D)
-        return z if self.alpha is None or z0 is None else z + torch.tanh(self.alpha) * z0  # (B, N, D)
+    def forward(self, x: Tensor, state: TokenState | None = None) -> Tensor:
+        state = state or TokenState()
+        y = x + self.attn(self.norm1(x), state)  # (B, N, D)
+        y = y if self.reduce is None else self.reduce(y, state)  # (B, N - r, D)
+        z = y + self.mlp(self.norm2(y))  # (B, N - r, D)
+        return z if self.alpha is None or state.z0 is None else z + torch.tanh(self.alpha) * state.z0  # (B, N - r, D)
 
 
 class DividedBlock(nn.Module):
@@ -213,16 +243,21 @@ class QueryPooler(nn.Module):
         self.mlp_norm = nn.LayerNorm(d, eps)
         self.mlp = Mlp(d, pool.hidden, spec.activation)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
         for block in self.blocks:
-            x = block(x)  # (B, N, D)
+            x = block(x, TokenState(sizes=sizes))  # (B, N, D)
         z = x if self.norm is None else self.norm(x)  # (B, N, D)
-        weights = torch.softmax(self.score(z), dim=1)  # (B, N, h)
+        weights = weighted_softmax(self.score(z), sizes)  # (B, N, h)
         mixed = weights.transpose(1, 2) @ z  # (B, h, D)
         rows = self.value.weight.unflatten(0, (weights.shape[2], -1))  # (h, C, D)
         y = torch.einsum("bhd,hcd->bhc", mixed, rows).flatten(1) + self.value.bias  # (B, D)
         y = y if self.proj is None else self.proj(y)  # (B, D)
         return y + self.mlp(self.mlp_norm(y))  # (B, D)
+
+
+def weighted_softmax(scores: Tensor, sizes: Tensor | None) -> Tensor:
+    """Softmax of scores (B, N, h) over the tokens; a mean of s tokens, `sizes` (B, N, 1), counts as s of them."""
+    return torch.softmax(scores if sizes is None else scores + sizes.log(), dim=1)  # (B, N, h)
 
 
 class Readout(nn.Module):
@@ -235,17 +270,39 @@ class Readout(nn.Module):
         if spec.query_pool is not None:
             self.query = QueryPooler(spec, spec.query_pool)
 
-    def forward(self, x: Tensor) -> Tensor:
-        found = [self.part(name, x) for name in self.parts]  # each (B, D)
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+        found = [self.part(name, x, sizes) for name in self.parts]  # each (B, D)
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)  # (B, F)
 
-    def part(self, name: str, x: Tensor) -> Tensor:
-        """One vector (B, D) of the tokens x (B, P + N, D)."""
+    def part(self, name: str, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """One vector (B, D) of the tokens x (B, P + N, D), each the mean of `sizes` (B, P + N, 1) tokens or of one."""
         if name == "mean":
-            return x[:, self.prefix :].mean(dim=1)
+            tokens, counts = x[:, self.prefix :], None if sizes is None else sizes[:, self.prefix :]
+            return tokens.mean(dim=1) if counts is None else (tokens * counts).sum(dim=1) / counts.sum(dim=1)
         if self.score is not None and name == "attention":
-            return (torch.softmax(self.score(x), dim=1) * x).sum(dim=1)
-        return self.query(x) if name == QUERY else x[:, int(name.partition(".")[2])]
+            return (weighted_softmax(self.score(x), sizes) * x).sum(dim=1)
+        return self.query(x, sizes) if name == QUERY else x[:, int(name.partition(".")[2])]
+
+
+class Anchor(nn.Module):
+    """Anchored positions (N, D): the learned grid at the tokens' centres, and a learned share of their times."""
+
+    sampling: Tensor
+    waves: Tensor
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.grid = nn.Parameter(torch.zeros(math.prod(spec.places), spec.width))
+        self.time = nn.Parameter(torch.zeros(()))
+        self.place(spec)
+
+    def place(self, spec: ModelSpec) -> None:
+        """Take the tokens of `spec`."""
+        for name, table in zip(("sampling", "waves"), positions.anchored(spec), strict=True):
+            self.register_buffer(name, torch.from_numpy(table).float(), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.sampling @ self.grid + self.time * self.waves  # (N, D)
 
 
 class VideoTransformer(nn.Module):
@@ -263,8 +320,9 @@ class VideoTransformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.tubes = Tubes(spec)
-        stored = spec.positions == "stored"
-        self.register_buffer("positions", position_table(spec), persistent=stored)  # (N, D)
+        self.anchor = Anchor(spec) if spec.positions == "anchored" else None
+        if self.anchor is None:
+            self.register_buffer("positions", position_table(spec), persistent=spec.positions == "stored")  # (N, D)
         self.register_buffer("rotation", rotation_tables(spec), persistent=False)  # (2, P + N, D / heads) or None
         self.prefix = nn.Parameter(torch.zeros(spec.prefix, spec.width)) if spec.prefix else None
         self.embedding_norm = nn.LayerNorm(spec.width, spec.norm_eps) if spec.embedding_norm else None
@@ -272,20 +330,30 @@ class VideoTransformer(nn.Module):
         self.norm = nn.LayerNorm(spec.width, spec.final_norm_eps) if spec.final_norm != "none" else nn.Identity()
         self.pool = Readout(spec)
         self.projection = nn.Linear(spec.features, spec.projection) if spec.projection else None
-        self.classifiers = nn.ModuleDict({name: nn.Linear(spec.embedding, n) for name, n in spec.classifiers})
+        self.classifiers = classifiers_of(spec)
         self.apply(_initialise)
 
     def forward(self, x: Tensor, head: str | None = None) -> Tensor:
         spec, batch = self.spec_of(x), x.shape[0]
         if spec.per_frame:
             x = x.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B T, C, 1, H, W)
-        z0, table, rotation = self.tubes(x, spec), self.positions, self.rotation  # (B, N, D), ...
-        if spec != self.spec:
-            table, rotation = moved_positions(table, self.spec, spec).to(z0), rotation_tables(spec)
-        features = self.features(self.encode(self.embed(z0, table), z0, rotation, spec.grids[0][0]))  # (B, E)
+        z0, table = self.tubes(x, spec), self.position_rows(spec)  # (B, N, D), (N, D)
+        rotation = self.rotation if spec == self.spec else rotation_tables(spec)
+        keep = spec.reduction.keep if spec.reduction else ()
+        state = TokenState(keep, F.pad(z0, (0, 0, spec.prefix, 0)) if spec.gates else None, rotation)
+        x = self.encode(self.embed(z0, table), state, spec.grids[0][0])  # (B, P + N, D)
+        features = self.features(x, state.sizes)  # (B, E)
         if spec.per_frame:
             features = features.unflatten(0, (batch, -1)).mean(dim=1)  # (B, E)
         return self.classifier(head)(features)  # (B, classes)
+
+    def position_rows(self, spec: ModelSpec | None = None) -> Tensor:
+        """The positions (N, D) that are added to the tokens, of this model or of its form `spec` at another clip."""
+        same = spec is None or spec == self.spec
+        if self.anchor is not None:
+            return self.anchor() if same else self.anchor.grid  # the other form is that of an image
+        table = self.positions
+        return table if spec is None or same else moved_positions(table, self.spec, spec).to(table)
 
     def embed(self, z0: Tensor, table: Tensor) -> Tensor:
         """The encoder's input (B, P + N, D) of the tubes' tokens z0 (B, N, D) and their position table (N, D)."""
@@ -294,18 +362,21 @@ class VideoTransformer(nn.Module):
             x = torch.cat([self.prefix.expand(len(x), -1, -1), x], dim=1)  # (B, P + N, D)
         return x if self.embedding_norm is None else self.embedding_norm(x)  # (B, P + N, D)
 
-    def encode(self, x: Tensor, z0: Tensor, rotation: Tensor | None = None, times: int = 1) -> Tensor:
-        """Encoded tokens (B, P + N, D) of embedded tokens x (B, P + N, D); z0 (B, N, D) are the bare tube tokens for
-        the gates, `times` is the length of their grid in time for divided attention."""
-        z0 = F.pad(z0, (0, 0, self.spec.prefix, 0)) if self.spec.gates else z0  # (B, P + N, D)
+    def encode(self, x: Tensor, state: TokenState | None = None, times: int = 1) -> Tensor:
+        """Encoded tokens of embedded tokens x (B, P + N, D): as many, or with a reduction the P + N' that are left.
+
+        Args:
+            state: of the tokens; it follows them.
+            times: the length of their grid in time, for divided attention.
+        """
+        state = state or TokenState()
         for block in self.blocks:
-            divided = isinstance(block, DividedBlock)
-            x = block(x, times) if divided else block(x, z0, rotation)  # (B, P + N, D)
+            x = block(x, times) if isinstance(block, DividedBlock) else block(x, state)  # (B, P + N, D)
         return self.norm(x) if self.spec.final_norm == "tokens" else x  # (B, P + N, D)
 
-    def features(self, x: Tensor) -> Tensor:
-        """What the classifiers read (B, F) or (B, E), of encoded tokens (B, P + N, D)."""
-        y = self.pool(x)  # (B, F)
+    def features(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """What the classifiers read (B, F) or (B, E), of encoded tokens (B, P + N, D) and their `TokenState.sizes`."""
+        y = self.pool(x, sizes)  # (B, F)
         y = self.norm(y) if self.spec.final_norm == "readout" else y  # (B, F)
         return y if self.projection is None else F.normalize(self.projection(y), dim=1)  # (B, E), of length 1
 
@@ -345,10 +416,27 @@ class VideoTransformer(nn.Module):
         )
 
 
+def classifiers_of(spec: ModelSpec) -> nn.ModuleDict:
+    """The classifiers of a model, with random weights.
+
+    Raises:
+        SpecError: one has a name that PyTorch's modules have for something of their own.
+    """
+    found = nn.ModuleDict()
+    for name, classes in spec.classifiers:
+        if hasattr(found, name):
+            raise SpecError(f"a classifier cannot be called {name!r}, which PyTorch uses itself; give another name")
+        found[name] = nn.Linear(spec.embedding, classes)
+    return found
+
+
 def encoder_block(spec: ModelSpec, index: int) -> Block | DividedBlock:
     """Encoder block number `index` of a model, with random weights."""
     shape = spec.width, spec.heads, spec.hidden, spec.activation, spec.norm_eps, spec.gated_mlp
-    return DividedBlock(*shape, spec.prefix) if spec.attention == "divided" else Block(*shape, index in spec.gates)
+    if spec.attention == "divided":
+        return DividedBlock(*shape, spec.prefix)
+    reduce = Reduce(spec.reduction.kind, spec.prefix, index) if spec.reduction else None
+    return Block(*shape, index in spec.gates, reduce)
 
 
 def position_table(spec: ModelSpec) -> Tensor:
@@ -378,6 +466,8 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of `VideoTransformer(spec).state_dict()`, without making one."""
     d = spec.width
     found: dict[str, tuple[int, ...]] = {"positions": (spec.tokens, d)} if spec.positions == "stored" else {}
+    if spec.positions == "anchored":
+        found |= {"anchor.grid": (math.prod(spec.places), d), "anchor.time": ()}
     found |= {"prefix": (spec.prefix, d)} if spec.prefix else {}
     for i, tube in enumerate(spec.tubes):
         found[f"tubes.biases.{i}"] = (d // tube.merge,)
@@ -433,7 +523,10 @@ def with_weights(spec: ModelSpec, weights: Mapping[str, Tensor]) -> VideoTransfo
     """A model in eval mode of tensors by name, all of `shapes(spec)`; it takes them over without a copy."""
     with torch.device("meta"):  # nothing is allocated, nor drawn at random
         model = VideoTransformer(spec)
-    model.register_buffer("positions", position_table(spec), persistent=spec.positions == "stored")
+    if model.anchor is not None:
+        model.anchor.place(spec)
+    else:
+        model.register_buffer("positions", position_table(spec), persistent=spec.positions == "stored")
     model.register_buffer("rotation", rotation_tables(spec), persistent=False)
     model.load_state_dict(weights, assign=True)
     return model.eval()

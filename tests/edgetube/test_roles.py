@@ -15,13 +15,14 @@ from edgetube.export import canonical
 from edgetube.export.canonical import Graph
 from edgetube.export.statistics import byte_casts, tensor_shapes
 from edgetube.export.tokenizer import LOWERINGS, StaticTokenizer
+from edgetube.reduction import Reduction
 from edgetube.roles import FoldSite, GraphRoles, roles_of
 from edgetube.runtimes.torch import Reference
-from edgetube.spec import ModelSpec
+from edgetube.spec import ModelSpec, named
 from tests.export.models import SPECS, model_of, trace
 
 GRAPHS = [
-    pytest.param((name, lowering), id=f"{name}-{lowering}", marks=[] if lowering == "gather" else pytest.mark.slow)
+    pytest.param((name, lowering), id=f"{name}-{lowering}", marks=[] if lowering == "gather" else pytest.mark.long)
     for name in SPECS
     for lowering in LOWERINGS
 ]
@@ -235,3 +236,14 @@ def test_a_spec_is_enough() -> None:
     assert found.attention[1].scale == pytest.approx(12**-0.5)
     (values,) = (site for site in found.fold_sites if site.linear == "blocks.1.attn.proj")
     assert (values.producer, values.columns) == ("blocks.1.attn.qkv", (48, 72))
+
+
+def test_layers_at_which_no_token_has_left() -> None:
+    spec = named("tubevit-ti")
+    roles = roles_of(replace(spec, reduction=Reduction("merge", (539, 539, 400, *[300] * 9))))
+    assert roles.whole[-2:] == ("blocks.2.attn.proj", "logits")
+    assert set(roles.whole) < set(roles.layers)
+    assert roles.decisions[:2] == ("blocks.2.reduce.order", "blocks.2.reduce.target")
+    assert len(roles.decisions) == 4
+    assert roles.regrets == ("blocks.2.reduce.regret", "blocks.3.reduce.regret")
+    assert roles_of(spec).whole == roles_of(spec).layers

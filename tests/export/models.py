@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -12,12 +13,16 @@ import onnxruntime as ort
 import torch
 from onnx import numpy_helper
 
+from edgetube import metrics
+from edgetube.calibration import graphs
 from edgetube.contract import InputContract
 from edgetube.export import canonical
 from edgetube.export.canonical import Graph
+from edgetube.export.onnxruntime import evaluate
 from edgetube.export.static import StaticTransformer
 from edgetube.model.transformer import VideoTransformer
-from edgetube.runtimes.torch import normalise
+from edgetube.reduction import Kind, Reduction
+from edgetube.runtimes.torch import Reference, normalise
 from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, ModelSpec, QueryPool, Rotary, TubeSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -121,6 +126,11 @@ SPECS = {
 }
 
 
+REDUCED: dict[str, ModelSpec] = {
+    kind: replace(SPECS["rotary"], reduction=Reduction(kind, (9, 6))) for kind in get_args(Kind)
+}
+"""Of 12 tokens, 3 leave in each block."""
+
 OTHERS = ("dense", "class-token", "rotary", "gated-mlp", "divided", "cosine")
 """Those that are no sparse-tube models."""
 
@@ -129,7 +139,7 @@ OTHERS = ("dense", "class-token", "rotary", "gated-mlp", "divided", "cosine")
 def model_of(name: str) -> tuple[VideoTransformer, InputContract]:
     """A model none of whose biases, LayerNorms and gates is neutral."""
     torch.manual_seed(0)
-    spec = SPECS[name]
+    spec = (SPECS | REDUCED)[name]
     model = VideoTransformer(spec).eval()
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.ndim < 2 or p is model.prefix):
@@ -172,8 +182,25 @@ def reference(name: str, frames: np.ndarray, head: str | None = None) -> np.ndar
 
 
 def run(model: onnx.ModelProto, frames: np.ndarray) -> np.ndarray:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    """Q/DQ graphs in float32, not fused to integer kernels: those overflow on x86 without VNNI."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, {"frames": frames})[0]
+
+
+def following_sqnr(name: str, frames: np.ndarray, logits: np.ndarray, decided: Mapping[str, np.ndarray]) -> float:
+    """SQNR of the logits for one clip against the model that lets the same tokens leave, dB."""
+    found = Reference(*model_of(name))
+    with found.following({each: np.asarray(value, np.float32) for each, value in decided.items()}):
+        return metrics.sqnr(found(frames), logits)
+
+
+def simulated_sqnr(name: str, frames: np.ndarray, model: onnx.ModelProto) -> float:
+    """The same of a graph of it, Q/DQ or float, in ONNX Runtime."""
+    decisions = trace(name).roles.decisions
+    logits, *decided = evaluate(graphs.extract_subgraph(model, ["logits", *decisions]))({"frames": frames})
+    return following_sqnr(name, frames, logits, dict(zip(decisions, decided, strict=True)))
 
 
 def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:

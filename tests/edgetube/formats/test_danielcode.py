@@ -152,7 +152,7 @@ def test_a_video_shape_that_is_none(model: nn.Module, tmp_path: Path) -> None:
         formats.load(tmp_path / "m.ckpt")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_export_is_proven_and_finds_its_checkpoint_again(model: nn.Module, tmp_path: Path) -> None:
     torch.save(lightning(model), tmp_path / "last.ckpt")
     proves(tmp_path / "last.ckpt", tmp_path / "out", "onnx-fp32", "openvino-fp32")

@@ -95,7 +95,7 @@ def test_a_classifier_in_onnx_is_read_as_it_is(tmp_path: Path) -> None:
     np.testing.assert_allclose(answers(found, frames), expected, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_export_of_one_is_proven(tmp_path: Path) -> None:
     path = written(shake(DepthMap()), tmp_path / "depth.onnx", 42)
     torch.save(shake(nn.Linear(24, 4)).state_dict(), tmp_path / "head.pt")

@@ -163,7 +163,7 @@ def test_what_is_refused(text: ReadOptions, tmp_path: Path) -> None:
         formats.load(tmp_path / "siglip.pt", text)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_export_is_proven_and_finds_its_checkpoint_again(text: ReadOptions, tmp_path: Path) -> None:
     config = config_of(quick=True)
     proves(folder_of(model_of(config), config, tmp_path / "m"), tmp_path / "out", "onnx-fp32", read=text)

@@ -148,7 +148,7 @@ def test_naflex_is_refused(tmp_path: Path) -> None:
         formats.load(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bundles_are_proven_and_found_again(tmp_path: Path) -> None:
     model = whole()
     np.save(tmp_path / "text.npy", text_of(model))

@@ -164,7 +164,7 @@ def facts_of(model: Any) -> tuple[Any, ...]:
     return block.attn.num_heads, act, block.norm1.eps, type(block.norm1).__name__
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_names_tell_what_timm_builds() -> None:
     names = known_names()
     assert len(names) > 130

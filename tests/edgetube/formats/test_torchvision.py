@@ -141,7 +141,7 @@ def test_a_plain_name_takes_the_input_of_the_first_weights_and_says_so() -> None
     assert own._named(Path("m"), "vit_b_16", (16, 768, 12), 128).input == {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_export_is_proven_and_finds_its_checkpoint_again(said: ReadOptions, tmp_path: Path) -> None:
     torch.save(model_of().state_dict(), tmp_path / "m.pth")
     proves(tmp_path / "m.pth", tmp_path / "out", "onnx-fp32", read=said)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgetube.errors import SpecError
 from edgetube.model import positions
 from edgetube.model.transformer import VideoTransformer
 from edgetube.spec import PAPER_TUBES, PAPER_TUBES_S2D, ModelSpec, TubeSpec, named
@@ -125,3 +127,44 @@ def test_a_tube_s_centre_does_not_depend_on_space_to_depth_where_the_extents_agr
     whole = TubeSpec((8, 4, 4), (8, 8, 8))
     halves = TubeSpec((4, 4, 4), (8, 8, 8), space_to_depth=(2, 1, 1))
     np.testing.assert_array_equal(positions.centres(whole, (2, 3, 3)), positions.centres(halves, (2, 3, 3)))
+
+
+ANCHORED = ModelSpec(
+    tubes=(
+        TubeSpec((4, 8, 8), (4, 12, 12), (0, 4, 4)), TubeSpec((1, 8, 8), (4, 8, 8)), TubeSpec((2, 4, 4), (8, 28, 28)),
+    ),
+    frames=8, size=(32, 40), width=13, depth=1, heads=1, classifiers=(("a", 2),), positions="anchored",
+)  # fmt: skip
+
+
+def test_anchored_positions_take_the_grid_bilinearly_at_the_centres_and_add_times() -> None:
+    """Against loops over tokens; the grid has a row of 5 places for each of 4."""
+    model = VideoTransformer(ANCHORED)
+    assert model.anchor is not None
+    torch.nn.init.normal_(model.anchor.grid)
+    torch.nn.init.constant_(model.anchor.time, 0.7)
+    grid = model.anchor.grid.detach().double().numpy().reshape(4, 5, 13)
+    expected = []
+    for tube, shape in zip(ANCHORED.tubes, ANCHORED.grids, strict=True):
+        for point in positions.centres(tube, shape):
+            t, y, x = point[0], (point[1] - 3.5) / 8, (point[2] - 3.5) / 8
+            y, x = min(max(y, 0), 3), min(max(x, 0), 4)
+            top, left = min(int(y), 2), min(int(x), 3)
+            v, u = y - top, x - left
+            row = (1 - v) * ((1 - u) * grid[top, left] + u * grid[top, left + 1])
+            row += v * ((1 - u) * grid[top + 1, left] + u * grid[top + 1, left + 1])
+            for j in range(2):
+                omega = 10000.0 ** (-j / (13 / 6))
+                row[6 * j] += 0.7 * np.sin(t * omega)
+                row[6 * j + 1] += 0.7 * (np.cos(t * omega) - 1)
+            expected.append(row)
+    assert len(expected) == ANCHORED.tokens
+    np.testing.assert_allclose(model.position_rows().detach().numpy(), expected, atol=1e-5)
+    image = model.position_rows(ANCHORED.with_clip(frames=1))
+    assert torch.equal(image, model.anchor.grid)
+
+
+def test_anchored_positions_need_one_2d_tube() -> None:
+    for tubes in (ANCHORED.tubes[:1], (*ANCHORED.tubes, TubeSpec((1, 4, 4), (4, 4, 4)))):
+        with pytest.raises(SpecError, match=r"anchored positions are those of one 2-D tube .* has [02] 2-D tubes"):
+            replace(ANCHORED, tubes=tubes)

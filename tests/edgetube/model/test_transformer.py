@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgetube.errors import InputError
+from edgetube.model.reduction import TokenState
 from edgetube.model.transformer import Attention, Readout, Tubes, VideoTransformer, tube_tokens
 from edgetube.spec import ModelSpec, QueryPool, TubeSpec, named
 
@@ -186,7 +187,7 @@ class TestEncoder:
         }
         layer.load_state_dict(state)
         x = torch.randn(2, 17, 28, generator=torch.Generator().manual_seed(2))
-        torch.testing.assert_close(block(x, torch.randn_like(x)), layer(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(block(x, TokenState(z0=torch.randn_like(x))), layer(x), atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("prefix", [0, 1, 3])
     def test_a_divided_block_by_place_and_by_time(self, prefix: int) -> None:
@@ -217,7 +218,7 @@ class TestEncoder:
         assert gated.alpha == 0
         gated.load_state_dict(plain.state_dict() | {"alpha": torch.tensor(0.7)})
         x, z0 = torch.randn(2, 2, 9, 28, generator=torch.Generator().manual_seed(2))
-        torch.testing.assert_close(gated(x, z0), plain(x, z0) + 0.6043677771 * z0)  # tanh(0.7)
+        torch.testing.assert_close(gated(x, TokenState(z0=z0)), plain(x) + 0.6043677771 * z0)  # tanh(0.7)
 
     def test_gates_see_the_tokens_before_the_positions_are_added(self) -> None:
         gated = model_of(replace(SMALL, gates=(0, 2)))
@@ -227,8 +228,8 @@ class TestEncoder:
         assert [b.alpha is None for b in gated.blocks] == [False, True, False]
         x = clips_of(SMALL)
         z0 = plain.tubes(x)
-        z = plain.blocks[0](z0 + plain.positions, z0) + np.tanh(alphas[0]) * z0
-        z = plain.blocks[2](plain.blocks[1](z, z0), z0) + np.tanh(alphas[1]) * z0
+        z = plain.blocks[0](z0 + plain.positions) + np.tanh(alphas[0]) * z0
+        z = plain.blocks[2](plain.blocks[1](z)) + np.tanh(alphas[1]) * z0
         torch.testing.assert_close(gated(x), plain.classify(plain.norm(z)))
         assert not torch.allclose(gated(x), plain(x), atol=1e-3)
 
@@ -266,7 +267,7 @@ class TestHead:
         model = model_of(replace(SMALL, readout=(part,)))
         x = clips_of(SMALL)
         z0 = model.tubes(x)
-        pooled = model.pool(model.encode(z0 + model.positions, z0))
+        pooled = model.pool(model.encode(z0 + model.positions, TokenState(z0=z0)))
         for name, classes in SMALL.classifiers:
             logits = model(x, name)
             assert logits.shape == (2, classes)
@@ -298,7 +299,7 @@ class TestImages:
         first = slice(SMALL.tokens - 2 * flat, SMALL.tokens - flat)  # the flat tube looks at frames 0 and 8
         assert SMALL.grids[2] == (2, 3, 4)
         z0 = model.tubes(clips)[:, first]
-        expected = model.classify(model.encode(z0 + model.positions[first], z0))
+        expected = model.classify(model.encode(z0 + model.positions[first], TokenState(z0=z0)))
 
         logits = model(clips[:, :, :1])
 
@@ -359,7 +360,7 @@ class TestWhole:
         before = stored(x)
         stored.load_state_dict(stored.state_dict() | {"positions": torch.zeros(SMALL.tokens, 28)})
         z0 = stored.tubes(x)
-        torch.testing.assert_close(stored(x), stored.classify(stored.encode(z0, z0)))
+        torch.testing.assert_close(stored(x), stored.classify(stored.encode(z0, TokenState(z0=z0))))
         assert not torch.allclose(stored(x), before, atol=1e-3)
 
     def test_every_parameter_learns(self) -> None:
