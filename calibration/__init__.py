@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from edgetube.video import Frames
 
 __all__ = ["Calibrated", "calibrate", "observe"]
 
-ALGORITHM_VERSION = 9
+ALGORITHM_VERSION = 10
 """Version of the algorithm; bump it to invalidate cached results."""
 
 OBSERVED_CLIPS = 32
@@ -165,8 +165,9 @@ def observe(
     activations: ActivationScheme,
     progress: Progress = silent,
     scales: ScaleType = "float32",
+    most: int = OBSERVED_CLIPS,
 ) -> dict[str, Range]:
-    """Ranges of any tensors of a graph with batch 1, by least squared error on the clips.
+    """Ranges of any tensors of a graph with batch 1, by least squared error on `most` of the clips, evenly spaced.
 
     The range of a softmax is always 0 to 1.
     """
@@ -174,12 +175,13 @@ def observe(
     seen = {name: Histogram() for name in tensors if name not in known}
     call = open_graph(graphs.extract_subgraph(model, list(seen)))
     (frames,) = (value.name for value in model.graph.input)
-    for index in track(range(min(len(clips), OBSERVED_CLIPS)), "observe", OBSERVED_CLIPS, progress):
+    chosen = np.linspace(0, len(clips) - 1, min(len(clips), most)).astype(int)
+    for index in track(chosen.tolist(), "observe", len(chosen), progress):
         for histogram, values in zip(seen.values(), call({frames: clips.frames[index][None]}), strict=True):
             histogram.add(values)
     found = {name: least_squares(histogram, activations) for name, histogram in seen.items()}
     found = {name: found.get(name, Range(0.0, 1.0, "softmax")).stored(activations, scales) for name in tensors}
-    return {name: Range(shortest_float32(r.low), shortest_float32(r.high), r.method) for name, r in found.items()}
+    return {name: replace(r, low=shortest_float32(r.low), high=shortest_float32(r.high)) for name, r in found.items()}
 
 
 def _held_out(calibration_clips: Clips, judging_clips: Clips) -> list[Frames]:

@@ -3,7 +3,7 @@
 ::
 
     key.json                the cache key: hashes of graph and clips, scheme, budget, tool versions
-    state.safetensors       the stages that are done
+    stages/N.safetensors    what the Nth of the stages that are done added or changed
     result.safetensors      the finished calibration
 
 Files are written atomically. `NAME.lock` beside the folder allows one process at a time.
@@ -33,7 +33,10 @@ from edgetube.progress import Progress, silent
 BUDGET_KEYS = frozenset({"judged clips", "max_drop"})
 """Parts of the key that the result depends on, but the stages do not."""
 
-STATE, RESULT = "state.safetensors", "result.safetensors"
+STAGES, RESULT = "stages", "result.safetensors"
+
+KINDS = ("values", "integers", "means")
+"""The arrays of a state that are kept."""
 
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, InputError)
 """Errors from reading a damaged cache, which is then treated as empty."""
@@ -51,6 +54,7 @@ class Cache:
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         self.folder, self.key = folder, json.loads(json.dumps(dict(key)))
+        self._files, self._saved = 0, dict[str, Any]()
         found = self._read_key()
         self.differences = tuple(
             sorted(name for name in {*found, *self.key} if found and found.get(name) != self.key.get(name))
@@ -71,27 +75,48 @@ class Cache:
         return f"calibrated again: {', '.join(self.differences)} changed since the last calibration"
 
     def state(self) -> CalibrationState:
-        """The stages that are done; an empty state if the file is missing or damaged."""
-        try:
-            arrays, texts = _read(self.folder / STATE)
-            choices = {
-                name: Choice(Range(**fields.pop("range")), arrays[f"scales:{name}"], **fields)
-                for name, fields in json.loads(texts["choices"]).items()
-            }
-        except READ_ERRORS:
-            return CalibrationState()
-        kept = {kind: _part(arrays, f"{kind}:") for kind in ("values", "integers", "means")}
-        return CalibrationState(choices=choices, **kept)
+        """The stages that are done, up to the first whose file is missing or damaged; files after it are removed."""
+        state, folder = CalibrationState(), self.folder / STAGES
+        self._files, self._saved = 0, {}
+        for path in map(self._stage, range(len(list(folder.glob("*"))))):
+            try:
+                arrays, texts = _read(path)
+                choices = {
+                    name: Choice(Range(**fields.pop("range")), arrays[f"scales:{name}"], **fields)
+                    for name, fields in json.loads(texts["choices"]).items()
+                }
+            except READ_ERRORS:
+                break
+            self._files += 1
+            state.choices.update(choices)
+            for kind in KINDS:
+                getattr(state, kind).update(_part(arrays, f"{kind}:"))
+        self._saved = _entries(state)
+        for path in {*folder.glob("*")} - {*map(self._stage, range(self._files))}:
+            path.unlink()
+        return state
 
     def save_state(self, state: CalibrationState) -> None:
-        """Write the stages that are done, atomically."""
-        arrays: dict[str, Any] = {f"values:{name}": value for name, value in state.values.items()}
-        arrays |= {f"integers:{name}": value for name, value in state.integers.items()}
-        arrays |= {f"means:{name}": value for name, value in state.means.items()}
-        arrays |= {f"scales:{name}": choice.scales for name, choice in state.choices.items()}
-        fields = {name: asdict(choice) for name, choice in state.choices.items()}
-        choices = {n: {k: v for k, v in f.items() if k != "scales"} for n, f in fields.items()}
-        self._write(STATE, arrays, {"choices": json.dumps(choices)})
+        """Write what is new since the last call, or since `state`, atomically.
+
+        Arrays and choices that are the same objects as then are not written again. A state that lacks some of those
+        begins again.
+        """
+        entries = _entries(state)
+        if not self._saved.keys() <= entries.keys():
+            shutil.rmtree(self.folder / STAGES)
+            self._files, self._saved = 0, {}
+        new = {name: value for name, value in entries.items() if self._saved.get(name) is not value}
+        choices = _part(new, "choices:")
+        arrays = {name: value for name, value in new.items() if not isinstance(value, Choice)}
+        arrays |= {f"scales:{name}": choice.scales for name, choice in choices.items()}
+        texts = {
+            name: {key: value for key, value in asdict(choice).items() if key != "scales"}
+            for name, choice in choices.items()
+        }
+        (self.folder / STAGES).mkdir(exist_ok=True)
+        _write(self._stage(self._files), arrays, {"choices": json.dumps(texts)})
+        self._files, self._saved = self._files + 1, entries
 
     def result(self) -> Result | None:
         """The finished calibration: changed initializers, table, report; None if missing or damaged."""
@@ -103,7 +128,7 @@ class Cache:
 
     def save_result(self, values: Mapping[str, Array], table: CalibrationTable, report: Mapping[str, Any]) -> None:
         """Write a finished calibration, atomically."""
-        self._write(RESULT, values, {"table": json.dumps(table.to_json()), "report": json.dumps(report)})
+        _write(self.folder / RESULT, values, {"table": json.dumps(table.to_json()), "report": json.dumps(report)})
 
     def _read_key(self) -> dict[str, Any]:
         try:
@@ -112,9 +137,8 @@ class Cache:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _write(self, name: str, arrays: Mapping[str, Array], texts: dict[str, str]) -> None:
-        with replacing(self.folder / name) as part:
-            save_file(dict(arrays), part, texts)
+    def _stage(self, index: int) -> Path:
+        return self.folder / STAGES / f"{index}.safetensors"
 
 
 @contextmanager
@@ -137,10 +161,20 @@ def open_cache(folder: Path, key: Mapping[str, Any], progress: Progress = silent
         lock.release()
 
 
+def _write(path: Path, arrays: Mapping[str, Array], texts: dict[str, str]) -> None:
+    with replacing(path) as part:
+        save_file(dict(arrays), part, texts)
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The arrays and texts of a safetensors file."""
     with safe_open(path, framework="numpy") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _entries(state: CalibrationState) -> dict[str, Any]:
+    """All that is kept of a state, by kind and name."""
+    return {f"{kind}:{name}": value for kind in (*KINDS, "choices") for name, value in getattr(state, kind).items()}
 
 
 def _part(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -141,8 +141,8 @@ def linear_outputs(model: onnx.ModelProto) -> dict[str, str]:
     return found
 
 
-MOVES = ("Reshape", "Squeeze", "Unsqueeze", "Transpose", "Concat", "Identity")
-"""Operators whose outputs have the values of their inputs."""
+MOVES = ("Reshape", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Split", "Slice", "Gather")
+"""Operators that only move values: those of their outputs are values of their first input, in whose range they are."""
 
 
 def inner_linear_outputs(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
@@ -154,7 +154,7 @@ def inner_linear_outputs(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
     users = readers(model.graph.node)
     answers = {value.name for value in model.graph.output}
     for node in reversed(model.graph.node):
-        if node.op_type in MOVES and answers & {*node.output}:
+        if node.op_type in (*MOVES, "Concat") and answers & {*node.output}:
             answers |= {*node.input}
     found: dict[str, tuple[str, ...]] = {}
     for linear, tensor in linear_outputs(model).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from edgetube.calibration.graphs import OpenGraph
 from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator
 from edgetube.errors import ParityError
 from edgetube.progress import Progress, silent, track
+from edgetube.video import Frames
 
 Array = npt.NDArray[np.float32]
 
@@ -30,7 +32,17 @@ MIN_LAYER_SHARE = 0.005
 MIN_INT8_SHARE = 0.5
 """Least share of the linears' multiply-accumulates in int8; with more fallbacks the export fails."""
 
-RANKING_CLIPS = 8
+RANKING_CLIPS, RANKING_MACS = (2, 8), 0.4e12
+"""Clips for the ranking: fewest, most, and between the two as many as the model answers with these
+multiply-accumulates."""
+
+NEAREST, SPREAD = 32, 16
+"""Clips that are judged first: the nearest to a tie, those of the screening at least, then others spread evenly over
+the margins."""
+
+SAFE_DEVIATIONS, SAFE_FACTOR = 8.0, 2.0
+"""A margin is safe if it is larger than so many standard deviations of what moves it, and than so many times the
+largest movement seen."""
 
 SCREENING_SHARE = 4
 """Among several numbers of linears in float the search tells by 1 / this of the judging clips, those whose answers are
@@ -45,10 +57,12 @@ class Verdict:
         clips: how many were answered; with `labelled`, the loss is one of top-1 accuracy, else of agreement.
         top1, top1_float: accuracy, None without labels.
         agreement: share of clips with the same answer.
-        sqnr: of the logits, dB.
+        sqnr: of the logits of answered clips, dB.
         loss, budget: in points; the default budget is at least one clip. Where clips are left, the loss is what is lost
             of all whatever they give.
-        left: clips that were not answered.
+        left: clips that were not answered, and might give any answer.
+        certain: clips that were not answered because their margins are safe: see `AccuracyBudget.decided`. They count
+            as unchanged in all but `sqnr`.
     """
 
     clips: int
@@ -60,6 +74,7 @@ class Verdict:
     loss: float
     budget: float
     left: int = 0
+    certain: int = 0
 
     @property
     def within_budget(self) -> bool:
@@ -68,7 +83,8 @@ class Verdict:
     def __str__(self) -> str:
         what = "points of top-1" if self.labelled else "% of the answers"
         least = "at least " if self.left else ""
-        return f"{least}{self.loss:.2f} {what} on {self.clips + self.left} clips, {self.budget:.2f} allowed"
+        clips = self.clips + self.left + self.certain
+        return f"{least}{self.loss:.2f} {what} on {clips} clips, {self.budget:.2f} allowed"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON of a verdict on all clips."""
@@ -115,27 +131,73 @@ class AccuracyBudget:
         """The same on the first `count` clips alone."""
         return replace(self, clips=self.clips.head(count), logits=self.logits[:count])
 
-    @property
+    @cached_property
+    def margins(self) -> Array:
+        """By how much the best logit of each clip exceeds the second (N,); infinite for a single class."""
+        if self.logits.shape[1] < 2:
+            return np.full(len(self.logits), np.inf, np.float32)
+        second, first = np.partition(self.logits, -2, axis=1)[:, -2:].T
+        return np.asarray(first - second, np.float32)
+
+    @cached_property
     def order(self) -> npt.NDArray[np.intp]:
         """The clips (N,) in the order in which they are judged: the nearest to a tie first, which change most easily.
 
-        What a graph loses so shows after few clips.
+        What a graph loses so shows after few clips. After the first `nearest` come `SPREAD` of all the others, so that
+        the errors of clips with large margins are known, too.
         """
-        if self.logits.shape[1] < 2:
-            return np.arange(len(self.clips))
-        second, first = np.partition(self.logits, -2, axis=1)[:, -2:].T
-        return np.argsort(first - second, kind="stable")
+        near = np.argsort(self.margins, kind="stable")
+        others = near[self.nearest :]
+        spread = others[:: max(1, -(-len(others) // SPREAD))]
+        return np.concatenate([near[: self.nearest], spread, others[~np.isin(others, spread)]])
 
-    def verdict(self, logits: Array, judged: npt.NDArray[np.intp] | None = None) -> Verdict:
+    @property
+    def screening(self) -> int:
+        """How many of the first clips tell numbers of linears in float apart."""
+        return -(-len(self.clips) // SCREENING_SHARE)
+
+    @property
+    def nearest(self) -> int:
+        """How many clips `order` begins with by their margins alone."""
+        return max(NEAREST, self.screening)
+
+    def decided(self, logits: Array) -> bool:
+        """Whether other logits (n, classes) for the first n clips of `order` show that no later answer will change.
+
+        An answer changes if the best logit falls behind another one: if their difference moves by the margin at least.
+        Every later margin has to be larger than `SAFE_DEVIATIONS` root mean squares of these movements, on the clip
+        where they are largest, and than `SAFE_FACTOR` times the largest movement of all. If movements were Gaussian, an
+        answer would then change with a probability below 1e-15 for each other class. With a budget that was given, all
+        clips are answered.
+        """
+        count, classes = logits.shape
+        if self.max_drop is not None or classes < 2 or count < self.nearest + SPREAD:
+            return False
+        exact = self.logits[self.order[:count]]
+        errors = logits.astype(np.float64) - exact
+        moved = errors - np.take_along_axis(errors, exact.argmax(axis=1)[:, None], axis=1)
+        deviation = np.sqrt((moved * moved).sum(axis=1).max() / (classes - 1))
+        least = self.margins[self.order[count:]].min(initial=np.inf)
+        return bool(least > max(SAFE_DEVIATIONS * deviation, SAFE_FACTOR * moved.max()))
+
+    def verdict(self, logits: Array, judged: npt.NDArray[np.intp] | None = None, certain: bool = False) -> Verdict:
         """The verdict on other logits (n, classes) for the clips (n,) `judged`, by default the first n.
 
         Where clips are left, they can at best agree; with labels they can at best be right where the float graph is
         wrong. So a graph that is not within the budget then will not be whatever it answers to them: judging may stop
         there (a curtailed test) without changing who passes.
+
+        Args:
+            certain: the answers to the other clips are those of the float graph.
         """
         judged = np.arange(len(logits)) if judged is None else judged
         labelled, truth, exact = self.labelled, self.clips.labels[judged], self.logits[judged]
         others = np.setdiff1d(np.arange(len(self.clips)), judged)
+        sqnr, clips = metrics.sqnr(exact, logits), len(judged)
+        if certain:
+            logits = np.concatenate([logits, self.logits[others]])
+            judged, others = np.concatenate([judged, others]), others[:0]
+            truth, exact = self.clips.labels[judged], self.logits[judged]
         agreement = metrics.agreement(exact, logits)
         top1 = metrics.top_k(logits, truth) if labelled else None
         top1_float = metrics.top_k(exact, truth) if labelled else None
@@ -145,8 +207,8 @@ class AccuracyBudget:
             if labelled:
                 lost -= len(others) * (1 - metrics.top_k(self.logits[others], self.clips.labels[others]))
             loss = max(0.0, lost / len(self.clips))
-        sqnr = metrics.sqnr(exact, logits)
-        return Verdict(len(judged), labelled, top1, top1_float, agreement, sqnr, 100 * loss, self.points, len(others))
+        unseen = len(judged) - clips
+        return Verdict(clips, labelled, top1, top1_float, agreement, sqnr, 100 * loss, self.points, len(others), unseen)
 
 
 @dataclass(frozen=True)
@@ -174,38 +236,48 @@ class SearchResult:
 
 
 def compute_logits(
-    model: onnx.ModelProto, clips: Clips, open_graph: OpenGraph, stage: str, progress: Progress = silent
+    model: onnx.ModelProto,
+    clips: Clips,
+    open_graph: OpenGraph,
+    stage: str,
+    progress: Progress = silent,
+    some: npt.NDArray[np.intp] | None = None,
 ) -> Array:
-    """Logits (N, classes) of a graph with batch 1."""
+    """Logits (n, classes) of a graph with batch 1, of all clips or those numbered `some`."""
     call, name = open_graph(model), model.graph.input[0].name
-    rows = track(clips.frames, stage, len(clips), progress)
-    return np.concatenate([call({name: frames[None]})[0] for frames in rows])
+    numbers = range(len(clips)) if some is None else some.tolist()
+    rows = track(numbers, stage, len(numbers), progress)
+    return np.concatenate([call({name: clips.frames[index][None]})[0] for index in rows])
 
 
 def judge(
-    model: onnx.ModelProto,
+    answer: Callable[[Frames], Array],
     budget: AccuracyBudget,
-    open_graph: OpenGraph,
+    stage: str = "judge accuracy",
     progress: Progress = silent,
     most: int | None = None,
     known: Array | None = None,
+    least: int = 0,
 ) -> Judged:
-    """Judge a graph with batch 1. It ends with the clip at which the budget is exceeded for certain.
+    """Judge answers. It ends with the clip at which the budget is exceeded for certain, or no other answer can change.
 
     Args:
-        most: clips to judge it by, all by default.
-        known: its logits (n, classes) for the first clips of the budget's order, from a judgement that ended early.
+        answer: clips (1, T, H, W, 3) uint8 -> logits (1, classes).
+        most: clips to judge by, all by default.
+        known: the logits (n, classes) for the first clips of the budget's order, from a judgement that ended early.
+        least: clips that are answered unless the budget is exceeded.
     """
-    call, name, order = open_graph(model), model.graph.input[0].name, budget.order[:most]
+    order, start = budget.order[:most], 0 if known is None else len(known)
     found = np.empty((len(order), budget.logits.shape[1]), budget.logits.dtype)
-    start = 0
     if known is not None:
-        start, found[: len(known)] = len(known), known
-    for count in track(range(start + 1, len(order) + 1), "judge accuracy", len(order) - start, progress):
-        found[count - 1] = call({name: budget.clips.frames[int(order[count - 1])][None]})[0][0]
-        verdict = budget.verdict(found[:count], order[:count])
+        found[:start] = known
+    for count in track(range(start, len(order)), stage, len(order) - start, progress):
+        if count >= least and budget.decided(found[:count]):
+            return Judged(budget.verdict(found[:count], order[:count], certain=True), found[:count])
+        found[count] = answer(budget.clips.frames[int(order[count])][None])[0]
+        verdict = budget.verdict(found[: count + 1], order[: count + 1])
         if not verdict.within_budget:
-            return Judged(verdict, found[:count])
+            return Judged(verdict, found[: count + 1])
     if len(order) < len(budget.clips):
         return Judged(budget.verdict(found, order), found)
     return Judged(budget.verdict(found[np.argsort(order)]), found)
@@ -231,11 +303,11 @@ def search(calibrator: LayerwiseCalibrator, state: CalibrationState, budget: Acc
     ranking = rank(calibrator, state, budget, admitted)
     worst = sorted(ranking, key=lambda name: -ranking[name])
     most = _max_fallbacks(worst, work, (1 - MIN_INT8_SHARE) * sum(work[name] for name in admitted))
-    screening, tried = -(-len(budget.clips) // SCREENING_SHARE), {0: first}
+    tried = {0: first}
 
     def fits(count: int) -> bool:
         if count not in tried:
-            tried[count] = _evaluate(calibrator, state, budget, admitted - frozenset(worst[:count]), screening)
+            tried[count] = _evaluate(calibrator, state, budget, admitted - frozenset(worst[:count]), budget.screening)
         return tried[count].verdict.within_budget
 
     low, guess = 1, _guess(budget, [ranking[name] for name in worst])
@@ -285,11 +357,10 @@ def _guess(budget: AccuracyBudget, ranking: Sequence[float]) -> int:
     """
     if budget.logits.shape[1] < 2:
         return 1
-    second, first = np.partition(budget.logits.astype(np.float64), -2, axis=1)[:, -2:].T
     scale = float(np.sqrt(np.mean(np.square(budget.logits, dtype=np.float64))))
     noise = scale * np.sqrt(np.cumsum(np.square(np.asarray(ranking, np.float64)[::-1]))[::-1])
     for count in range(1, len(ranking)):
-        share = np.mean([0.5 * math.erfc(gap / max(2 * noise[count], 1e-30)) for gap in first - second])
+        share = np.mean([0.5 * math.erfc(gap / max(2 * noise[count], 1e-30)) for gap in budget.margins.tolist()])
         if 100 * share <= budget.points:
             return count
     return len(ranking)
@@ -319,9 +390,15 @@ def _evaluate(
         calibrator.correct_biases(state, quantised)
     else:
         state.biases = dict(known.biases)
-    model = calibrator.fake_quantized(state, quantised)
+    call = calibrator.open(calibrator.fake_quantized(state, quantised))
     logits = None if known is None else known.logits
-    found = judge(model, budget, calibrator.open, calibrator.progress, most, logits)
+    found = judge(
+        lambda frames: call({calibrator.input: frames})[0],
+        budget,
+        progress=calibrator.progress,
+        most=most,
+        known=logits,
+    )
     return replace(found, biases=dict(state.biases))
 
 
@@ -329,7 +406,9 @@ def rank(
     calibrator: LayerwiseCalibrator, state: CalibrationState, budget: AccuracyBudget, names: frozenset[str]
 ) -> dict[str, float]:
     """Sensitivity of each linear: relative root mean square error of the logits with that one quantised."""
-    some = range(0, len(budget.clips), max(1, len(budget.clips) // RANKING_CLIPS))[:RANKING_CLIPS]
+    fewest, most = RANKING_CLIPS
+    count = max(fewest, min(most, int(RANKING_MACS // sum(graphs.macs(calibrator.model).values()))))
+    some = range(0, len(budget.clips), max(1, len(budget.clips) // count))[:count]
     state.biases.clear()
     clips, exact = [budget.clips.frames[i] for i in some], budget.logits[list(some)]
     found = calibrator.one_by_one(state, names, clips)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -193,8 +193,14 @@ def write(model: onnx.ModelProto, path: Path) -> None:
         file.write(after + last)
 
 
-def write_apart(model: onnx.ModelProto, path: Path, data: Path) -> None:
-    """Write a graph to `path`, and its large weights to the file `data` of the same folder.
+def _is_large(tensor: TensorProto) -> bool:
+    return size(tensor) >= APART
+
+
+def write_apart(
+    model: onnx.ModelProto, path: Path, data: Path, apart: Callable[[TensorProto], bool] = _is_large
+) -> None:
+    """Write a graph to `path`, and its large weights, or those that are `apart`, to the file `data` of the same folder.
 
     Raises:
         OSError: the disk is full or fails.
@@ -202,7 +208,7 @@ def write_apart(model: onnx.ModelProto, path: Path, data: Path) -> None:
     graph = without(model.graph, "initializer")
     with data.open("wb") as file:
         for tensor in model.graph.initializer:
-            if size(tensor) < APART:
+            if not apart(tensor):
                 graph.initializer.append(tensor)
                 continue
             file.write(bytes(-file.tell() % ALIGNMENT))

@@ -11,7 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -88,11 +88,13 @@ class Range:
     Attributes:
         low, high: float32 values, low <= 0 <= high, so that zero is exact.
         method: the observer that found it.
+        scheme: of its integers; None where it is that of its table.
     """
 
     low: float
     high: float
     method: str
+    scheme: ActivationScheme | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low <= 0 <= self.high):
@@ -128,7 +130,7 @@ class Range:
             exact = (self.high - self.low) / INTEGERS[activations][1]
         scale = exact if exact < SMALLEST_NORMAL else scale
         low, high = self.low * wanted / scale, self.high * wanted / scale
-        return Range(shortest_float32(low), shortest_float32(high), self.method)
+        return replace(self, low=shortest_float32(low), high=shortest_float32(high))
 
 
 def _scale(value: float) -> float:
@@ -163,7 +165,7 @@ class CalibrationTable:
     Attributes:
         model: sha256 of the float graph that the table is for, see `edgetube.calibration.graphs.digest`.
         clips: {"sha256", "count", "name"} of the calibration clips.
-        activations: the activation scheme of ranges and fallbacks.
+        activations: the activation scheme of the ranges, but of those that state another one.
         ranges: tensor -> range.
         linears: every linear of the graph in order, also those that stay float.
         versions: of the tools.
@@ -202,7 +204,12 @@ class CalibrationTable:
             "activations": self.activations,
             "versions": dict(self.versions),
             "ranges": {
-                name: {"low": shortest_float32(r.low), "high": shortest_float32(r.high), "method": r.method}
+                name: {
+                    "low": shortest_float32(r.low),
+                    "high": shortest_float32(r.high),
+                    "method": r.method,
+                    **({"scheme": r.scheme} if r.scheme else {}),
+                }
                 for name, r in self.ranges.items()
             },
             "linears": [
@@ -282,9 +289,16 @@ class CalibrationTable:
 
 
 def _range(data: Any, where: str) -> Range:
-    found = strict.record(data, where, ("low", "high", "method"), ())
+    found = strict.record(data, where, ("low", "high", "method"), ("scheme",))
     low, high = (strict.number(found[key], f"{where}.{key}", -LARGEST, LARGEST) for key in ("low", "high"))
-    return Range(low, high, strict.text(found["method"], f"{where}.method"))
+    return Range(low, high, strict.text(found["method"], f"{where}.method"), _scheme(found.get("scheme"), where))
+
+
+def _scheme(data: Any, where: str) -> ActivationScheme | None:
+    """A scheme; None, and absent in files of older versions, for that of the table."""
+    if data is None:
+        return None
+    return cast(ActivationScheme, strict.choice(data, f"{where}.scheme", get_args(ActivationScheme)))
 
 
 def _plan(data: Any, where: str) -> LinearPlan:

@@ -33,7 +33,7 @@ from edgetube.errors import BundleError, FormatError, SpecError
 from edgetube.files import PREFIX, atomic_write, exchange, sync_folder, sync_tree
 from edgetube.precision import PRECISIONS, Precision
 from edgetube.spec import MOST_CLASSES, ModelSpec
-from edgetube.targets import Status
+from edgetube.targets import Status, need
 from edgetube.video import Frames
 
 SCHEMA = 2
@@ -98,13 +98,23 @@ class Bundle:
     @property
     def artifact_bytes(self) -> int:
         """Size of the raw artifact on disk, external weight files included."""
-        others = (GOLDEN, CALIBRATION, CALIBRATION_CLIPS)
-        return sum(record.bytes for name, record in self.files.items() if name not in others)
+        return sum(self.files[name].bytes for name in self.runtime_files)
+
+    @property
+    def runtime_files(self) -> tuple[str, ...]:
+        """The entries of `files` that a runtime may open: the artifact, weights beside it, an engine."""
+        return tuple(name for name in self.files if name not in (GOLDEN, CALIBRATION, CALIBRATION_CLIPS))
 
     @property
     def artifact_files(self) -> tuple[str, ...]:
         """The entries of `files` that belong to the artifact."""
         return tuple(name for name in self.files if name == self.artifact or name.startswith(f"{self.artifact}/"))
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the names and digests of all files: that of other bundles differs."""
+        listed = sorted((name, record.sha256) for name, record in self.files.items())
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists, and that `verify` therefore hashes; any file during an export.
@@ -424,23 +434,27 @@ def save_golden(bundle: Bundle, frames: Frames, logits: npt.NDArray[np.float32])
 
 
 @contextmanager
-def staging(out: Path) -> Iterator[Path]:
+def staging(out: Path, holds: str = MANIFEST, what: str = "a bundle") -> Iterator[Path]:
     """A temporary folder to write a bundle in; renamed to `out` on success, deleted on error.
 
     An older bundle at `out` is replaced only then, atomically where the system can; a folder that is not a bundle is
     never touched. Leftovers of killed exports beside `out` are cleaned up first. Needs the package filelock, which is
     part of `edgetube[export]`.
 
-    Raises:
-        BundleError: `out` exists and is not a bundle, or the disk refuses.
-    """
-    from filelock import FileLock
+    Args:
+        out: the folder.
+        holds: the file that a folder of this kind has.
+        what: the folder is, in the words of an error.
 
+    Raises:
+        BundleError: `out` exists and is something else, or the disk refuses.
+        MissingPackageError: filelock is not installed.
+    """
     out = out.resolve() if out.is_symlink() else out.absolute()
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise BundleError(f"{out} exists and is not a bundle; choose another --out or move it away")
+    if out.exists() and not (out / holds).is_file():
+        raise BundleError(f"{out} exists and is not {what}; choose another --out or move it away")
     folder = out.parent / f"{PREFIX}{secrets.token_hex(6)}{STAGED}"
-    lock = FileLock(folder.with_suffix(".lock"))
+    lock: Any = need("filelock", "export").FileLock(folder.with_suffix(".lock"))
     try:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)

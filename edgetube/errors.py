@@ -10,6 +10,7 @@
     ├─ CheckpointError       2   weights that do not fit the model they claim to be
     ├─ MissingPackageError   2   an optional package is absent; says the pip line
     ├─ BackendError          2   a vendor runtime refused, with what it said
+    ├─ DeviceError           2   another machine cannot be reached or used
     └─ ParityError           1   an artifact does not answer like the reference
 
 A message says what is wrong, with which value, and what to do: `given`, `expected`, `remedy`.
@@ -66,6 +67,10 @@ class MissingPackageError(EdgetubeError, ImportError):
 
 class BackendError(EdgetubeError):
     """A vendor runtime failed; the message carries its last relevant words."""
+
+
+class DeviceError(EdgetubeError):
+    """Another machine that cannot be reached, or cannot run edgetube; the message starts with its address."""
 
 
 class ParityError(EdgetubeError):

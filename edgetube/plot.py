@@ -49,14 +49,15 @@ SHOWN = 4  # frames in the strip
 SLICES = 4  # at most, in the solid
 
 
-def strongest(weight: Array, count: int) -> Array:
+def strongest(weight: Array, count: int, by: Array | None = None) -> Array:
     """The `count` filters of most energy among (D, C, kt, kh, kw), as pictures (count, kt, kh, kw, 3) in 0..1.
 
-    Energy is the variance over a filter's weights. Each filter is divided by its own largest |weight|; mid-grey is
-    a weight of zero. Colours are those of the input when C is 3, else the mean over the channels.
+    Energy is the variance over a filter's weights, or over those of the same filter of `by`. Each filter is divided by
+    its own largest |weight|; mid-grey is a weight of zero. Colours are those of the input when C is 3, else the mean
+    over the channels.
     """
-    weight = np.asarray(weight, np.float64)
-    order = np.argsort(-weight.reshape(len(weight), -1).var(axis=1), kind="stable")[:count]
+    weight, judged = np.asarray(weight, np.float64), np.asarray(weight if by is None else by, np.float64)
+    order = np.argsort(-judged.reshape(len(judged), -1).var(axis=1), kind="stable")[:count]
     best = np.moveaxis(weight[order], 1, -1)
     if best.shape[-1] != 3:
         best = best.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
@@ -102,20 +103,81 @@ def tubes(path: Path, spec: ModelSpec, clip: Frames, kernels: Mapping[int, Array
     return path
 
 
-def _check(path: Path, spec: ModelSpec, clip: Frames, kernels: Mapping[int, Array]) -> None:
+def training(path: Path, spec: ModelSpec, before: Mapping[int, Array], after: Mapping[int, Array], title: str) -> Path:
+    """Draw filters of each tube before and after training, those that changed most, and write one PNG.
+
+    Args:
+        before, after: the kernel of each tube, (D, C, kt, kh, kw) by its index in `spec.tubes`.
+
+    Raises:
+        InputError: kernels of other shapes, or a path that does not end in .png or has no folder.
+        MissingPackageError: matplotlib is not installed.
+    """
+    need("matplotlib", "plot")
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    check_file(path)
+    for index, kernel in [*before.items(), *after.items()]:
+        _check_kernel(spec, index, kernel)
+    with style.context("default"):
+        figure = Figure(figsize=(WIDTH, 1.1 + PAIR * len(spec.active)), dpi=DPI, facecolor="white")
+        _text(figure, MARGIN, 0.4, title, size=18, weight="bold")
+        said = "The filters that changed most, each scaled to its own largest |weight|; time to the right"
+        _text(figure, MARGIN, 0.75, said, size=10, color=SOFT)
+        for row, index in enumerate(spec.active):
+            _pair(figure, 1.1 + PAIR * row, spec.tubes[index], before[index], after[index], COLOURS[row % len(COLOURS)])
+        with replacing(path) as part:
+            figure.savefig(part, format="png")
+    return path
+
+
+PAIR, STRIP_H = 1.7, 0.62
+"""Heights of a tube's row before and after training, and of one strip, in inches."""
+
+
+def _pair(figure: Figure, top: float, tube: TubeSpec, before: Array, after: Array, colour: str) -> None:
+    """One tube: a row of filters before training, and below it the same after."""
+    change = after - before
+    share = float(np.square(change).sum() / max(float(np.square(before).sum()), 1e-30)) ** 0.5
+    _text(figure, MARGIN, top + 0.35, _times(tube.kernel), size=14, weight="bold", color=colour)
+    _text(figure, MARGIN, top + 0.65, f"changed by {share:.1%}", size=10, color=SOFT)
+    kt, kh, kw = tube.kernel
+    high = min(STRIP_H, (WIDTH - 4) * kh / (kt * kw))
+    count = max(1, int((WIDTH - 4) / (high * (kt * kw / kh + 0.4))))
+    for line, (name, kernels) in enumerate((("before", before), ("after", after))):
+        sheet, _ = contact_sheet(strongest(kernels, count, by=change), count, 0.4, 0.25)
+        y = top + 0.1 + line * (STRIP_H + 0.1)
+        _text(figure, 2.4, y + high / 2, name, size=11, color=SOFT)
+        axes = _axes(figure, 3.2, y, high * sheet.shape[1] / sheet.shape[0], high)
+        axes.imshow(sheet, interpolation="antialiased", aspect="auto")
+
+
+def check_file(path: Path) -> None:
+    """Check where a picture goes.
+
+    Raises:
+        InputError: the path does not end in .png or has no folder.
+    """
     if path.suffix.lower() != ".png":
         raise InputError(f"the picture is a PNG; given {path.name}, expected a name that ends in .png")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def _check_kernel(spec: ModelSpec, index: int, kernel: Array) -> None:
+    if not 0 <= index < len(spec.tubes):
+        raise InputError(f"there is a kernel for tube {index}; the model has tubes 0 to {len(spec.tubes) - 1}")
+    if kernel.ndim != 5 or kernel.shape[2:] != spec.tubes[index].kernel:
+        raise InputError(f"the kernel of tube {index} is {kernel.shape}; expected (D, C, *{spec.tubes[index].kernel})")
+
+
+def _check(path: Path, spec: ModelSpec, clip: Frames, kernels: Mapping[int, Array]) -> None:
+    check_file(path)
     if clip.shape != (*spec.clip, 3) or clip.dtype != np.uint8:
         raise InputError(f"the clip is {clip.shape} {clip.dtype}; the model takes {(*spec.clip, 3)} uint8")
     for index, kernel in kernels.items():
-        if not 0 <= index < len(spec.tubes):
-            raise InputError(f"there is a kernel for tube {index}; the model has tubes 0 to {len(spec.tubes) - 1}")
-        if kernel.ndim != 5 or kernel.shape[2:] != spec.tubes[index].kernel:
-            raise InputError(
-                f"the kernel of tube {index} is {kernel.shape}; expected (D, C, *{spec.tubes[index].kernel})"
-            )
+        _check_kernel(spec, index, kernel)
 
 
 # The page ---------------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ class Target:
             proof accepts; None where the accuracy budget of the calibration decides instead.
         arithmetic: types that devices may compute floats in; all of them are correct.
         settings: options of the build.
+        all_tokens: why its artifacts cannot have fewer tokens than the model; empty where they can.
         chosen: settings that differ from their default; see `choose`.
     """
 
@@ -76,6 +77,7 @@ class Target:
     tolerance: float | None = None
     arithmetic: tuple[Arithmetic, ...] = ("float32",)
     settings: tuple[Setting, ...] = ()
+    all_tokens: str = ""
     chosen: Mapping[str, str] = field(default_factory=dict)
 
     def missing(self, needs: tuple[str, ...]) -> tuple[str, ...]:

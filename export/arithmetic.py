@@ -9,7 +9,7 @@ every operator. The resulting error of the golden clips' logits goes into the ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TypeAlias
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgetube.export.static import MatMul, Pool, QuickGelu, Rotate, StaticBlock, StaticTransformer
+from edgetube.export.reduction import First, MatMul, Target
+from edgetube.export.static import Pool, QuickGelu, Rotate, StaticBlock, StaticTransformer
 from edgetube.export.tokenizer import Conv2d, Gather, Linear, Slice
 from edgetube.model.transformer import Act
 from edgetube.targets import Arithmetic
@@ -62,6 +63,9 @@ ROUNDED_MODULES = (
 )
 """Modules whose outputs a runtime may round to the target's type."""
 
+DECIDING_MODULES = (First, Target)
+"""Modules whose outputs, integers, say which tokens leave; see `edgetube.roles.GraphRoles.decisions`."""
+
 
 class NoiseSimulation:
     """A model under simulated arithmetics; what does not depend on the arithmetic is computed once.
@@ -72,12 +76,16 @@ class NoiseSimulation:
 
     def __init__(self, module: StaticTransformer, clips: Frames) -> None:
         self.module, self.clips = module, clips[:MAX_CLIPS]
-        with torch.inference_mode():
+        with torch.inference_mode(), _recorded(module) as self.decisions:
             self.exact = _logits(module, self.clips)
+        with torch.inference_mode():
             self.walks = _walks(module, self.clips[:1])
 
-    def logit_noise(self, arithmetic: Arithmetic) -> float:
+    def logit_noise(self, arithmetic: Arithmetic, decided: bool = False) -> float:
         """Energy of the error of the logits under an arithmetic, relative to the energy of the logits.
+
+        Args:
+            decided: the tokens leave that leave without noise.
 
         Returns:
             sum (noisy - exact)^2 / sum exact^2 over the logits of all clips, the mean of `NOISE_DRAWS` draws.
@@ -85,7 +93,10 @@ class NoiseSimulation:
         generator = torch.Generator().manual_seed(0)
         noise = partial(_add_noise, self.walks, UNIT_ROUNDOFF[arithmetic], SUM_ROUNDOFF[arithmetic], generator)
         with torch.inference_mode(), _stored(self.module, STORED.get(arithmetic)), _hooked(self.module, noise):
-            errors = [float(((_logits(self.module, self.clips) - self.exact) ** 2).sum()) for _ in range(NOISE_DRAWS)]
+            errors = []
+            for _ in range(NOISE_DRAWS):
+                with _replayed(self.decisions if decided else {}):
+                    errors.append(float(((_logits(self.module, self.clips) - self.exact) ** 2).sum()))
         return float(np.mean(errors)) / max(float((self.exact**2).sum()), float(np.finfo(np.float64).tiny))
 
 
@@ -103,6 +114,28 @@ def _hooked(module: nn.Module, hook: Hook) -> Iterator[None]:
         for part in module.modules():
             if isinstance(part, ROUNDED_MODULES):
                 stack.callback(part.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def _recorded(module: nn.Module) -> Iterator[dict[nn.Module, list[Tensor]]]:
+    """Context manager: which tokens leave, in each call of the modules that decide it."""
+    found: dict[nn.Module, list[Tensor]] = {}
+    with ExitStack() as stack:
+        for part in module.modules():
+            if isinstance(part, DECIDING_MODULES):
+                kept = found.setdefault(part, [])
+                stack.callback(part.register_forward_hook(lambda _, __, y, kept=kept: kept.append(y)).remove)
+        yield found
+
+
+@contextmanager
+def _replayed(decisions: Mapping[nn.Module, Sequence[Tensor]]) -> Iterator[None]:
+    """Context manager: the modules decide, call for call, what they did then."""
+    with ExitStack() as stack:
+        for part, kept in decisions.items():
+            again = iter(kept)
+            stack.callback(part.register_forward_hook(lambda *_, again=again: next(again)).remove)
         yield
 
 

@@ -12,12 +12,18 @@ For its INT8 targets, the module may define::
     def calibration_request(graph: Graph, target: Target) -> CalibrationRequest  # default: linears only
     def quantized_graph(model, table, target) -> ModelProto            # what is simulated; default: quantize.qdq
 
+Where the runtime shows no inner tensors, it may define::
+
+    def build_showing(context: BuildContext, names: Sequence[str]) -> Built  # the artifact also returns inner tensors
+
+for the proof of a model with fewer tokens: the backend (`edgetube.runtimes.base.FixedOutputs`) then shows which leave.
+
 The module is imported to list the targets, so it imports torch, onnx and the vendor's package inside `build`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +31,9 @@ from typing import TYPE_CHECKING, Any
 from edgetube.targets import Target
 
 if TYPE_CHECKING:  # they import onnx
+    import onnx
+
+    from edgetube.bundle import Bundle
     from edgetube.calibration.numeric import Moments
     from edgetube.calibration.table import CalibrationTable
     from edgetube.export.canonical import Graph
@@ -65,17 +74,25 @@ class Built:
         details: for the manifest's "build", plain JSON.
         image: the artifact also takes single images, with the same weights.
         deferred: the device finishes building the artifact on first load.
+        table: of an int8 artifact that does not do all of its context's table: what it does.
         notes: on an int8 artifact, for the user; shown after the export.
         integer_macs: multiply-accumulates by constants in 8-bit integers, in one call of an int8 artifact; counted in
             the artifact or in the runtime's optimised graph.
+        showing: builds the artifact again in a folder, see `build_showing`; None where the exporter has no such
+            function. Set by `edgetube.export.build`.
+        simulation: of an int8 artifact with fewer tokens, the Q/DQ graph that simulates it. Set by
+            `edgetube.export.int8_build`.
     """
 
     artifact: str
     details: Mapping[str, Any] = field(default_factory=dict)
     image: bool = False
     deferred: bool = False
+    table: CalibrationTable | None = None
     notes: tuple[str, ...] = ()
     integer_macs: int = 0
+    showing: Callable[[Path, Sequence[str]], Bundle] | None = None
+    simulation: onnx.ModelProto | None = None
 
 
 @dataclass(frozen=True)

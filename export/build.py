@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,10 +55,19 @@ class Builder:
         self.progress(f"{target.name}: build", 0, 1)
         image = self._image_graph(graph.lowering)
         context = BuildContext(graph, target, folder, table, image, self._input_moments)
-        built = export.exporter(target.backend).build(context)
+        exporter = export.exporter(target.backend)
+        built = exporter.build(context)
+        if hasattr(exporter, "build_showing"):
+            built = replace(built, showing=partial(self._build_showing, context))
         memory.release()
         self.progress(f"{target.name}: build", 1, 1)
         return self._describe(folder, target, built), built
+
+    def _build_showing(self, context: BuildContext, folder: Path, names: Sequence[str]) -> Bundle:
+        """The same artifact in another folder, which also returns inner tensors."""
+        exporter = export.exporter(context.target.backend)
+        bundle = self._describe(folder, context.target, exporter.build_showing(replace(context, folder=folder), names))
+        return replace(bundle, build={**bundle.build, "shown": list(names)})
 
     def build_tokenizer(self, folder: Path, target: Target, lowering: str) -> Bundle:
         """The tubes alone, to time a lowering."""

@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,11 @@ LAYOUT = Setting(
 )
 
 
+UNEXPLAINED = (
+    "with fewer tokens, small models in integers answered up to 3.3 dB worse than simulated, which is not explained yet"
+)
+
+
 def _target(precision: Precision, summary: str, tolerance: float | None) -> Target:
     return Target(
         name=f"coreai-{precision}",
@@ -49,12 +54,17 @@ def _target(precision: Precision, summary: str, tolerance: float | None) -> Targ
         tolerance=tolerance,
         arithmetic=("float32",) if precision is Precision.FP32 else ("float16",),
         settings=(LAYOUT,),
+        all_tokens=UNEXPLAINED if precision.quantises_activations else "",
     )
 
 
 TARGETS = (
     _target(Precision.FP32, "float32, for the CPU and the GPU", 1e-4),
-    _target(Precision.FP16, "float16, for the neural engine and the GPU; LayerNorm and softmax in float32", 2e-2),
+    _target(
+        Precision.FP16,
+        "float16, for the neural engine and the GPU; LayerNorm, softmax and the classifier in float32",
+        2e-2,
+    ),
     _target(Precision.W8A8, "linears in int8, weights and activations, the rest as in fp16; calibrated on clips", None),
 )
 
@@ -75,6 +85,11 @@ def build(context: BuildContext) -> Built:
         BackendError: Apple's converter fails otherwise.
         ParityError: the asset lacks integers of the table.
     """
+    return build_showing(context, ())
+
+
+def build_showing(context: BuildContext, names: Sequence[str]) -> Built:
+    """The same, which also returns inner tensors."""
     from edgetube.export import integer, quantize
     from edgetube.export.float16 import convert_to_fp16
     from edgetube.export.statistics import graph_statistics
@@ -83,17 +98,31 @@ def build(context: BuildContext) -> Built:
     columns = target.setting(LAYOUT.name) == "columns"
     details: dict[str, Any] = {"settings": {LAYOUT.name: target.setting(LAYOUT.name)}}
     if context.table is None:
-        model = graph.model if target.precision is Precision.FP32 else convert_to_fp16(graph.model)
-        operations = convert(model, path, columns, metadata(graph))
+        half = target.precision is not Precision.FP32
+        model = convert_to_fp16(graph.model, answer_operators(graph)) if half else graph.model
+        operations = convert(model, path, columns, metadata(graph), names)
         return Built(path.name, {**details, "graph": graph_statistics(model), "operations": operations})
     quantised = quantize.qdq(graph.model, context.table)
     model = convert_to_fp16(quantised)
-    operations = convert(model, path, columns, metadata(graph))
+    operations = convert(model, path, columns, metadata(graph), names)
     asked, kept = len(context.table.quantised), operations.get(WEIGHTS, 0)
     integer.assert_integer_coverage("Core AI", asked, kept)
     details["integers"] = integer.coverage(model, asked, kept, {WEIGHTS: kept})
     details |= {"graph": integer.statistics(graph.model, model), "operations": operations}
     return Built(path.name, details, integer_macs=integer.integer_macs(quantised))
+
+
+def answer_operators(graph: Graph) -> frozenset[str]:
+    """Names of the operators behind the last block that compute: the readout and the classifier.
+
+    Core AI's CPU adds up products in float16. Nothing behind these evens their error out, and they are little work:
+    most of the error of the built-in model's logits was theirs.
+    """
+    from edgetube.calibration import graphs
+
+    last = graphs.stages(graph.model, graph.roles)[-1]
+    moves = (*graphs.MOVES, "Concat", "Cast")
+    return frozenset(node.name for node in last.nodes if last.name == "classifier" and node.op_type not in moves)
 
 
 WEIGHTS = "blockwise_shift_scale"
@@ -114,7 +143,11 @@ def metadata(graph: Graph) -> dict[str, str]:
 
 
 def convert(
-    model: onnx.ModelProto, path: Path, columns: bool = False, stated: Mapping[str, str] | None = None
+    model: onnx.ModelProto,
+    path: Path,
+    columns: bool = False,
+    stated: Mapping[str, str] | None = None,
+    names: Sequence[str] = (),
 ) -> dict[str, int]:
     """Write a canonical graph, its float16 form or its Q/DQ form as a model asset.
 
@@ -122,6 +155,7 @@ def convert(
         path: of the asset, a folder `*.aimodel`; replaced if it exists.
         columns: linears are 1x1 convolutions over (B, D, 1, N).
         stated: see `metadata`.
+        names: inner tensors that the asset also returns, behind the graph's output.
 
     Returns:
         How often the asset has each operation.
@@ -135,7 +169,8 @@ def convert(
     from edgetube.export.torchgraph import TorchGraph
 
     shape = [axis.dim_value for axis in model.graph.input[0].type.tensor_type.shape.dim]
-    module = TorchGraph(model, linear=linear_of_columns) if columns else TorchGraph(model)
+    outputs = (model.graph.output[0].name, *names)
+    module = TorchGraph(model, outputs, linear_of_columns) if columns else TorchGraph(model, outputs)
     with _quiet(), torch.no_grad():
         import coreai_torch
 
@@ -145,9 +180,7 @@ def convert(
         converter = coreai_torch.TorchConverter(mode=coreai_torch.TorchConverter.Mode.RELEASE)
         _register_integers(converter)
         try:
-            converter.add_exported_program(
-                program, input_names=[model.graph.input[0].name], output_names=[model.graph.output[0].name]
-            )
+            converter.add_exported_program(program, input_names=[model.graph.input[0].name], output_names=list(outputs))
             summary = converter.to_coreai().save_asset(path, _record(stated or {})).summary()
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             text = " ".join(str(error).split())

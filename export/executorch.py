@@ -91,23 +91,28 @@ def build(context: BuildContext) -> Built:
     Raises:
         ParityError: XNNPACK would compute a linear in float that is quantised.
     """
+    return build_showing(context, ())
+
+
+def build_showing(context: BuildContext, names: Sequence[str]) -> Built:
+    """The same, which also returns inner tensors."""
     from edgetube.export.statistics import graph_statistics
 
     graph, path = context.graph, context.folder / ARTIFACT
     if context.table is not None:
-        return _build_int8(graph, path, context.table)
-    program = lower(graph.model)
+        return _build_int8(graph, path, context.table, names)
+    program = lower(graph.model, names)
     details = {"graph": graph_statistics(graph.model), "delegation": delegation(program)}
     save(program, path)
     return Built(path.name, details)
 
 
-def _build_int8(graph: Graph, path: Path, table: CalibrationTable) -> Built:
+def _build_int8(graph: Graph, path: Path, table: CalibrationTable, names: Sequence[str]) -> Built:
     from edgetube.export import integer, quantize, rewrite
 
     kept, floats = answers_in_float(graph.model, table)
     model = rewrite.separate_projections(quantize.qdq(graph.model, kept, outputs=True))
-    program = lower(_one_reader_each(model))
+    program = lower(_one_reader_each(model), names)
     products = integer_products(program)
     integer.assert_integer_coverage("XNNPACK", integer.count_integer_products(model), len(products))
     kernels = Counter(kernel for kernel, _ in products)
@@ -119,22 +124,28 @@ def _build_int8(graph: Graph, path: Path, table: CalibrationTable) -> Built:
     }
     save(program, path)
     notes = [f"{', '.join(floats)} in float: XNNPACK would round the logits to 8 bits"] if floats else []
-    return Built(path.name, details, notes=tuple(notes), integer_macs=sum(macs for _, macs in products))
+    macs = sum(work for _, work in products)
+    return Built(path.name, details, table=kept, notes=tuple(notes), integer_macs=macs)
 
 
 def answers_in_float(model: onnx.ModelProto, table: CalibrationTable) -> tuple[CalibrationTable, list[str]]:
-    """A table in which the linears that give the answer stay float, and the names of those that it quantised."""
+    """A table in which the linears that give the answer stay float, and the names of those that it quantised.
+
+    What only they read has no range then.
+    """
     from edgetube.calibration import graphs
 
     given = graphs.inner_linear_outputs(model)
     floats = [plan.name for plan in table.quantised if not given[plan.name]]
-    plans = (
+    plans = tuple(
         replace(plan, precision="float", weight_scales=(), reason="its outputs are the answer")
         if plan.name in floats
         else plan
         for plan in table.linears
     )
-    return replace(table, linears=tuple(plans)), floats
+    unread = {plan.activation for plan in table.quantised} - {p.activation for p in plans if p.precision == "int8"}
+    ranges = {name: found for name, found in table.ranges.items() if name not in unread}
+    return replace(table, ranges=ranges, linears=plans), floats
 
 
 def _one_reader_each(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -189,8 +200,12 @@ def _tensor(value: Mapping[str, Any]) -> tuple[int, tuple[str, tuple[int, ...]]]
     return tensor["id_out"], (tensor["datatype"].removeprefix("xnn_datatype_"), tuple(tensor["dims"]))
 
 
-def lower(model: onnx.ModelProto) -> EdgeProgramManager:
-    """A canonical graph or its Q/DQ form with everything delegated to XNNPACK that its partitioner takes."""
+def lower(model: onnx.ModelProto, names: Sequence[str] = ()) -> EdgeProgramManager:
+    """A canonical graph or its Q/DQ form with everything delegated to XNNPACK that its partitioner takes.
+
+    Args:
+        names: inner tensors that the program also returns, behind the graph's output.
+    """
     import torch
 
     from edgetube.export.statistics import tensor_shapes
@@ -204,7 +219,8 @@ def lower(model: onnx.ModelProto) -> EdgeProgramManager:
 
         aten = torch.ops.aten
         table = {aten.split_with_sizes.default: _split, aten.matmul.default: _matmul, aten.gelu.default: _gelu}
-        program = torch.export.export(TorchGraph(model), (frames,)).run_decompositions(table)
+        module = TorchGraph(model, (model.graph.output[0].name, *names))
+        program = torch.export.export(module, (frames,)).run_decompositions(table)
         return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from edgetube.calibration import storage
 from edgetube.calibration.graphs import producers
 from edgetube.errors import SpecError
 from edgetube.export.canonical import check
-from edgetube.export.statistics import byte_casts, tensor_shapes
+from edgetube.export.statistics import attribute, byte_casts, tensor_shapes
 
 FP32_OPS = frozenset({"LayerNormalization", "Softmax", "ReduceMean"})
 """Operators that stay in float32 in a float16 graph: their sums and exponentials exceed its range."""
@@ -23,11 +23,14 @@ PIXEL_SCALE = 256.0
 """Float16 graphs divide pixels by this and multiply tube weights by it: weights / 255 would lose digits in float16."""
 
 
-def convert_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+def convert_to_fp16(model: onnx.ModelProto, further: Collection[str] = ()) -> onnx.ModelProto:
     """The graph in float16: weights, matrix products, sums and GELU; `FP32_OPS` stay in float32.
 
     Inputs and outputs keep their types (uint8 frames, float32 logits), and quantised tensors stay int8, with float16
     scales.
+
+    Args:
+        further: names of more operators with one output that stay in float32; what they read and give is float16.
 
     Raises:
         SpecError: a weight exceeds float16.
@@ -35,8 +38,10 @@ def convert_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     source = model.graph
     pixels = {node.output[0] for node in byte_casts(model)}
     outputs = {value.name for value in source.output}
-    nodes = [new for node in source.node for new in _fp16_nodes(node, pixels, outputs)]
-    wide = {name for node in source.node if node.op_type in FP32_OPS for name in node.input[1:]}
+    constants = {tensor.name for tensor in source.initializer}
+    kept = {node.name for node in source.node if node.op_type in FP32_OPS or node.name in further}
+    nodes = [new for node in source.node for new in _fp16_nodes(node, pixels, outputs, kept, constants)]
+    wide = {name for node in source.node if node.name in kept for name in node.input if name in constants}
     factors = _pixel_factors(source, pixels)
     folder = storage.folder_of(model)
     weights = [_fp16_weight(t, factors.get(t.name, 1.0), t.name in wide, folder) for t in source.initializer]
@@ -78,16 +83,26 @@ def _pixel_factors(graph: onnx.GraphProto, pixels: set[str]) -> dict[str, float]
     return factors
 
 
-def _fp16_nodes(node: onnx.NodeProto, pixels: set[str], outputs: set[str]) -> list[onnx.NodeProto]:
-    """One node in float16, with a Cast wherever the type changes."""
+def _fp16_nodes(
+    node: onnx.NodeProto, pixels: set[str], outputs: set[str], kept: set[str], constants: set[str]
+) -> list[onnx.NodeProto]:
+    """One node in float16, or float32 if it is `kept`, with a Cast wherever the type changes."""
     new = deepcopy(node)
     name = node.output[0]
-    if node.op_type in FP32_OPS:
-        new.input[0], new.output[0] = f"{name}.input.fp32", f"{name}.fp32"
-        return [_cast(node.input[0], new.input[0], TensorProto.FLOAT), new, _cast(new.output[0], name)]
+    if node.name in kept:
+        read = [i for i, source in enumerate(node.input) if source and source not in constants]
+        for i in read:
+            new.input[i] = f"{name}.input.fp32" if i == read[0] else f"{name}.input.{i}.fp32"
+        casts = [_cast(node.input[i], new.input[i], TensorProto.FLOAT) for i in read]
+        if name in outputs:
+            return [*casts, new]
+        new.output[0] = f"{name}.fp32"
+        return [*casts, new, _cast(new.output[0], name)]
     if name in pixels:
         scale = helper.make_node("Mul", [f"{name}.fp16", "pixels.scale"], [name], name=name)
         return [_cast(node.input[0], f"{name}.fp16"), scale]
+    if node.op_type == "Cast":
+        return [_cast(node.input[0], name)] if attribute(node, "to") == TensorProto.FLOAT else [new]
     if name in outputs:
         new.output[0] = f"{name}.fp16"
         return [new, _cast(new.output[0], name, TensorProto.FLOAT)]
@@ -99,7 +114,7 @@ def _cast(source: str, target: str, to: int = TensorProto.FLOAT16) -> onnx.NodeP
 
 
 def _fp16_weight(tensor: TensorProto, scale: float, wide: bool, folder: Path | None) -> TensorProto:
-    """A float32 initializer in float16, unless it belongs to an operator of `FP32_OPS`."""
+    """A float32 initializer in float16, unless an operator in float32 reads it."""
     if wide or tensor.data_type != TensorProto.FLOAT:
         return tensor
     values = np.asarray(storage.read(tensor), np.float32) * np.float32(scale)

@@ -16,15 +16,15 @@ import onnx
 from edgetube import datasets, demo, export, metrics
 from edgetube.bench.latency import interleave
 from edgetube.bundle import Bundle
-from edgetube.calibration import Calibrated
+from edgetube.calibration import Calibrated, search
 from edgetube.calibration.table import FLOAT32_SCALES, ActivationScheme, CalibrationTable, IntegerFormat
 from edgetube.datasets import ClipSet
 from edgetube.errors import InputError, ParityError
 from edgetube.export.arithmetic import ARITHMETIC_MARGIN
-from edgetube.export.base import Built, CalibrationRequest
+from edgetube.export.base import CalibrationRequest
 from edgetube.export.canonical import Graph
 from edgetube.model.checkpoints import Checkpoint
-from edgetube.progress import Progress, track
+from edgetube.progress import Progress
 from edgetube.roles import LOGITS, roles_of
 from edgetube.runtimes.base import Backend, may_saturate
 from edgetube.targets import Target
@@ -33,11 +33,21 @@ from edgetube.video import Frames
 CALIBRATION_CLIPS, JUDGING_CLIPS = 128, 252
 """Most clips for calibration, and for judging accuracy; the latter are disjoint when there are enough."""
 
+LEAST_CLIPS, CALIBRATION_MACS, JUDGING_MACS = 32, 30e12, 60e12
+"""Fewer clips for a model of much work: as many as it answers with these multiply-accumulates, and at least 32. Clips
+of the user's own are all judged."""
+
+CALIBRATION_ROWS = 65536
+"""Tokens of all calibration clips together that there are at least, however much work they are."""
+
 MIN_UNSEEN_CLIPS = 32
 """With fewer clips left after calibration, all clips are judging clips."""
 
 MIN_COSINE = 0.98
 """Smallest cosine between the logits of artifact and float graph on a judging clip."""
+
+COSINE_LOSS = 0.02
+"""How far below the simulated one that cosine may be, of a model with fewer tokens: the float graph has them all."""
 
 SQNR_LOSS = 3.0
 """dB by which the artifact's SQNR on the judging clips may be below the simulated one."""
@@ -65,19 +75,35 @@ def sources(checkpoint: Checkpoint, given: Path | None) -> tuple[ClipSet, ClipSe
     Raises:
         InputError: no clips were given and the built-in ones do not fit the model.
     """
+    spec = checkpoint.spec
+    work, judging, notes = spec.macs(), JUDGING_CLIPS, list[str]()
+    count = max(LEAST_CLIPS, -(-CALIBRATION_ROWS // spec.sequence), int(CALIBRATION_MACS // work))
+    count = min(CALIBRATION_CLIPS, count)
     if given is not None:
         source = datasets.load(given, checkpoint.contract).check_labels(checkpoint.labels)
     elif set(demo.LABELS) <= set(checkpoint.labels) or checkpoint.source.startswith("random:"):
-        source = datasets.built_in_calibration(CALIBRATION_CLIPS + JUDGING_CLIPS, checkpoint.labels)
+        judging = min(JUDGING_CLIPS, max(LEAST_CLIPS, int(JUDGING_MACS // work)))
+        source = datasets.built_in_calibration(count + judging, checkpoint.labels)
     else:
         raise InputError(
             f"INT8 needs clips of what {checkpoint.name} is for, 128 or more; give --calib a folder, a .csv manifest, "
             "or .npy/.npz frames"
         )
-    drawn = source.sample(CALIBRATION_CLIPS + JUDGING_CLIPS)
-    seen, unseen = drawn.items[:CALIBRATION_CLIPS], drawn.items[CALIBRATION_CLIPS:]
+    if count < CALIBRATION_CLIPS:
+        notes.append(
+            f"at most {count} clips calibrate, not {CALIBRATION_CLIPS}: one takes {work / 1e9:.0f} GMAC and has "
+            f"{spec.sequence} tokens"
+        )
+    if judging < JUDGING_CLIPS:
+        notes.append(
+            f"{judging} built-in clips judge the accuracy, not {JUDGING_CLIPS}: each is {100 / judging:.1f} points, "
+            f"and none lost of {judging} may be up to {100 * (1 - 0.05 ** (1 / judging)):.1f} of all (95 % "
+            "confidence); --calib takes more"
+        )
+    drawn = source.sample(count + judging)
+    seen, unseen = drawn.items[:count], drawn.items[count:]
     judged = unseen if len(unseen) >= MIN_UNSEEN_CLIPS else drawn.items
-    return replace(source, items=seen), replace(source, items=judged)
+    return replace(source, items=seen, notes=(*source.notes, *notes)), replace(source, items=judged)
 
 
 def activation_scheme(target: Target) -> ActivationScheme:
@@ -119,27 +145,35 @@ def float_baseline(target: Target) -> Target:
     return next(t for t in family if not t.precision.quantises_weights)
 
 
-def macs_share(built: Built, calibrated: Calibrated, batch: int) -> float:
-    """The share of the linears' multiply-accumulates that the artifact computes in integers."""
-    share: float = built.integer_macs / (batch * calibrated.report["linear_macs"])
-    return share
+@dataclass(frozen=True)
+class Simulation:
+    """The Q/DQ graph in float32 against the float graph of calibration, on the judging clips.
 
-
-def expected_sqnr(simulated: float, noise: float) -> float:
-    """SQNR in dB that an artifact should reach: with the noise of its integers, and of its float part's arithmetic.
-
-    Args:
-        simulated: of the Q/DQ graph in float32, dB.
-        noise: see `edgetube.export.arithmetic.NoiseSimulation.logit_noise`, of the arithmetic that it runs in here.
+    Attributes:
+        sqnr: of the logits, dB.
+        min_cosine: what the artifact's logits have to reach on each of the first `clips`, or on every judged clip.
     """
-    return -10 * math.log10(10 ** (-simulated / 10) + ARITHMETIC_MARGIN * noise) if noise else simulated
+
+    sqnr: float
+    min_cosine: float = MIN_COSINE
+    clips: int | None = None
+
+    def with_noise(self, noise: float) -> Simulation:
+        """What an artifact should reach: with the noise of its integers, and of its float part's arithmetic.
+
+        Args:
+            noise: see `edgetube.export.arithmetic.NoiseSimulation.logit_noise`, of the arithmetic that it runs in here.
+        """
+        if not noise:
+            return self
+        return replace(self, sqnr=-10 * math.log10(10 ** (-self.sqnr / 10) + ARITHMETIC_MARGIN * noise))
 
 
 def measure(
-    calibrated: Calibrated, simulated_sqnr: float, int8: Candidate, plain: Candidate, progress: Progress
+    calibrated: Calibrated, expected: Simulation, int8: Candidate, plain: Candidate, progress: Progress
 ) -> dict[str, Any]:
     """Accuracy, speed and size of an INT8 artifact against the float one of its runtime; see `check_accuracy`."""
-    accuracy = check_accuracy(calibrated, simulated_sqnr, int8, plain.name, progress)
+    accuracy = check_accuracy(calibrated, expected, int8, plain.name, progress)
     clip = np.repeat(calibrated.budget.clips.frames[0][None], int8.backend.batch, axis=0)
     times = interleave({c.name: partial(c.backend, clip) for c in (int8, plain)}, seconds=1.0)
     speedup, share = times[plain.name].p50_ms / times[int8.name].p50_ms, int8.size / plain.size
@@ -154,40 +188,47 @@ def measure(
 
 
 def check_accuracy(
-    calibrated: Calibrated, simulated_sqnr: float, int8: Candidate, alternative: str, progress: Progress
+    calibrated: Calibrated, expected: Simulation, int8: Candidate, alternative: str, progress: Progress
 ) -> dict[str, Any]:
     """Check the accuracy of an INT8 artifact on the judging clips; its record for the manifest.
 
     Args:
-        simulated_sqnr: SQNR in dB that is expected on the same clips, see `expected_sqnr`.
+        expected: on the same clips.
         alternative: target that an error proposes.
 
     Raises:
         ParityError: the artifact loses more than the budget on the judging clips, or its error is larger than
             that of the simulation by more than `SQNR_LOSS` (names the cause where it can be told), or the cosine of a
-            clip is below `MIN_COSINE`.
+            clip is too small.
     """
-    clips = calibrated.budget.clips
-    shown = track(clips.frames, f"{int8.name}: accuracy", len(clips), progress)
-    logits = np.concatenate([int8.backend(frames[None]) for frames in shown])
-    verdict = calibrated.budget.verdict(logits)
-    if not verdict.within_budget:
+    budget, count = calibrated.budget, simulated_clips(calibrated)
+    found = search.judge(int8.backend, budget, f"{int8.name}: accuracy", progress, least=count)
+    if not found.verdict.within_budget:
         raise ParityError(
-            f"{int8.name} loses {verdict}; nothing was written: allow more with --max-drop, or use {alternative}"
+            f"{int8.name} loses {found.verdict}; nothing was written: allow more with --max-drop, or use {alternative}"
         )
-    if not verdict.sqnr >= simulated_sqnr - SQNR_LOSS:
-        why = diagnose(int8, clips.frames[0], calibrated.budget.logits[0])
+    judged = budget.order[: len(found.logits)]
+    exact = budget.logits[judged]
+    sqnr = metrics.sqnr(exact[:count], found.logits[:count])
+    if not sqnr >= expected.sqnr - SQNR_LOSS:
+        why = diagnose(int8, budget.clips.frames[int(judged[0])], exact[0])
         raise ParityError(
-            f"{int8.name} computes something else than what was calibrated: its SQNR on {len(clips)} clips is "
-            f"{verdict.sqnr:.1f} dB, simulated were {simulated_sqnr:.1f}; {why}; nothing was written: use {alternative}"
+            f"{int8.name} computes something else than what was calibrated: its SQNR on {count} clips is "
+            f"{sqnr:.1f} dB, simulated were {expected.sqnr:.1f}; {why}; nothing was written: use {alternative}"
         )
-    cosine = metrics.cosine(calibrated.budget.logits, logits)
-    if not cosine >= MIN_COSINE:
+    cosine = metrics.cosine(exact[: expected.clips], found.logits[: expected.clips])
+    if not cosine >= expected.min_cosine:
         raise ParityError(
-            f"{int8.name}: the cosine of the logits on the worst of {len(clips)} clips is {cosine:.4f}, at least "
-            f"{MIN_COSINE} is expected; nothing was written: use {alternative}, or calibrate on more clips"
+            f"{int8.name}: the cosine of the logits on the worst of {expected.clips or len(judged)} clips is "
+            f"{cosine:.4f}, at least {expected.min_cosine:.4g} is expected; nothing was written: use {alternative}, "
+            "or calibrate on more clips"
         )
-    return {"accuracy": {**verdict.to_json(), "cosine": cosine}}
+    return {"accuracy": {**found.verdict.to_json(), "cosine": cosine}}
+
+
+def simulated_clips(calibrated: Calibrated) -> int:
+    """The first clips of the budget's order on which calibration simulated the quantised linears."""
+    return min(int(calibrated.report["judged"]["clips"]), len(calibrated.budget.clips))
 
 
 def diagnose(int8: Candidate, clip: Frames, expected: npt.NDArray[np.float32]) -> str:
@@ -216,7 +257,8 @@ def diagnose(int8: Candidate, clip: Frames, expected: npt.NDArray[np.float32]) -
 def summary(report: Mapping[str, Any]) -> str:
     """One line for the user: speed, size and accuracy against float; `SLOWER` where it is."""
     accuracy = report.get("accuracy", report["judged"])
-    kept = f"{accuracy['agreement']:.1%} of {accuracy['clips']} answers unchanged"
+    kept = f"{accuracy['agreement']:.1%} of {accuracy['clips'] + accuracy['certain']} answers unchanged"
+    kept += f" ({accuracy['certain']} certain by their margins)" if accuracy["certain"] else ""
     if accuracy["top1"] is not None:
         kept = f"top-1 {accuracy['top1_float']:.1%} -> {accuracy['top1']:.1%}, {kept}"
     fallen = sum(1 for reason in report["fallbacks"].values() if reason.startswith("fell back"))

@@ -194,6 +194,8 @@ def _attention(
         return None
     (merge,) = readers[back.output[0]]
     inside += [scores.output[0], softmax.output[0], context.output[0], back.output[0]]
+    if any(len(readers[name]) > 1 for name in inside):
+        return None  # what a fused attention does not show
     return inside, sources, merge
 
 

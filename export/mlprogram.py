@@ -18,7 +18,7 @@ import onnx
 from edgetube.calibration import graphs, storage
 from edgetube.errors import InputError, SpecError
 from edgetube.export.float16 import PIXEL_SCALE
-from edgetube.export.statistics import attribute, bias_of, tensor_shapes
+from edgetube.export.statistics import attribute, bias_of, byte_casts, tensor_shapes
 from edgetube.mlpackage import label as label
 
 Array = npt.NDArray[Any]
@@ -80,7 +80,7 @@ class Lowering:
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self.uses = graphs.readers(model.graph.node)
         self.pinned = self._pinned(pins)
-        self.pixels = {node.output[0] for node in self.nodes if node.op_type == "Cast"}
+        self.pixels = {node.output[0] for node in byte_casts(model)}
         self.scaled = {name for pixels in self.pixels for node in self.uses[pixels] for name in node.input[1:]}
         self.values: dict[str, Var] = {}
         self.narrowed: dict[tuple[str, str], Var] = {}
@@ -121,7 +121,7 @@ class Lowering:
         if name not in self.values:
             self.values[name] = self.constant(name, width)
         value = self.values[name]
-        if width is None or width_of(value) in (width, "int32"):
+        if width is None or width_of(value) not in ("fp16", "fp32") or width_of(value) == width:
             return value
         if (name, width) not in self.narrowed:
             self.narrowed[name, width] = self.mb.cast(x=value, dtype=width, name=f"{self.label(name)}_{width}")
@@ -178,21 +178,36 @@ class Lowering:
         self.move(node, "slice_by_index", begin=begin, end=end, stride=stride)
 
     def on_Gather(self, node: onnx.NodeProto) -> None:
-        indices = self.mb.const(val=self.array(node.input[1]).astype(np.int32), name=self.label(node.input[1]))
+        indices = self.take(node.input[1])
         self.move(node, "gather", indices=indices, axis=attribute(node, "axis"))
 
     def on_Split(self, node: onnx.NodeProto) -> None:
-        x = self.take(node.input[0])
-        parts = self.mb.split(
-            x=x, num_splits=len(node.output), axis=attribute(node, "axis"), name=self.label(node.name)
-        )
+        x, axis = self.take(node.input[0]), attribute(node, "axis")
+        sizes = [self.shapes[name][axis] for name in node.output]
+        parts = self.mb.split(x=x, axis=axis, name=self.label(node.name), **sections(sizes))
         self.values.update(zip(node.output, parts, strict=True))
 
     def on_Concat(self, node: onnx.NodeProto) -> None:
-        values = [self.take(name) for name in node.input]
-        if len({width_of(value) for value in values}) > 1:
-            values = [self.take(name, "fp32") for name in node.input]
+        values = self.alike(*node.input)
         self.put(node, self.mb.concat(values=values, axis=attribute(node, "axis"), name=self.label(node.output[0])))
+
+    def on_Where(self, node: onnx.NodeProto) -> None:
+        """`select` where the shapes are equal; it does not broadcast. Else, of integers, (a - b) condition + b."""
+        name, condition = self.label(node.output[0]), self.take(node.input[0])
+        a, b = self.alike(*node.input[1:])
+        if len({self.shapes[each] for each in node.input}) == 1:
+            self.put(node, self.mb.select(cond=condition, a=a, b=b, name=name))
+            return
+        if width_of(a) != "int32":
+            raise SpecError(f"{node.name}: only integers are chosen from with broadcasting")
+        chosen = self.mb.cast(x=condition, dtype="int32", name=f"{name}_chosen")
+        more = self.mb.mul(x=chosen, y=self.mb.sub(x=a, y=b, name=f"{name}_distance"), name=f"{name}_more")
+        self.put(node, self.mb.add(x=more, y=b, name=name))
+
+    def alike(self, *names: str) -> list[Var]:
+        """Values as they are, where all have one type; else in float32."""
+        values = [self.take(name) for name in names]
+        return values if len({*map(width_of, values)}) == 1 else [self.take(name, "fp32") for name in names]
 
     # arithmetic
 
@@ -200,6 +215,10 @@ class Lowering:
         """Cast pixels to float16 and divide them by 256, which is exact: see `PIXEL_SCALE`."""
         name = self.label(node.output[0])
         x = self.take(node.input[0])
+        if node.output[0] not in self.pixels:
+            dtype = self.width(node) if attribute(node, "to") == onnx.TensorProto.FLOAT else "int32"
+            self.put(node, self.mb.cast(x=x, dtype=dtype, name=name))
+            return
         if width_of(x) == "int32":
             x = self.mb.cast(x=x, dtype="fp16", name=f"{name}_fp16")
         self.put(node, self.mb.mul(x=x, y=np.float16(1 / PIXEL_SCALE), name=name))
@@ -212,6 +231,37 @@ class Lowering:
 
     def on_Mul(self, node: onnx.NodeProto) -> None:
         self._binary(node, "mul")
+
+    def on_Div(self, node: onnx.NodeProto) -> None:
+        self._binary(node, "real_div")
+
+    def on_Neg(self, node: onnx.NodeProto) -> None:
+        x = self.take(node.input[0], self.width(node))
+        self.put(node, self.mb.mul(x=x, y=narrow("-1", np.float32(-1), width_of(x)), name=self.label(node.output[0])))
+
+    def on_Log(self, node: onnx.NodeProto) -> None:
+        epsilon = narrow("epsilon", np.float32(SMALLEST_EPSILON), self.width(node))
+        self.simple(node, "log", epsilon=epsilon)
+
+    def on_Equal(self, node: onnx.NodeProto) -> None:
+        self.pair(node, "equal")
+
+    def on_Greater(self, node: onnx.NodeProto) -> None:
+        self.pair(node, "greater")
+
+    def on_Less(self, node: onnx.NodeProto) -> None:
+        self.pair(node, "less")
+
+    def on_And(self, node: onnx.NodeProto) -> None:
+        self.pair(node, "logical_and")
+
+    def on_Or(self, node: onnx.NodeProto) -> None:
+        self.pair(node, "logical_or")
+
+    def pair(self, node: onnx.NodeProto, operation: str) -> None:
+        """An operator whose answer is a truth value: it reads both operands as they are."""
+        x, y = self.alike(*node.input)
+        self.put(node, getattr(self.mb, operation)(x=x, y=y, name=self.label(node.output[0])))
 
     def _binary(self, node: onnx.NodeProto, operation: str) -> None:
         x, y = (self.take(name, self.width(node)) for name in node.input)
@@ -292,8 +342,20 @@ class Lowering:
         self.simple(node, operation, **arguments)
 
     def on_ReduceMean(self, node: onnx.NodeProto) -> None:
+        self._reduce(node, "reduce_mean")
+
+    def on_ReduceMax(self, node: onnx.NodeProto) -> None:
+        self._reduce(node, "reduce_max")
+
+    def on_ReduceMin(self, node: onnx.NodeProto) -> None:
+        self._reduce(node, "reduce_min")
+
+    def on_ReduceSum(self, node: onnx.NodeProto) -> None:
+        self._reduce(node, "reduce_sum")
+
+    def _reduce(self, node: onnx.NodeProto, operation: str) -> None:
         keep = bool(attribute(node, "keepdims"))
-        self.simple(node, "reduce_mean", axes=self.integers(node.input[1]), keep_dims=keep)
+        self.simple(node, operation, axes=self.integers(node.input[1]), keep_dims=keep)
 
 
 class NeuralEngineLowering(Lowering):
@@ -310,8 +372,8 @@ class NeuralEngineLowering(Lowering):
         """Tensors (B, N, D) in the layout (B, D, 1, N)."""
         self.heads: dict[str, list[Var]] = {}
         """Tensors of h heads, whatever the order of their axes, as h of (B, d, 1, N)."""
-        self.turned: set[str] = set()
-        """Those of `heads` that are (B, h, d, N) in the graph."""
+        self.orders: dict[str, str] = {}
+        """The order of their axes behind B in the graph: `nhd`, `hnd` or `hdn`."""
         self.tables: dict[tuple[str, str], Var] = {}
         """Constants that broadcast with either, by name and width."""
 
@@ -319,7 +381,19 @@ class NeuralEngineLowering(Lowering):
         if name not in self.values and name in self.columns:
             rows = self.mb.squeeze(x=self.columns[name], axes=[2], name=f"{self.label(name)}_rows")
             self.values[name] = self.mb.transpose(x=rows, perm=[0, 2, 1], name=f"{self.label(name)}_plain")
+        if name not in self.values and name in self.heads:
+            self.values[name] = self._joined(name)
         return super().take(name, width)
+
+    def _joined(self, name: str) -> Var:
+        """Heads as one tensor, as it is in the graph."""
+        heads, order = self.heads[name], self.orders[name]
+        sizes = dict(zip(order, self.shapes[name][1:], strict=True))
+        whole = self.mb.concat(values=heads, axis=1) if len(heads) > 1 else heads[0]
+        shape = (self.shapes[name][0], *(sizes[axis] for axis in "hdn"))
+        split = self.mb.reshape(x=whole, shape=shape)
+        perm = [0, *("hdn".index(axis) + 1 for axis in order)]
+        return self.mb.transpose(x=split, perm=perm, name=f"{self.label(name)}_plain")
 
     def column(self, name: str, width: str) -> Var:
         """A tensor (B, N, D) in the layout (B, D, 1, N)."""
@@ -365,23 +439,25 @@ class NeuralEngineLowering(Lowering):
         self.columns[node.output[0]] = getattr(self.mb, operation)(x=x, y=y, name=self.label(node.output[0]))
 
     def _binary_of_heads(self, node: onnx.NodeProto, operation: str) -> None:
-        """Heads with heads, or with a table of each token's rotation, (N, d) or (d, N)."""
+        """Heads with heads, with a table of each token's rotation, (N, d) or (d, N), or with what all heads share."""
         first, second = node.input
         width = self.width(node)
         left = [self._cast(x, width) for x in self.heads[first]]
         if second in self.heads:
             right = [self._cast(x, width) for x in self.heads[second]]
+        elif second not in self.constants:
+            order = self.orders[first]  # (B, d or 1, 1, N or 1) of what has an axis of one head
+            shared = self.mb.transpose(x=self.take(second, width), perm=[0, *(order.index(a) + 1 for a in "dhn")])
+            right = [shared] * len(left)
         else:
-            table = self.array(second) if first in self.turned else self.array(second).T  # (d, N)
+            table = self.array(second) if self.orders[first] == "hdn" else self.array(second).T  # (d, N)
             right = [self._table(second, table[None, :, None], width)] * len(left)
         pairs = zip(left, right, strict=True)
         self._put_heads(node.output[0], [getattr(self.mb, operation)(x=x, y=y) for x, y in pairs], first)
 
     def _put_heads(self, name: str, values: list[Var], source: str) -> None:
         """Heads made of those called `source`, with axes in the same order."""
-        self.heads[name] = values
-        if source in self.turned:
-            self.turned.add(name)
+        self.heads[name], self.orders[name] = values, self.orders[source]
 
     def _has_column(self, name: str) -> bool:
         return name in self.columns or (name in self.constants and len(self.shapes[name]) <= 1)
@@ -421,11 +497,12 @@ class NeuralEngineLowering(Lowering):
             for name, values in zip(node.output, zip(*parts, strict=True), strict=True):
                 self._put_heads(name, list(values), node.input[0])
             return
-        if node.input[0] not in self.columns:
+        shape, axis = self.shapes[node.input[0]], attribute(node, "axis")
+        if node.input[0] not in self.columns or axis % len(shape) != len(shape) - 1:  # columns split their channels
             super().on_Split(node)
             return
-        x = self.columns[node.input[0]]
-        parts = self.mb.split(x=x, num_splits=len(node.output), axis=1, name=self.label(node.name))
+        sizes = sections([self.shapes[name][-1] for name in node.output])
+        parts = self.mb.split(x=self.columns[node.input[0]], axis=1, name=self.label(node.name), **sizes)
         self.columns.update(zip(node.output, parts, strict=True))
 
     def on_Concat(self, node: onnx.NodeProto) -> None:
@@ -442,7 +519,7 @@ class NeuralEngineLowering(Lowering):
         if node.input[0] in self.columns and len(target) == 4 and target[:2] == source[:2]:
             x = self.columns[node.input[0]]
             parts = self.mb.split(x=x, num_splits=target[2], axis=1) if target[2] > 1 else [x]
-            self.heads[node.output[0]] = list(parts)
+            self.heads[node.output[0]], self.orders[node.output[0]] = list(parts), "nhd"
         elif node.input[0] in self.heads:
             heads = self.heads[node.input[0]]
             whole = (
@@ -456,9 +533,9 @@ class NeuralEngineLowering(Lowering):
         if node.input[0] not in self.heads:
             super().on_Transpose(node)
             return
+        order = self.orders[node.input[0]]
         self.heads[node.output[0]] = self.heads[node.input[0]]
-        if list(attribute(node, "perm")) == [0, 2, 3, 1]:
-            self.turned.add(node.output[0])
+        self.orders[node.output[0]] = "".join(order[axis - 1] for axis in attribute(node, "perm")[1:])
 
     def on_MatMul(self, node: onnx.NodeProto) -> None:
         """Scores k^T q as (B, N keys, 1, N queries), context v weights as (B, d, 1, N queries), head by head."""
@@ -472,7 +549,7 @@ class NeuralEngineLowering(Lowering):
         for a, b in zip(left, right, strict=True):
             first, second = (self.mb.transpose(x=b, perm=[0, 3, 2, 1]), a) if scores else (b, a)
             products.append(self.mb.einsum(values=(first, second), equation="nchw,nwhu->nchu"))
-        self.heads[node.output[0]] = products
+        self.heads[node.output[0]], self.orders[node.output[0]] = products, "hnd"
 
     @property
     def softmaxes(self) -> set[str]:
@@ -484,13 +561,18 @@ class NeuralEngineLowering(Lowering):
             return
         width = self.width(node)
         scores = [self._cast(x, width) for x in self.heads[node.input[0]]]
-        self.heads[node.output[0]] = [self.mb.softmax(x=x, axis=1) for x in scores]
+        self._put_heads(node.output[0], [self.mb.softmax(x=x, axis=1) for x in scores], node.input[0])
 
 
 def width_of(value: Var) -> str:
-    """The type of a value: `fp16`, `fp32` or `int32`."""
+    """The type of a value: `fp16`, `fp32`, `int32`, which other integers count as, or `bool`."""
     name = str(value.dtype.__name__)
-    return name if name in ("fp16", "fp32") else "int32"
+    return name if name in ("fp16", "fp32", "bool") else "int32"
+
+
+def sections(sizes: Sequence[int]) -> dict[str, Any]:
+    """Arguments of a split into parts of these sizes."""
+    return {"num_splits": len(sizes)} if len({*sizes}) == 1 else {"split_sizes": list(sizes)}
 
 
 def narrow(name: str, array: Array, width: str) -> Array:

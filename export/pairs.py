@@ -119,11 +119,9 @@ def rebuilt(
     return result
 
 
-MOVES = ("Reshape", "Transpose", "Split", "Slice", "Gather")
-"""Operators that only move values: their outputs have the range of their first input."""
-
-HEADROOM = 1.25
-"""Factor on ranges of 16 bits: clips that were not seen may exceed them, and 2 dB of 16 bits cost nothing."""
+HEADROOM = 2.0
+"""Factor on ranges of 16 bits: clips that were not seen exceed them, and a bit of 16 costs nothing beside weights of 8
+(`bench/studies/headroom.py`)."""
 
 LARGEST_BIAS = 2.0**30
 """Largest integer of a bias; a weight's scale is raised where a bias would exceed it."""
@@ -144,7 +142,12 @@ class IntegerGraph:
 
 
 def integer_pairs(
-    model: onnx.ModelProto, table: CalibrationTable, *, narrow: bool = False, floats: Collection[str] = ()
+    model: onnx.ModelProto,
+    table: CalibrationTable,
+    *,
+    narrow: bool = False,
+    floats: Collection[str] = (),
+    headroom: float = HEADROOM,
 ) -> IntegerGraph:
     """A calibrated float graph with every operator in Q/DQ pairs whose tensors have ranges.
 
@@ -155,12 +158,13 @@ def integer_pairs(
     Args:
         table: with the ranges of all tensors that are to be integers; pixels and what only moves values need none.
         floats: names of operators to leave in float.
+        headroom: factor on ranges of 16 bits.
 
     Raises:
         InputError: the table is for another graph.
     """
     table.check(graphs.digest(model))
-    return _IntegerWriter(model, table, narrow, frozenset(floats)).write()
+    return _IntegerWriter(model, table, narrow, frozenset(floats), headroom).write()
 
 
 class _IntegerWriter:
@@ -170,7 +174,10 @@ class _IntegerWriter:
     being what goes into QuantizeLinear. What a float operator gives is `<name>.dequantized` for readers in integers.
     """
 
-    def __init__(self, model: onnx.ModelProto, table: CalibrationTable, narrow: bool, floats: frozenset[str]) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, table: CalibrationTable, narrow: bool, floats: frozenset[str], headroom: float
+    ) -> None:
+        self.headroom = headroom
         self.model, self.narrow, self.floats, self.given = model, narrow, floats, table.ranges
         self.folder, self.shapes, self.weights = (
             storage.folder_of(model),
@@ -193,7 +200,7 @@ class _IntegerWriter:
         """The ranges of tensors of 16 bits, also of those that only move values."""
         found = {name: range_ for name, range_ in self.given.items() if name not in self.pixels}
         for node in self.model.graph.node:
-            if node.op_type in MOVES and node.input[0] in found:
+            if node.op_type in graphs.MOVES and node.input[0] in found:
                 found |= dict.fromkeys(node.output, found[node.input[0]])
             elif node.op_type == "Softmax":
                 found[node.output[0]] = Range(0.0, 1.0, "softmax")
@@ -365,7 +372,7 @@ class _IntegerWriter:
     def _wide(self, name: str) -> Parameters:
         found = self.ranges[name]
         if found.method != "softmax":
-            found = Range(found.low * HEADROOM, found.high * HEADROOM, found.method)
+            found = Range(found.low * self.headroom, found.high * self.headroom, found.method)
         return _parameters(found, "uint16")
 
     def _reshape(self, source: str, name: str, shape: Sequence[int]) -> str:

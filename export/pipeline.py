@@ -15,18 +15,19 @@ import numpy as np
 from typing_extensions import Self
 
 from edgetube import bundle as bundles
-from edgetube import export, formats
+from edgetube import export, formats, reduction, tubesets
 from edgetube import targets as targeting
 from edgetube.bundle import Bundle
 from edgetube.errors import InputError, MissingPackageError
 from edgetube.export import int8, tokenizer
 from edgetube.export.build import Builder
 from edgetube.export.int8_build import Int8Builder
-from edgetube.export.lowering import LoweringChoice
+from edgetube.export.lowering import LoweringChoice, Lowerings
 from edgetube.export.prover import Prover
 from edgetube.formats.reading.files import ReadOptions
 from edgetube.model.checkpoints import Checkpoint
 from edgetube.progress import Progress, silent
+from edgetube.reduction import Kind
 from edgetube.targets import Target
 
 
@@ -36,6 +37,9 @@ class Options:
 
     Attributes:
         frames, size: of the clip, (height, width); the checkpoint's own by default.
+        tubes: which of the model's tubes make tokens, see `edgetube.tubesets.parse`; as it was trained by default.
+        keep_tokens: the tokens that are left in the end, see `edgetube.reduction.parse`; all by default.
+        reduce: how the others leave.
         image: export the image model (the 2-D tube alone) instead of the video model.
         batch: clips per call, static in the artifact.
         head: name of the classifier; the first one by default.
@@ -47,6 +51,9 @@ class Options:
 
     frames: int | None = None
     size: tuple[int, int] | None = None
+    tubes: str | None = None
+    keep_tokens: str | None = None
+    reduce: Kind = "merge"
     image: bool = False
     batch: int = 1
     head: str | None = None
@@ -107,33 +114,68 @@ def export_models(
     options = options or Options()
     chosen = targeting.choose([export.target(name) for name in targets], options.settings)
     for target in chosen:
-        if missing := target.missing(target.build_needs):
-            hint = f"; install with: {target.remedy}" if target.remedy else ", which is not here"
-            raise MissingPackageError(f"{target.name} needs {', '.join(missing)}{hint}")
+        check_needs(target)
     progress("load checkpoint", 0, 1)
     loaded = checkpoint if isinstance(checkpoint, Checkpoint) else formats.load(checkpoint, read)
     if options.head:
         loaded = loaded.select(options.head)
-    loaded = loaded.with_clip(1 if options.image else options.frames, options.size)
+    tubes = None if options.tubes is None else tubesets.parse(options.tubes, loaded.spec)
+    loaded = loaded.with_clip(1 if options.image else options.frames, options.size, tubes)
+    if options.keep_tokens is not None:
+        spec = loaded.spec
+        loaded = loaded.reduced(reduction.parse(options.keep_tokens, options.reduce, spec.tokens, spec.depth))
+    check_reduction(loaded, chosen)
     progress("load checkpoint", 1, 1)
     if any(target.precision.quantises_activations for target in chosen):
-        int8.sources(loaded, options.calib)
+        int8.sources(loaded.trained, options.calib)
     with ExportSession(loaded, options, progress) as session:
         for target in chosen:
             yield session.export(target, Path(out))
 
 
-class ExportSession:
-    """Exports one checkpoint to any number of targets; graphs, calibrations and reference answers are computed once."""
+def check_needs(target: Target) -> None:
+    """Check that a target can be built here.
 
-    def __init__(self, checkpoint: Checkpoint, options: Options, progress: Progress) -> None:
+    Raises:
+        MissingPackageError: it cannot; says what is missing.
+    """
+    if missing := target.missing(target.build_needs):
+        hint = f"; install with: {target.remedy}" if target.remedy else ", which is not here"
+        raise MissingPackageError(f"{target.name} needs {', '.join(missing)}{hint}")
+
+
+def check_reduction(checkpoint: Checkpoint, chosen: Sequence[Target]) -> None:
+    """Check that all of the targets can have as few tokens as the model.
+
+    Raises:
+        InputError: one cannot; says why, and which targets can.
+    """
+    found = checkpoint.spec.reduction
+    if found is None:
+        return
+    for target in chosen:
+        if target.all_tokens:
+            able = ", ".join(each.name for each in export.targets().values() if not each.all_tokens)
+            raise InputError(f"{target.name} cannot {found.kind} tokens: {target.all_tokens}; use {able}")
+
+
+class ExportSession:
+    """Exports one checkpoint to any number of targets; graphs, calibrations and reference answers are computed once.
+
+    Args:
+        lowerings: what was chosen for the same tubes and clip before; new choices are added.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, options: Options, progress: Progress, lowerings: Lowerings | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         with ExitStack() as undo:
             self.builder = Builder(checkpoint, options.batch, progress)
             undo.callback(self.builder.close)
             self.prover = Prover(checkpoint, lambda: self.int8.clips[1], progress)
             shown = np.stack([clip.frames for clip in self.prover.clips[:2]])
-            self.lowerings = LoweringChoice(self.builder, shown, options.lowering)
+            self.lowerings = LoweringChoice(self.builder, shown, options.lowering, lowerings)
             self.int8 = Int8Builder(self.builder, options.calib, options.max_drop)
             undo.pop_all()
 
@@ -141,12 +183,16 @@ class ExportSession:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free graphs and calibrations."""
         self.int8.close()
         self.builder.close()
 
     def export(self, target: Target, out: Path) -> Bundle:
         """Build, verify and publish one bundle."""
-        destination = out / f"{self.checkpoint.name}.{target.name}"
+        destination = out / f"{self.checkpoint.label}.{target.name}"
         with bundles.staging(destination) as folder:
             lowering = self.lowerings.choose(target)
             graph = self.builder.graph(lowering["chosen"])
@@ -156,7 +202,7 @@ class ExportSession:
                 bundle, built = self.builder.build(folder, target, graph)
             told = {"lowering": lowering, **({"notes": list(notes)} if (notes := self.checkpoint.notes) else {})}
             bundle = replace(bundle, name=destination.name, build={**told, **bundle.build})
-            bundle = self.prover.prove(bundle, target)
+            bundle = self.prover.prove(bundle, target, built)
             bundle = self.prover.prove_image(bundle, target) if built.image else bundle
             if built.deferred and bundle.status != "executed":
                 bundle = replace(bundle, status="deferred")

@@ -12,6 +12,7 @@ import numpy as np
 from edgetube import demo, metrics
 from edgetube.bench import layers, parity, probe
 from edgetube.bench.compare import Parity
+from edgetube.bench.following import REGRET
 from edgetube.bench.parity import Gates, Measured
 from edgetube.bench.probe import Probe
 from edgetube.bench.remembering import Answering
@@ -120,28 +121,6 @@ class Golden:
         return {"clips": len(self.frames), "sqnr": None, "min_sqnr": parity.SQNR[target.precision]}
 
 
-@dataclass(frozen=True)
-class FrameOrderProbe:
-    """Clips with their frames also in other orders, and the reference's logits for all of them."""
-
-    shown: tuple[Frames, ...]
-    reference: tuple[Logits, ...]
-
-    @classmethod
-    def of(cls, reference: Answering, some: Sequence[Frames]) -> FrameOrderProbe:
-        """Of clips `some` (T, H, W, 3) uint8; empty when their frames cannot be reordered."""
-        shown = tuple(form for frames in some for form in (frames, *probe.reordered(frames)))
-        if len(shown) == len(some):
-            return cls((), ())
-        return cls(shown, tuple(reference(frames[None])[0] for frames in shown))
-
-    def agreement(self, backend: Answering) -> float | None:
-        """See `edgetube.bench.probe.order_agreement`."""
-        if not self.shown:
-            return None
-        return probe.order_agreement(self.reference, [backend(frames[None])[0] for frames in self.shown])
-
-
 def largest_layer_jump(
     checkpoint: Checkpoint, reference: Reference, backend: Backend, bundle: Bundle, clips: Sequence[Frames]
 ) -> tuple[str, float] | None:
@@ -152,18 +131,22 @@ def largest_layer_jump(
     return layers.largest_drop(curve, bundle.precision)
 
 
-def gates(precision: Precision) -> Gates:
+def gates(precision: Precision, least_sqnr: float = math.inf) -> Gates:
     """The parity gates of a precision on the proof clips, in addition to the target's tolerance.
 
     The proof clips are noise and rendered films, which may be far from a model's own data and exceed the calibrated
     ranges. So int8 is checked on the judging clips, in `edgetube.export.int8.check_accuracy`, and 4-bit weights by
     their target's tolerance.
+
+    Args:
+        least_sqnr: the SQNR in dB is required to be that, where this is less than what the precision reaches.
     """
     exact = precision.weight_bits >= 8 and not precision.quantises_activations
     return Gates(
-        min_sqnr=parity.SQNR[precision] if exact else None,
+        min_sqnr=min(parity.SQNR[precision], least_sqnr) if exact else None,
         min_order_agreement=parity.ORDER_AGREEMENT,
         max_layer_jump=layers.JUMP,
+        max_regret=REGRET,
     )
 
 
@@ -181,24 +164,28 @@ def check_float_graph(name: str, reference: Logits, logits: Logits) -> None:
         )
 
 
-def check(bundle: Bundle, target: Target, measured: Parity, found: Probe, what: str = "") -> None:
+def check(
+    bundle: Bundle, target: Target, measured: Parity, found: Probe, what: str = "", least_sqnr: float = math.inf
+) -> None:
     """Check an artifact against the reference.
 
     Args:
+        least_sqnr: of an artifact in which other tokens may leave than in the reference, dB: that replaces the
+            target's tolerance, see `gates`.
         what: suffix for the error where an artifact has several functions: " for images".
 
     Raises:
         ParityError: a gate or the tolerance fails; says by how much.
     """
     name = f"{bundle.name}{what}"
-    if target.tolerance is not None and not measured.relative_error <= target.tolerance:
+    alike = math.isinf(least_sqnr)
+    if alike and target.tolerance is not None and not measured.relative_error <= target.tolerance:
         raise ParityError(
             f"{name} differs from the reference by {measured.relative_error:.2e} of the largest logit; "
             f"{target.name} allows {target.tolerance:.0e}; nothing was written"
         )
-    failed = [
-        v for v in gates(bundle.precision).verdicts(Measured(bundle, measured, (), (), (), found)) if not v.passed
-    ]
+    shown = Measured(bundle, measured, (), (), (), found)
+    failed = [verdict for verdict in gates(bundle.precision, least_sqnr).verdicts(shown) if not verdict.passed]
     if failed:
         raise ParityError(f"{name} does not answer like the reference: {_list(failed)}; nothing was written")
 
@@ -220,5 +207,6 @@ def record(measured: Parity, found: Probe, golden: Mapping[str, Any]) -> dict[st
         **measured.to_json(),
         "order_agreement": found.order_agreement,
         "layer_jump": jumped,
+        **({} if found.regret is None else {"regret": found.regret}),
         "golden": dict(golden),
     }

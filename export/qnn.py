@@ -30,6 +30,11 @@ SOC = Setting(
     "the SoCs to compile for, with commas: Snapdragon 8 Gen 2, Gen 3 and 8 Elite; none: the device compiles",
 )
 
+ALL_TOKENS = (
+    "in integers the NPU's emulator (QAIRT 2.51) computes the logarithm of the tokens' sizes, and rotary positions of "
+    "the tokens that are left, wrongly"
+)
+
 TARGETS = (
     Target(
         name="qnn-fp16",
@@ -53,6 +58,7 @@ TARGETS = (
         extra="export,qnn",
         arithmetic=("float16",),
         settings=(SOC,),
+        all_tokens=ALL_TOKENS,
     ),
     Target(
         name="qnn-w8a8",
@@ -64,6 +70,7 @@ TARGETS = (
         extra="export,qnn",
         arithmetic=("float16",),
         settings=(SOC,),
+        all_tokens=ALL_TOKENS,
     ),
 )
 
@@ -79,7 +86,6 @@ def activation_scheme(target: Target) -> ActivationScheme:
 def calibration_request(graph: Graph, target: Target) -> CalibrationRequest:
     """The ranges of everything that is computed between the linears, and of what they give."""
     from edgetube.calibration import graphs
-    from edgetube.export.pairs import MOVES
     from edgetube.export.statistics import byte_casts
 
     model = graph.model
@@ -87,11 +93,12 @@ def calibration_request(graph: Graph, target: Target) -> CalibrationRequest:
     pixels = {node.output[0] for node in byte_casts(model)}
     read = {linear.activation for linear in linears} | pixels
     biased = {node.output[0] for node in model.graph.node for linear in linears if linear.node == node.name}
+    known = read | biased | {*outputs}
     names = [
         name
         for node in model.graph.node
         for name in node.output
-        if node.op_type not in (*MOVES, "Cast", "Softmax", "Conv") and name not in read | biased | {*outputs}
+        if node.op_type not in (*graphs.MOVES, "Cast", "Softmax", "Conv") and name not in known
     ]
     given = tuple(name for name in outputs if name not in read)
     if target.precision is Precision.W8A16:

@@ -7,6 +7,7 @@ that it makes (`blocks.3.attn.qkv`), which converters write into their artifacts
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -31,8 +32,12 @@ Shape = tuple[int, ...]
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Rows (..., N, K), weight (M, K) and bias (M,) or None -> (..., N, M), like `functional.linear`."""
 
-TYPES = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16}
-"""Float types of an ONNX graph."""
+TYPES = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.INT32: torch.int32,
+}
+"""Types that an ONNX graph casts to."""
 
 
 class TorchGraph(nn.Module):
@@ -61,8 +66,9 @@ class TorchGraph(nn.Module):
         for node in model.graph.node:
             if (made := translation.operator(node)) is not None:
                 operator, inputs, results = made
-                self._place(results[0], operator)
-                self.steps.append((results[0], inputs, results))
+                path = ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in results[0].split("."))
+                self._place(path, operator)  # `torch.export` writes it into code
+                self.steps.append((path, inputs, results))
         known = {self.input, *(name for _, _, results in self.steps for name in results)}
         if absent := [name for name in self.outputs if name not in known]:
             raise SpecError(f"the graph has no tensor {', '.join(absent)}")
@@ -201,6 +207,33 @@ class _Translation:
         kind = TYPES[attributes["to"]]
         return lambda x: x.to(kind), None
 
+    def _where(self, node: onnx.NodeProto, _: Attributes) -> tuple[Function, int | None]:
+        return torch.where, None
+
+    def _equal(self, node: onnx.NodeProto, _: Attributes) -> tuple[Function, int | None]:
+        return torch.eq, None
+
+    def _greater(self, node: onnx.NodeProto, _: Attributes) -> tuple[Function, int | None]:
+        return torch.gt, None
+
+    def _less(self, node: onnx.NodeProto, _: Attributes) -> tuple[Function, int | None]:
+        return torch.lt, None
+
+    def _and(self, node: onnx.NodeProto, _: Attributes) -> tuple[Function, int | None]:
+        return torch.logical_and, None
+
+    def _or(self, node: onnx.NodeProto, _: Attributes) -> tuple[Function, int | None]:
+        return torch.logical_or, None
+
+    def _neg(self, node: onnx.NodeProto, _: Attributes) -> tuple[Function, int | None]:
+        return torch.neg, None
+
+    def _log(self, node: onnx.NodeProto, _: Attributes) -> tuple[Function, int | None]:
+        return torch.log, None
+
+    def _div(self, node: onnx.NodeProto, _: Attributes) -> tuple[Function, int | None]:
+        return torch.div, None
+
     def _add(self, node: onnx.NodeProto, _: Attributes) -> tuple[Function, int | None]:
         return torch.add, None
 
@@ -236,8 +269,23 @@ class _Translation:
         return torch.sigmoid, None
 
     def _reducemean(self, node: onnx.NodeProto, attributes: Attributes) -> tuple[Function, int | None]:
+        return self._reduction(torch.mean, node, attributes)
+
+    def _reducemax(self, node: onnx.NodeProto, attributes: Attributes) -> tuple[Function, int | None]:
+        return self._reduction(torch.amax, node, attributes)
+
+    def _reducemin(self, node: onnx.NodeProto, attributes: Attributes) -> tuple[Function, int | None]:
+        return self._reduction(torch.amin, node, attributes)
+
+    def _reducesum(self, node: onnx.NodeProto, attributes: Attributes) -> tuple[Function, int | None]:
+        return self._reduction(_sum, node, attributes)
+
+    def _reduction(
+        self, function: Callable[..., Tensor], node: onnx.NodeProto, attributes: Attributes
+    ) -> tuple[Function, int | None]:
+        """A function over axes that the graph states."""
         axes, keep = self.array(node.input[1]).tolist(), bool(attributes["keepdims"])
-        return lambda x: x.mean(axes, keepdim=keep), 1
+        return partial(function, dim=axes, keepdim=keep), 1
 
     def _quantizelinear(self, node: onnx.NodeProto, _: Attributes) -> tuple[Function, int | None]:
         scale, zero = self._scale(node)
@@ -271,6 +319,11 @@ def _integer_linear(
 def _narrow(kind: torch.dtype) -> dict[str, torch.dtype]:
     """The arguments of a dequantisation to a type; none for float32, the default, as converters expect it."""
     return {} if kind is torch.float32 else {"out_dtype": kind}
+
+
+def _sum(x: Tensor, **given: Any) -> Tensor:
+    """In the type of x; PyTorch would sum int32 in int64."""
+    return torch.sum(x, dtype=x.dtype, **given)
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:

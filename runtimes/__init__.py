@@ -7,7 +7,9 @@ A backend whose runtime is not available on every machine lists its needs in `NE
 name if they differ), and may name in `EMULATOR` another backend that evaluates its artifacts on any machine. Its module
 must import without those needs. A function `needs_of` may state other needs of a single bundle. A backend whose vendor
 simulates the processor on this machine sets `SIMULATED`, and its times are not measured. A backend that refuses a
-number of threads sets `OWN_THREADS`. A function `product` lets it take part in measuring the machine's peak rate.
+number of threads sets `OWN_THREADS`. `UNSEEN` says what a run on an ordinary CPU does not show of its devices. A
+function `product` lets it take part in measuring the machine's peak rate. A function `served` says how Triton runs a
+bundle's artifact (`base.Served`), and `network` which ONNX file TensorRT builds an engine of.
 
 Third parties add backends by entry points of the group `edgetube.targets`: `NAME = PACKAGE`, where `PACKAGE.runtime` is
 such a module and `PACKAGE.exporter` one as in `edgetube.export`. A built-in backend of the same name counts.
@@ -20,13 +22,14 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from edgetube.bundle import Bundle
 from edgetube.errors import BundleError, InputError, MissingPackageError
 from edgetube.precision import Precision
-from edgetube.runtimes.base import Backend, Interface, Shape
+from edgetube.runtimes.base import Backend, Interface, Served, Shape
 from edgetube.targets import missing, pip_line
 
 EMULATED: Literal["emulated"] = "emulated"
@@ -168,14 +171,35 @@ def device_of(bundle: Bundle) -> str | None:
     return EMULATED if missing(needs_of(bundle)) else None
 
 
+def served(bundle: Bundle) -> Served | None:
+    """How a backend of the Triton Inference Server runs a bundle's artifact; None if there is none for it.
+
+    Raises:
+        BundleError: the manifest is damaged.
+    """
+    stated: Callable[[Bundle], Served | None] | None = _stated(bundle.backend, "served")
+    return stated and stated(bundle)
+
+
+def network(bundle: Bundle) -> Path | None:
+    """The ONNX file of a bundle that TensorRT builds an engine of; None for other bundles."""
+    stated: Callable[[Bundle], Path | None] | None = _stated(bundle.backend, "network")
+    return stated and stated(bundle)
+
+
 def simulated(backend: str) -> bool:
     """Whether the vendor's runtime simulates the processor on this machine: slowly, and times say nothing."""
     return bool(_stated(backend, "SIMULATED"))
 
 
-def takes_threads(backend: str) -> bool:
+def unseen(backend: str) -> str:
+    """What running a backend's artifacts on an ordinary CPU does not show of the devices they are for."""
+    return str(_stated(backend, "UNSEEN") or "")
+
+
+def takes_threads(backend: str, device: str | None = None) -> bool:
     """Whether a backend can be told a number of threads; others choose it themselves and refuse one."""
-    return not _stated(backend, "OWN_THREADS")
+    return not _stated(_stated(backend, "EMULATOR") if device == EMULATED else backend, "OWN_THREADS")
 
 
 def products(precision: Precision, size: int, threads: int | None) -> dict[str, Callable[[], object]]:

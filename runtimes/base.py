@@ -8,16 +8,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
-from edgetube import preprocess
+from edgetube import preprocess, strict
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.errors import BackendError
+from edgetube.roles import LOGITS
 from edgetube.targets import Arithmetic, Status
 from edgetube.video import Frames
 
@@ -39,6 +41,19 @@ class Interface:
 
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
+
+
+@dataclass(frozen=True)
+class Served:
+    """How a backend of the Triton Inference Server runs an artifact by itself.
+
+    Attributes:
+        backend: its name there.
+        files: the artifact's files, by the names that it looks for.
+    """
+
+    backend: str
+    files: Mapping[str, Path]
 
 
 class Backend(ABC):
@@ -181,6 +196,39 @@ class Backend(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class FixedOutputs(Backend):
+    """A backend whose runtime shows no inner tensors but those that an artifact was made to return.
+
+    `build.shown` of the manifest names them. Only artifacts that are made for a proof, and are not published, have any.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle.contract, bundle.batch)
+        given = strict.items(bundle.build.get("shown", []), "build.shown")
+        self.shown = tuple(strict.text(name, "build.shown") for name in given)
+
+    @abstractmethod
+    def returned(self, clips: Frames) -> Sequence[npt.NDArray[np.float32]]:
+        """The artifact's own output, and behind it the tensors of `shown`, of exactly `batch` clips."""
+
+    def infer(self, clips: Frames) -> Logits:
+        return self.returned(clips)[0]
+
+    def layers(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if name in (LOGITS, *self.shown)) if self.shown else ()
+
+    def tap(self, names: Sequence[str]) -> Tap:
+        """The artifact is not opened again, so it has to stay open."""
+        if missing := [name for name in names if name not in self.layers(names)]:
+            return super().tap(missing)
+
+        def show(clips: Frames) -> LayerOutputs:
+            found = dict(zip((LOGITS, *self.shown), self.returned(clips), strict=True))
+            return {name: found[name] for name in names}
+
+        return show
 
 
 def may_saturate(bundle: Bundle) -> bool:

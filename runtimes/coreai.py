@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from coreai.authoring import AIModelAsset
 from coreai.runtime import InferenceFunction, NDArray, SpecializationOptions
 
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
 from edgetube.precision import Precision
-from edgetube.runtimes.base import Backend, Interface, Logits
+from edgetube.runtimes.base import FixedOutputs, Interface
 from edgetube.video import Frames
 
 RUNS = ("coreai",)
 OWN_THREADS = True
+UNSEEN = "neural engine and GPU, which have kernels of their own; speed; heat"
 SIMULATED = sys.platform != "darwin"
 """Elsewhere Core AI interprets the program on the CPU."""
 
@@ -73,7 +75,7 @@ class _Caller:
             self.loop.close()
 
 
-class Session(Backend):
+class Session(FixedOutputs):
     """A model asset (`model.aimodel`), compiled for this machine in a temporary folder while it is opened.
 
     Core AI's calls are coroutines; they run in a thread of the session, so that any thread may call it, also one with
@@ -90,7 +92,7 @@ class Session(Backend):
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
-        super().__init__(bundle.contract, bundle.batch)
+        super().__init__(bundle)
         if threads is not None:
             raise InputError(f"threads is {threads}; Core AI chooses them itself, leave it out")
         self.device = (device or "cpu").lower()
@@ -103,7 +105,8 @@ class Session(Backend):
         try:
             with _mapped(f"cannot open {bundle.artifact_path}"):
                 self.function = self.call(_load(_checked(bundle.artifact_path), options))
-                (self.input,), (self.output,) = self.function.desc.input_names, self.function.desc.output_names
+                (self.input,) = self.function.desc.input_names
+                (self.output,) = (name for name in self.function.desc.output_names if name not in self.shown)
         except BaseException:
             self._end()
             raise
@@ -115,10 +118,10 @@ class Session(Backend):
             (tuple(described.output_descriptor(self.output).shape),),
         )
 
-    def infer(self, clips: Frames) -> Logits:
+    def returned(self, clips: Frames) -> list[npt.NDArray[np.float32]]:
         with _mapped("the call failed"):
             answers = self.call(_call(self.function, {self.input: NDArray(clips)}))
-            return np.array(answers[self.output].numpy(), np.float32)
+            return [np.array(answers[name].numpy(), np.float32) for name in (self.output, *self.shown)]
 
     def describe(self) -> dict[str, Any]:
         return {"coreai": version(), "device": self.device}

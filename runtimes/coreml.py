@@ -19,6 +19,7 @@ RUNS = ("coreml",)
 NEEDS = ("macOS", "coremltools")
 EMULATOR = "mil"
 OWN_THREADS = True
+UNSEEN = "everything of a Mac or an iPhone: Core ML itself, neural engine and GPU, speed, heat"
 
 DEVICES = {"all": "ALL", "cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
 """Device -> compute units; each may fall back to the CPU."""

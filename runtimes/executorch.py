@@ -16,11 +16,12 @@ from contextlib import contextmanager, redirect_stderr
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
-from edgetube.runtimes.base import Backend, Interface, Logits
+from edgetube.runtimes.base import FixedOutputs, Interface
 from edgetube.video import Frames
 
 LOG = re.compile(r"(?:\[|[DIEF] [\d:.]+ executorch:)\w+\.cpp:\d+\] (.*)")
@@ -101,6 +102,7 @@ with _log(), no_warnings():
 __all__ = ["Runtime", "Session"]  # `Runtime`: ExecuTorch's, imported with its warnings silenced
 
 RUNS = ("executorch",)
+UNSEEN = "ARM kernels and their speed, delegates other than XNNPACK, heat"
 
 
 class _Threads:
@@ -139,11 +141,11 @@ class _Threads:
 THREADS = _Threads()
 
 
-class Session(Backend):
+class Session(FixedOutputs):
     """The method `forward` of a program (`model.pte`).
 
     Args:
-        bundle: a bundle whose artifact has one input and one output.
+        bundle: a bundle whose artifact has one input and one output, and those that it shows.
         threads: CPU threads of one call; None leaves it to ExecuTorch (the physical cores). All programs of a process
             have the same number.
         device: "cpu" (default).
@@ -154,7 +156,7 @@ class Session(Backend):
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, device: str | None = None) -> None:
-        super().__init__(bundle.contract, bundle.batch)
+        super().__init__(bundle)
         if (device or "cpu").lower() != "cpu":
             raise InputError(f"no device is called {device!r} here; ExecuTorch's Python package runs on cpu alone")
         THREADS.take(threads)
@@ -168,17 +170,17 @@ class Session(Backend):
     def interface(self) -> Interface:
         meta = self.method.metadata
         inputs = [meta.input_tensor_meta(i).sizes() for i in range(meta.num_inputs())]
-        outputs = [meta.output_tensor_meta(i).sizes() for i in range(meta.num_outputs())]
+        outputs = [meta.output_tensor_meta(i).sizes() for i in range(meta.num_outputs() - len(self.shown))]
         return Interface(tuple(map(tuple, inputs)), tuple(map(tuple, outputs)))
 
-    def infer(self, clips: Frames) -> Logits:
+    def returned(self, clips: Frames) -> list[npt.NDArray[np.float32]]:
         # Of read-only frames PyTorch warns; what silences it, `warnings.catch_warnings`, is not for several threads.
         frames = torch.from_numpy(clips if clips.flags.writeable else clips.copy())
         try:
-            (logits,) = self.method.execute([frames])
+            values = self.method.execute([frames])
         except RuntimeError as error:  # the one type that the bindings raise
             raise _failure("the method failed", error) from error
-        return np.array(logits.numpy(), np.float32)
+        return [np.array(value.numpy(), np.float32) for value in values]
 
     def describe(self) -> dict[str, Any]:
         return {"executorch": VERSION, "device": "cpu", "threads": THREADS.count}

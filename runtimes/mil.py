@@ -8,9 +8,9 @@ error that names the operation.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -269,7 +269,9 @@ def _slice(a: Inputs) -> Array:
 
 
 def _split(a: Inputs) -> tuple[Array, ...]:
-    return tuple(np.split(a["x"], int(a["num_splits"]), int(a["axis"])))
+    """Into equal parts, or parts of `split_sizes`."""
+    parts = np.cumsum([int(n) for n in a["split_sizes"]])[:-1] if "split_sizes" in a else int(a["num_splits"])
+    return tuple(np.split(a["x"], parts, int(a["axis"])))
 
 
 def _cast(a: Inputs) -> Array:
@@ -361,7 +363,7 @@ def _exact_gelu(x: Array) -> Array:
     return (0.5 * x.astype(np.float64) * erf(x.astype(np.float64)).astype(np.float64)).astype(np.float32)
 
 
-@functools.cache
+@cache
 def gelu_of_half() -> Array:
     """x (1 + erf(x / sqrt 2)) / 2 of every float16, by its bits; not a number for what is not one."""
     numbers = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
@@ -377,9 +379,33 @@ def _sigmoid(a: Inputs) -> Array:
     return y
 
 
-def _reduce_mean(a: Inputs) -> Array:
+def _reduce(function: Callable[..., Array], a: Inputs) -> Array:
+    """Integers in their own type, all else in float32."""
     axes = tuple(int(i) for i in np.atleast_1d(a["axes"]))
-    return _float(a["x"]).mean(axis=axes, keepdims=bool(a.get("keep_dims", False)))
+    return function(_number(a["x"]), axis=axes, keepdims=bool(a.get("keep_dims", False)))
+
+
+def _sum(x: Array, **options: Any) -> Array:
+    """In the type of x; numpy would sum int32 in int64."""
+    return np.sum(x, dtype=x.dtype, **options)
+
+
+def _binary(function: Callable[[Array, Array], Array], a: Inputs) -> Array:
+    """Integers in their own type, all else in float32."""
+    return function(_number(a["x"]), _number(a["y"]))
+
+
+def _number(x: Any) -> Array:
+    x = np.asarray(x)
+    return x if x.dtype == np.int32 else _float(x)
+
+
+def _log(a: Inputs) -> Array:
+    return np.log(_float(a["x"]) + np.float32(a.get("epsilon", 1e-45)))
+
+
+def _logical(function: Callable[[Array, Array], Array], a: Inputs) -> Array:
+    return function(np.asarray(a["x"], np.bool_), np.asarray(a["y"], np.bool_))
 
 
 def _classify(a: Inputs) -> tuple[str, dict[str, float]]:
@@ -472,6 +498,7 @@ MOVES: dict[str, Callable[[Inputs], Any]] = {
     "expand_dims": _expand,
     "gather": _gather,
     "reshape": _reshape,
+    "select": lambda a: np.where(a["cond"], a["a"], a["b"]),
     "slice_by_index": _slice,
     "split": _split,
     "squeeze": _squeeze,
@@ -481,7 +508,7 @@ MOVES: dict[str, Callable[[Inputs], Any]] = {
 
 OPERATIONS: dict[str, Callable[[Inputs], Any]] = {
     **MOVES,
-    "add": lambda a: _float(a["x"]) + _float(a["y"]),
+    "add": partial(_binary, np.add),
     "cast": _cast,
     "classify": _classify,
     "constexpr_affine_dequantize": _affine_dequantize,
@@ -490,15 +517,25 @@ OPERATIONS: dict[str, Callable[[Inputs], Any]] = {
     "conv": _conv,
     "dequantize": _dequantize,
     "einsum": _einsum,
+    "equal": partial(_binary, np.equal),
     "gelu": _gelu,
+    "greater": partial(_binary, np.greater),
     "layer_norm": _layer_norm,
+    "less": partial(_binary, np.less),
     "linear": _linear,
+    "log": _log,
+    "logical_and": partial(_logical, np.logical_and),
+    "logical_or": partial(_logical, np.logical_or),
     "matmul": _matmul,
-    "mul": lambda a: _float(a["x"]) * _float(a["y"]),
+    "mul": partial(_binary, np.multiply),
     "quantize": _quantize,
-    "reduce_mean": _reduce_mean,
+    "real_div": lambda a: _float(a["x"]) / _float(a["y"]),
+    "reduce_max": partial(_reduce, np.max),
+    "reduce_mean": partial(_reduce, np.mean),
+    "reduce_min": partial(_reduce, np.min),
+    "reduce_sum": partial(_reduce, _sum),
     "sigmoid": _sigmoid,
     "silu": lambda a: _float(a["x"]) * _sigmoid(a),
     "softmax": _softmax,
-    "sub": lambda a: _float(a["x"]) - _float(a["y"]),
+    "sub": partial(_binary, np.subtract),
 }

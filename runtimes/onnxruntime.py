@@ -18,10 +18,11 @@ from edgetube import protobuf
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
 from edgetube.precision import Precision
-from edgetube.runtimes.base import Backend, Interface, LayerOutputs, Logits, Tap, integers, may_saturate
+from edgetube.runtimes.base import Backend, Interface, LayerOutputs, Logits, Served, Tap, integers, may_saturate
 from edgetube.video import Frames
 
 RUNS = ("onnx",)
+UNSEEN = "ARM kernels and their speed, sums on x86 without VNNI, other providers"
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -50,6 +51,11 @@ BESIDE = "session.model_external_initializers_file_folder_path"
 
 AS_THEY_STAND = "session.disable_quant_qdq"
 """Q/DQ pairs are computed one by one, in float32 between them, and not fused into integer kernels."""
+
+
+def served(bundle: Bundle) -> Served:
+    """Triton's backend for ONNX files takes the artifact, and the files of large weights beside it, as they are."""
+    return Served("onnxruntime", {name: bundle.path / name for name in bundle.runtime_files})
 
 
 class OnnxBackend(Backend):

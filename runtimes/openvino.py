@@ -17,7 +17,7 @@ from edgetube import strict
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
 from edgetube.precision import Precision
-from edgetube.runtimes.base import Backend, Interface, LayerOutputs, Logits, Tap, may_saturate
+from edgetube.runtimes.base import Backend, Interface, LayerOutputs, Logits, Served, Tap, may_saturate
 from edgetube.targets import Arithmetic
 from edgetube.video import Frames
 
@@ -41,12 +41,18 @@ with _absent("openvino_telemetry"):  # else importing openvino reports the impor
 __all__ = ["Session", "compile_model", "core", "ov"]  # `ov`: OpenVINO, imported with its warnings silenced
 
 RUNS = ("openvino",)
+UNSEEN = "bfloat16 of CPUs that have it, GPUs and NPUs of Intel"
 
 CAPABILITY = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
 """OpenVINO's names of device capabilities, by type."""
 
 ARITHMETIC: Mapping[str, Arithmetic] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 """What a type that OpenVINO names computes in."""
+
+
+def served(bundle: Bundle) -> Served:
+    """Triton's backend for OpenVINO takes `model.xml` and `model.bin`, as the artifact's files are called."""
+    return Served("openvino", {name: bundle.path / name for name in bundle.runtime_files})
 
 
 _core_lock = threading.Lock()

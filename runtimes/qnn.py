@@ -30,6 +30,7 @@ from edgetube.runtimes.onnxruntime import OnnxBackend, mapped, one_operator, ses
 from edgetube.targets import Arithmetic
 
 RUNS = ("qnn",)
+UNSEEN = "the NPU itself: speed, energy, heat, and the drivers of a device"
 
 SIMULATED = platform.machine().lower() not in ("arm64", "aarch64")
 """Whether the processor is emulated, so that times are not those of a device."""

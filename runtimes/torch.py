@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from edgetube.contract import InputContract
@@ -63,11 +64,26 @@ class Reference(Backend):
 
         return show
 
+    @contextmanager
+    def following(self, decisions: Mapping[str, npt.NDArray[np.float32]]) -> Iterator[None]:
+        """Context manager: tokens leave as an artifact decided, see `edgetube.roles.GraphRoles.decisions`.
+
+        Args:
+            decisions: indices (B, n), by name.
+        """
+        modules = dict(self.model.named_modules())
+        with ExitStack() as stack:
+            for name, value in decisions.items():
+                given = torch.from_numpy(value.astype(np.int64))
+                hook = modules[name].register_forward_hook(lambda _, __, ___, given=given: given)
+                stack.callback(hook.remove)
+            yield
+
     def release(self) -> None:
         del self.model
 
 
 def normalise(frames: torch.Tensor, contract: InputContract) -> torch.Tensor:
     """Float clips (B, C, T, H, W) of frames (B, T, H, W, C) uint8: (pixel / 255 - mean) / std per channel."""
-    mean, std = torch.tensor(contract.mean), torch.tensor(contract.std)
+    mean, std = (torch.tensor(values, device=frames.device) for values in (contract.mean, contract.std))
     return ((frames.float() / 255 - mean) / std).permute(0, 4, 1, 2, 3)

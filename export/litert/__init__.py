@@ -5,6 +5,7 @@ The graph is translated operator by operator (`lowering.py`): the converters fro
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgetube.export.base import BuildContext, Built
@@ -84,7 +85,8 @@ def build(context: BuildContext) -> Built:
     if table is None:
         return Built(path.name, details)
     details["integers"] = _integers(graph, table, len(lowering.integer_products))
-    return Built(path.name, details, integer_macs=sum(lowering.integer_products))
+    used = replace(table, ranges={})  # each row of an activation has a range of its own, found when it is computed
+    return Built(path.name, details, table=used, integer_macs=sum(lowering.integer_products))
 
 
 def _integers(graph: Graph, table: CalibrationTable, products: int) -> dict[str, Any]:

@@ -21,12 +21,15 @@ from edgetube.calibration.table import LinearPlan
 from edgetube.errors import SpecError
 from edgetube.export.float16 import PIXEL_SCALE
 from edgetube.export.statistics import attribute, bias_of, byte_casts, tensor_shapes
-from edgetube.runtimes.litert.flatbuffer import HYBRID, Writer
+from edgetube.runtimes.litert.flatbuffer import HYBRID, TYPES, Writer
 
 Array = npt.NDArray[Any]
 
 TO_CHANNELS_LAST, FROM_CHANNELS_LAST = [0, 2, 3, 1], [0, 3, 1, 2]
 """Images (B, C, H, W) to (B, H, W, C) and back."""
+
+CASTS = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT32: "int32"}
+"""Types that a graph casts to, in numpy's words."""
 
 
 class Lowering:
@@ -121,17 +124,30 @@ class Lowering:
         return self.values[name]
 
     def emit(
-        self, kind: str, inputs: Sequence[int], name: str, options: Any = None, shape: Sequence[int] | None = None
+        self,
+        kind: str,
+        inputs: Sequence[int],
+        name: str,
+        options: Any = None,
+        shape: Sequence[int] | None = None,
+        dtype: str = "float32",
     ) -> int:
-        """One operator with one float output called `name`; returns the output."""
-        output = self.put(name, shape)
+        """One operator with one output called `name`, float by default; returns the output."""
+        output = self.put(name, shape, dtype)
         self.writer.operator(kind, inputs, [output], options)
         return output
 
     def move(self, node: onnx.NodeProto, kind: str, inputs: Sequence[int], options: Any) -> None:
         """An operator that only moves data: it keeps the type of its input."""
-        output = self.put(node.output[0], dtype=self.types.get(node.input[0], "float32"))
+        output = self.put(node.output[0], dtype=self.type_of(node.input[0]))
         self.writer.operator(kind, [self.take(node.input[0]), *inputs], [output], options)
+
+    def type_of(self, name: str) -> str:
+        """Element type of a tensor of the graph, in numpy's words."""
+        if name in self.constants and name not in self.types:
+            kind = helper.tensor_dtype_to_np_dtype(self.constants[name].data_type).name
+            self.types[name] = {"int64": "int32"}.get(kind, kind)
+        return self.types[name]
 
     # data movement
 
@@ -167,20 +183,24 @@ class Lowering:
         self.move(node, "GATHER", [self.take(node.input[1])], options)
 
     def on_Split(self, node: onnx.NodeProto) -> None:
-        options = schema.SplitOptionsT()
-        options.numSplits = len(node.output)
         axis = attribute(node, "axis") % len(self.shapes[node.input[0]])
-        if len({self.shapes[name] for name in node.output}) > 1:  # SPLIT has a number of parts, and no sizes
-            raise SpecError(f"{node.name}: only splits into equal parts are translated")
         x = self.take(node.input[0])
         outputs = [self.put(name, dtype=self.types[node.input[0]]) for name in node.output]
+        sizes = [self.shapes[name][axis] for name in node.output]
+        if len({*sizes}) > 1:  # SPLIT has a number of parts, and no sizes
+            various = schema.SplitVOptionsT()
+            various.numSplits = len(sizes)
+            self.writer.operator("SPLIT_V", [x, self.numbers(sizes), self.numbers([axis])], outputs, various)
+            return
+        options = schema.SplitOptionsT()
+        options.numSplits = len(sizes)
         self.writer.operator("SPLIT", [self.numbers([axis]), x], outputs, options)
 
     def on_Concat(self, node: onnx.NodeProto) -> None:
         options = schema.ConcatenationOptionsT()
         options.axis = attribute(node, "axis") % len(self.shapes[node.output[0]])
         inputs = [self.take(name) for name in node.input]
-        types = {self.types.get(name, "float32") for name in node.input}
+        types = {*map(self.type_of, node.input)}
         assert len(types) == 1, node.name
         self.writer.operator("CONCATENATION", inputs, [self.put(node.output[0], dtype=types.pop())], options)
 
@@ -189,10 +209,11 @@ class Lowering:
     def on_Cast(self, node: onnx.NodeProto) -> None:
         """Pixels to float32; with float16 weights also divided by 256, which is exact: see `PIXEL_SCALE`."""
         name, x = node.output[0], self.take(node.input[0])
+        source, target = self.type_of(node.input[0]), CASTS[attribute(node, "to")]
         options = schema.CastOptionsT()
-        options.inDataType, options.outDataType = schema.TensorType.UINT8, schema.TensorType.FLOAT32
-        if not self.half:
-            self.emit("CAST", [x], name, options)
+        options.inDataType, options.outDataType = TYPES[source], TYPES[target]
+        if not self.half or source != "uint8":
+            self.emit("CAST", [x], name, options, dtype=target)
             return
         wide = self.emit("CAST", [x], f"{name}.bytes", options, self.shapes[name])
         self.emit("MUL", [wide, self.scalar(1 / PIXEL_SCALE)], name, schema.MulOptionsT())
@@ -212,8 +233,37 @@ class Lowering:
     def on_Mul(self, node: onnx.NodeProto) -> None:
         self.simple(node, "MUL", schema.MulOptionsT())
 
-    def simple(self, node: onnx.NodeProto, kind: str, options: Any = None) -> None:
-        self.emit(kind, [self.take(name) for name in node.input], node.output[0], options)
+    def on_Div(self, node: onnx.NodeProto) -> None:
+        self.simple(node, "DIV", schema.DivOptionsT())
+
+    def on_Neg(self, node: onnx.NodeProto) -> None:
+        self.simple(node, "NEG", schema.NegOptionsT())
+
+    def on_Log(self, node: onnx.NodeProto) -> None:
+        self.simple(node, "LOG")
+
+    def on_Equal(self, node: onnx.NodeProto) -> None:
+        self.simple(node, "EQUAL", schema.EqualOptionsT(), "bool")
+
+    def on_Greater(self, node: onnx.NodeProto) -> None:
+        self.simple(node, "GREATER", schema.GreaterOptionsT(), "bool")
+
+    def on_Less(self, node: onnx.NodeProto) -> None:
+        self.simple(node, "LESS", schema.LessOptionsT(), "bool")
+
+    def on_And(self, node: onnx.NodeProto) -> None:
+        self.simple(node, "LOGICAL_AND", schema.LogicalAndOptionsT(), "bool")
+
+    def on_Or(self, node: onnx.NodeProto) -> None:
+        self.simple(node, "LOGICAL_OR", schema.LogicalOrOptionsT(), "bool")
+
+    def on_Where(self, node: onnx.NodeProto) -> None:
+        self.simple(node, "SELECT_V2", schema.SelectV2OptionsT(), self.type_of(node.input[1]))
+
+    def simple(self, node: onnx.NodeProto, kind: str, options: Any = None, dtype: str | None = None) -> None:
+        """One operator of the same inputs; its output has the type of the first one, or `dtype`."""
+        inputs = [self.take(name) for name in node.input]
+        self.emit(kind, inputs, node.output[0], options, dtype=dtype or self.type_of(node.input[0]))
 
     def on_MatMul(self, node: onnx.NodeProto) -> None:
         if node.input[1] in self.constants and len(self.shapes[node.input[1]]) == 2:
@@ -306,10 +356,22 @@ class Lowering:
         self.simple(node, "LOGISTIC")
 
     def on_ReduceMean(self, node: onnx.NodeProto) -> None:
+        self.reduce(node, "MEAN")
+
+    def on_ReduceMax(self, node: onnx.NodeProto) -> None:
+        self.reduce(node, "REDUCE_MAX")
+
+    def on_ReduceMin(self, node: onnx.NodeProto) -> None:
+        self.reduce(node, "REDUCE_MIN")
+
+    def on_ReduceSum(self, node: onnx.NodeProto) -> None:
+        self.reduce(node, "SUM")
+
+    def reduce(self, node: onnx.NodeProto, kind: str) -> None:
         rank = len(self.shapes[node.input[0]])
         axes = [axis % rank for axis in self.integers(node.input[1])]
-        inputs = [self.take(node.input[0]), self.numbers(axes)]
-        self.emit("MEAN", inputs, node.output[0], reducer(bool(attribute(node, "keepdims"))))
+        inputs, options = [self.take(node.input[0]), self.numbers(axes)], reducer(bool(attribute(node, "keepdims")))
+        self.emit(kind, inputs, node.output[0], options, dtype=self.type_of(node.input[0]))
 
 
 def reducer(keep: bool) -> Any:

@@ -20,6 +20,7 @@ from edgetube.runtimes.base import Backend, Interface, LayerOutputs, Logits, Tap
 from edgetube.video import Frames
 
 RUNS = ("litert",)
+UNSEEN = "ARM kernels and their speed, delegates for GPUs and NPUs, heat"
 
 
 class Session(Backend):

@@ -33,6 +33,7 @@ TYPES: Mapping[str, int] = {
     "int32": schema.TensorType.INT32,
     "uint8": schema.TensorType.UINT8,
     "int8": schema.TensorType.INT8,
+    "bool": schema.TensorType.BOOL,
 }
 """Element types by the names that numpy has for them."""
 

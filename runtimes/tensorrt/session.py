@@ -138,16 +138,22 @@ class Session(Backend):
             return np.array(self.logits)
 
     def describe(self) -> dict[str, Any]:
-        inspector = self.engine.create_engine_inspector()
-        information = inspector.get_engine_information(self.trt.api.LayerInformationFormat.ONELINE)
         return {
             self.trt.family.module: self.trt.version,
             "device": f"{self.stream.name} ({self.stream.capability})",
             "driver": f"CUDA {self.stream.driver}, {self.stream.library}",
             "engine": self.origin,
             "replay": self.replay,
-            "layers": summarize_engine_layers(information),
+            **self._layers(),
         }
+
+    def _layers(self) -> dict[str, Any]:
+        """`layers` of the engine; nothing in the lean runtime, whose bindings lack the class that lists them."""
+        if not hasattr(self.trt.api, "EngineInspector"):
+            return {}
+        inspector = self.engine.create_engine_inspector()
+        information = inspector.get_engine_information(self.trt.api.LayerInformationFormat.ONELINE)
+        return {"layers": summarize_engine_layers(information)}
 
     def release(self) -> None:
         # Before the stream that they belong to, in its context, and what uses memory before the memory.

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from edgetube.calibration import cache
 from edgetube.calibration.cache import Cache, open_cache
@@ -71,7 +73,63 @@ def files(folder: Path) -> list[str]:
 def test_stages_come_back_as_they_were(state: CalibrationState, tmp_path: Path) -> None:
     Cache(tmp_path / "c", KEY).save_state(state)
     assert_same(Cache(tmp_path / "c", KEY).state(), state)
-    assert files(tmp_path / "c") == ["key.json", "state.safetensors"]
+    assert files(tmp_path / "c") == ["key.json", "stages"]
+    assert files(tmp_path / "c" / cache.STAGES) == ["0.safetensors"]
+
+
+class TestStages:
+    """One file for each time that stages are kept, with what is new in them."""
+
+    @pytest.fixture
+    def later(self, state: CalibrationState) -> CalibrationState:
+        """A stage more, which changed a value of the one before."""
+        choice = replace(state.choices["fc1"], scales=np.array([0.5, 0.25], np.float32))
+        return CalibrationState(
+            values={**state.values, "norm.weight": np.array([1, 2, 3, 4], np.float32), "late": np.ones(1, np.float32)},
+            choices={**state.choices, "fc2": choice},
+            integers={**state.integers, "fc2.weight": np.array([[5, 6]], np.int8)},
+            means={**state.means, "fc2": np.array([0.5], np.float32)},
+        )
+
+    @pytest.mark.parametrize("again", [False, True])
+    def test_a_file_has_what_is_new(
+        self, state: CalibrationState, later: CalibrationState, tmp_path: Path, again: bool
+    ) -> None:
+        kept = Cache(tmp_path / "c", KEY)
+        kept.save_state(state)
+        if again:  # by a process that goes on with what it has read
+            kept = Cache(tmp_path / "c", KEY)
+            found = kept.state()
+            later = CalibrationState(
+                *({**getattr(later, kind), **{n: v for n, v in getattr(found, kind).items() if n != "norm.weight"}}
+                for kind in ("values", "choices", "integers", "means"))
+            )  # fmt: skip
+        kept.save_state(later)
+        arrays = load_file(kept.folder / cache.STAGES / "1.safetensors")
+        assert {*arrays} == {"values:norm.weight", "values:late", "integers:fc2.weight", "means:fc2", "scales:fc2"}
+        assert_same(kept.state(), later)
+        assert_same(Cache(tmp_path / "c", KEY).state(), later)
+
+    def test_a_damaged_file_ends_the_stages(
+        self, state: CalibrationState, later: CalibrationState, tmp_path: Path
+    ) -> None:
+        kept = Cache(tmp_path / "c", KEY)
+        kept.save_state(state)
+        kept.save_state(later)
+        kept.save_state(CalibrationState(**{**vars(later), "values": {**later.values, "last": np.ones(1, np.float32)}}))
+        (kept.folder / cache.STAGES / "1.safetensors").write_bytes(b"nonsense")
+        assert_same(kept.state(), state)
+        assert files(kept.folder / cache.STAGES) == ["0.safetensors"]
+        kept.save_state(later)
+        assert_same(Cache(tmp_path / "c", KEY).state(), later)
+
+    def test_a_state_that_lacks_some_begins_again(
+        self, state: CalibrationState, later: CalibrationState, tmp_path: Path
+    ) -> None:
+        kept = Cache(tmp_path / "c", KEY)
+        kept.save_state(later)
+        kept.save_state(state)
+        assert_same(Cache(tmp_path / "c", KEY).state(), state)
 
 
 def test_a_result_comes_back_as_it_was(table: CalibrationTable, tmp_path: Path, rng: np.random.Generator) -> None:
@@ -158,7 +216,7 @@ class TestDamage:
         kept = Cache(tmp_path / "c", KEY)
         kept.save_state(state)
         kept.save_result({"x": np.arange(100, dtype=np.float32)}, table, {})
-        for path in (kept.folder / cache.STATE, kept.folder / cache.RESULT):
+        for path in (kept.folder / cache.STAGES / "0.safetensors", kept.folder / cache.RESULT):
             content = path.read_bytes()
             path.write_bytes(content[: int(share * len(content))])
         assert kept.state() == CalibrationState()
@@ -169,7 +227,8 @@ class TestDamage:
     )
     def test_other_files(self, tmp_path: Path, content: bytes) -> None:
         kept = Cache(tmp_path / "c", KEY)
-        for name in (cache.STATE, cache.RESULT):
+        (kept.folder / cache.STAGES).mkdir()
+        for name in (f"{cache.STAGES}/0.safetensors", cache.RESULT):
             (kept.folder / name).write_bytes(content)
         assert kept.state() == CalibrationState()
         assert kept.result() is None
@@ -179,11 +238,13 @@ class TestDamage:
     ) -> None:
         kept = Cache(tmp_path / "c", KEY)
         for texts in ({}, {"choices": "{"}, {"choices": "[1]"}, {"choices": '{"fc1": 1}'}, {"choices": '{"fc1": {}}'}):
-            kept._write(cache.STATE, {"scales:fc1": np.array([1], np.float32)}, texts)
+            stages = kept.folder / cache.STAGES
+            stages.mkdir(exist_ok=True)
+            save_file({"scales:fc1": np.array([1], np.float32)}, stages / "0.safetensors", texts)
             assert kept.state() == CalibrationState()
         whole = json.dumps(table.to_json())
         for texts in ({}, {"table": whole}, {"table": "{}", "report": "{}"}, {"table": "[", "report": "{}"}):
-            kept._write(cache.RESULT, {"x": np.array([1], np.float32)}, texts)
+            save_file({"x": np.array([1], np.float32)}, kept.folder / cache.RESULT, texts)
             assert kept.result() is None
 
     def test_a_write_that_is_interrupted_leaves_what_was_there(
@@ -198,11 +259,12 @@ class TestDamage:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(cache, "save_file", interrupted)
-        more = CalibrationState(values={**state.values, "late": np.array([1], np.float32)}, choices=state.choices)
+        more = replace(state, values={**state.values, "late": np.array([1], np.float32)})
         with pytest.raises(KeyboardInterrupt):
             kept.save_state(more)
         assert_same(kept.state(), state)
-        assert files(kept.folder) == ["key.json", "state.safetensors"]
+        assert files(kept.folder) == ["key.json", "stages"]
+        assert files(kept.folder / cache.STAGES) == ["0.safetensors"]
 
 
 class TestLock:

@@ -15,7 +15,7 @@ import pytest
 from onnx import numpy_helper
 
 from edgetube import export, metrics
-from edgetube.calibration import Calibrated, calibrate, graphs, numeric, search
+from edgetube.calibration import Calibrated, calibrate, graphs, numeric, observe, search
 from edgetube.calibration.cache import Cache
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.equalize import Equalization
@@ -31,6 +31,20 @@ from tests.calibration.models import noise, traced
 
 SCHEMES: tuple[ActivationScheme, ...] = ("int8", "uint8")
 NOISE = noise(12, 1, "a"), noise(6, 2, "b")
+
+
+def test_single_tensors_are_observed_on_clips_of_the_whole_set() -> None:
+    """Clips are in the order of their names: the first ones are of one scene."""
+    clips, model = noise(40, 1, "a"), traced().model
+    seen: list[npt.NDArray[Any]] = []
+
+    def open_graph(_: onnx.ModelProto) -> graphs.Evaluate:
+        return lambda feeds: seen.extend(feeds.values()) or [np.ones(3, np.float32)]
+
+    observe(model, [model.graph.output[0].name], clips, open_graph, "uint8", most=4)
+    assert len(seen) == 4
+    for frames, index in zip(seen, (0, 13, 26, 39), strict=True):
+        np.testing.assert_array_equal(frames[0], clips.frames[index])
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,15 @@ def test_what_targets_quantise_of_what_linears_give(model: onnx.ModelProto) -> N
     assert [name for name, tensors in found.items() if not tensors] == [list(given)[-1]]
 
 
+@pytest.mark.parametrize("kind", ["Identity", "Slice", "Concat"])
+def test_what_is_moved_on_the_way_to_the_answer_is_the_answer(model: onnx.ModelProto, kind: str) -> None:
+    (answer,) = (value.name for value in model.graph.output)
+    moved = onnx.ModelProto.FromString(model.SerializeToString())
+    moved.graph.node.append(onnx.helper.make_node(kind, [answer], ["moved"], name="moved"))
+    moved.graph.output[0].name = "moved"
+    assert graphs.inner_linear_outputs(moved) == graphs.inner_linear_outputs(model)
+
+
 def test_linears_by_name(model: onnx.ModelProto) -> None:
     assert [linear.name for linear in graphs.select_linears(model, ["head", "tubes.0"])] == ["head", "tubes.0"]
     with pytest.raises(SpecError, match=r"the graph has no linear pool, a, b and 1 more, which its roles name"):

@@ -17,6 +17,7 @@ from edgetube.calibration.table import ActivationScheme
 from edgetube.roles import QUERY_POOL
 from tests.calibration.models import outputs
 from tests.export.models import OTHERS, SPECS, model_of, trace
+from tests.marks import but
 
 SCHEMES: tuple[ActivationScheme, ...] = ("uint8", "int8")
 
@@ -33,7 +34,17 @@ def clips(name: str, seed: int) -> Clips:
     return Clips("smooth", np.clip(frames, 0, 255).astype(np.uint8), np.full(12, -1), names, f"{seed}")
 
 
-@pytest.fixture(scope="module", params=[(name, scheme) for name in OTHERS for scheme in SCHEMES], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=but(
+        [(name, scheme) for name in OTHERS for scheme in SCHEMES],
+        pytest.mark.slow,
+        ("dense", "int8"),
+        ("divided", "uint8"),
+        ("rotary", "uint8"),
+    ),
+    ids=str,
+)
 def calibrated(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, LayerwiseCalibrator, CalibrationState]:

@@ -23,6 +23,7 @@ from edgetube.calibration.layerwise import CalibrationState
 from edgetube.calibration.search import AccuracyBudget, Judged, SearchResult, Verdict
 from edgetube.errors import ParityError
 from edgetube.roles import GraphRoles
+from edgetube.video import Frames
 
 HOLDS = Verdict(100, True, 1.0, 1.0, 1.0, 40.0, 0.0, 1.0)
 FAILS = Verdict(100, True, 0.5, 1.0, 0.5, 3.0, 50.0, 1.0)
@@ -315,15 +316,12 @@ class TestExceeded:
         seen = Clips("x", frames, np.full(10, -1), tuple("abcdefghij"), "")
         shown: list[int] = []
 
-        def open_graph(model: onnx.ModelProto) -> Any:
-            def call(feeds: Any) -> Any:
-                shown.append(int(feeds["a.in"].flat[0]))
-                return [np.eye(2, dtype=np.float32)[[int(shown[-1] in (2, 4))]]]
-
-            return call
+        def answer(frames: Frames) -> npt.NDArray[np.float32]:
+            shown.append(int(frames.flat[0]))
+            return np.eye(2, dtype=np.float32)[[int(shown[-1] in (2, 4))]]
 
         budget = AccuracyBudget(seen, np.eye(2, dtype=np.float32)[[0] * 10], None)
-        verdict = search.judge(graph({"a": (1, 1, 2)}), budget, open_graph).verdict
+        verdict = search.judge(answer, budget).verdict
         assert shown == [0, 1, 2, 3, 4]
         assert (verdict.clips, verdict.left, verdict.agreement, verdict.within_budget) == (5, 5, 0.6, False)
         assert str(verdict) == "at least 20.00 % of the answers on 10 clips, 10.00 allowed"
@@ -332,20 +330,131 @@ class TestExceeded:
         exact = np.eye(2, dtype=np.float32)[[0] * 10]
         exact[[7, 4, 2], 1] = 0.5, 0.6, 0.7
         budget = AccuracyBudget(seen, exact, None)
-        assert search.judge(graph({"a": (1, 1, 2)}), budget, open_graph).verdict.clips == 2
+        assert search.judge(answer, budget).verdict.clips == 2
         assert shown == [2, 4]
 
         shown.clear()  # what is known is not asked again, and a whole verdict is that of the clips in their order
         budget = AccuracyBudget(seen, exact, 20.0)
-        some = search.judge(graph({"a": (1, 1, 2)}), budget, open_graph, most=4)
+        some = search.judge(answer, budget, most=4)
         assert (some.verdict.clips, some.verdict.left, some.verdict.within_budget) == (4, 6, True)
         assert shown == [2, 4, 7, 0]
-        whole = search.judge(graph({"a": (1, 1, 2)}), budget, open_graph, known=some.logits)
+        whole = search.judge(answer, budget, known=some.logits)
         assert shown == [2, 4, 7, 0, 1, 3, 5, 6, 8, 9]
         answers = np.eye(2, dtype=np.float32)[[int(i in (2, 4)) for i in range(10)]]
         np.testing.assert_array_equal(whole.logits[np.argsort(budget.order)], answers)
         assert whole.verdict == budget.verdict(answers)
         assert (whole.verdict.left, whole.verdict.agreement) == (0, 0.8)
+
+
+class TestSafeMargins:
+    """Judging stops where no answer that is left can change."""
+
+    def budget(self, count: int = 120, max_drop: float | None = None, label: int = -1) -> AccuracyBudget:
+        """Clip i has a margin of i + 1, and all have 3 classes."""
+        frames = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1, 1)
+        exact = np.zeros((count, 3), np.float32)
+        exact[:, 1] = np.arange(1, count + 1)
+        seen = Clips("x", frames, np.full(count, label), tuple(f"{i:03}" for i in range(count)), "")
+        return AccuracyBudget(seen, exact, max_drop)
+
+    def judge(self, budget: AccuracyBudget, errors: npt.NDArray[Any], **how: Any) -> tuple[Judged, list[int]]:
+        """Judge the float answers plus errors (N, 3); what was shown, too."""
+        shown: list[int] = []
+
+        def answer(frames: Frames) -> npt.NDArray[np.float32]:
+            shown.append(int(frames.flat[0]))
+            return np.float32(budget.logits[shown[-1]] + errors[shown[-1]])[None]
+
+        return search.judge(answer, budget, **how), shown
+
+    def test_the_nearest_come_first_then_some_of_all(self) -> None:
+        order = self.budget().order.tolist()
+        assert order[:32] == list(range(32))
+        assert order[32:47] == list(range(32, 120, 6))
+        assert order[47:] == [i for i in range(32, 120) if (i - 32) % 6]
+        assert sorted(order) == list(range(120))
+        assert self.budget(20).order.tolist() == list(range(20))
+        large = self.budget(200).order.tolist()  # whose first quarter screens
+        assert (large[:50], large[50:65]) == (list(range(50)), list(range(50, 200, 10)))
+
+    def test_by_hand(self) -> None:
+        """Each clip moves by 0.9 towards a class and 1.2 towards the other: 8 deviations are 8.5, the smallest margin
+        after 48 clips is 35. Only the first clip, with a margin of 1, changes."""
+        errors = np.tile([0.9, 0.0, 1.2], (120, 1))
+        found, shown = self.judge(self.budget(), errors)
+        assert shown == self.budget().order.tolist()[:48]
+        verdict = found.verdict
+        assert (verdict.clips, verdict.left, verdict.certain, verdict.within_budget) == (48, 0, 72, True)
+        assert verdict.agreement == 1 - 1 / 120
+        assert verdict.loss == pytest.approx(100 / 120)
+        assert str(verdict) == "0.83 % of the answers on 120 clips, 1.00 allowed"
+        signal = np.square(self.budget().logits[shown]).sum()
+        assert verdict.sqnr == pytest.approx(10 * np.log10(signal / (48 * (0.9**2 + 1.2**2))))
+
+    @pytest.mark.parametrize("size", [4.0, 4.4, 6.0, 10.0, 14.0, 30.0])
+    def test_margins_are_8_deviations_of_the_worst_clip(self, size: float) -> None:
+        """One clip of the 48 moves away from all others by `size`, which changes nothing; margins have to exceed 8
+        times that."""
+        errors = np.zeros((120, 3))
+        errors[110, 1] = size
+        budget = self.budget()
+        assert 110 in budget.order[:48]
+        found, shown = self.judge(budget, errors)
+        order = budget.order.tolist()
+        by_hand = next(n for n in range(48, 121) if all(i + 1 > 8 * size for i in order[n:]))
+        assert len(shown) == by_hand == found.verdict.clips
+        assert (by_hand == 48) == (size < 35 / 8)
+
+    def test_margins_are_twice_the_largest_movement(self) -> None:
+        """With 600 classes one may move much further than 8 deviations."""
+        budget = self.budget()
+        exact = np.concatenate([budget.logits, np.zeros((120, 597), np.float32)], axis=1)
+        wide = AccuracyBudget(budget.clips, exact, None)
+        found = exact[wide.order[:48]].copy()
+        found[40, 7] += 17.4
+        assert 8 * 17.4 / np.sqrt(599) < 17.4
+        assert wide.decided(found)
+        found[40, 7] += 0.2
+        assert not wide.decided(found)
+
+    def test_all_are_answered_with_a_budget_that_was_given(self) -> None:
+        found, shown = self.judge(self.budget(max_drop=5.0), np.zeros((120, 3)))
+        assert (len(shown), found.verdict.clips, found.verdict.certain) == (120, 120, 0)
+
+    def test_least(self) -> None:
+        found, shown = self.judge(self.budget(), np.zeros((120, 3)), least=60)
+        assert (len(shown), found.verdict.certain) == (60, 60)
+
+    def test_what_is_known_may_decide(self) -> None:
+        budget = self.budget()
+        _, shown = self.judge(budget, np.zeros((120, 3)), known=budget.logits[budget.order[:50]])
+        assert not shown
+
+    def test_labels(self) -> None:
+        """Answers that are certain are right where the float graph's are."""
+        found, _ = self.judge(self.budget(label=1), np.zeros((120, 3)))
+        assert (found.verdict.top1, found.verdict.top1_float, found.verdict.certain) == (1.0, 1.0, 72)
+        found, _ = self.judge(self.budget(label=2), np.zeros((120, 3)))
+        assert (found.verdict.top1, found.verdict.top1_float, found.verdict.agreement) == (0.0, 0.0, 1.0)
+
+    def test_one_class_is_never_decided(self) -> None:
+        budget = AccuracyBudget(clips([-1] * 60), np.ones((60, 1), np.float32), None)
+        assert not budget.decided(np.ones((50, 1), np.float32))
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_the_verdict_is_that_of_all_clips(self, seed: int) -> None:
+        """With Gaussian errors of any size."""
+        rng = np.random.default_rng(seed)
+        exact = rng.normal(size=(200, 5)).astype(np.float32)
+        frames = np.arange(200, dtype=np.uint8).reshape(200, 1, 1, 1, 1)
+        budget = AccuracyBudget(Clips("x", frames, np.full(200, -1), tuple(map(str, range(200))), ""), exact, None)
+        errors = rng.normal(size=(200, 5)) * 10.0 ** -rng.integers(1, 4)
+        found, _ = self.judge(budget, errors)
+        whole = budget.verdict(np.float32(exact + errors))
+        assert found.verdict.within_budget == whole.within_budget
+        if found.verdict.within_budget:
+            assert (found.verdict.agreement, found.verdict.loss) == (whole.agreement, whole.loss)
+            assert found.verdict.clips + found.verdict.certain == 200
 
 
 def test_answers_are_those_to_every_clip_in_its_order(tmp_path: Path) -> None:
@@ -359,6 +468,8 @@ def test_answers_are_those_to_every_clip_in_its_order(tmp_path: Path) -> None:
     found = search.compute_logits(graph({"a": (1, 1, 2)}), seen, open_graph, "s", lambda *s: stages.append(s))
     np.testing.assert_array_equal(found, [[0, 1], [3, 1], [6, 1], [9, 1], [12, 1]])
     assert stages[0] == ("s", 0, 5)
+    some = search.compute_logits(graph({"a": (1, 1, 2)}), seen, open_graph, "s", some=np.array([3, 1]))
+    np.testing.assert_array_equal(some, [[9, 1], [3, 1]])
 
 
 class RankStub(Stub):
@@ -395,6 +506,18 @@ def test_the_ranking_is_the_relative_error_of_each_alone(count: int, step: int) 
     some = [i * step for i in range(min(count, 8))]
     assert ranker.seen == {"1": some, "3": some}
     assert ranker.steps == [("rank linears", done, 2) for done in range(3)]
+
+
+@pytest.mark.parametrize(("macs", "count"), [(5e10, 8), (1e11, 4), (9e11, 2)])
+def test_the_ranking_takes_fewer_clips_of_much_work(monkeypatch: pytest.MonkeyPatch, macs: float, count: int) -> None:
+    """As many as take 4e11 multiply-accumulates, and at least 2."""
+    monkeypatch.setattr("edgetube.calibration.graphs.macs", lambda _: {"a": macs / 2, "b": macs / 2})
+    frames = np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1, 1)
+    seen = Clips("x", frames, np.zeros(20, int), tuple(map(str, range(20))), "")
+    ranker = RankStub(graph({"a": (1, 1, 2)}))
+    stub: Any = ranker
+    search.rank(stub, CalibrationState(), AccuracyBudget(seen, np.ones((20, 2), np.float32), None), frozenset({"1"}))
+    assert len(ranker.seen["1"]) == count
 
 
 def test_a_budget_on_the_first_clips_knows_nothing_of_the_others() -> None:

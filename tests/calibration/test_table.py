@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,6 +48,16 @@ def test_a_saved_table_is_the_same_table(table: CalibrationTable, tmp_path: Path
     path = table.save(tmp_path / "calibration.json")
     assert CalibrationTable.load(path) == table
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_range_may_have_integers_of_its_own(table: CalibrationTable, tmp_path: Path) -> None:
+    """Older files state none, and the table's scheme is meant."""
+    name, found = next(iter(table.ranges.items()))
+    wide = replace(table, ranges={**table.ranges, name: replace(found, scheme="uint16")})
+    text = wide.save(tmp_path / "calibration.json").read_text()
+    assert text.count('"scheme": "uint16"}') == text.count('"scheme"') == 1
+    assert CalibrationTable.load(tmp_path / "calibration.json") == wide
+    assert all("scheme" not in stated for stated in table.to_json()["ranges"].values())
 
 
 def test_the_text_by_hand(tmp_path: Path) -> None:
@@ -109,6 +120,10 @@ class TestFromJson:
             ({"ranges": {"x": {"low": -4e38, "high": 0, "method": "m"}}}, r"ranges\.x\.low is -4e\+38"),
             ({"ranges": {"x": {"low": 0, "high": 1, "method": 5}}}, r"ranges\.x\.method is 5"),
             ({"ranges": {"x": {"low": 0, "high": 1, "method": "m", "more": 1}}}, r"ranges\.x has no field more"),
+            (
+                {"ranges": {"x": {"low": 0, "high": 1, "method": "m", "scheme": "int4"}}},
+                r"ranges\.x\.scheme is 'int4'; expected one of int8, uint8, uint16",
+            ),
             ({"linears": {}}, "linears is "),
             ({"more": 1}, "it has no field more"),
         ],

@@ -15,6 +15,7 @@ CODES = {
     "CheckpointError": 2,
     "MissingPackageError": 2,
     "BackendError": 2,
+    "DeviceError": 2,
     "ParityError": 1,
 }
 

@@ -176,3 +176,18 @@ def test_tubes_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="kernel for tube 7; the model has tubes 0 to 2"):
         plot.tubes(path, SMALL, clip, {7: np.zeros((24, 3, 4, 6, 6))}, "t")
     assert not list(tmp_path.iterdir())
+
+
+def test_filters_before_and_after_training_are_drawn_in_pairs(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    before = {i: rng.normal(size=(24, 3, *SMALL.tubes[i].kernel)) for i in SMALL.active}
+    after = {i: kernel.copy() for i, kernel in before.items()}
+    after[0][5] *= -3
+    plot.training(tmp_path / "pairs.png", SMALL, before, after, "small")
+    assert (tmp_path / "pairs.png").read_bytes().startswith(b"\x89PNG")
+    chosen = plot.strongest(before[0], 1, by=after[0] - before[0])
+    np.testing.assert_allclose(chosen, plot.strongest(before[0][5:6], 1))
+    with pytest.raises(InputError, match=r"expected a name that ends in \.png"):
+        plot.training(tmp_path / "pairs.jpg", SMALL, before, after, "small")
+    with pytest.raises(InputError, match=r"the kernel of tube 1 is .*; expected \(D, C, \*\(8, 2, 4\)\)"):
+        plot.training(tmp_path / "pairs.png", SMALL, before, after | {1: before[0]}, "small")

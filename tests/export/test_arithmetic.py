@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from edgetube.export import arithmetic, static
-from edgetube.export.static import MatMul
+from edgetube.export.reduction import MatMul
 from edgetube.export.tokenizer import Conv2d, Gather, Linear, Slice
 from edgetube.spec import TubeSpec
-from tests.export.models import model_of
+from tests.export.models import REDUCED, model_of, noise
 
 TUBE, CLIP = TubeSpec((2, 4, 4), (2, 4, 4), space_to_depth=(2, 1, 1)), (4, 8, 8)
 
@@ -38,6 +38,18 @@ def test_the_noise_of_a_sum_is_what_float16_does(rng: np.random.Generator, offse
     simulated = arithmetic.SUM_ROUNDOFF["float16"] ** 2 / 3 * walk
     # A rounding error is u |s| at most, and half of that where the mantissa of s is near 2: the formula's is 1.7 times.
     assert 0.4 < np.square(error).mean() / float(simulated.mean()) < 1.0
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_noise_may_let_other_tokens_leave_or_not(name: str) -> None:
+    """With the decisions of the exact model, the noise is in proportion to the square of the roundoff."""
+    module = static.StaticTransformer(*model_of(name))
+    simulation = arithmetic.NoiseSimulation(module, noise(name, 2))
+    assert {len(kept) for kept in simulation.decisions.values()} == {2}
+    half, single = (simulation.logit_noise(kind, decided=True) for kind in ("float16", "float32"))
+    assert 0.2 < half / single / 2.0**26 < 5
+    with arithmetic._replayed({part: [y.flip(1) for y in kept] for part, kept in simulation.decisions.items()}):
+        assert not torch.allclose(module(torch.from_numpy(noise(name, 2)[:1])).double(), simulation.exact[:1])
 
 
 def products(rng: np.random.Generator) -> list[tuple[torch.nn.Module, tuple[Tensor, ...], int]]:

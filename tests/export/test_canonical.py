@@ -25,11 +25,10 @@ from edgetube.export.tokenizer import LOWERINGS, StaticTokenizer
 from edgetube.model.transformer import VideoTransformer
 from edgetube.runtimes.torch import normalise
 from tests.export.models import SPECS, constants, model_of, nodes, noise, reference, run, trace
+from tests.marks import but
 
 
-@pytest.mark.parametrize(
-    "lowering", ["gather", *(pytest.param(n, marks=pytest.mark.slow) for n in LOWERINGS if n != "gather")]
-)
+@pytest.mark.parametrize("lowering", but(LOWERINGS, pytest.mark.slow, "gather"))
 @pytest.mark.parametrize("name", SPECS)
 def test_onnxruntime_answers_like_pytorch(name: str, lowering: str) -> None:
     frames = noise(name)
@@ -62,7 +61,7 @@ def test_tokenizer_alone() -> None:
     np.testing.assert_allclose(run(tokens.model, frames), expected.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", but(LOWERINGS, pytest.mark.slow, "gather"))
 @pytest.mark.parametrize("name", SPECS)
 def test_static_and_of_rank_five_at_most(name: str, lowering: str) -> None:
     model = trace(name, lowering).model

@@ -13,9 +13,10 @@ from edgetube import export
 from edgetube.calibration import graphs
 from edgetube.errors import SpecError
 from edgetube.export import quantize
+from edgetube.export.base import BuildContext
 from edgetube.export.float16 import convert_to_fp16
 from edgetube.export.tokenizer import LOWERINGS
-from tests.export.models import SPECS, noise, reference, run, trace
+from tests.export.models import REDUCED, SPECS, following_sqnr, noise, reference, run, trace
 from tests.export.test_torchgraph import table_of
 
 pytest.importorskip("coreai", reason="needs Core AI: pip install 'edgetube[coreai]'", exc_type=ImportError)
@@ -62,7 +63,8 @@ def test_assets_answer_like_pytorch(name: str, lowering: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "dense")) for n in SPECS])
 def test_float16(name: str, tmp_path: Path) -> None:
     """The runtime on the CPU adds up matrix products in float16, so a part of the tolerance is its own."""
-    frames, graph = noise(name), convert_to_fp16(trace(name, "conv2d").model)
+    traced = trace(name, "conv2d")
+    frames, graph = noise(name), convert_to_fp16(traced.model, exporter.answer_operators(traced))
     tolerance = export.target("coreai-fp16").tolerance
     assert tolerance is not None
     assert error(graph, frames, reference(name, frames), tmp_path / "a.aimodel") < tolerance / 2
@@ -100,6 +102,24 @@ def test_linears_of_columns_are_convolutions_with_the_same_answers(name: str, tm
     assert gone >= len([node for node in weights if node.input[1].endswith(".weight")]) > 0
     assert any("conv" in kind for kind in columns)
     assert not any("conv" in kind for kind in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REDUCED)
+def test_fewer_tokens_are_shown_to_a_proof_and_answer_like_the_model_that_follows(name: str, tmp_path: Path) -> None:
+    graph, frames, decisions = trace(name), noise(name), trace(name).roles.decisions
+    shown = exporter.build_showing(BuildContext(graph, export.target("coreai-fp32"), tmp_path), decisions)
+
+    async def call() -> dict[str, np.ndarray]:
+        async with AIModelAsset.load(tmp_path / shown.artifact).executable() as model:
+            found = await model.load_function(*model.function_names)({"frames": NDArray(frames)})
+            return {key: np.array(value.numpy()) for key, value in found.items()}
+
+    values = asyncio.run(call())
+    assert {values[each].dtype for each in decisions} == {np.dtype(np.int32)}
+    assert following_sqnr(name, frames, values["logits"], {each: values[each] for each in decisions}) > 100
+    exporter.convert(graph.model, tmp_path / "published.aimodel")
+    np.testing.assert_array_equal(answer(tmp_path / "published.aimodel", frames), values["logits"])
 
 
 def test_an_operator_that_the_converter_refuses_is_named_with_its_layer(

@@ -36,6 +36,8 @@ from edgetube.runtimes import mil
 from edgetube.runtimes.torch import Reference
 from edgetube.targets import Target
 from tests.export import models
+from tests.export.test_torchgraph import table_of
+from tests.marks import but
 
 ct = pytest.importorskip("coremltools")
 
@@ -182,6 +184,46 @@ def test_other_transformers_answer_like_pytorch(tmp_path: Path, name: str, layou
         # over time, and what is cut into frames and joined again, which are in rows.
         apart = 11 * spec.depth if spec.attention == "divided" else 0
         assert kinds["transpose"] - kinds["einsum"] / 2 <= 4 + (4 if spec.query_pool else 0) + apart
+
+
+@pytest.mark.parametrize("layout", but(["rows", "columns"], pytest.mark.slow, "rows"))
+@pytest.mark.parametrize("name", models.REDUCED)
+def test_fewer_tokens_answer_like_the_reference_that_follows(tmp_path: Path, name: str, layout: str) -> None:
+    graph, frames = models.trace(name, batch=2), models.noise(name, 2)
+    build(graph, FP16.choose({"layout": layout}), tmp_path)
+    package, decisions = mlpackage.load(tmp_path / "model.mlpackage"), graph.roles.decisions
+    types = {made: kind for o in package.functions["main"].operations for made, kind in o.outputs}
+    assert {types[mlpackage.label(decision)].dtype for decision in decisions} == {"int32"}
+    shown = mil.Program(package)({"frames": frames}, keep=[mlpackage.label(decision) for decision in decisions])
+    reference = Reference(*models.model_of(name))
+    for i in range(2):
+        with reference.following({each: shown[mlpackage.label(each)][i : i + 1] for each in decisions}):
+            expected = reference(frames[i : i + 1])
+        assert error(shown["logits"][i : i + 1], expected) < CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("precision", ["w8", "w4", "int8"])
+@pytest.mark.parametrize("name", models.REDUCED)
+def test_fewer_tokens_with_compressed_weights_and_in_integers(
+    tmp_path: Path, name: str, precision: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decides is not compressed: the model that follows is as near as without it, or as its simulation is."""
+    monkeypatch.setattr(mlweights, "MIN_COMPRESSED_SIZE", 64)
+    graph, frames, target = models.trace(name), models.noise(name), export.target(f"coreml-{precision}")
+    table = table_of(graph.model, "int8") if target.precision.quantises_activations else None
+    build(graph, target.choose({"layout": layout}), tmp_path, table)
+    package, decisions = mlpackage.load(tmp_path / "model.mlpackage"), graph.roles.decisions
+    types = {made: kind for o in package.functions["main"].operations for made, kind in o.outputs}
+    assert {types[mlpackage.label(decision)].dtype for decision in decisions} == {"int32"}
+    shown = mil.Program(package)({"frames": frames}, keep=[mlpackage.label(each) for each in decisions])
+    decided = {each: shown[mlpackage.label(each)] for each in decisions}
+    found = models.following_sqnr(name, frames, shown["logits"], decided)
+    if table is None:
+        assert found > {"w8": 30, "w4": 12}[precision]
+    else:
+        assert found > models.simulated_sqnr(name, frames, quantize.qdq(graph.model, table)) - 3
 
 
 @pytest.mark.slow
@@ -387,6 +429,7 @@ def test_what_int8_cannot_be(settings: dict[str, str], message: str) -> None:
         INT8.choose(settings)
 
 
+@pytest.mark.slow
 def test_an_int8_bundle(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rendered: npt.NDArray[np.uint8]
 ) -> None:
@@ -417,7 +460,7 @@ def test_an_unknown_operator_is_refused_by_name(tmp_path: Path, traced: Callable
     model = onnx.ModelProto()
     model.CopyFrom(traced().model)
     next(node for node in model.graph.node if node.op_type == "Gelu").op_type = "Mish"
-    with pytest.raises(SpecError, match=r"no translation for the operator Mish; there are Add, Cast, Concat"):
+    with pytest.raises(SpecError, match=r"no translation for the operator Mish; there are Add, And, Cast, Concat"):
         build(dataclasses.replace(traced(), model=model), FP16, tmp_path)
 
 
@@ -442,6 +485,7 @@ def test_impossible_settings_are_refused(settings: dict[str, str], message: str)
         FP16.choose(settings)
 
 
+@pytest.mark.slow
 def test_two_functions_need_a_system_that_knows_them(tmp_path: Path, traced: Callable[..., Graph]) -> None:
     with pytest.raises(InputError, match="needs deployment=iOS18"):
         build(traced(), FP16.choose({"functions": "video+image"}), tmp_path)
@@ -764,6 +808,7 @@ def test_scales_that_float16_does_not_have() -> None:
         mlweights.channel_scales(np.array([[1e7]], np.float32))
 
 
+@pytest.mark.slow
 def test_every_operator_of_the_canonical_graphs_is_translated(traced: Callable[..., Graph]) -> None:
     seen = {node.op_type for low in tokenizer.LOWERINGS for node in traced(low).model.graph.node}
     assert seen <= set(mlprogram.Lowering.operators())

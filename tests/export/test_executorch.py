@@ -14,16 +14,19 @@ import torch
 
 from edgetube.export.tokenizer import LOWERINGS
 from tests.export import models
+from tests.marks import but
 
 pytest.importorskip("executorch.exir", reason="needs executorch: pip install 'edgetube[export,executorch]'")
 
-from edgetube import export
+from edgetube import export, metrics
 from edgetube.calibration import graphs
 from edgetube.calibration.table import CalibrationTable, Range
 from edgetube.errors import ParityError
 from edgetube.export import executorch as exporter
 from edgetube.export import quantize
 from edgetube.export.base import BuildContext
+from edgetube.export.onnxruntime import evaluate
+from edgetube.roles import LOGITS
 from edgetube.runtimes.executorch import Runtime
 from edgetube.runtimes.torch import normalise
 from tests.export.test_torchgraph import table_of
@@ -52,18 +55,20 @@ def check(name: str, lowering: str, path: Path) -> None:
     assert error <= tolerance / 4 * max(1, np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_program_takes_bytes_and_answers_like_pytorch(tmp_path: Path) -> None:
     """This one has GELUs by tanh, which XNNPACK's delegate computes as if they were exact."""
     check("class-token", "gather", tmp_path / "model.pte")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("name", models.SPECS)
+@pytest.mark.parametrize("lowering", but(LOWERINGS, pytest.mark.long, "gather"))
+@pytest.mark.parametrize("name", but(models.SPECS, pytest.mark.long, "paper", "rotary", "divided"))
 def test_every_model_answers_like_pytorch(name: str, lowering: str, tmp_path: Path) -> None:
     check(name, lowering, tmp_path / "model.pte")
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_block_are_delegated() -> None:
     """What is left are pixels and LayerNorms: no copies between the products of an attention."""
     found = exporter.delegation(exporter.lower(models.trace_vit("plain").model))
@@ -96,6 +101,7 @@ def observed(name: str) -> CalibrationTable:
     return replace(table, ranges={**ranges, **pixels})
 
 
+@pytest.mark.slow
 def test_linears_are_integer_kernels_and_answer_like_their_simulation(tmp_path: Path) -> None:
     """ONNX Runtime computes the Q/DQ graph in float32; the only linear in float is the one that gives the logits."""
     graph, frames, table = models.trace("class-token"), models.noise("class-token"), observed("class-token")
@@ -112,18 +118,49 @@ def test_linears_are_integer_kernels_and_answer_like_their_simulation(tmp_path: 
     assert built.integer_macs == sum(macs.values()) - macs[linears[-1].name]
     assert built.notes == (f"{linears[-1].name} in float: XNNPACK would round the logits to 8 bits",)
     kept, _ = exporter.answers_in_float(graph.model, table)
+    assert built.table == kept
+    assert [plan.name for plan in kept.linears if plan.precision == "float"] == [linears[-1].name]
+    assert {plan.activation for plan in kept.linears} - kept.ranges.keys() == {linears[-1].activation}
     simulated = models.run(quantize.qdq(graph.model, kept, outputs=True), frames)
     noise = np.abs(simulated - models.run(graph.model, frames)).max()
     assert noise > 1e-3
     assert np.abs(run(tmp_path / built.artifact, frames) - simulated).max() < 0.1 * noise
 
 
+@pytest.mark.slow
 def test_a_product_that_is_left_in_float_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, table = models.trace("class-token"), observed("class-token")
     monkeypatch.setattr(exporter, "INTEGERS", ("qint8", "qcint8", "quint8"))
     with pytest.raises(ParityError, match="XNNPACK computes 13 of 13 quantised products in float; nothing was written"):
         exporter.build(BuildContext(graph, export.target("executorch-int8"), tmp_path, table))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", models.REDUCED)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_fewer_tokens_are_shown_to_a_proof_and_answer_like_the_model_that_follows(
+    name: str, precision: str, tmp_path: Path
+) -> None:
+    graph, frames, target = models.trace(name), models.noise(name), export.target(f"executorch-{precision}")
+    decisions, table = graph.roles.decisions, observed(name) if precision == "int8" else None
+    built = exporter.build_showing(BuildContext(graph, target, tmp_path, table), decisions)
+    method = Runtime.get().load_program(tmp_path / built.artifact).load_method("forward")
+    assert method is not None
+    logits, *decided = (np.array(value.numpy()) for value in method.execute([torch.from_numpy(frames)]))
+    assert {value.dtype for value in decided} == {np.dtype(np.int32)}
+    if table is None:
+        assert models.following_sqnr(name, frames, logits, dict(zip(decisions, decided, strict=True))) > 100
+        return
+    kept, _ = exporter.answers_in_float(graph.model, table)
+    simulation = quantize.qdq(graph.model, kept, outputs=True)
+    simulated, *chosen = evaluate(graphs.extract_subgraph(simulation, [LOGITS, *decisions]))({"frames": frames})
+    for which, one, other in zip(decisions, decided, chosen, strict=True):
+        np.testing.assert_array_equal(one, other, which)
+    assert metrics.sqnr(simulated, logits) > 30  # integers at the border of two; what they cost is 10 to 20 dB
+    (tmp_path / "published").mkdir()
+    published = exporter.build(BuildContext(graph, target, tmp_path / "published", table))
+    np.testing.assert_array_equal(run(tmp_path / "published" / published.artifact, frames), logits)
 
 
 @pytest.mark.slow

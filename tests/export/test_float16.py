@@ -13,13 +13,14 @@ from onnx.reference import ReferenceEvaluator
 
 from edgetube.calibration.storage import total
 from edgetube.errors import SpecError
-from edgetube.export import canonical
+from edgetube.export import canonical, coreai
 from edgetube.export.float16 import PIXEL_SCALE, convert_to_fp16
 from edgetube.export.static import StaticTransformer
 from edgetube.export.tokenizer import LOWERINGS
 from edgetube.model.transformer import VideoTransformer
 from edgetube.runtimes.torch import normalise
 from tests.export.models import OTHERS, SPECS, constants, model_of, nodes, noise, reference, run, trace
+from tests.marks import but
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -27,7 +28,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", but(LOWERINGS, pytest.mark.slow, "gather"))
 @pytest.mark.parametrize("name", SPECS)
 def test_half_precision_answers_like_pytorch(name: str, lowering: str) -> None:
     frames = noise(name)
@@ -40,6 +41,21 @@ def test_half_precision_answers_like_pytorch(name: str, lowering: str) -> None:
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert all(types[n.input[1]] == TensorProto.FLOAT16 for n in nodes(model, "MatMul") if n.input[1] in types)
     assert total(model) < 0.65 * total(trace(name, lowering).model)
+
+
+@pytest.mark.parametrize("name", but([*SPECS, *OTHERS], pytest.mark.slow, "dense", "rotary"))
+def test_the_operators_behind_the_last_block_may_stay_in_float32(name: str) -> None:
+    graph, frames = trace(name), noise(name)
+    kept = coreai.answer_operators(graph)
+    model = convert_to_fp16(graph.model, kept)
+    onnx.checker.check_model(model, full_check=True)
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    stored = {n.name: types[n.input[1]] for n in nodes(model, "MatMul") if n.input[1] in types}
+    classifiers = {node for node in stored if node.startswith("classifier")}
+    assert classifiers
+    assert {node for node, kind in stored.items() if kind == TensorProto.FLOAT} == stored.keys() & kept >= classifiers
+    assert not any("blocks." in node for node in kept)
+    assert cosine(run(model, frames), reference(name, frames)) > 0.9999
 
 
 @pytest.mark.parametrize("name", ["mean", *OTHERS])

@@ -24,6 +24,7 @@ from edgetube.calibration import numeric, storage
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.search import AccuracyBudget, Verdict
 from edgetube.calibration.table import CalibrationTable
+from edgetube.contract import InputContract
 from edgetube.errors import InputError, ParityError
 from edgetube.export import canonical, int8, integer, pipeline
 from edgetube.model import checkpoints
@@ -99,7 +100,7 @@ def test_own_clips_are_used_and_named(tiny_checkpoint: Path, tmp_path: Path, arr
     assert report["accuracy"]["clips"] == 6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("target", ["onnx-int8", "openvino-int8"])
 def test_a_large_model_gives_the_same_bundle(
     target: str, tiny_checkpoint: Path, tmp_path: Path, arrays: Path, monkeypatch: pytest.MonkeyPatch
@@ -144,7 +145,7 @@ def quick_targets() -> list[str]:
     return [t.name for t in found if not t.missing(t.build_needs) and not runtimes.simulated(t.backend)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_targets_of_one_scheme_share_a_calibration(tiny_checkpoint: Path, tmp_path: Path) -> None:
     stages = []
     names = quick_targets()
@@ -165,7 +166,7 @@ def work_by_hand(spec: ModelSpec, classes: int) -> dict[str, int]:
     return {**found, "head": width * classes}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("lowering", "batch"), [("gather", 2), ("conv2d", 1)])
 def test_the_share_of_integer_work_is_counted_in_the_artifact(
     tiny_checkpoint: Path, tmp_path: Path, lowering: str, batch: int
@@ -254,20 +255,85 @@ def test_weights_that_overflow_are_counted_for_the_manifest() -> None:
     assert not stated([[127], [1], [127], [1]])
 
 
+class TestSources:
+    """How many clips an export draws."""
+
+    def drawn(self, monkeypatch: pytest.MonkeyPatch, model: str, macs: float = 1e9, tokens: int = 100) -> Any:
+        """For a model of so many multiply-accumulates and tokens."""
+        monkeypatch.setattr(int8, "CALIBRATION_CLIPS", 128)
+        monkeypatch.setattr(int8, "JUDGING_CLIPS", 252)
+        monkeypatch.setattr(ModelSpec, "macs", lambda _: int(macs))
+        monkeypatch.setattr(ModelSpec, "sequence", tokens)
+        checkpoint: Any = SimpleNamespace(
+            name="x", source=model, labels=("a",), contract=None, spec=object.__new__(ModelSpec)
+        )
+        return int8.sources(checkpoint, None)
+
+    @pytest.mark.parametrize(
+        ("macs", "tokens", "count"),
+        [
+            (180e9, 1568, 128),
+            (234e9, 9000, 128),
+            (300e9, 9000, 100),
+            (931e9, 2048, 32),
+            (9e12, 9000, 32),
+            (9e12, 1000, 66),
+        ],
+    )
+    def test_much_work_calibrates_on_fewer_clips(
+        self, monkeypatch: pytest.MonkeyPatch, macs: float, tokens: int, count: int
+    ) -> None:
+        """As many as take 3e13 multiply-accumulates, or have 65536 tokens, or 32."""
+        seen, judged = self.drawn(monkeypatch, "random:x", macs, tokens)
+        assert len(seen.items) == count
+        assert not {item.name for item in seen.items} & {item.name for item in judged.items}
+        assert any("clips calibrate, not 128" in note for note in seen.notes) == (count < 128)
+
+    @pytest.mark.parametrize(("macs", "count"), [(238e9, 252), (400e9, 150), (931e9, 64), (9e12, 32)])
+    def test_built_in_clips_judge_within_a_budget_of_work(
+        self, monkeypatch: pytest.MonkeyPatch, macs: float, count: int
+    ) -> None:
+        seen, judged = self.drawn(monkeypatch, "random:x", macs)
+        assert len(judged.items) == count
+        assert any("judge the accuracy" in note for note in seen.notes) == (count < 252)
+
+    def test_fewer_clips_are_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """None lost of 64: 4.6 % lost of all would show with 95 %, since 0.954 to the power of 64 is 0.05."""
+        seen, _ = self.drawn(monkeypatch, "random:x", 931e9, 2048)
+        assert seen.notes == (
+            "at most 32 clips calibrate, not 128: one takes 931 GMAC and has 2048 tokens",
+            "64 built-in clips judge the accuracy, not 252: each is 1.6 points, and none lost of 64 may be up to 4.6 of"
+            " all (95 % confidence); --calib takes more",
+        )
+
+    def test_own_clips_all_judge(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        np.save(tmp_path / "mine.npy", np.random.default_rng(0).integers(0, 256, (90, 2, 4, 4, 3), np.uint8))
+        monkeypatch.setattr(int8, "CALIBRATION_CLIPS", 128)
+        monkeypatch.setattr(int8, "JUDGING_CLIPS", 252)
+        monkeypatch.setattr(ModelSpec, "macs", lambda _: 10**13)
+        monkeypatch.setattr(ModelSpec, "sequence", 4096)
+        spec, contract = object.__new__(ModelSpec), InputContract(2, 4, 4)
+        checkpoint: Any = SimpleNamespace(name="x", source="x", labels=("a",), contract=contract, spec=spec)
+        seen, judged = int8.sources(checkpoint, tmp_path / "mine.npy")
+        assert (len(seen.items), len(judged.items), len(seen.notes)) == (32, 58, 1)
+
+
 def test_slower_is_called_slower() -> None:
-    accuracy = {"clips": 10, "agreement": 1.0, "top1": None, "top1_float": None}
+    accuracy = {"clips": 10, "certain": 0, "agreement": 1.0, "top1": None, "top1_float": None}
     report = {"judged": accuracy, "fallbacks": {"a": "fell back: x"}, "macs_share": 0.9, "against": "x-fp32"}
     slow = int8.summary(report | {"speedup": 0.5, "size_ratio": 0.3})
     assert slow.startswith("SLOWER, 0.50x the speed of x-fp32, 0.30x its size")
     assert "1 linears fell back" in slow
     assert int8.summary(report | {"speedup": 2.0, "size_ratio": 0.3}).startswith("2.00x faster than x-fp32")
-    assert int8.summary(report).startswith("not run here, speed unknown")
+    assert int8.summary(report).startswith("not run here, speed unknown; 100.0% of 10 answers unchanged; 90% of the")
+    accuracy["certain"] = 30
+    assert "; 100.0% of 40 answers unchanged (30 certain by their margins); 90%" in int8.summary(report)
 
 
 def test_what_is_expected_of_an_artifact_also_has_the_noise_of_its_float_part() -> None:
     """40 dB of integers and 40 of arithmetic, by hand: 1e-4 + 3e-4 is 34 dB."""
-    assert int8.expected_sqnr(40.0, 0.0) == 40.0
-    assert int8.expected_sqnr(40.0, 1e-4) == pytest.approx(33.98, abs=0.01)
+    assert int8.Simulation(40.0).with_noise(0.0) == int8.Simulation(40.0)
+    assert int8.Simulation(40.0).with_noise(1e-4).sqnr == pytest.approx(33.98, abs=0.01)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -280,15 +346,19 @@ def test_one_clip_that_points_elsewhere_is_an_error(turned: bool) -> None:
         changed[7] = [0.3, -0.1, -0.1, -0.1, -0.1]
     frames = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1, 1)
     clips = Clips("drawn", frames, np.full(40, -1), tuple(map(str, range(40))), "")
-    calibrated: Any = SimpleNamespace(budget=AccuracyBudget(clips, logits, None))
+    report = {"judged": {"clips": 40}}
+    calibrated: Any = SimpleNamespace(budget=AccuracyBudget(clips, logits, None), report=report)
     candidate: Any = SimpleNamespace(name="onnx-int8", backend=lambda clip: changed[int(clip.ravel()[0])][None])
     if not turned:
-        assert int8.check_accuracy(calibrated, 20.0, candidate, "onnx-fp32", silent)["accuracy"]["cosine"] == 1.0
+        assert (
+            int8.check_accuracy(calibrated, int8.Simulation(20.0), candidate, "onnx-fp32", silent)["accuracy"]["cosine"]
+            == 1.0
+        )
         return
     with pytest.raises(
         ParityError, match=r"cosine of the logits on the worst of 40 clips is 0\.[0-9]+, at least 0\.98 is"
     ):
-        int8.check_accuracy(calibrated, 20.0, candidate, "onnx-fp32", silent)
+        int8.check_accuracy(calibrated, int8.Simulation(20.0), candidate, "onnx-fp32", silent)
 
 
 @pytest.mark.slow

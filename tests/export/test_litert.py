@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,17 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgetube import metrics
+from edgetube import export, metrics
 from edgetube.calibration import graphs
 from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
 from edgetube.errors import ParityError, SpecError
+from edgetube.export import litert as exporter
+from edgetube.export import quantize
+from edgetube.export.base import BuildContext
 from edgetube.export.canonical import Graph
 from tests.export import models
+from tests.export.test_torchgraph import table_of
+from tests.marks import but
 
 pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert: pip install 'edgetube[litert]'")
 
@@ -64,6 +70,32 @@ def test_every_model_answers_like_pytorch(name: str, lowering: str, tmp_path: Pa
         found = answer(write(graph.model, tmp_path / f"{half}.tflite", half), frames)
         assert found.dtype == np.float32
         assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("batch", but([1, 2], pytest.mark.slow, 1))
+@pytest.mark.parametrize("name", models.REDUCED)
+def test_fewer_tokens_answer_like_pytorch(name: str, batch: int, tmp_path: Path) -> None:
+    frames = models.noise(name, batch)
+    path = write(models.trace(name, batch=batch).model, tmp_path / "model.tflite")
+    np.testing.assert_allclose(answer(path, frames), models.reference(name, frames), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", models.REDUCED)
+def test_fewer_tokens_in_integers_answer_like_the_model_that_follows(name: str, tmp_path: Path) -> None:
+    """Each row is quantised by its own range, so the noise is below that of the simulation, which has one range."""
+    graph, frames, target = models.trace(name), models.noise(name), export.target("litert-int8")
+    table = table_of(graph.model, "uint8")
+    built = exporter.build(BuildContext(graph, target, tmp_path, table))
+    decisions = graph.roles.decisions
+    path = tmp_path / "shown.tflite"
+    path.write_bytes(flatbuffer.with_outputs((tmp_path / built.artifact).read_bytes(), decisions))
+    interpreter = runtime.open_file(path, 1)
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], frames)
+    interpreter.invoke()
+    logits, *shown = (np.array(interpreter.get_tensor(each["index"])) for each in interpreter.get_output_details())
+    decided = dict(zip(decisions, shown, strict=True))
+    found = models.following_sqnr(name, frames, logits, decided)
+    assert found > models.simulated_sqnr(name, frames, quantize.qdq(graph.model, table))
 
 
 def test_batches_answer_like_pytorch(tmp_path: Path) -> None:
@@ -168,7 +200,9 @@ def test_a_slice_with_steps(tmp_path: Path) -> None:
 
 def test_an_operator_without_translation_is_named_with_its_layer() -> None:
     node = helper.make_node("Erf", ["x"], ["y"], name="blocks.7.odd")
-    with pytest.raises(SpecError, match=r"^blocks\.7\.odd: no translation for the operator Erf; there are Add, Cast,"):
+    with pytest.raises(
+        SpecError, match=r"^blocks\.7\.odd: no translation for the operator Erf; there are Add, And, Cast,"
+    ):
         Lowering(translated(node, np.zeros((1, 4), np.float32)))
 
 
@@ -188,12 +222,13 @@ def test_forms_without_translation(node: onnx.NodeProto, words: str) -> None:
         Lowering(model([node], np.zeros((2, 4), np.float32), (2, 4), constants)).run()
 
 
-def test_splits_into_unequal_parts_are_refused() -> None:
+@pytest.mark.parametrize("sizes", [(3, 1), (1, 3), (2, 2)])
+def test_splits_into_parts(sizes: tuple[int, int], tmp_path: Path) -> None:
+    feed = np.arange(8, dtype=np.float32).reshape(2, 4)
     node = helper.make_node("Split", ["x", "sizes"], ["part", "y"], name="odd", axis=1)
-    graph = model([node], np.zeros((2, 4), np.float32), (2, 1), {"sizes": np.array([3, 1])})
-    graph.graph.value_info[0].type.tensor_type.shape.dim[1].dim_value = 3
-    with pytest.raises(SpecError, match="odd: only splits into equal parts are translated"):
-        Lowering(graph).run()
+    graph = model([node], feed, (2, sizes[1]), {"sizes": np.array(sizes)})
+    graph.graph.value_info[0].type.tensor_type.shape.dim[1].dim_value = sizes[0]
+    np.testing.assert_array_equal(answer(write(graph, tmp_path / "model.tflite"), feed), feed[:, sizes[0] :])
 
 
 def test_float16_that_overflows_names_the_weight() -> None:
@@ -269,9 +304,14 @@ def test_integer_linears_are_stored_by_rows_with_a_scale_each(tmp_path: Path) ->
     assert parts == 1
 
 
-def test_a_runtime_that_multiplies_floats_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgetube.export import litert as exporter
+def test_the_table_of_an_artifact_has_no_ranges_that_it_does_not_use(tmp_path: Path) -> None:
+    graph = models.trace("dense")
+    table = CalibrationTable(graphs.digest(graph.model), {}, "uint8", *whole(graph))
+    built = exporter.build(BuildContext(graph, export.target("litert-int8"), tmp_path, table))
+    assert built.table == replace(table, ranges={})
 
+
+def test_a_runtime_that_multiplies_floats_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = models.trace("dense")
     table = CalibrationTable(graphs.digest(graph.model), {}, "uint8", *whole(graph))
     assert exporter._integers(graph, table, 1)["kernels"] == {"FULLY_CONNECTED hybrid": 1}

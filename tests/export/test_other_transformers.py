@@ -15,6 +15,7 @@ from edgetube.model.checkpoints import Checkpoint
 from edgetube.roles import roles_of
 from edgetube.runtimes.torch import Reference
 from tests.export.models import OTHERS, model_of
+from tests.marks import but
 
 FLOATS = ("onnx-fp32", "onnx-fp16", "openvino-fp32", "litert-fp32", "litert-fp16", "coreml-fp16", "rtx-fp16")
 INTEGERS = ("onnx-int8", "openvino-int8", "litert-int8", "coreml-int8", "rtx-int8")
@@ -32,7 +33,7 @@ def buildable(names: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", but(OTHERS, pytest.mark.long, "rotary", "divided"))
 def test_float_targets_are_proven(name: str, tmp_path: Path) -> None:
     """The proof compares the answers with the reference, also with the frames in another order, and every layer."""
     names = buildable(FLOATS)
@@ -59,7 +60,7 @@ def compare_layers(bundle: Bundle, source: Checkpoint, least: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", but(OTHERS, pytest.mark.long, "rotary"))
 def test_integer_targets_are_proven(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a tenth of the largest logit, with nearly all products in integers."""
     monkeypatch.setattr(int8, "CALIBRATION_CLIPS", 9)

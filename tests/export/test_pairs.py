@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto
 
 from edgetube import export, metrics
 from edgetube.calibration import graphs, numeric
@@ -19,9 +20,10 @@ from edgetube.export.onnxruntime import evaluate
 from edgetube.export.statistics import byte_casts
 from edgetube.export.tokenizer import LOWERINGS
 from tests.export import models
+from tests.marks import but
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("lowering", but(LOWERINGS, pytest.mark.slow, "gather"))
 @pytest.mark.parametrize("name", models.SPECS)
 def test_pixels_in_pairs_are_the_same_pixels(name: str, lowering: str) -> None:
     plain, frames = models.trace(name, lowering).model, models.noise(name)
@@ -55,6 +57,22 @@ def test_the_graph_is_left_as_it_was() -> None:
     before = onnx.ModelProto.FromString(model.SerializeToString())
     pairs.pixel_pairs(model)
     assert model == before
+
+
+@pytest.mark.parametrize("name", models.SPECS)
+def test_what_only_moves_values_stays_in_the_range_of_its_input(name: str) -> None:
+    """Every value of an output of `graphs.MOVES` is one of the first input: the range need not be observed."""
+    model = models.trace(name).model
+    moves = [node for node in model.graph.node if node.op_type in graphs.MOVES]
+    floats = {value.name for value in model.graph.value_info if value.type.tensor_type.elem_type == TensorProto.FLOAT}
+    moves = [node for node in moves if node.input[0] in floats]
+    assert moves
+    names = list(dict.fromkeys(tensor for node in moves for tensor in (node.input[0], *node.output)))
+    answers = evaluate(graphs.extract_subgraph(model, names))({"frames": models.noise(name)})
+    values = dict(zip(names, answers, strict=True))
+    for node in moves:
+        for output in node.output:
+            assert np.isin(values[output], values[node.input[0]]).all(), node.name
 
 
 def table_of(name: str, target: str, lowering: str = "gather") -> CalibrationTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ import torch
 
 import edgetube
 from edgetube import bundle as bundles
-from edgetube import export, formats
+from edgetube import export, formats, runtimes
+from edgetube.bench.following import REGRET
 from edgetube.errors import InputError, MissingPackageError, ParityError, SpecError
 from edgetube.export import onnxruntime as exporter
 from edgetube.export import pipeline, proof, tokenizer
 from edgetube.export.base import BuildContext, Built
 from edgetube.model import checkpoints
+from edgetube.precision import Precision
+from edgetube.reduction import Kind
 from edgetube.runtimes.torch import Reference
 
 GATHER = pipeline.Options(lowering="gather")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_target_that_can_be_built_here_answers_like_pytorch(
     tiny_checkpoint: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -39,6 +43,50 @@ def test_every_target_that_can_be_built_here_answers_like_pytorch(
         tolerance = export.target(bundle.target).tolerance or 0.1  # INT8 has a budget of accuracy, not of logits
         assert error <= tolerance * max(1, np.abs(reference(clips)).max())
         assert bundle.status == "executed"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("reduce", ["merge", "drop"])
+def test_every_target_with_fewer_tokens_answers_like_the_reference(
+    tiny_checkpoint: Path, tmp_path: Path, reduce: Kind
+) -> None:
+    """The reference leaves the same tokens out, where the runtime shows which they are."""
+    # The tiny model does not bear compressed weights: a proof refuses them with all tokens, too.
+    compressed = (Precision.W8, Precision.W4)
+    known = [t for t in export.targets().values() if not t.all_tokens and t.precision not in compressed]
+    buildable = [t for t in known if not t.missing(t.build_needs)]
+    able = [t for t in buildable if runtimes.proof_device(t.name, t.backend) or not t.missing(t.run_needs)]
+    assert {"onnx-fp32", "onnx-fp16"} <= {target.name for target in able}
+    # Two of 252 clips are more than INT8 may lose by default, and the tiny model's answers are nearly ties.
+    options = replace(GATHER, keep_tokens="0.5", reduce=reduce, max_drop=2.0)
+    for bundle in pipeline.export_models([target.name for target in able], tiny_checkpoint, tmp_path, options):
+        assert bundle.spec.reduction is not None
+        assert bundle.status in ("executed", "emulated", "deferred")
+        tolerance = export.target(bundle.target).tolerance or 0.1
+        found = bundle.parity["reduced"]
+        assert found["max_abs_error"] <= tolerance * max(1, found["max_abs_logit"])
+        # On a device, these two show neither inner tensors nor a witness of them.
+        if bundle.status == "emulated" or bundle.backend not in ("tensorrt", "coreml"):
+            assert bundle.parity["regret"] <= REGRET[bundle.precision]
+
+
+def test_a_target_that_cannot_leave_tokens_out_says_so_before_any_work(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = replace(export.target("onnx-fp32"), name="slow-npu", all_tokens="it has no Gather")
+    monkeypatch.setattr(export, "target", lambda name: target)
+    stages: list[str] = []
+    with pytest.raises(InputError, match=r"^slow-npu cannot drop tokens: it has no Gather; use .*onnx-fp32"):
+        next(
+            pipeline.export_models(
+                ["slow-npu"],
+                tiny_checkpoint,
+                tmp_path,
+                replace(GATHER, keep_tokens="0.5", reduce="drop"),
+                lambda stage, *_: stages.append(str(stage)),
+            )
+        )
+    assert set(stages) == {"load checkpoint"}
 
 
 def test_the_manifest_says_what_was_chosen_and_measured(tiny_bundle: Path, tiny_checkpoint: Path) -> None:

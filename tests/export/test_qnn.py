@@ -44,6 +44,7 @@ def test_each_soc_has_a_compiled_context(exported: bundles.Bundle) -> None:
     assert {"model.onnx", "sm8650.onnx", "sm8650_qnn.bin", "sm8750.onnx", "sm8750_qnn.bin"} <= {*exported.files}
 
 
+@pytest.mark.slow
 def test_without_socs_the_device_compiles(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bundle = pipeline.export_model("qnn-fp16", tiny_checkpoint, tmp_path, pipeline.Options(settings={"soc": "none"}))
     assert bundle.build["contexts"] == {}
@@ -61,6 +62,7 @@ def test_unknown_socs_are_refused(given: str, said: str) -> None:
         exporter.parse_socs(export.target("qnn-fp16").choose({"soc": given}))
 
 
+@pytest.mark.slow
 def test_contexts_that_differ_are_refused(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +95,7 @@ def test_the_plain_graph_is_silently_wrong_there(tmp_path: Path) -> None:
     assert cosine("plain.onnx") < 0.9
 
 
+@pytest.mark.slow
 def test_the_proof_catches_the_plain_graph(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,15 +138,22 @@ def test_integers_on_the_npu_are_those_of_the_simulation(
     assert stated["kernels"] == {kernel: stated["asked"]}
     assert stated["float16"] == []
     assert bundle.build["int8"]["summary"].startswith("run by a simulator, speed unknown")
-    assert CalibrationTable.load(bundle.path / bundles.CALIBRATION).activations == exporter.activation_scheme(
-        export.target(name)
-    )
+    table = CalibrationTable.load(bundle.path / bundles.CALIBRATION)
+    assert table.activations == exporter.activation_scheme(export.target(name))
+    read = {plan.activation for plan in table.linears}
+    wide = {tensor for tensor, found in table.ranges.items() if found.scheme == "uint16"}
+    if table.activations == "uint8":
+        assert wide
+        assert not wide & read
+    else:
+        assert not wide
     frames = np.random.default_rng(3).integers(0, 256, (2, *bundle.contract.shape), np.uint8)
     simulate = evaluate(onnx.load(bundle.artifact_path))
     with runtimes.open_bundle(bundle) as backend:
         found = backend(frames)
     expected = np.concatenate([simulate({"frames": clip[None]})[0] for clip in frames])
-    assert metrics.sqnr(expected, found) > (40 if name == "qnn-w8a16" else 25)
+    room = 20 * np.log10(pairs.HEADROOM / 1.25)  # with ranges of 1.25 times what was seen, 42.0 and 31.4 dB
+    assert metrics.sqnr(expected, found) > (40 - room if name == "qnn-w8a16" else 25)
 
 
 def test_what_the_npu_refuses_in_integers_stays_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

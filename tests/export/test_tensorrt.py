@@ -28,6 +28,7 @@ from edgetube.contract import InputContract
 from edgetube.errors import BackendError, InputError
 from edgetube.export import canonical, pipeline, proof, quantize, rewrite, static, tokenizer
 from edgetube.export import tensorrt as exporter
+from edgetube.export.base import BuildContext
 from edgetube.export.canonical import Graph
 from edgetube.export.float16 import convert_to_fp16
 from edgetube.model import checkpoints
@@ -40,6 +41,7 @@ from edgetube.runtimes.tensorrt.sdk import load_sdk
 from edgetube.spec import ModelSpec, TubeSpec, named
 from edgetube.targets import Target, installed
 from tests.export import models
+from tests.export.test_torchgraph import table_of
 
 GATHER = pipeline.Options(lowering="gather")
 needs_rtx = pytest.mark.skipif(not installed("tensorrt_rtx"), reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
@@ -309,6 +311,37 @@ def traced(checkpoint: Any) -> Any:
     return canonical.trace(module, checkpoint.spec, checkpoint.contract)
 
 
+@pytest.mark.parametrize("name", models.REDUCED)
+def test_what_decides_which_tokens_leave_is_outside_of_the_integers(name: str, tmp_path: Path) -> None:
+    """Q/DQ is around linears alone: no index, and nothing that a choice compares, passes through 8 bits."""
+    graph, frames = models.trace(name), models.noise(name)
+    table = table_of(graph.model, "int8")
+    built = exporter.build(BuildContext(graph, with_settings("trt-int8"), tmp_path, table))
+    model = onnx.load(tmp_path / built.artifact)
+    made = {output: node for node in model.graph.node for output in node.output}
+    readers = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    rounded = {made_by.input[0] for made_by in model.graph.node if made_by.op_type == "QuantizeLinear"}
+    assert len(readers) > len(rounded) > 0
+    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
+    assert {types[name] for name in rounded} <= {TensorProto.FLOAT, TensorProto.FLOAT16}
+    parts = tuple(f"{decision.rpartition('.')[0]}." for decision in graph.roles.decisions)
+    inside = [node for node in model.graph.node if node.name.startswith(parts)]
+    assert inside
+    assert not [node for node in inside if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    floats = {TensorProto.FLOAT, TensorProto.FLOAT16}
+    for decision in graph.roles.decisions:
+        assert types[decision] == TensorProto.INT32
+    assert {node.op_type for node in inside if types[node.output[0]] not in floats} <= {
+        "And", "Cast", "Equal", "Gather", "Greater", "Less", "Or", "ReduceMin", "ReduceSum", "Reshape", "Slice", "Sub",
+        "Unsqueeze", "Where",
+    }  # fmt: skip
+    assert made[graph.roles.decisions[0]].op_type == "ReduceSum"
+    assert (
+        models.simulated_sqnr(name, frames, model)
+        > models.simulated_sqnr(name, frames, quantize.qdq(graph.model, table)) - 1
+    )
+
+
 @needs_rtx
 class TestForReal:
     """The vendor's parser and builder."""
@@ -333,6 +366,20 @@ class TestForReal:
         layers = summarize_engine_layers(sdk.layers)
         assert layers["attention"] == {"fp16": len(models.trace(name).roles.attention)}
         assert set(layers["gemms"]) == {"fp16"}
+
+    @pytest.mark.parametrize("name", models.REDUCED)
+    @pytest.mark.parametrize("precision", ["fp16", "int8"])
+    def test_what_leaves_tokens_out_becomes_an_engine_with_its_products_in_the_stated_type(
+        self, name: str, precision: str, tmp_path: Path
+    ) -> None:
+        graph, target = models.trace(name), with_settings(f"rtx-{precision}", capabilities="86")
+        table = table_of(graph.model, "int8") if target.precision.quantises_activations else None
+        built = exporter.build(BuildContext(graph, target, tmp_path, table))
+        assert built.details["engine"]["file"] == "model.engine"
+        assert built.details["layers"]["gemms"].get(precision, 0) >= len(graph.roles.linears)
+        assert not built.details["layers"].get("fell_back")
+        target = with_settings(f"trt-{precision}", legacy="yes")  # of which the parser reads the graph in opset 17
+        assert exporter.build(BuildContext(graph, target, tmp_path, table)).details["parsed_by"]
 
     def test_rotary_positions_and_divided_attention_leave_attention_fused(self, tmp_path: Path) -> None:
         found = []
@@ -377,7 +424,7 @@ class TestForReal:
             parse(load_sdk("rtx"), tmp_path / "model.onnx")
         assert "\n" not in str(caught.value)
 
-    @pytest.mark.slow
+    @pytest.mark.long
     @pytest.mark.parametrize("capability", ["86", "89", "120"])
     @pytest.mark.parametrize("precision", ["fp16", "int8"])
     @pytest.mark.parametrize("checkpoint", ["demo", "random:tubevit-ti"])
@@ -398,7 +445,7 @@ class TestForReal:
             assert layers["gemms"]["int8"] >= 4 * real.depth
             assert exporter.fell_back(layers, real.table) == []
 
-    @pytest.mark.slow
+    @pytest.mark.long
     @pytest.mark.parametrize(("frames", "tokens"), [(20, 392), (32, 539)])
     def test_why_attention_in_int8_ends_at_512_tokens(
         self, frames: int, tokens: int, real_graphs: Callable[..., Any]

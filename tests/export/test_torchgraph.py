@@ -16,7 +16,8 @@ from edgetube.export import quantize
 from edgetube.export.float16 import convert_to_fp16
 from edgetube.export.tokenizer import LOWERINGS
 from edgetube.export.torchgraph import TorchGraph
-from tests.export.models import SPECS, noise, run, trace
+from tests.export.models import REDUCED, SPECS, noise, run, trace
+from tests.marks import but
 
 OBSERVED = Range(-2.0, 4.0, "test")
 
@@ -45,6 +46,18 @@ def test_float_graphs(name: str, lowering: str) -> None:
     model, frames = trace(name, lowering).model, noise(name)
     expected = run(model, frames)
     np.testing.assert_allclose(answers(model, frames), expected, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("batch", but([1, 2], pytest.mark.slow, 1))
+@pytest.mark.parametrize("name", REDUCED)
+def test_graphs_with_fewer_tokens_decide_alike(name: str, batch: int) -> None:
+    graph, frames = trace(name, batch=batch), noise(name, batch)
+    with torch.no_grad():
+        logits, *decided = TorchGraph(graph.model, ["logits", *graph.roles.decisions])(torch.from_numpy(frames))
+    np.testing.assert_allclose(logits.numpy(), run(graph.model, frames), atol=1e-5)
+    assert {value.dtype for value in decided} == {torch.int32}
+    for order in decided[:: len(decided) // 2]:
+        assert order.sort(dim=1).values.tolist() == [list(range(order.shape[1]))] * batch
 
 
 @pytest.mark.parametrize("name", SPECS)

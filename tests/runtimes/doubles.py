@@ -130,6 +130,7 @@ def vendor(
     runs: bool = True,
     has_context: bool = True,
     kernels: Callable[[bytes], bool] = lambda data: True,
+    inspects: bool = True,
 ) -> Any:
     """A module like `tensorrt`, or `tensorrt_rtx`, whose engines are ONNX files; see `layers` for what they say.
 
@@ -137,6 +138,7 @@ def vendor(
         opens, runs: whether engines can be opened (some may be), and be run.
         has_context: whether there is memory for a context.
         kernels: whether compiled kernels are accepted.
+        inspects: whether the layers of an engine can be listed.
     """
     trt: Any = _module("tensorrt")
     trt.__version__, trt.flags = version, []
@@ -188,6 +190,8 @@ def vendor(
             return Context(self) if has_context else None
 
         def create_engine_inspector(self) -> SimpleNamespace:
+            if not inspects:
+                raise TypeError("Unable to convert function return value to a Python type!")
             information = layers(self.session.get_modelmeta().description)
             return SimpleNamespace(get_engine_information=lambda form: information)
 
@@ -207,6 +211,8 @@ def vendor(
 
     trt.ILogger, trt.Runtime, trt.IInt8EntropyCalibrator2 = Logger, Runtime, Calibrator
     trt.LayerInformationFormat = SimpleNamespace(ONELINE=0)
+    if inspects:
+        trt.EngineInspector = SimpleNamespace
     return trt
 
 
@@ -248,7 +254,7 @@ class Machine:
 
     def use_lean(self, **changes: Any) -> None:
         """Install the lean runtime alone, in the place of the full TensorRT; see `vendor`."""
-        self.trt = vendor(**changes)
+        self.trt = vendor(inspects=False, **changes)
         self.patch.setitem(sys.modules, FAMILIES["trt"].module, None)
         self.patch.setitem(sys.modules, LEAN.module, self.trt)
         load_sdk.cache_clear()

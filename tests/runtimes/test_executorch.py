@@ -21,6 +21,9 @@ from edgetube.export import pipeline
 pytest.importorskip("executorch.runtime", reason="needs executorch: pip install 'edgetube[export,executorch]'")
 
 
+pytestmark = pytest.mark.slow  # an export takes its time
+
+
 @pytest.fixture(scope="module")
 def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     options = pipeline.Options(lowering="gather")

@@ -88,6 +88,35 @@ CASES = {
         lambda v: v["a"][:, 1:6:2, 0:7:3],
     ),
     "gather": (lambda mb, v, _: mb.gather(x=v["a"], indices=INDEX, axis=1), lambda v: v["a"][:, INDEX.astype(int)]),
+    "split_sizes": (
+        lambda mb, v, _: mb.concat(values=mb.split(x=v["a"], split_sizes=[5, 3], axis=2)[::-1], axis=2),
+        lambda v: torch.cat([v["a"][..., 5:], v["a"][..., :5]], 2),
+    ),
+    "real_div": (
+        lambda mb, v, d: mb.real_div(x=v["a"], y=GAMMA.astype(d)),
+        lambda v: v["a"] / v["GAMMA"],
+    ),
+    "log": (
+        lambda mb, v, d: mb.log(x=mb.mul(x=v["a"], y=v["a"]), epsilon=d(0.25)),
+        lambda v: ((v["a"] * v["a"]).to(v["type"]).float() + 0.25).log(),
+    ),
+    "reduce_max": (lambda mb, v, _: mb.reduce_max(x=v["a"], axes=[1], keep_dims=True), lambda v: v["a"].amax(1, True)),
+    "reduce_min": (lambda mb, v, _: mb.reduce_min(x=v["a"], axes=[2], keep_dims=False), lambda v: v["a"].amin(2)),
+    "reduce_sum": (lambda mb, v, _: mb.reduce_sum(x=v["a"], axes=[2], keep_dims=False), lambda v: v["a"].sum(2)),
+    "equal_greater_less": (
+        lambda mb, v, d: mb.cast(
+            x=mb.logical_or(
+                x=mb.logical_and(x=mb.greater(x=v["a"], y=d(0)), y=mb.less(x=v["s"], y=d(0))),
+                y=mb.equal(x=v["a"], y=mb.reduce_max(x=v["a"], axes=[2], keep_dims=True)),
+            ),
+            dtype="fp16" if d is np.float16 else "fp32",
+        ),
+        lambda v: (((v["a"] > 0) & (v["s"] < 0)) | (v["a"] == v["a"].amax(2, True))).float(),
+    ),
+    "select": (
+        lambda mb, v, d: mb.select(cond=mb.less(x=v["a"], y=v["s"]), a=v["a"], b=v["s"]),
+        lambda v: torch.minimum(v["a"], v["s"]),
+    ),
     "quantize_dequantize": (
         lambda mb, v, d: mb.dequantize(
             input=mb.quantize(input=v["a"], scale=d(0.0625), output_dtype="int8"), scale=d(0.0625)
@@ -161,7 +190,10 @@ def evaluated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def test_an_operation_is_pytorchs(evaluated: Any, case: str) -> None:
     dtype, inputs, answers = evaluated
     constants = {"W": W, "K": K, "P": P, "BIAS": BIAS, "GAMMA": GAMMA, "BETA": BETA}
-    values = {k: T(v.astype(dtype)) for k, v in {**inputs, **constants}.items()} | {"d": dtype}
+    values = {k: T(v.astype(dtype)) for k, v in {**inputs, **constants}.items()} | {
+        "d": dtype,
+        "type": torch.float16 if dtype is np.float16 else torch.float32,
+    }
     expected = CASES[case][1](values).numpy()
     got = answers[case]
     assert got.dtype == np.float32
@@ -177,9 +209,9 @@ def test_an_operation_is_pytorchs(evaluated: Any, case: str) -> None:
 
 def test_every_operation_has_a_case() -> None:
     tested = set(CASES)
-    for variant in ("_1x1", "_columns", "_transposed", "_tanh"):
+    for variant in ("_1x1", "_columns", "_transposed", "_tanh", "_greater_less", "_sizes"):
         tested = {case.removesuffix(variant) for case in tested}
-    tested |= {"quantize", "dequantize"}
+    tested |= {"quantize", "dequantize", "greater", "less", "logical_and", "logical_or"}
     compressed = {name for name in mil.OPERATIONS if name.startswith("constexpr_")}
     assert set(mil.OPERATIONS) - tested == compressed | {"cast", "classify"}
 
@@ -281,6 +313,23 @@ def test_integers_are_cast_towards_zero() -> None:
     got = mil.OPERATIONS["cast"]({"x": np.array([1.9, -1.9], np.float32), "dtype": "int32"})
     assert got.dtype == np.int32
     assert list(got) == [1, -1]
+
+
+def test_integers_stay_integers() -> None:
+    """A float32 would lose the last digit of 2^24 + 1."""
+    big = np.array([[(1 << 24) + 1, 2]], np.int32)
+    operations: dict[str, tuple[dict[str, Any], list[list[int]] | list[int]]] = {
+        "add": ({"x": big, "y": np.int32(2)}, [[(1 << 24) + 3, 4]]),
+        "sub": ({"x": big, "y": np.int32(2)}, [[(1 << 24) - 1, 0]]),
+        "mul": ({"x": big, "y": np.int32(3)}, [[3 * ((1 << 24) + 1), 6]]),
+        "reduce_sum": ({"x": big, "axes": [1]}, [(1 << 24) + 3]),
+        "reduce_min": ({"x": big, "axes": [1]}, [2]),
+        "reduce_max": ({"x": big, "axes": [1]}, [(1 << 24) + 1]),
+    }
+    for name, (arguments, expected) in operations.items():
+        got = mil.OPERATIONS[name](arguments)
+        assert got.dtype == np.int32
+        assert got.tolist() == expected
 
 
 def test_classify_names_the_best() -> None:

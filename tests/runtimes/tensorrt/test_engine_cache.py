@@ -217,6 +217,7 @@ class TestTheLeanRuntime:
             np.testing.assert_allclose(rt(clips), expected, atol=2e-2)
             said = rt.describe()
         assert (said["tensorrt_lean"], said["engine"]) == ("11.4.0", "the bundle's")
+        assert "layers" not in said
         assert machine.builds == []
 
     @pytest.mark.parametrize(

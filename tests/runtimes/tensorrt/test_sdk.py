@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 import edgetube
 from edgetube.bundle import Bundle
 from edgetube.errors import MissingPackageError
 from edgetube.runtimes.tensorrt import sdk
-from edgetube.runtimes.tensorrt.sdk import FAMILIES, LEAN, Sdk, Vendor, load_runner, load_sdk
+from edgetube.runtimes.tensorrt.sdk import FAMILIES, LEAN, Sdk, load_runner, load_sdk
 from edgetube.targets import installed
+from tests.runtimes.tensorrt.names_used import Uses
 
 
 def test_a_missing_sdk_says_the_pip_line(deferred: Bundle) -> None:
@@ -20,49 +23,77 @@ def test_a_missing_sdk_says_the_pip_line(deferred: Bundle) -> None:
         edgetube.Runtime(deferred)
 
 
-def test_the_names_that_are_used_are_real() -> None:
+BUILDS = {"Builder", "NetworkDefinitionCreationFlag", "OnnxParser"}
+"""What builds engines, which the lean runtime lacks."""
+
+RTX_ALONE = {"ComputeCapability", "IRuntimeConfig.create_runtime_cache", "IRuntimeConfig.set_runtime_cache"}
+
+RUN = {
+    "ICudaEngine.create_execution_context",
+    "ICudaEngine.get_tensor_shape",
+    "ICudaEngine.num_io_tensors",
+    "IExecutionContext.execute_async_v3",
+    "IExecutionContext.set_tensor_address",
+    "ILogger.Severity.WARNING",
+    "LayerInformationFormat.ONELINE",
+    "Runtime.deserialize_cuda_engine",
+    "Runtime.engine_host_code_allowed",
+}
+"""Some of the names that running an engine needs."""
+
+BUILD = {
+    "EngineInspector.get_engine_information",
+    "Builder.build_serialized_network",
+    "BuilderFlag.VERSION_COMPATIBLE",
+    "IBuilderConfig.progress_monitor",
+    "IBuilderConfig.set_timing_cache",
+    "MemoryPoolType.WORKSPACE",
+    "OnnxParser.parse_from_file",
+    "ParserError.node_operator",
+}
+"""Some of those that building one and listing its layers need; the lean runtime does neither."""
+
+
+@pytest.mark.parametrize(
+    ("module", "lacks", "used"),
+    [
+        ("tensorrt", RTX_ALONE, RUN | BUILD),
+        ("tensorrt_rtx", set(), RUN | BUILD),
+        (LEAN.module, BUILDS | RTX_ALONE, RUN),
+    ],
+)
+def test_the_names_that_are_used_are_real(module: str, lacks: set[str], used: set[str]) -> None:
+    """The bindings load without a driver, and state the types of what their functions return."""
+    api = pytest.importorskip(module, reason=f"needs {module}")
+    uses = Uses(api)
+    assert uses.missing == lacks
+    assert not used - uses.found
+
+
+def test_a_name_that_is_not_there_is_found() -> None:
     rtx = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
-    for name in set(Vendor.__annotations__) - {"IInt8EntropyCalibrator2"}:  # TensorRT 8 to 10 alone
-        assert hasattr(rtx, name), name
-    for owner, names in {
-        rtx.Builder: ["create_network", "create_builder_config", "build_serialized_network"],
-        rtx.IBuilderConfig: [
-            "progress_monitor",
-            "profiling_verbosity",
-            "set_compute_capability",
-            "set_timing_cache",
-        ],
-        rtx.ICudaEngine: ["create_execution_context", "create_runtime_config", "create_engine_inspector"],
-        rtx.IExecutionContext: ["execute_async_v3", "set_tensor_address"],
-        rtx.IRuntimeConfig: ["create_runtime_cache", "set_runtime_cache"],
-        rtx.IRuntimeCache: ["serialize", "deserialize"],
-        rtx.Runtime: ["deserialize_cuda_engine", "engine_host_code_allowed"],
-    }.items():
-        assert not [name for name in names if not hasattr(owner, name)]
+    assert Uses(SimpleNamespace(**vars(rtx) | {"BuilderFlag": rtx.LayerType})).missing == {
+        "BuilderFlag.TF32",
+        "BuilderFlag.VERSION_COMPATIBLE",
+    }
 
 
-RUNS_ENGINES = {"ILogger", "LayerInformationFormat", "Runtime"}
-"""The parts of the SDK that a session uses."""
+def test_a_keyword_that_is_not_taken_is_found() -> None:
+    rtx = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install 'edgetube[rtx]'")
+
+    class IBuilderConfig(rtx.IBuilderConfig):  # type: ignore[misc, name-defined]
+        def set_timing_cache(self, cache: object, ignore: bool) -> bool:
+            """set_timing_cache(self: a.IBuilderConfig, cache: a.ITimingCache, ignore: bool) -> bool"""
+            return bool(cache) and ignore
+
+    uses = Uses(SimpleNamespace(**vars(rtx) | {"IBuilderConfig": IBuilderConfig}))
+    assert uses.missing == {"IBuilderConfig.set_timing_cache(ignore_mismatch=)"}
 
 
-def test_the_lean_runtime_has_what_runs_engines_and_nothing_that_builds() -> None:
-    """Its bindings load without a driver."""
+def test_the_lean_runtime_has_a_version_and_lists_no_layers() -> None:
     lean = pytest.importorskip(LEAN.module, reason="needs tensorrt_lean: pip install 'edgetube[tensorrt-lean]'")
     assert Sdk(LEAN).version == lean.__version__
-    assert not [name for name in RUNS_ENGINES if not hasattr(lean, name)]
-    assert not [name for name in ("Builder", "OnnxParser", "INetworkDefinition") if hasattr(lean, name)]
-    for owner, names in {
-        lean.ICudaEngine: [
-            "create_execution_context",
-            "create_engine_inspector",
-            "get_tensor_name",
-            "get_tensor_shape",
-            "num_io_tensors",
-        ],
-        lean.IExecutionContext: ["execute_async_v3", "set_tensor_address"],
-        lean.Runtime: ["deserialize_cuda_engine", "engine_host_code_allowed"],
-    }.items():
-        assert not [name for name in names if not hasattr(owner, name)]
+    assert not hasattr(lean, "EngineInspector")
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,8 @@ def targets_here() -> Iterator[Any]:
     """Every target of the two SDKs, on the doubles, and marked `gpu` on this machine's GPU."""
     for target in export.targets().values():
         if target.backend == "tensorrt":
-            slow = [] if target.name == "trt-fp16" else [pytest.mark.slow]
-            yield pytest.param((target.name, True), id=f"{target.name}-double", marks=slow)
+            marks = {"trt-fp16": [], "trt-int8": [pytest.mark.slow]}.get(target.name, [pytest.mark.long])
+            yield pytest.param((target.name, True), id=f"{target.name}-double", marks=marks)
             yield pytest.param((target.name, False), id=target.name, marks=pytest.mark.gpu)
 
 
@@ -200,7 +200,7 @@ class TestOnAGpu:
 
 def legacy_targets() -> Iterator[Any]:
     for name in ("trt-fp32", "trt-fp16", "trt-int8"):
-        yield pytest.param(name, True, id=f"{name}-double", marks=pytest.mark.slow)
+        yield pytest.param(name, True, id=f"{name}-double", marks=pytest.mark.long)
         yield pytest.param(name, False, id=name, marks=pytest.mark.gpu)
 
 
