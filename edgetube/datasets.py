@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from edgetube import __version__, arrays, demo, listing, preprocess, video
+from edgetube import __version__, arrays, demo, listing, lists, preprocess, shards, video
 from edgetube.arrays import RowArray
 from edgetube.contract import InputContract
 from edgetube.errors import InputError
@@ -216,7 +216,7 @@ def _named(source: str, labels: tuple[str, ...]) -> Item:
 
 
 def load(source: str | Path, contract: InputContract | None = None) -> ClipSet:
-    """Load a set from a folder, a `.csv` manifest, or one `.npy` or `.npz` file.
+    """Load a set from a folder, a `.csv` manifest, a list of a published data set, tars, a `.npy` or a `.npz` file.
 
     Args:
         contract: of the model; still images of a folder are skipped if it takes several frames.
@@ -226,17 +226,21 @@ def load(source: str | Path, contract: InputContract | None = None) -> ClipSet:
     """
     given, path = str(source), Path(source).absolute()
     if path.is_dir():
-        found = folder(path, contract)
+        found = _folder_of_tars(path, contract) or folder(path, contract)
     elif not path.is_file():
         raise InputError(
             f"no clips at {given}; give a folder of videos or arrays, a .csv manifest, or .npy/.npz frames"
         )
-    elif path.suffix.lower() == ".csv":
-        found = manifest(path)
+    elif path.suffix.lower() == shards.SUFFIX:
+        found = ClipSet(given, tuple(_tar(path, contract)), path)
+    elif path.suffix.lower() in LISTS:
+        found = listed(path) or manifest(path)
     elif path.suffix.lower() in ARRAYS:
         found = ClipSet(given, tuple(_arrays(path, path.stem, None)), path)
     else:
-        raise InputError(f"{given} is not a set of clips; give a folder, a .csv manifest, or .npy/.npz frames")
+        raise InputError(
+            f"{given} is not a set of clips; give a folder, a list (.csv, .txt, .json), or .npy/.npz frames"
+        )
     return replace(found, name=given)
 
 
@@ -254,7 +258,7 @@ def folder(path: Path, contract: InputContract | None = None) -> ClipSet:
     path = path.absolute()
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; give one with videos, one sub-folder a class")
-    wanted = VIDEOS | ARRAYS if contract and not contract.is_image else VIDEOS | ARRAYS | IMAGES
+    wanted = _wanted(contract)
     found = listing.walk(path, wanted)
     items = []
     for file in found.required(path, wanted):
@@ -268,11 +272,84 @@ def folder(path: Path, contract: InputContract | None = None) -> ClipSet:
     return ClipSet(str(path), tuple(items), path, tuple(filter(None, [found.note(path)])))
 
 
+def _wanted(contract: InputContract | None) -> frozenset[str]:
+    """Suffixes of clips: those of still images for a model that takes single ones."""
+    return VIDEOS | ARRAYS if contract and not contract.is_image else VIDEOS | ARRAYS | IMAGES
+
+
 def windows(path: Path, starts: Iterable[float]) -> ClipSet:
     """The clips of one video file that begin at the seconds `starts`."""
     given, path = str(path), path.absolute()
     read = [(f"{start:.3f}s", partial(_read_video, path, f"{start:.3f}s", None, start)) for start in starts]
     return ClipSet(given, tuple(Item(name, None, how, _version(path)) for name, how in read), path)
+
+
+LISTS = (".csv", ".txt", ".json")
+
+
+def listed(path: Path) -> ClipSet | None:
+    """The videos of a list as data sets are published with them, see `edgetube.lists`; None if it is none.
+
+    Videos that are not there are items that cannot be read; a note counts them.
+
+    Raises:
+        InputError: the list is damaged or empty, names a video twice, or none of its first videos is there.
+    """
+    found = lists.entries(path, _text(path))
+    if found is None:
+        return None
+    if not found:
+        raise InputError(f"{path} names no clips; expected a line for each")
+    where, seen, items, missing = lists.folder_of(path, found), set[str](), [], 0
+    for entry in found:
+        if entry.path in seen:
+            raise InputError(f"{path} names {entry.path!r} twice; name each clip once")
+        seen.add(entry.path)
+        file = where / entry.path
+        if listing.is_file(file):
+            items.extend(_items(file, entry.path, entry.label))
+        else:
+            missing += 1
+            refuse = partial(_refuse, f"there is no file {file}")
+            items.append(Item(entry.path, entry.label, refuse, "missing", refuse))
+    notes = (f"{missing} of {len(found)} videos of {path.name} are not in {where}",) if missing else ()
+    return ClipSet(str(path), tuple(items), path, notes)
+
+
+def _folder_of_tars(path: Path, contract: InputContract | None) -> ClipSet | None:
+    """The clips of the tars in a folder; None if there are none, or clips beside them, of which the set is then."""
+    there = sorted(listing.visible(path.glob("*")))  # which passes over what cannot be read: `folder` says so
+    tars = [file for file in there if file.suffix.lower() == shards.SUFFIX and listing.is_file(file)]
+    if not tars or listing.walk(path, _wanted(contract)).files:
+        return None
+    return ClipSet(str(path), tuple(item for tar in tars for item in _tar(tar, contract)), path)
+
+
+def _tar(path: Path, contract: InputContract | None) -> Iterator[Item]:
+    """The videos of a tar; its images, too, for a model that takes single ones."""
+    if not (found := shards.samples(path, _wanted(contract) - ARRAYS)):
+        raise InputError(f"{path} holds no clips; expected a tar of webdataset, with videos and .cls or .json")
+    for one in found:
+        name = f"{path.name}/{one.name}"
+        asked = path, one, name
+        yield Item(name, one.label, partial(_read_sample, *asked), _version(path), partial(_read_sample_views, *asked))
+
+
+def _read_sample(path: Path, sample: shards.Sample, name: str, contract: InputContract) -> Clip:
+    return _read_sample_views(path, sample, name, contract, SINGLE)[0]
+
+
+def _read_sample_views(
+    path: Path, sample: shards.Sample, name: str, contract: InputContract, views: Views
+) -> tuple[Clip, ...]:
+    try:
+        with shards.extracted(path, sample) as file:
+            try:
+                return _read_video_views(file, name, sample.label, None, contract, views)
+            except InputError as error:
+                raise InputError(f"{path}: {str(error).replace(str(file), sample.name)}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
 COLUMNS = ("path", "label", "start")
@@ -304,7 +381,7 @@ def manifest(path: Path) -> ClipSet:
         row = dict(zip(columns, cells, strict=True))
         where = f"{path}, line {number}"
         target = path.parent / row["path"]
-        if not _is_file(target):
+        if not listing.is_file(target):
             raise InputError(f"{where}: {_no_file(path.parent, row['path'])}")
         start = _seconds(row.get("start"), where)
         if (before := seen.setdefault((os.path.normpath(target), start), number)) != number:
@@ -348,14 +425,6 @@ def _text(path: Path) -> str:
     return text
 
 
-def _is_file(path: Path) -> bool:
-    """Whether the file exists; False for a name that the system refuses, such as one that is too long."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
 _SAVE_AS = "save the file as UTF-8 (in Excel: CSV UTF-8; for Windows-1252: iconv -f cp1252 -t utf-8)"
 
 
@@ -370,7 +439,7 @@ def _no_file(folder: Path, given: str) -> str:
         (unicodedata.normalize("NFC", given), "in Unicode's composed form (NFC)"),
         (unicodedata.normalize("NFD", given), "in Unicode's decomposed form (NFD)"),
     ):
-        if other != given and _is_file(folder / other):
+        if other != given and listing.is_file(folder / other):
             return f"{said}; there is one {why}"
     return said
 
@@ -431,13 +500,13 @@ def _arrays(file: Path, name: str, label: str | None) -> list[Item]:
     stored = _open_arrays(file, version)
     frames, labels = stored["frames"], stored.get("labels")
     if len(frames.shape) < 5:
-        own = label if labels is None else str(np.array(labels).item())
+        own = label if labels is None else str(np.array(labels).item()) or None
         return [_array_item(file, None, name, own, version)]
     if labels is not None and len(labels) != len(frames):
         raise InputError(f"{file} has {len(frames)} clips and {len(labels)} labels; expected as many")
     items = []
     for i in range(len(frames)):
-        one, own = f"{name}#{i:05d}", label if labels is None else str(labels[i])
+        one, own = f"{name}#{i:05d}", label if labels is None else str(labels[i]) or None
         items.append(_array_item(file, i, one, own, version))
     return items
 

@@ -27,6 +27,7 @@ from edgetube.demo.moves import DIRECTIONS, LABELS, Move
 from edgetube.demo.render import TEXTURE, Photo, generator, render_clip, texture
 from edgetube.files import atomic_write, replacing
 from edgetube.model import checkpoints, positions
+from edgetube.model.reduction import TokenState
 from edgetube.model.transformer import VideoTransformer
 from edgetube.spec import ModelSpec, TubeSpec
 from edgetube.video import Clip
@@ -379,9 +380,9 @@ class Trainee(nn.Module):
         """Logits (B, classes), travel (B, 4), flow (B, N, 2) of normalised clips (B, 3, T, H, W)."""
         model = self.model
         z0 = model.tubes(x)
-        z = z0 + model.positions
+        z, state = z0 + model.positions, TokenState(z0=z0)
         for i, block in enumerate(model.blocks):
-            z = block(z, z0)
+            z = block(z, state)
             if i == SPEC.depth // 2 - 1:
                 flow = self.flow(F.layer_norm(z, z.shape[-1:]))
         pooled = model.pool(model.norm(z))

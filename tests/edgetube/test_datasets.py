@@ -265,9 +265,9 @@ def test_a_folder_mixes_videos_and_arrays(clips: npt.NDArray[np.uint8], tmp_path
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no clips at"):
         datasets.load(tmp_path / "none")
-    (tmp_path / "x.txt").write_text("")
+    (tmp_path / "x.pdf").write_text("")
     with pytest.raises(InputError, match="not a set of clips"):
-        datasets.load(tmp_path / "x.txt")
+        datasets.load(tmp_path / "x.pdf")
 
 
 def test_the_built_in_sets_are_those_of_the_demo() -> None:

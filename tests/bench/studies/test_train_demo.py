@@ -177,7 +177,7 @@ def test_schedule() -> None:
     assert values[800] == pytest.approx(0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_after_a_stop(tmp_path: Path) -> None:
     write_pictures(tmp_path / "pictures", 6)
     script = Path(train_demo.__file__).resolve()
