@@ -35,7 +35,7 @@ class Handled:
 
     Attributes:
         received: the first signal that came, or None.
-        deferred: signals that wait for the end of `kept_from_children`; None outside of it.
+        deferred: signals that wait for the end of `held`; None outside of it.
     """
 
     def __init__(self) -> None:
@@ -95,27 +95,37 @@ def leave_at_once() -> None:
 
 
 @contextmanager
-def kept_from_children() -> Iterator[None]:
-    """Start processes in the block that ignore the terminal's Ctrl-C; their parent ends them.
-
-    Signals are deferred to the end of the block, so that no process is left half started. The signal mask, which
-    children inherit, does not suffice: another thread may take the signal.
-    """
+def held() -> Iterator[None]:
+    """Signals wait for the end of the block, so that nothing in it is left half done."""
     handled = _current if threading.current_thread() is threading.main_thread() else None
-    before = None
-    if handled is not None:
-        handled.deferred = []
-    if hasattr(signal, "pthread_sigmask"):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if handled is None or handled.deferred is not None:
+        yield
+        return
+    handled.deferred = []
     try:
         yield
     finally:
-        if before is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if handled is not None:
-            waiting, handled.deferred = handled.deferred or [], None
-            for number in waiting[:1]:
-                handled._handle(number, None)
+        waiting, handled.deferred = handled.deferred or [], None
+        for number in waiting[:1]:
+            handled._handle(number, None)
+
+
+@contextmanager
+def kept_from_children() -> Iterator[None]:
+    """Start processes in the block that ignore the terminal's Ctrl-C; their parent ends them.
+
+    Signals are `held`, so that no process is left half started. The signal mask, which children inherit, does not
+    suffice: another thread may take the signal.
+    """
+    with held():
+        before = None
+        if hasattr(signal, "pthread_sigmask"):
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            if before is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_parent() -> None:

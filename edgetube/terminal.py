@@ -203,7 +203,38 @@ def exported(made: Sequence[Bundle], rows: Sequence[Mapping[str, Any]]) -> None:
     if made:
         source = "IMAGE" if made[0].contract.is_image else "VIDEO"
         command = f"edgetube run {shlex.quote(printable(made[0].path))} {source}"
-        out.print(Text.assemble("next: ", (command, "bold")), soft_wrap=True)
+        then(command)
+
+
+def then(command: str) -> None:
+    """Print the command that comes next."""
+    out.print(Text.assemble("next: ", (command, "bold")), soft_wrap=True)
+
+
+def started(document: Mapping[str, Any]) -> None:
+    """The result of `edgetube init`."""
+    found = table("tube", "stride", "offset", "tokens")
+    for tube in document["tubes"]:
+        add(found, *("x".join(map(str, tube[name])) for name in ("kernel", "stride", "offset")), str(tube["tokens"]))
+    out.print(found)
+    clip = "x".join(map(str, (document["frames"], *document["size"])))
+    gates = ", ".join(map(str, document["gates"])) or "none"
+    say(
+        f"{document['name']}: {document['tokens']} tokens of a clip of {clip} at {document['fps']:g} frames a second, "
+        f"{document['positions']} positions, gates: {gates}; images are answered as before (error "
+        f"{document['image_error']:.1e})"
+    )
+    for note in document["notes"]:
+        warn("note", note)
+
+
+def epoch(row: Mapping[str, Any]) -> None:
+    """One epoch of a training."""
+    best = "  best so far" if row["best"] else ""
+    say(
+        f"epoch {row['epoch']} of {row['epochs']}  loss {row['loss']:.3f}  top-1 of clips trained on "
+        f"{percent(row['train_top1'])}, of {row['held_out_clips']} held out {percent(row['held_out_top1'])}{best}"
+    )
 
 
 def checks(found: Iterable[Check]) -> None:
@@ -248,6 +279,7 @@ def parity(document: Mapping[str, Any]) -> None:
             interval, number(row["kl"]), number(row["max_abs_error"]),
         )  # fmt: skip
     out.print(found)
+    _on(document)
     views = document["data"]["views"]
     if views["temporal"] * views["spatial"] > 1:
         shown = f"{views['temporal']} x {views['spatial']}"
@@ -357,6 +389,7 @@ def agree(document: Mapping[str, Any]) -> None:
     clip, rows, pairs = document["clip"], document["rows"], document["pairs"]
     span = "" if clip["start"] is None else f", {clip['start']:.2f}-{clip['end']:.2f} s"
     say(f"{clip['name']}{span}" + ("" if clip["label"] is None else f", labelled {clip['label']}"))
+    _on(document)
     numbers = {row["name"]: str(i) for i, row in enumerate(rows, start=1)}
     found = table("", "runtime", "status", "answer", "next")
     for row in rows:
@@ -426,12 +459,56 @@ def bench(document: Mapping[str, Any], notes: Sequence[str]) -> None:
                 f"{row['dropped_frames']} of {row['frames']}", percent(row["idle_share"]),
             )  # fmt: skip
         out.print(found)
+    _on(document)
+    for note in notes:
+        warn("note", note)
+
+
+def _on(document: Mapping[str, Any]) -> None:
+    """The device that answered, if it was not this machine."""
+    if device := document.get("device"):
+        say(f"on {device['name']}: {device['machine']}")
+
+
+def fleet(document: Mapping[str, Any], notes: Sequence[str]) -> None:
+    """The document of `edgetube bench --json` on several devices, a row for each device and bundle, with notes."""
+    found = table("device", "bundle", "threads", "p50 ms", "p99", "clips/s", "cold start", "memory")
+    for one in document["devices"]:
+        for row in one.get("bundles", ()):
+            if row["p50_ms"] is None:
+                add(found, one["device"]["name"], row["name"], row["status"])
+                continue
+            add(
+                found, one["device"]["name"], row["name"], str(row["threads"] or "default"),
+                f"{row['p50_ms']:.2f} ±{row['noise']:.1%}", f"{row['p99_ms']:.2f}", f"{row['throughput']:.1f}",
+                f"{row['cold_start_ms']:.0f} ms", f"{row['peak_mb']:.0f} MB" if row["peak_mb"] else "-",
+            )  # fmt: skip
+    out.print(found)
     for note in notes:
         warn("note", note)
 
 
 def _cameras(count: int) -> str:
     return "camera" if count == 1 else f"{count} cameras"
+
+
+def sweep(document: Mapping[str, Any]) -> None:
+    """The document of `edgetube sweep --json`."""
+    quality = "top-1" if document["data"]["quality"] == "top1" else "agreement"
+    found = table("point", "MACs", "p50 ms", quality, "clips", "")
+    for row in sorted(document["points"], key=lambda row: (row["p50_ms"] is None, row["p50_ms"] or 0.0)):
+        accuracy, time = "-", "-"
+        if row["accuracy"] is not None:
+            accuracy = f"{percent(row['accuracy'])} ({percent(row['accuracy_low'])}-{percent(row['accuracy_high'])})"
+        if row["p50_ms"] is not None:
+            time = f"{row['p50_ms']:.2f} ±{row['noise']:.1%}"
+        place = [Text("winner", "bold green")] if row["winner"] else [Text("on the front", "green")] * row["front"]
+        verdict = Text("; ").join([*place, *([Text(printable(row["reason"]))] if row["reason"] else [])])
+        add(found, row["name"], percent(row["macs_ratio"]), time, accuracy, str(row["clips"] or "-"), verdict)
+    out.print(found)
+    for told in document["notes"]:
+        warn("note", told)
+    say(document["result"])
 
 
 def report(columns: Sequence[str], rows: Sequence[Sequence[str]], headline: str) -> None:
@@ -533,8 +610,9 @@ def _model_facts(spec: ModelSpec, contract: InputContract) -> Iterator[tuple[str
     yield (
         "tubes",
         "; ".join(
-            f"{tube} every {'x'.join(map(str, tube.stride))} -> {'x'.join(map(str, grid))} tokens{each}"
-            for tube, grid in zip((spec.tubes[i] for i in spec.active), spec.grids, strict=True)
+            f"{f'{i}: ' if len(spec.tubes) > 1 else ''}{tube} every {'x'.join(map(str, tube.stride))} -> "
+            f"{'x'.join(map(str, grid))} tokens{each}"
+            for i, tube, grid in zip(spec.active, (spec.tubes[i] for i in spec.active), spec.grids, strict=True)
         ),
     )
     prefix = f" + {spec.prefix} prefix" if spec.prefix else ""

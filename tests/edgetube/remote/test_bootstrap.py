@@ -1,0 +1,108 @@
+"""Which packages fit a device, and how they are collected for it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgetube.errors import DeviceError
+from edgetube.progress import silent
+from edgetube.remote import bootstrap
+
+PI: dict[str, Any] = {
+    "python": "3.11.2", "platform": "linux-aarch64", "machine": "aarch64", "system": "Linux", "pointer": 64,
+    "libc": ["glibc", "2.36"], "macos": "",
+}  # fmt: skip
+
+PIP = """#!/bin/sh
+echo "$@" >> {log}
+while [ $# -gt 0 ]; do [ "$1" = --dest ] && dest=$2; shift; done
+touch "$dest/numpy-2.0-cp311-cp311-manylinux_2_28_aarch64.whl" "$dest/{own}"
+"""
+"""In the place of Python: `pip download` that notes its options and finds one package."""
+
+
+@pytest.fixture
+def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The log of that program."""
+    log, program = tmp_path / "log", tmp_path / "python"
+    program.write_text(PIP.format(log=log, own=bootstrap.WHEEL))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
+    return log
+
+
+def test_tags_of_platforms() -> None:
+    tags = bootstrap.platforms(PI)
+    assert tags[0] == "manylinux_2_36_aarch64"
+    assert {"manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64"} <= set(tags)
+    assert "manylinux_2_37_aarch64" not in tags
+    assert bootstrap.platforms({**PI, "libc": ["", ""]})[0] == "musllinux_1_2_aarch64"
+    mac = {**PI, "system": "Darwin", "machine": "arm64", "platform": "macosx-11.0-arm64", "macos": "14.5"}
+    assert bootstrap.platforms(mac) == ["macosx_14_0_arm64"]
+    intel = {**mac, "machine": "x86_64", "platform": "macosx-10.9-x86_64"}
+    assert bootstrap.platforms({**intel, "macos": "10.15.7"}) == ["macosx_10_15_x86_64"]
+    assert bootstrap.platforms({**intel, "macos": "10.16"}) == ["macosx_11_0_x86_64"]
+    assert bootstrap.platforms({**intel, "macos": "26"}) == ["macosx_26_0_x86_64"]
+
+
+@pytest.mark.parametrize("other", [{"pointer": 32}, {"system": "FreeBSD"}])
+def test_machines_without_packages(other: dict[str, Any]) -> None:
+    with pytest.raises(DeviceError, match=r"cannot be collected here; install edgetube there and give \?python="):
+        bootstrap.platforms({**PI, **other})
+
+
+def test_packages_are_collected_once(pip: Path) -> None:
+    extras, first = bootstrap.collect(PI, ["openvino"], silent)
+    assert extras == ["openvino"]
+    assert list(first) == [bootstrap.WHEEL, "numpy-2.0-cp311-cp311-manylinux_2_28_aarch64.whl"]
+    assert all(path.is_file() for path in first.values())
+    assert first[bootstrap.WHEEL].read_bytes() == bootstrap.wheel()
+    assert bootstrap.collect(PI, ["openvino"], silent) == (extras, first)
+    (asked,) = pip.read_text().splitlines()
+    assert "--python-version 3.11 " in asked
+    assert "--platform manylinux_2_28_aarch64" in asked
+    assert asked.endswith(f"{bootstrap.WHEEL}[openvino]")
+    bootstrap.collect({**PI, "python": "3.12.1"}, ["openvino"], silent)
+    assert len(pip.read_text().splitlines()) == 2
+
+
+def test_a_package_that_is_gone_is_collected_again(pip: Path) -> None:
+    _, found = bootstrap.collect(PI, [], silent)
+    found["numpy-2.0-cp311-cp311-manylinux_2_28_aarch64.whl"].unlink()
+    assert bootstrap.collect(PI, [], silent) == ([], found)
+    assert all(path.is_file() for path in found.values())
+    assert len(pip.read_text().splitlines()) == 2
+
+
+def test_extras_that_cannot_be_had_are_left_out(pip: Path) -> None:
+    program = Path(sys.executable)
+    refuse = 'case "$*" in *openvino*) echo "ERROR: No matching distribution found for openvino" >&2; exit 1;; esac\n'
+    program.write_text(program.read_text().replace("while", f"{refuse}while"))
+    extras, found = bootstrap.collect(PI, ["openvino"], silent)
+    assert (list(extras), len(found)) == ([], 2)
+    assert len(pip.read_text().splitlines()) == 2
+    bootstrap.collect(PI, ["openvino"], silent)
+    assert len(pip.read_text().splitlines()) == 3, "it is tried again, what was found without it is not"
+
+
+def test_an_environment_is_known_by_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bootstrap.environment(PI, [])
+    assert bootstrap.environment({**PI, "executable": "/usr/bin/python3"}, []) == first
+    others = [bootstrap.environment(PI, ["openvino"]), bootstrap.environment({**PI, "python": "3.12.1"}, [])]
+    monkeypatch.setattr(bootstrap, "modules", lambda: {"edgetube/__init__.py": b""})
+    assert len({first, *others, bootstrap.environment(PI, [])}) == 4
+
+
+def test_packages_that_cannot_be_had(pip: Path) -> None:
+    Path(sys.executable).write_text("#!/bin/sh\necho 'ERROR: No matching distribution found for numpy' >&2; exit 1\n")
+    with pytest.raises(DeviceError, match=r"\(Python 3\.11, manylinux_2_36_aarch64\) cannot be .*No matching distrib"):
+        bootstrap.collect(PI, [], silent)
+
+
+def test_extras_are_those_of_the_backends() -> None:
+    assert bootstrap.extras_of(["openvino", "onnxruntime", "openvino"]) == ["openvino"]
