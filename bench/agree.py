@@ -7,7 +7,7 @@ logits and, where both show tensors of the canonical graph, layer by layer. Bund
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
@@ -208,6 +208,7 @@ def measure(
     reference: bool | None = None,
     by_layer: bool = True,
     threads: int | None = None,
+    artifact: Callable[[Bundle], Artifact] = Artifact,
     progress: Progress = silent,
 ) -> Agreement:
     """Give one clip to every bundle and to the PyTorch model, and compare each two.
@@ -220,6 +221,7 @@ def measure(
         reference: whether the PyTorch model takes part; None: where it can be found and torch is installed.
         by_layer: also compare layer by layer.
         threads: CPU threads of one call; None leaves the choice to each runtime.
+        artifact: see `edgetube.bench.model_set.of_bundles`.
 
     Raises:
         InputError: no bundles, or bundles of different models, inputs or labels.
@@ -230,7 +232,7 @@ def measure(
         raise InputError("no bundles to compare")
     model_set.check_same_model(bundles)
     bundles = tuple({bundle.path: bundle for bundle in bundles}.values())
-    models = model_set.of_bundles(bundles, None, threads)
+    models = model_set.of_bundles(bundles, None, threads, artifact)
     first = 1 if reference is False else 0
     with OpenedModels(models) as opened:
         rows = {}

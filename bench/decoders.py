@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from edgetube import decoding, hwdecode, metrics
+from edgetube import decoding, hwdecode, metrics, runtimes
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.decoding import rgb
@@ -77,7 +77,7 @@ def compare(
 def _compare(
     bundle: Bundle, path: Path, decoders: Sequence[Decoder], hop: Hop | None, threads: int | None
 ) -> Iterator[DecoderCost]:
-    with Runtime(bundle, threads=threads) as rt:
+    with Runtime(bundle, threads=threads if runtimes.takes_threads(bundle.backend) else None) as rt:
         logits: list[list[np.ndarray]] = [[] for _ in decoders]
         pixels = np.zeros(len(decoders))
         for clips in zip(*(_clips(path, decoder, rt.contract, hop) for decoder in decoders), strict=True):

@@ -1,7 +1,7 @@
 """The figures of the report: SVG with the fonts and colours of the page around it.
 
 Each figure is drawn for a wide and for a narrow page, so that its text does not shrink. Colours are variables of the
-page's style sheet (`report.html.j2`), for light and dark mode.
+page's style sheet (`style.css`), for light and dark mode.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetube.targets import need
@@ -82,22 +83,50 @@ def family(row: Row) -> str:
 
 def pareto(rows: Sequence[Row], quality: str, title: str) -> str:
     """Quality over latency; a line joins the Pareto-optimal bundles."""
+    return both(_over_latency(rows, front(rows, quality), quality, title), 3.6, 3.6, f"{title} over latency")
+
+
+def operating_points(rows: Sequence[Row], quality: str, title: str) -> str:
+    """The same of the points of a sweep, as a file of its own: with intervals, and a line through those on `front`."""
+    best = sorted((row["p50_ms"], 100 * row[quality]) for row in rows if row["front"])
+    height = 3.6 + 0.08 * len(rows)
+    draw = _over_latency(rows, best, quality, title, intervals=True)
+    return alone(_svg(draw, WIDE, height, True, f"{title} over latency"))
+
+
+def alone(svg: str) -> str:
+    """A figure as a file: with the colours and fonts of the page."""
+    style = (Path(__file__).parent / "style.css").read_text("utf-8")
+    colours = style[style.index(":root {") : style.index("* {")]
+    start, _, rest = svg.partition(">")
+    root = start.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return f"{root}><style>{colours}svg {{ background: var(--panel); }}</style>{rest}"
+
+
+def _over_latency(
+    rows: Sequence[Row], best: Sequence[tuple[float, float]], quality: str, title: str, intervals: bool = False
+) -> Draw:
+    """Draws quality over latency; a line joins `best`. `intervals` are `{quality}_low` and `_high` of each row."""
     look = styles(rows)
     points = [row for row in rows if row["p50_ms"] is not None and row[quality] is not None]
 
     def draw(figure: Figure, wide: bool) -> None:
         axes = _axes(figure, (0.62, 0.52, 0.15, ABOVE))
         times, values = [row["p50_ms"] for row in points], [100 * row[quality] for row in points]
-        reach = max(max(values) - min(values), 1.0)
+        ends = [100 * row[f"{quality}_{end}"] for row in points for end in ("low", "high")] if intervals else values
+        reach = max(max(ends) - min(ends), 1.0)
+        room = (0.05 if intervals else 0.3) * reach
         # Shares end at 100 %: the names of the best points stand above the axes.
-        axes.set(xscale="log", ylim=(max(0.0, min(values) - 0.3 * reach), min(100.0, max(values) + 0.3 * reach)))
+        axes.set(xscale="log", ylim=(max(0.0, min(ends) - room), min(100.0, max(ends) + room)))
         axes.set_xlim(min(times) / 1.35, max(times) * 1.35)
-        if len(best := front(points, quality)) > 1:
+        if len(best) > 1:
             axes.step(*zip(*best, strict=True), where="post", color=SOFT, lw=1.2, linestyle=(0, (2, 2)), zorder=1)
         for row in points:
             style = look[row["name"]]
             x, y = row["p50_ms"], 100 * row[quality]
-            bars = axes.errorbar(x, y, xerr=[[x - row["p10_ms"]], [row["p90_ms"] - x]], color=style.colour, lw=1)
+            across = [[x - row["p10_ms"]], [row["p90_ms"] - x]]
+            up = [[y - 100 * row[f"{quality}_low"]], [100 * row[f"{quality}_high"] - y]] if intervals else None
+            bars = axes.errorbar(x, y, xerr=across, yerr=up, color=style.colour, lw=1)
             for part in bars.get_children():
                 part.set(alpha=0.45)  # cut at the axes, which very noisy times would leave
             axes.plot(
@@ -108,7 +137,7 @@ def pareto(rows: Sequence[Row], quality: str, title: str) -> str:
         axes.set_xlabel("latency of one call, median, ms")
         axes.set_ylabel(title)
 
-    return both(draw, 3.6, 3.6, f"{title} over latency")
+    return draw
 
 
 def front(rows: Sequence[Row], quality: str) -> list[tuple[float, float]]:

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,8 +22,8 @@ from typing import Any, cast
 import numpy as np
 from typing_extensions import Self
 
-from edgetube import errors, runtimes
-from edgetube.bench import energy, machine, peak
+from edgetube import runtimes, wire
+from edgetube.bench import conditions, energy, machine, peak
 from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, EdgetubeError, InputError, MissingPackageError
 from edgetube.live import window
@@ -102,6 +103,7 @@ class Options:
         camera_seconds: how long it runs.
         cameras: how many such cameras share each bundle.
         reference: also time the PyTorch model that the bundles were made from.
+        start_below: degrees Celsius that the machine has to cool to first; None starts at once.
     """
 
     threads: tuple[int | None, ...] = (None,)
@@ -115,11 +117,12 @@ class Options:
     camera_seconds: float = 10.0
     cameras: int = 1
     reference: bool = False
+    start_below: float | None = None
 
     def __post_init__(self) -> None:
         for count in self.threads:
             runtimes.check_threads(count)
-        for name in ("seconds", "warm", "starts", "camera_fps", "camera_seconds", "cameras", "hop"):
+        for name in ("seconds", "warm", "starts", "camera_fps", "camera_seconds", "cameras", "hop", "start_below"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name.replace('_', '-')} is {value}; expected more than 0, and finite")
@@ -133,6 +136,7 @@ class Process:
         opener: `module:function` of a function(stage_timer, **given) -> `edgetube.bench.worker.Benchmarkable`.
         given: its arguments, JSON.
         threads: for libraries that take them from the environment.
+        limit: seconds after which the process is ended, whatever it does; None for no limit.
 
     Attributes:
         stages: milliseconds of the cold start by stage: start (of the interpreter), import, load, first (inference).
@@ -142,8 +146,15 @@ class Process:
         InputError, BundleError, BackendError, MissingPackageError: what the candidate raised when it opened.
     """
 
-    def __init__(self, name: str, opener: str, given: Mapping[str, Any], threads: int | None = None) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        opener: str,
+        given: Mapping[str, Any],
+        threads: int | None = None,
+        limit: float | None = None,
+    ) -> None:
+        self.name, self._limit = name, limit
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `close`
         order = {"opener": opener, "given": dict(given), "spawned": time.monotonic()}
         self._process = subprocess.Popen(
@@ -151,13 +162,18 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,
-            text=True,
             env=os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
         )
+        self._expired = threading.Event()
+        self._alarm = threading.Timer(limit or 0, self._expire)
+        self._alarm.daemon = True
         try:
-            opened = self._answer()
-            if "error" in opened:
-                raise cast("type[EdgetubeError]", getattr(errors, opened["kind"]))(opened["error"])
+            if limit is not None:
+                self._alarm.start()
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._asker = wire.Asker(self._process.stdout, self._process.stdin, self._why_ended)
+            opened = self._asker.answer().result
         except BaseException:
             self.close()
             raise
@@ -168,27 +184,27 @@ class Process:
         """Send one of `edgetube.bench.worker.ORDERS`; returns its result.
 
         Raises:
-            BackendError: the process died.
+            BackendError: the process died, or its time was up.
         """
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is dead, and `_answer` says so
-        return self._answer()
+        return self._asker.ask(do, **request)
 
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        if line := self._process.stdout.readline():
-            return json.loads(line)
+    def _expire(self) -> None:
+        self._expired.set()
+        self._process.kill()
+
+    def _why_ended(self) -> EdgetubeError:
         code = self._process.wait()
+        if self._words.closed:
+            return BackendError(f"{self.name}: its process was closed")
+        if self._expired.is_set():
+            return BackendError(f"{self.name}: not done after {self._limit:.0f} s, and ended")
         self._words.seek(0)
         last = self._words.read().decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
-        raise BackendError(f"{self.name}: its process ended with exit code {code}: {last[-1]}")
+        return BackendError(f"{self.name}: its process ended with exit code {code}: {last[-1]}")
 
     def close(self) -> None:
         """End the process."""
+        self._alarm.cancel()
         self._process.kill()
         self._process.communicate()
         self._words.close()
@@ -210,6 +226,7 @@ class Candidate:
         facts: further columns of the row.
         macs: multiply-accumulates of one clip, to compare with the peak of `precision`.
         untimed: why it is not timed on this machine; empty where it is.
+        limit: see `Process`.
     """
 
     name: str
@@ -221,21 +238,25 @@ class Candidate:
     macs: int | None = None
     precision: Precision = Precision.FP32
     untimed: str = ""
+    limit: float | None = None
 
     def start(self) -> Process:
         """Open it in a fresh process."""
-        return Process(self.name, self.opener, self.given, self.threads)
+        return Process(self.name, self.opener, self.given, self.threads, self.limit)
 
 
 SIMULATED = "its processor is simulated on this machine, so times would say nothing about a device"
 """Why a bundle is not timed, see `runtimes.simulated`."""
 
+OWN_THREADS = "its runtime chooses its threads itself: it is timed without --threads"
+"""Why a bundle has no row with a number of threads, see `runtimes.takes_threads`."""
+
 
 def measure(bundles: Sequence[Bundle], options: Options | None = None, progress: Progress = silent) -> dict[str, Any]:
     """The document of `edgetube bench --json` for bundles; `docs/benchmarking.md` explains its keys.
 
-    A bundle whose runtime is not here, or simulates its processor, has a row with its status and the reason, and no
-    timings.
+    A bundle whose runtime is not here, simulates its processor, or refuses the number of threads, has a row with its
+    status and the reason, and no timings.
 
     Raises:
         InputError: no bundles, an option that a backend does not take, or a camera for a model that samples segments.
@@ -248,8 +269,14 @@ def measure(bundles: Sequence[Bundle], options: Options | None = None, progress:
         for bundle in bundles:
             window.check(bundle.contract)
     candidates = [c for threads in options.threads for c in _candidates(bundles, threads, options)]
+    if options.start_below is not None:
+        conditions.known_celsius()
     best = peaks(options.threads)
+    if options.start_below is not None:
+        conditions.wait_below(options.start_below, progress)
+    before = conditions.read()
     rows = run_interleaved(candidates, options, progress)
+    after = conditions.read()
     for row in rows:
         _against_peak(row, best)
     return {
@@ -257,6 +284,7 @@ def measure(bundles: Sequence[Bundle], options: Options | None = None, progress:
         "machine": machine.describe(),
         "versions": machine.versions(),
         "options": asdict(options),
+        "conditions": {"before": before, "after": after, "throttled": conditions.throttled(before, after)},
         "energy": energy.source(),
         "peak": best,
         "bundles": rows,
@@ -282,6 +310,8 @@ def _candidates(bundles: Sequence[Bundle], threads: int | None, options: Options
             "backend": "torch",
             "path": str(first.path),
             "size_mb": None,
+            "sha256": None,
+            "checkpoint": first.checkpoint.get("sha256"),
         }
         given: dict[str, Any] = {"path": str(first.path), "camera": options.camera_size}
         given["checkpoint"] = dict(first.checkpoint)
@@ -290,8 +320,10 @@ def _candidates(bundles: Sequence[Bundle], threads: int | None, options: Options
     for bundle in bundles:
         facts = {key: str(getattr(bundle, key)) for key in ("target", "precision", "backend")}
         facts |= {"path": str(bundle.path), "size_mb": bundle.artifact_bytes / 1e6}
+        facts |= {"sha256": bundle.sha256, "checkpoint": bundle.checkpoint.get("sha256")}
         # The status of the proof at export, used if the bundle is not timed here.
-        untimed = SIMULATED if runtimes.simulated(bundle.backend) else ""
+        refuses = threads is not None and not runtimes.takes_threads(bundle.backend, options.device)
+        untimed = SIMULATED if runtimes.simulated(bundle.backend) else OWN_THREADS if refuses else ""
         facts["status"] = "built" if bundle.status == "executed" and not untimed else bundle.status
         given = {"path": str(bundle.path), "camera": options.camera_size}
         given |= {"threads": threads, "device": options.device}
@@ -450,6 +482,10 @@ def notes(document: Mapping[str, Any]) -> list[str]:
         )
     if restless := [row["name"] for row in timed if not row["warmup"]["steady"]]:
         lines.append(f"{', '.join(restless)}: calls were not steady after {document['options']['warm']:g} s of warm-up")
+    if document.get("conditions", {}).get("throttled"):
+        lines.append(
+            "the machine throttled meanwhile: these are times of a hot machine; cool it, or give --start-below"
+        )
     if timed and (reason := document["energy"]["reason"]):
         lines.append(f"no energy: {reason}")
     for row in document["bundles"]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -133,18 +134,20 @@ def curves(
     *,
     reference: Bundle | None = None,
     threads: int | None = None,
+    artifact: Callable[[Bundle], Artifact] = Artifact,
     progress: Progress = silent,
 ) -> tuple[Curve, ...]:
     """The layers of bundles against those of their reference, on all clips of `source`: a few are enough.
 
     Args:
         reference: a bundle to compare with; None takes the PyTorch model.
+        artifact: see `edgetube.bench.model_set.of_bundles`.
 
     Raises:
         InputError: no clips, or bundles that do not belong together.
         BackendError: the reference bundle's backend cannot return layers, or a runtime fails.
     """
-    models = model_set.of_bundles(compared, reference, threads)
+    models = model_set.of_bundles(compared, reference, threads, artifact)
     clips = [clip.frames for clip in source.clips(models.contract)]
     if not clips:
         raise InputError("no clips to look at layers on: the data set is empty")
@@ -165,12 +168,12 @@ def of_opened(
         BackendError: the reference bundle's backend cannot return layers, or a runtime fails.
     """
     first, *rest = opened.model_set.models
-    truth, reference = opened.backend(0), first.bundle if isinstance(first, Artifact) else None
-    seen = truth.layers(wanted)
-    if not seen:
+    reference = first.bundle if isinstance(first, Artifact) else None
+    if not (seen := opened.backend(0).layers(wanted)):
         raise BackendError(f"the runtime of {first.name} shows no layers; leave out --reference")
     stated = stated_by(first)
     for index, artifact in enumerate(rest, start=1):
+        truth = opened.reference_of(index)
         yield curve(truth, opened.backend(index), artifact.bundle, clips, seen, stated, reference, progress)
 
 
@@ -203,9 +206,14 @@ def curve(
         stated: turns the reference's tensors into those of an artifact, see `as_exported`.
         reference: the bundle that `truth` runs, if it runs one.
     """
-    shown, view = comparable(backend.layers(wanted), bundle, reference)
-    measured = _measure(truth, backend, passes(shown, bundle.spec), clips, stated, view, bundle.name, progress)
-    note = "" if shown else "this bundle's runtime shows no inner tensors"
+    known = backend.layers(wanted)
+    shown, view = comparable(known, bundle, reference)
+    decisions = roles_of(bundle.spec).decisions if isinstance(truth, Follower) else ()
+    measured = _measure(
+        truth, backend, passes(shown, bundle.spec), clips, stated, view, bundle.name, decisions, progress
+    )
+    others = "the tokens are of other tubes than the reference's"
+    note = "" if shown else others if known else "this bundle's runtime shows no inner tensors"
     return Curve(bundle.name, len(clips), tuple(measured), note)
 
 
@@ -216,6 +224,8 @@ def comparable(shown: Sequence[str], bundle: Bundle, other: Bundle | None = None
         bundle: of one of them.
         other: of the other one; None if it is the trained model.
     """
+    if other is not None:
+        shown = _with_all_tokens(shown, bundle.spec, other.spec)
     if not _is_equalised(bundle, other):
         return tuple(shown), _plain
     roles = roles_of(bundle.spec)
@@ -238,16 +248,22 @@ def _measure(
     stated: View,
     view: View,
     name: str,
+    decisions: Sequence[str],
     progress: Progress,
 ) -> Iterator[Layer]:
-    """The SQNR of each layer over all clips; `passes` are the layers that are read together."""
+    """The SQNR of each layer over all clips; `passes` are the layers that are read together.
+
+    Where tokens leave, `truth` follows the artifact's `decisions`, so that the same tokens are compared.
+    """
     done, total = 0, sum(map(len, passes))
     progress(f"{name}: layers", 0, total)
     for some in passes:
-        taps = truth.tap(some), backend.tap(some)
+        taps = truth.tap(some), backend.tap([*some, *decisions])
         sums = dict.fromkeys(some, (0.0, 0.0))
         for clip in clips:
-            expected, got = read(taps[0], truth.batch, clip), read(taps[1], backend.batch, clip)
+            got = read(taps[1], backend.batch, clip)
+            with followed(truth, {decision: got[decision] for decision in decisions}):
+                expected = read(taps[0], truth.batch, clip)
             for layer in some:
                 signal, noise = energies(view(layer, stated(layer, expected[layer])), view(layer, got[layer]))
                 sums[layer] = sums[layer][0] + signal, sums[layer][1] + noise
@@ -255,6 +271,22 @@ def _measure(
         yield from (Layer(layer, metrics.decibels(*sums[layer])) for layer in some)
         done += len(some)
         progress(f"{name}: layers", done, total)
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A reference that can let tokens leave as an artifact decided."""
+
+    def following(self, decisions: Mapping[str, Array]) -> AbstractContextManager[None]:
+        """See `edgetube.runtimes.torch.Reference.following`."""
+
+
+def followed(truth: Backend, decisions: Mapping[str, Array]) -> AbstractContextManager[None]:
+    """Context manager: a model follows an artifact's decisions, where there are any."""
+    if not decisions:
+        return nullcontext()
+    assert isinstance(truth, Follower)
+    return truth.following(decisions)
 
 
 def energies(reference: Array, value: Array) -> tuple[float, float]:
@@ -273,6 +305,14 @@ def passes(names: Sequence[str], spec: ModelSpec) -> list[Sequence[str]]:
 def _first_clip(values: Array, batch: int) -> Array:
     """Of a tensor of `batch` clips, the rows of the first one: one, or one for each frame."""
     return values[: len(values) // batch]
+
+
+def _with_all_tokens(shown: Sequence[str], *specs: ModelSpec) -> Sequence[str]:
+    """Layers at which two artifacts have all tokens, and the output: behind these each has chosen its own."""
+    if not all(spec.same_tubes(specs[0]) for spec in specs):
+        return []  # the tokens differ from the start, so there is no layer to begin at
+    whole = [roles_of(spec).whole for spec in specs if spec.reduction is not None]
+    return [name for name in shown if all(name in names for names in whole)]
 
 
 def _is_equalised(*some: Bundle | None) -> bool:
@@ -303,7 +343,7 @@ def _without_values(roles: GraphRoles) -> View:
 
 def as_exported(model: VideoTransformer, spec: ModelSpec) -> View:
     """Apply to the trained model's tensors what exported graphs fold into them: positions, and the queries' scale."""
-    table = model.positions.detach().numpy()
+    table = model.position_rows().detach().numpy()
     projections = {attention.projection: attention for attention in roles_of(spec).attention}
 
     def view(layer: str, value: Array) -> Array:

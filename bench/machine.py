@@ -5,8 +5,21 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Mapping
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+
+def date() -> str:
+    """Now, in UTC, as ISO 8601 has it, to the second."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def dated(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document that is printed or kept, with the moment as `date`."""
+    return {**document, "date": date()}
 
 
 def describe() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +24,7 @@ from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.datasets import Item
 from edgetube.errors import CheckpointError, InputError, printable
+from edgetube.reduction import Reduction
 from edgetube.runtimes.base import Backend, Logits
 from edgetube.spec import ModelSpec
 from edgetube.targets import Status, need
@@ -93,7 +94,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """The PyTorch model that a bundle was made from."""
+    """The PyTorch model that a bundle was made from, with all tokens."""
 
     bundle: Bundle
 
@@ -106,14 +107,30 @@ class ReferenceModel:
         return "executed"
 
     def identity(self) -> Mapping[str, Any]:
-        return {"checkpoint": self.bundle.checkpoint["sha256"], "model": self.bundle.spec.to_json()}
+        return identity_of(self.bundle.checkpoint["sha256"], replace(self.bundle.spec, reduction=None))
 
     def open(self, threads: int | None) -> Backend:
-        reference = need("edgetube.runtimes.torch", "export").Reference
-        checkpoint: Checkpoint = need("edgetube.formats", "export").of_bundle(self.bundle)
-        _must_match(self.bundle, checkpoint)
-        opened: Backend = reference(checkpoint.model, checkpoint.contract, threads)
-        return opened
+        return open_reference(self.checkpoint().trained, threads)
+
+    def checkpoint(self, bundle: Bundle | None = None) -> Checkpoint:
+        """The checkpoint in the form of the bundle, or of another one of it, which may have fewer tokens."""
+        bundle = bundle or self.bundle
+        checkpoint: Checkpoint = need("edgetube.formats", "export").of_bundle(bundle)
+        _must_match(bundle, checkpoint)
+        return checkpoint
+
+
+def identity_of(digest: str, spec: ModelSpec) -> Mapping[str, Any]:
+    """All that the reference's logits depend on, as plain JSON; `digest` is that of the weights."""
+    return {"checkpoint": digest, "model": spec.to_json()}
+
+
+def open_reference(checkpoint: Checkpoint, threads: int | None) -> Backend:
+    """The reference backend of a checkpoint."""
+    opened: Backend = need("edgetube.runtimes.torch", "export").Reference(
+        checkpoint.model, checkpoint.contract, threads
+    )
+    return opened
 
 
 def _must_match(bundle: Bundle, checkpoint: Checkpoint) -> None:
@@ -182,7 +199,7 @@ class ModelSet:
         models: the reference and the bundles.
         contract: the input of all of them.
         labels: class names, in the order of the logits of all of them.
-        threads: CPU threads of one call; None leaves the choice to each runtime.
+        threads: CPU threads of one call; None leaves the choice to each runtime, see `own_threads`.
         share: the threads that a process should take where `threads` is None: it shares the cores with others.
         views: of each clip; the answer to it is the mean of the softmax over them.
     """
@@ -195,9 +212,9 @@ class ModelSet:
     views: Views = SINGLE
 
     def threads_of(self, model: Model) -> int | None:
-        """CPU threads of one call of a model; runtimes that choose their own get no share."""
-        shares = not isinstance(model, Artifact) or runtimes.takes_threads(model.bundle.backend)
-        return self.threads or (self.share if shares else None)
+        """CPU threads of one call of a model; None for runtimes that choose their own."""
+        takes = not isinstance(model, Artifact) or runtimes.takes_threads(model.bundle.backend, model.device)
+        return (self.threads or self.share) if takes else None
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -211,11 +228,17 @@ class ModelSet:
         return max(1, min(CHUNK, CHUNK_BYTES // int(np.prod(self.contract.shape))) // self.views.count)
 
 
-def of_bundles(bundles: Sequence[Bundle], reference: Bundle | None = None, threads: int | None = None) -> ModelSet:
+def of_bundles(
+    bundles: Sequence[Bundle],
+    reference: Bundle | None = None,
+    threads: int | None = None,
+    artifact: Callable[[Bundle], Artifact] = Artifact,
+) -> ModelSet:
     """The model set of some bundles and their reference.
 
     Args:
         reference: a bundle to hold them against; None takes the PyTorch model that they were made from.
+        artifact: the model of a bundle; another than `Artifact` may run it elsewhere.
 
     Raises:
         InputError: no bundles, bundles of different checkpoints, or of other inputs or labels than the reference.
@@ -233,9 +256,24 @@ def of_bundles(bundles: Sequence[Bundle], reference: Bundle | None = None, threa
             raise InputError(
                 f"{bundle.path} and {first.path} come from different checkpoints; compare apart, or with --reference"
             )
+        if reference is None and not bundle.spec.same_tubes(first.spec):
+            raise InputError(
+                f"{bundle.path} and {first.path} have different tubes, so their references differ; compare apart, or "
+                "with --reference"
+            )
     trained: Model = Artifact(reference) if reference else ReferenceModel(first)
-    models: tuple[Model, ...] = (trained, *(Artifact(bundle) for bundle in bundles))
+    models: tuple[Model, ...] = (trained, *map(artifact, bundles))
     return ModelSet(models, first.contract, first.labels, threads)
+
+
+def own_threads(bundles: Sequence[Bundle], threads: int | None) -> list[str]:
+    """Notes for the user: the bundles whose runtime chooses its threads itself, where a number was given."""
+    artifacts = [Artifact(bundle) for bundle in bundles] if threads else []
+    return [
+        f"{artifact.name}: its runtime chooses its threads itself; it ran without --threads {threads}"
+        for artifact in artifacts
+        if not runtimes.takes_threads(artifact.bundle.backend, artifact.device)
+    ]
 
 
 @dataclass(frozen=True)
@@ -278,6 +316,7 @@ class OpenedModels:
         self.model_set = model_set
         self._stack = ExitStack()
         self._backends: dict[int, Backend] = {}
+        self._reduced: dict[Reduction, Backend] = {}
 
     def ask(self, job: Job) -> JobResult:
         """Decode the clips of a job, then run each model on all of them, and average over the views of each."""
@@ -301,9 +340,21 @@ class OpenedModels:
             self._backends[model] = self._stack.enter_context(opened)
         return self._backends[model]
 
+    def reference_of(self, model: int) -> Backend:
+        """What the layers of a model are compared with: the reference, with as many tokens as that model has."""
+        first, bundle = self.model_set.models[0], self.model_set.models[model].bundle
+        reduction = bundle.spec.reduction
+        if reduction is None or not isinstance(first, ReferenceModel):
+            return self.backend(0)
+        if reduction not in self._reduced:
+            opened = open_reference(first.checkpoint(bundle), self.model_set.threads_of(first))
+            self._reduced[reduction] = self._stack.enter_context(opened)
+        return self._reduced[reduction]
+
     def close(self) -> None:
         """Release all models."""
         self._backends.clear()
+        self._reduced.clear()
         self._stack.close()
 
     def __enter__(self) -> Self:

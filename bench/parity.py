@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from edgetube.bench import layers, machine, model_set, workers
 from edgetube.bench import probe as probing
 from edgetube.bench.answer_cache import AnswerCache, clip_key
 from edgetube.bench.compare import ClassRow, ClipMetrics, Parity, Quarter, WorstClip
+from edgetube.bench.following import REGRET
 from edgetube.bench.model_set import Artifact, Job, JobResult, ModelSet, OpenedModels
 from edgetube.bench.probe import Probe
 from edgetube.bench.remembering import Answering
@@ -32,6 +33,8 @@ from edgetube.video import Clip, Frames
 from edgetube.views import SINGLE, Views
 
 __all__ = [
+    "COSINE",
+    "REGRET",
     "Answers",
     "Comparison",
     "Gates",
@@ -133,10 +136,12 @@ class Measured:
             "precision": str(bundle.precision),
             "backend": bundle.backend,
             "path": str(bundle.path),
+            "sha256": bundle.sha256,
             "bytes": bundle.artifact_bytes,
             **self.parity.to_json(),
             "relative_error": self.parity.relative_error,
             "order_agreement": self.probe.order_agreement,
+            "regret": self.probe.regret,
             "layer_jump": None if self.probe.jump is None else dict(zip(("layer", "db"), self.probe.jump, strict=True)),
             "flips": [asdict(quarter) for quarter in self.flips],
             "classes": [asdict(row) for row in self.classes],
@@ -204,6 +209,7 @@ def measure(
     answer_cache: AnswerCache | None = None,
     views: Views = SINGLE,
     worst: int = WORST,
+    artifact: Callable[[Bundle], Artifact] = Artifact,
     progress: Progress = silent,
 ) -> Comparison:
     """Run the reference and every bundle on the same clips and compare their logits.
@@ -219,6 +225,7 @@ def measure(
         views: of each clip; the metrics are of the mean of the softmax over them. The checks of `edgetube.bench.probe`
             are always on the clip of the contract.
         worst: how many of the worst clips are named.
+        artifact: see `edgetube.bench.model_set.of_bundles`.
 
     Raises:
         InputError: no bundles, bundles that do not belong together, no clips, a label that the model has not, or
@@ -227,9 +234,9 @@ def measure(
         ParityError: a bundle gave a logit that is not finite.
     """
     source.check_views(views)
-    models = replace(model_set.of_bundles(bundles, reference, threads), views=views)
+    models = replace(model_set.of_bundles(bundles, reference, threads, artifact), views=views)
     accumulator = MetricsAccumulator(models)
-    jobs = _Jobs(models, source, answer_cache)
+    jobs = Jobs(models, source, answer_cache)
     done = 0
     progress("compare", 0, source.count)
     for job, result in jobs.run(run):
@@ -248,7 +255,7 @@ def _probed(models: ModelSet, source: ClipSet, measured: Sequence[Measured], pro
             yield replace(one, probe=found)
 
 
-class _Jobs:
+class Jobs:
     """The clips of a set as jobs; logits that the cache has are not computed again."""
 
     def __init__(self, models: ModelSet, source: ClipSet, answer_cache: AnswerCache | None) -> None:
@@ -451,6 +458,9 @@ SQNR: Mapping[Precision, float] = {
 SQNR_MARGIN = 6.0
 """How far below the SQNR of its own proof an artifact may be on other clips, dB, where that is less than `SQNR`."""
 
+COSINE: Mapping[Precision, float] = dict.fromkeys(Precision, 0.98)
+"""Smallest cosine of the logits of a clip, between models with as many tokens."""
+
 ORDER_AGREEMENT = 0.99
 """Smallest `order_agreement`. A wrong order of two frames of the built-in model gives 0.97 at most."""
 
@@ -461,7 +471,8 @@ class Gates:
 
     Attributes:
         min_agreement: smallest share of clips with the same top-1 class.
-        min_cosine: smallest cosine between the logits of any clip.
+        min_cosine: smallest cosine between the logits of any clip: a number for all, or one for each precision
+            (`COSINE`), which models with fewer tokens have not to keep: single clips may cost them more.
         max_drop: percentage points of top-1 that may be lost.
         max_class_drop: the same for every class.
         max_kl: largest mean KL, nats.
@@ -470,11 +481,13 @@ class Gates:
         min_sqnr: smallest SQNR of the logits, dB: a number for all, or one for each precision (`SQNR`), which a model
             that is harder to quantise may miss as long as it is within `SQNR_MARGIN` of what its export proved.
         min_order_agreement: how alike reversed and shuffled clips move the two, see `edgetube.bench.probe`.
+        max_regret: by how much the tokens that leave may be worse than the reference's choice, a number for all or for
+            each precision, see `edgetube.bench.following.REGRET`.
         max_layer_jump: dB by which the tokens or the output of a block may be worse than all before them.
     """
 
     min_agreement: float | None = None
-    min_cosine: float | None = None
+    min_cosine: float | Mapping[Precision, float] | None = None
     max_drop: float | None = None
     max_class_drop: float | None = None
     max_kl: float | None = None
@@ -483,6 +496,7 @@ class Gates:
     min_sqnr: float | Mapping[Precision, float] | None = None
     min_order_agreement: float | None = None
     max_layer_jump: float | None = None
+    max_regret: float | Mapping[Precision, float] | None = None
 
     def check_data(self, source: ClipSet) -> None:
         """Check, before any model runs, that the clips have what the gates need.
@@ -507,7 +521,7 @@ class Gates:
         for gate in (limit.name for limit in fields(self)):
             limit = getattr(self, gate)
             if isinstance(limit, Mapping):
-                limit = _sqnr_limit(one.bundle, limit)
+                limit = _limit(gate, one.bundle, limit)
             if limit is None or (measured[gate] is None and gate in OPTIONAL):
                 continue
             found = measured[gate]
@@ -517,17 +531,25 @@ class Gates:
             yield Verdict(gate.replace("_", "-"), one.bundle.name, value, limit, passed, where)
 
 
-OPTIONAL = ("min_order_agreement", "max_layer_jump")
-"""Gates that say nothing where a model does not care for order, or where a runtime shows no layers."""
+OPTIONAL = ("min_order_agreement", "max_layer_jump", "max_regret")
+"""Gates that say nothing where a model does not care for order, a runtime shows no layers, or all tokens stay."""
 
 DEFAULTS = Gates(
     min_agreement=0.99,
-    min_cosine=0.98,
+    min_cosine=COSINE,
     min_sqnr=SQNR,
     min_order_agreement=ORDER_AGREEMENT,
     max_layer_jump=layers.JUMP,
+    max_regret=REGRET,
 )
 """The gates of `edgetube parity` by default."""
+
+
+def _limit(gate: str, bundle: Bundle, limits: Mapping[Precision, float]) -> float | None:
+    """What a bundle has to keep on any clips and any machine; None where that is not known."""
+    if gate == "min_sqnr":
+        return _sqnr_limit(bundle, limits)
+    return None if gate == "min_cosine" and bundle.spec.reduction is not None else limits[bundle.precision]
 
 
 def _sqnr_limit(bundle: Bundle, limits: Mapping[Precision, float]) -> float:
@@ -550,6 +572,7 @@ def _gated(one: Measured) -> dict[str, float | None]:
         "min_sqnr": one.parity.sqnr,
         "min_order_agreement": one.probe.order_agreement,
         "max_layer_jump": None if one.probe.jump is None else one.probe.jump[1],
+        "max_regret": one.probe.regret,
     }
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgetube import metrics
-from edgetube.bench import layers
+from edgetube.bench import following, layers
 from edgetube.bench.model_set import OpenedModels
+from edgetube.bench.remembering import Remembering
 from edgetube.progress import Progress, silent
 from edgetube.roles import roles_of
 from edgetube.runtimes.base import Logits
@@ -45,11 +46,13 @@ class Probe:
     Attributes:
         order_agreement: `edgetube.metrics.moves_alike` of the reversed and shuffled clips; None for single images, for
             a reference that is insensitive to order, and where noise hides it.
+        regret: see `edgetube.bench.following.REGRET`; None where all tokens stay, or the artifact shows no decisions.
         jump: (layer, dB) of the largest `edgetube.bench.layers.drops`; None where the runtime cannot return layers.
     """
 
     order_agreement: float | None = None
     jump: tuple[str, float] | None = None
+    regret: float | None = None
 
 
 def reordered(frames: Frames) -> list[Frames]:
@@ -58,6 +61,12 @@ def reordered(frames: Frames) -> list[Frames]:
         return []
     shuffled = np.random.default_rng(0).permutation(len(frames))
     return [np.ascontiguousarray(frames[::-1]), np.ascontiguousarray(frames[shuffled])]
+
+
+def in_orders(clips: Sequence[Frames]) -> list[Frames]:
+    """Each clip with its `reordered` forms behind it; empty for images."""
+    shown = [form for clip in clips for form in (clip, *reordered(clip))]
+    return shown if len(shown) > len(clips) else []
 
 
 def order_agreement(reference: Sequence[Logits], answers: Sequence[Logits]) -> float | None:
@@ -79,21 +88,22 @@ def probe(opened: OpenedModels, clips: Sequence[Frames], progress: Progress = si
     Args:
         clips: (T, H, W, 3) uint8 each; the first few are used.
     """
-    models = opened.model_set.models
-    shown = [form for clip in clips[:ORDER_CLIPS] for form in (clip, *reordered(clip))]
-    answers = []
-    for index, model in enumerate(models):
+    _, *bundles = opened.model_set.models
+    shown, known = in_orders(clips[:ORDER_CLIPS]), Remembering(opened.backend(0))
+    agreements, regrets = [], []
+    for index, model in enumerate(bundles, start=1):
         progress(f"{model.name}: order", 0, 1)
         backend = opened.backend(index)
-        answers.append([backend(clip[None])[0] for clip in shown] if len(shown) > len(clips[:ORDER_CLIPS]) else [])
+        paired = following.pair(opened.reference_of(index), backend, model.bundle, (known, backend))
+        alike = paired.alike and model.bundle.spec.same_tubes(opened.model_set.models[0].bundle.spec)
+        pairs = [*map(paired, shown or clips[:ORDER_CLIPS])] if alike and (shown or model.bundle.spec.reduction) else []
+        agreements.append(order_agreement(*zip(*pairs, strict=True)) if shown and pairs else None)
+        regrets.append(paired.regret)
         progress(f"{model.name}: order", 1, 1)
     curves = _curves(opened, clips[:LAYER_CLIPS], progress)
     return tuple(
-        Probe(
-            order_agreement(answers[0], own) if own else None,
-            layers.largest_drop(found, model.bundle.precision),
-        )
-        for model, own, found in zip(models[1:], answers[1:], curves, strict=True)
+        Probe(agreement, layers.largest_drop(found, model.bundle.precision), regret)
+        for model, agreement, found, regret in zip(bundles, agreements, curves, regrets, strict=True)
     )
 
 

@@ -82,7 +82,7 @@ def kept(folder: Path, name: str, found: Sequence[Bundle], how: Mapping[str, Any
         stored = json.loads(path.read_text("utf-8"))
         if stored.get("key") == key:
             return stored["document"]
-    document = make()
+    document = machine.dated(make())
     path.parent.mkdir(exist_ok=True)
     atomic_write(path, json.dumps({"key": key, "document": document}, indent=1) + "\n")
     return document
@@ -273,15 +273,6 @@ def _lowest(row: Document) -> float:
 
 def html(report: Report) -> str:
     """The page: one file without scripts or external resources."""
-    jinja2 = need("jinja2", "report")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"percent": percent, "number": number}
     safe = need("markupsafe", "report").Markup
     data, rows, parity = report.parity["data"], report.rows, report.parity
     quality, title = ("top1", "top-1, %") if data["labelled"] else ("agreement", "agreement with PyTorch, %")
@@ -298,28 +289,46 @@ def html(report: Report) -> str:
         "layers": safe(figures.layers(rows, curves)) if curves else "",
         "distances": safe(figures.distances(*one_clip.pop("matrix"))) if one_clip else "",
     }
-    text: str = environment.get_template(TEMPLATE).render(
-        headline=headline(report),
-        report=report,
-        rows=rows,
-        data=data,
-        drawings=drawings,
-        look=figures.styles(rows),
-        colours={colour: f"var(--{name})" for colour, name in figures.VARIABLES.items()},
-        front=len(figures.front(plotted, quality)) > 1,
-        signs=[(figures.SIGNS[name], name) for name in figures.SIGNS if name in precisions],
-        jumps=[curve for curve in curves if curve["first_jump"]],
-        mute=[curve for curve in parity["layers"] if not curve["curve"]],
-        short=short,
-        one_clip=one_clip,
-        worst=[
-            (name, jpeg(frames), [clip for clip in _worst(parity) if clip["name"] == name])
-            for name, frames in report.strips.items()
-        ],
-        cameras=[row for row in rows if row["camera"]],
-        notes=latency.notes(report.bench),
+    text: str = (
+        pages()
+        .get_template(TEMPLATE)
+        .render(
+            headline=headline(report),
+            report=report,
+            rows=rows,
+            data=data,
+            drawings=drawings,
+            look=figures.styles(rows),
+            colours={colour: f"var(--{name})" for colour, name in figures.VARIABLES.items()},
+            front=len(figures.front(plotted, quality)) > 1,
+            signs=[(figures.SIGNS[name], name) for name in figures.SIGNS if name in precisions],
+            jumps=[curve for curve in curves if curve["first_jump"]],
+            mute=[curve for curve in parity["layers"] if not curve["curve"]],
+            short=short,
+            one_clip=one_clip,
+            worst=[
+                (name, jpeg(frames), [clip for clip in _worst(parity) if clip["name"] == name])
+                for name, frames in report.strips.items()
+            ],
+            cameras=[row for row in rows if row["camera"]],
+            notes=latency.notes(report.bench),
+        )
     )
     return text
+
+
+def pages() -> Any:
+    """The templates of pages, with `percent` and `number` as filters; a page is one file without outside resources."""
+    jinja2 = need("jinja2", "report")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"percent": percent, "number": number}
+    return environment
 
 
 def _one_clip(agree: Document, short: Mapping[str, str]) -> Document:

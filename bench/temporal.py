@@ -7,7 +7,7 @@ an app would get from the answers, and what a gate that skips still clips would 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from edgetube import datasets
 from edgetube.bench import model_set, parity
-from edgetube.bench.model_set import JobResult, OpenedModels
+from edgetube.bench.model_set import Artifact, JobResult, OpenedModels
 from edgetube.bench.parity import REFERENCE, Comparison, MetricsAccumulator
 from edgetube.bench.spans import SpanAgreement, compare
 from edgetube.bench.stream_health import Health, Watch
@@ -28,7 +28,7 @@ from edgetube.live.decisions import Decider, DecisionRule, Event, Span
 from edgetube.live.novelty import NoveltyGate
 from edgetube.live.scheduler import clips
 from edgetube.live.source import FrameSource
-from edgetube.live.window import Window
+from edgetube.live.window import Window, step
 from edgetube.progress import Progress, silent
 from edgetube.runtimes.base import Logits
 from edgetube.video import Clip
@@ -287,6 +287,7 @@ def watch(
     worst: int = parity.WORST,
     rule: DecisionRule | None = None,
     skip_still: float | bool = False,
+    artifact: Callable[[Bundle], Artifact] = Artifact,
     progress: Progress = silent,
 ) -> Watched:
     """Run the reference and every bundle on a window that slides over a video file.
@@ -296,7 +297,7 @@ def watch(
     Args:
         hop: frames, of those that the contract's sampling takes, between two windows; None takes a quarter of the
             clip.
-        reference, threads, worst: as for `edgetube.bench.parity.measure`.
+        reference, threads, worst, artifact: as for `edgetube.bench.parity.measure`.
         rule: how answers become spans; None compares none.
         skip_still: also run a `NoveltyGate` with this threshold, True its own; every model answers all windows, and
             the gate's answers are compared with them.
@@ -306,9 +307,9 @@ def watch(
             video, or the rule does not fit their labels.
         ParityError: a bundle gave a logit that is not finite.
     """
-    models = model_set.of_bundles(bundles, reference, threads)
+    models = model_set.of_bundles(bundles, reference, threads, artifact)
     contract = models.contract
-    hop = max(1, contract.frames // 4) if hop is None else hop
+    hop = step(hop, contract).frames
     window = Window(contract, hop)
     accumulator, ends, starts = MetricsAccumulator(models), list[float](), list[float]()
     names = [REFERENCE, *(bundle.name for bundle in bundles)]

@@ -1,24 +1,22 @@
 """The process of one candidate: it opens the candidate, reports the cold start, then runs the orders of its parent.
 
-The parent is `edgetube.bench.latency.Process`. Orders and results are JSON, one a line; the output of vendors'
-libraries goes to stderr. Only the standard library is imported before the clock of the cold start runs.
+The parent is `edgetube.bench.latency.Process`; `edgetube.wire` has their protocol. The output of vendors' libraries
+goes to stderr. Only the standard library is imported before the clock of the cold start runs.
 """
 
 from __future__ import annotations
 
 import importlib
-import io
 import json
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
+from edgetube import wire
 from edgetube.errors import EdgetubeError
 
 if TYPE_CHECKING:
@@ -155,10 +153,8 @@ ORDERS: dict[str, Callable[..., Any]] = {"warm": warm, "turn": turn, "prepare": 
 def main() -> None:
     """Serve the candidate that the first argument describes, see `Process`, until stdin is closed."""
     began = time.monotonic()
-    orders: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+    server = wire.Server(wire.Inbox(), wire.private_stdout())
     order = json.loads(sys.argv[1])
-    answers = _answers()
     stages = {"start": (began - order["spawned"]) * 1e3}
     mark = time.perf_counter()
 
@@ -169,40 +165,16 @@ def main() -> None:
             stages[stage] = stages.get(stage, 0.0) + (now - mark) * 1e3
         mark = time.perf_counter()
 
-    def say(answer: Any) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
     module, _, function = order["opener"].partition(":")
     try:
         candidate: Benchmarkable = getattr(importlib.import_module(module), function)(stage_timer, **order["given"])
         candidate.call()
         stage_timer("first")
     except EdgetubeError as error:
-        say({"error": str(error), "kind": type(error).__name__})
+        server.refuse(error)
         return
-    say({"stages": stages, "about": candidate.about})
-    while True:
-        request = json.loads(orders.get())
-        say(ORDERS[request.pop("do")](candidate, **request))
-
-
-def _listen(orders: SimpleQueue[bytes]) -> None:
-    """Queue the orders from stdin; end the process when stdin is closed, because the parent is gone.
-
-    Unbuffered: a thread that waits with the lock of a buffer would keep Python from exiting.
-    """
-    with io.FileIO(0, closefd=False) as stdin:
-        while line := stdin.readline():
-            orders.put(line)
-    os._exit(0)
-
-
-def _answers() -> TextIO:
-    """The real stdout; from now on all other output goes to stderr."""
-    private = os.dup(1)
-    os.dup2(2, 1)
-    return os.fdopen(private, "w", encoding="utf-8")
+    server.say(wire.Reply({"stages": stages, "about": candidate.about}))
+    server.serve({name: partial(carry_out, candidate) for name, carry_out in ORDERS.items()})
 
 
 def _timed(call: Callable[[], object]) -> float:

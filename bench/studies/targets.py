@@ -1,14 +1,17 @@
 """Every target that can be built here, on one model: who runs its artifact, on what, and how well it answers.
 
-    python bench/studies/targets.py [--film FILE ...] [--clips 504] [--json bench/results/targets.json]
-    python bench/studies/targets.py --model videomae-tiny
-    python bench/studies/targets.py --cost random:tubevit-b [--target onnx-fp32 ...]
+    python bench/studies/targets.py --json bench/results/targets.json [--film FILE ...] [--clips 504]
+    python bench/studies/targets.py --json bench/results/targets.json --model videomae-tiny [--target onnx-fp32 ...]
+    python bench/studies/targets.py --json bench/results/targets.json --cost random:tubevit-b [--target onnx-fp32 ...]
+    python bench/studies/targets.py --json bench/results/targets.json --tables docs/targets.md
 
 Bundles are made as a user makes them, with the defaults of each target, and compared with PyTorch on clips that no
 calibration has seen: those that are built in, and `--windows` windows, evenly spaced, of the films given. The model is
-the built-in one, or a VideoMAE of four blocks with random weights, as transformers saves it.
-What a vendor simulates takes seconds a clip: it answers a sample of `--simulated-clips` of each set. `--cost` exports
-one model to each target in a process of its own: seconds, and the largest memory.
+the built-in one, or a VideoMAE of four blocks with random weights, as transformers saves it. What a vendor simulates
+takes seconds a clip: it answers a sample of `--simulated-clips` of each set. `--cost` exports one model to each target
+in a process of its own: processor seconds, and the largest memory. Each row is written as soon as it is measured. A row
+that the file has is kept, unless its target is named or it is of other clips or versions. `--tables` measures nothing:
+it writes the tables into a document.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
+import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from importlib import import_module
+from collections.abc import Mapping, Sequence
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ import numpy as np
 
 from edgetube import datasets, demo, export, formats, runtimes, video
 from edgetube.bench import machine, parity
+from edgetube.bench.answer_cache import AnswerCache
 from edgetube.bench.studies.large import Stages
 from edgetube.bench.studies.peers.beside import declare_torchvision
 from edgetube.bundle import Bundle
@@ -64,21 +70,15 @@ def buildable(asked: Sequence[str]) -> list[str]:
     return [name for name in (asked or known) if not known[name].missing(known[name].build_needs)]
 
 
-def bundles(model: str, names: Sequence[str], work: Path) -> Iterator[Bundle | tuple[str, str]]:
-    """The bundle of each target, or its name and why there is none."""
-    source: str | Path = model if model == "demo" else videomae(work / model)
-    options = pipeline.Options()
-    if model != "demo":
-        contract = formats.load(source).contract
-        shown = np.stack([clip.frames for clip in demo.evaluation(contract, CALIBRATION)])
-        np.save(work / "clips.npy", shown)
-        options = pipeline.Options(calib=work / "clips.npy", max_drop=UNLABELLED_DROP)
-    for name in names:
-        print(f"export {model} to {name}", file=sys.stderr, flush=True)
-        try:
-            yield pipeline.export_model(name, source, work / "out", options)
-        except EdgetubeError as error:
-            yield name, str(error)
+def prepared(model: str, work: Path) -> tuple[str | Path, pipeline.Options]:
+    """A model as it is exported: where it is, and with which options."""
+    if model == "demo":
+        return model, pipeline.Options()
+    source = videomae(work / model)
+    contract = formats.load(source).contract
+    shown = np.stack([clip.frames for clip in demo.evaluation(contract, CALIBRATION)])
+    np.save(work / "clips.npy", shown)
+    return source, pipeline.Options(calib=work / "clips.npy", max_drop=UNLABELLED_DROP)
 
 
 def films(paths: Sequence[Path], count: int) -> datasets.ClipSet:
@@ -98,31 +98,43 @@ def row(bundle: Bundle, measured: Sequence[parity.Measured]) -> dict[str, Any]:
     return {
         "target": bundle.target,
         "status": measured[0].parity.status,
+        "backend": bundle.backend,
         "by": by,
         "bytes": bundle.artifact_bytes,
         "lowering": bundle.build.get("lowering"),
-        "sets": [one.to_json() for one in measured],
+        "sets": [{key: one.to_json()[key] for key in KEPT} for one in measured],
     }
 
 
-def agreement(model: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """The rows of one model."""
-    made = list(bundles(model, buildable(options.target), work))
-    found = [one for one in made if isinstance(one, Bundle)]
-    sets = [datasets.built_in(options.clips, found[0].labels)]
+KEPT = ("clips", "agreement", "cosine", "relative_error", "sqnr", "top1")
+"""What is kept of a comparison."""
+
+
+def agreement(model: str, options: argparse.Namespace, work: Path, document: Document) -> None:
+    """Measure the rows of one model that `document` lacks."""
+    labels = formats.load(model).labels if model == "demo" else ()
+    sets = [datasets.built_in(options.clips, labels)]
     sets += [films(options.film, options.windows)] if options.film else []
-    rows: dict[str, dict[str, Any]] = {}
-    for simulated in (False, True):
-        group = [bundle for bundle in found if runtimes.simulated(bundle.backend) is simulated]
-        shown = [clips.sample(options.simulated_clips) if simulated else clips for clips in sets]
-        measured = [parity.measure(group, clips, worst=1).measured for clips in shown] if group else []
-        rows |= {bundle.target: row(bundle, of_one) for bundle, *of_one in zip(group, *measured, strict=True)}
-    return {
-        "model": model,
-        "sets": [clips.name for clips in sets],
-        "rows": [rows[bundle.target] for bundle in found],
-        "refused": dict(one for one in made if not isinstance(one, Bundle)),
-    }
+    kept = document.of("models", model, sets=[clips.name for clips in sets])
+    names = [name for name in buildable(options.target) if options.target or name not in kept["rows"]]
+    if not names:
+        return
+    source, given = prepared(model, work)
+    with AnswerCache(work / "answers.sqlite") as cache:
+        for name in names:
+            print(f"{model}: {name}", file=sys.stderr, flush=True)
+            try:
+                bundle = pipeline.export_model(name, source, work / "out", given)
+            except EdgetubeError as error:
+                kept["refused"][name] = str(error)
+                document.save()
+                continue
+            simulated = runtimes.simulated(bundle.backend)
+            shown = [clips.sample(options.simulated_clips) if simulated else clips for clips in sets]
+            measured = [parity.measure([bundle], clips, answer_cache=cache, worst=1).measured[0] for clips in shown]
+            kept["rows"][name] = row(bundle, measured)
+            kept["refused"].pop(name, None)
+            document.save()
 
 
 def _export(model: str, target: str, sender: Any) -> None:
@@ -130,14 +142,17 @@ def _export(model: str, target: str, sender: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pipeline.export_model(target, model, folder, pipeline.Options(), stages)
     stages.end()
-    sender.send({"seconds": time.perf_counter() - began, "peak_gb": max(stage["peak_gb"] for stage in stages.rows)})
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    processor = sum(one.ru_utime + one.ru_stime for one in used)
+    peak = max(stage["peak_gb"] for stage in stages.rows)
+    sender.send({"seconds": time.perf_counter() - began, "processor_s": processor, "peak_gb": peak})
 
 
-def cost(model: str, names: Sequence[str]) -> dict[str, Any]:
-    """Target -> seconds and peak memory of its export; None where it fails."""
-    found = {}
+def cost(model: str, asked: Sequence[str], document: Document) -> None:
+    """Seconds, processor seconds and peak memory of the export to each target; null where it fails."""
+    found = document.of("cost", model)["rows"]
     context = multiprocessing.get_context("spawn")
-    for name in names:
+    for name in (name for name in buildable(asked) if asked or name not in found):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_export, args=(model, name, sender))
         process.start()
@@ -147,27 +162,118 @@ def cost(model: str, names: Sequence[str]) -> dict[str, Any]:
         except EOFError:
             found[name] = None
         process.join()
+        document.save()
         print(name, found[name], file=sys.stderr, flush=True)
-    return {"model": model, "exports": found}
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown."""
-    columns = ["target", "status", "by", "MB"]
-    for name in found["sets"]:
-        columns += [f"agreement, {name}", "worst cosine", "largest error"]
+class Document:
+    """The results: `models` and `cost` by the model's name, with the machine of their rows, and `licences`.
+
+    Args:
+        path: of the file; None keeps it in memory.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.data: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def of(self, kind: str, model: str, **stated: Any) -> dict[str, Any]:
+        """The entry of a model, emptied where it was measured with something else than `stated`, or elsewhere."""
+        here = {"machine": machine.describe(), "versions": machine.versions(), **stated}
+        entries = self.data.setdefault(kind, {})
+        found: dict[str, Any] = entries.get(model, {})
+        if {key: found.get(key) for key in here} != json.loads(json.dumps(here)):
+            found = entries[model] = {**here, "rows": {}, "refused": {}}
+        return found
+
+    def save(self) -> None:
+        self.data["licences"] = licences()
+        if self.path:
+            atomic_write(self.path, json.dumps(self.data, indent=1) + "\n")
+
+
+def licences() -> dict[str, dict[str, str]]:
+    """Version and licence, as its metadata state them, of each installed package that runs artifacts."""
+    extras = tuple({extra for target in export.targets().values() for extra in target.extra.split(",")} - {"export"})
+    names = set(runtimes.names())
+    for requirement in metadata.requires("edgetube") or []:
+        package, extra = NAME.match(requirement), EXTRA.search(requirement)
+        if package and extra and extra[1].startswith(extras):
+            names.add(package[0])
+    found = {}
+    for name in sorted(names & {each.lower() for each in machine.versions()}):
+        stated = metadata.metadata(name)
+        classes = [each.split(" :: ")[-1] for each in stated.get_all("Classifier") or [] if "License ::" in each]
+        licence = stated["License-Expression"] or ", ".join(classes) or str(stated["License"]).partition("\n")[0]
+        found[name] = {"version": metadata.version(name), "licence": licence}
+    return found
+
+
+NAME, EXTRA = re.compile(r"[\w.-]+"), re.compile(r'extra == "([\w-]+)"')
+
+
+def tables(data: Mapping[str, Any]) -> dict[str, str]:
+    """Markdown: `targets`, a table for each model by its name, and `licences`."""
+    models = data.get("models", {})
+    found = {"targets": overview(models, data.get("cost", {}))}
+    found |= {model: table(entry) for model, entry in models.items()}
+    lines = [f"| `{name}` | {one['version']} | {one['licence']} |" for name, one in data.get("licences", {}).items()]
+    found["licences"] = "\n".join(["| package | version | licence |", "|---|---|---|", *lines])
+    return found
+
+
+def overview(models: Mapping[str, Any], costs: Mapping[str, Any]) -> str:
+    """Markdown: each target, who executes it here, on what, what that does not show, and what its export costs."""
+    columns = ["target", "executed by", "on", "not shown by that"]
+    for model in costs:
+        columns += [f"export of {model}, processor s", "largest memory, GB"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for each in found["rows"]:
-        by = ", ".join(f"{key} {value}" for key, value in each["by"].items())
-        cells = [each["target"], each["status"], by, f"{each['bytes'] / 1e6:.1f}"]
-        for one in each["sets"]:
-            cells += [
-                f"{one['agreement']:.1%} of {one['clips']}",
-                f"{one['cosine']:.4f}",
-                f"{one['relative_error']:.1e}",
-            ]
+    rows = {name: row for entry in models.values() for name, row in entry["rows"].items()}
+    for name, row in sorted(rows.items()):
+        by, on = executed(row["by"])
+        emulated = "; emulated" if row["status"] == "emulated" else ""
+        cells = [f"`{name}`", by, on + emulated, runtimes.unseen(row["backend"])]
+        for entry in costs.values():
+            one = entry["rows"].get(name)
+            cells += [f"{one['processor_s']:.0f}", f"{one['peak_gb']:.1f}"] if one else ["–", "–"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, *(f"{name}: {why}" for name, why in found["refused"].items())])
+    return "\n".join(lines)
+
+
+def table(entry: Mapping[str, Any]) -> str:
+    """Markdown of one model: size, and agreement, worst cosine and largest error on each set of clips."""
+    columns = ["target", "MB"]
+    for name in entry["sets"]:
+        columns += [f"agreement: {name}", "worst cosine", "largest error"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, each in sorted(entry["rows"].items()):
+        cells = [f"`{name}`", f"{each['bytes'] / 1e6:.1f}"]
+        for one in each["sets"]:
+            right = round(one["agreement"] * one["clips"])
+            cells += [f"{right} of {one['clips']}", f"{one['cosine']:.4f}", f"{one['relative_error']:.1e}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *(f"\n`{name}`: {why}" for name, why in sorted(entry["refused"].items()))])
+
+
+def executed(by: Mapping[str, Any]) -> tuple[str, str]:
+    """Who runs an artifact, packages with their versions, and on what, of `Backend.describe`."""
+    device = by.get("device") or "cpu"
+    where = [*device] if isinstance(device, list) else [device]
+    where += [by[key] for key in ("soc", "delegate") if by.get(key) not in (None, "none")]
+    versions = {key: VERSION.match(value) for key, value in by.items() if isinstance(value, str)}
+    who = [f"{key} {version[0]}" for key, version in versions.items() if version]
+    return ", ".join(who), ", ".join(where).replace("CPU", "cpu")
+
+
+VERSION = re.compile(r"\d+(\.\d+)+\w*")
+
+
+def fill(text: str, made: Mapping[str, str]) -> str:
+    """A document with the tables between its lines `<!-- NAME -->` and `<!-- end -->` made anew."""
+    for name, lines in made.items():
+        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = pattern.sub(lambda match, lines=lines: f"{match[1]}\n{lines}\n\n{match[2]}", text)  # type: ignore[misc]
+    return text
 
 
 def main() -> int:
@@ -179,20 +285,21 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=100, help="of the films together")
     parser.add_argument("--simulated-clips", type=int, default=32)
     parser.add_argument("--cost", metavar="MODEL", help="Only what exports of this model cost.")
+    parser.add_argument("--tables", metavar="DOCUMENT", type=Path, help="Only write the tables of --json there.")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    document: dict[str, Any] = {"machine": machine.describe(), "versions": machine.versions()}
+    document = Document(options.json)
     if options.cost:
-        document["cost"] = cost(options.cost, buildable(options.target))
+        cost(options.cost, options.target, document)
+    elif options.tables is None:
+        for name in options.model or MODELS:
+            with tempfile.TemporaryDirectory() as folder:
+                agreement(name, options, Path(folder), document)
+    made = tables(document.data)
+    if options.tables:
+        atomic_write(options.tables, fill(options.tables.read_text(), made))
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            document["models"] = [agreement(name, options, Path(folder)) for name in options.model or MODELS]
-        for found in document["models"]:
-            print(f"{found['model']}\n\n{table(found)}\n")
-    if options.json:
-        kept = json.loads(options.json.read_text()) if options.json.exists() else {}
-        atomic_write(options.json, json.dumps({**kept, **document}, indent=1) + "\n")
-    print(document["machine"])
+        print("\n\n".join(f"{name}\n\n{lines}" for name, lines in made.items()))
     return 0
 
 

@@ -6,6 +6,9 @@
 A dense model, whose one tube touches each voxel once, has one more candidate: a plain reshape and one product, with the
 normalisation folded into the weights as edgetube does.
 
+The last table compares each runtime's fastest tokenizer with a call of the whole model: the most that a stream could
+save by embedding only the tubes whose pixels have changed.
+
 The candidates take turns in blocks of calls. The first calls of a block are not counted: the threads of the
 runtime that ran before spin on the cores for a while after its last call.
 """
@@ -17,6 +20,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -33,10 +37,12 @@ from edgetube.bench.machine import describe
 from edgetube.bench.studies import published
 from edgetube.bench.studies.peers import naive
 from edgetube.export import canonical, tokenizer
+from edgetube.export.build import Builder
 from edgetube.model.checkpoints import Checkpoint
+from edgetube.progress import silent
 from edgetube.spec import TubeSpec
 
-NAIVE, PATCHES = "Conv3d", "reshape, GEMM"
+NAIVE, PATCHES, WHOLE = "Conv3d", "reshape, GEMM", "whole model"
 SETTLE = 3
 """Calls at the start of each block that are not counted."""
 
@@ -75,7 +81,7 @@ def is_dense(checkpoint: Checkpoint) -> bool:
 
 
 def candidates(checkpoint: Checkpoint, frames: np.ndarray, threads: int, folder: Path) -> dict[tuple[str, str], Call]:
-    """(runtime, lowering) -> a call that tokenizes `frames` (1, T, H, W, 3)."""
+    """(runtime, lowering) -> a call that tokenizes `frames` (1, T, H, W, 3); (runtime, `WHOLE`) -> one that answers."""
     modules: dict[str, nn.Module] = {NAIVE: naive.Tokenizer(checkpoint).eval()}
     if is_dense(checkpoint):
         modules[PATCHES] = Patches(checkpoint).eval()
@@ -88,10 +94,19 @@ def candidates(checkpoint: Checkpoint, frames: np.ndarray, threads: int, folder:
             canonical.save(canonical.trace(module, checkpoint.spec, checkpoint.contract).model, path)
         else:
             naive.export(module, frames, path)
-        calls["ONNX Runtime", name] = in_onnxruntime(path, frames, threads)
-        if find_spec("openvino"):
-            calls["OpenVINO", name] = in_openvino(path, frames, threads)
+        calls |= in_runtimes(name, path, frames, threads)
         calls["PyTorch eager", name] = partial(in_torch, module, frames)
+    whole = folder / "whole.onnx"
+    with closing(Builder(checkpoint, 1, silent)) as builder:
+        canonical.save(builder.graph("gather").model, whole)
+    return calls | in_runtimes(WHOLE, whole, frames, threads)
+
+
+def in_runtimes(name: str, path: Path, frames: np.ndarray, threads: int) -> dict[tuple[str, str], Call]:
+    """(runtime, name) -> a call of an ONNX graph in each runtime that is here."""
+    calls = {("ONNX Runtime", name): in_onnxruntime(path, frames, threads)}
+    if find_spec("openvino"):
+        calls["OpenVINO", name] = in_openvino(path, frames, threads)
     return calls
 
 
@@ -133,7 +148,7 @@ def rows(calls: dict[tuple[str, str], Call], taken: dict[tuple[str, str], list[f
     """One row per candidate: milliseconds, speed against Conv3d in the same runtime, error against PyTorch's."""
     expected = calls["PyTorch eager", NAIVE]()
     table = []
-    for runtime, lowering in sorted(calls):
+    for runtime, lowering in sorted(key for key in calls if WHOLE not in key):
         p10, p50, p90 = np.percentile(taken[runtime, lowering], [10, 50, 90])
         error = float(np.abs(calls[runtime, lowering]() - expected).max())
         table.append(
@@ -148,6 +163,17 @@ def rows(calls: dict[tuple[str, str], Call], taken: dict[tuple[str, str], list[f
                 "runs": len(taken[runtime, lowering]),
             }
         )
+    return table
+
+
+def shares(taken: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
+    """Of each runtime that answers: the median call of the whole model, and the fastest tokenizer's share of it."""
+    medians = {key: float(np.median(times)) for key, times in taken.items()}
+    table = []
+    for runtime in sorted(runtime for runtime, name in medians if name == WHOLE):
+        whole = medians[runtime, WHOLE]
+        fastest = min(median for (where, name), median in medians.items() if where == runtime and name != WHOLE)
+        table.append({"runtime": runtime, "p50_ms": whole, "tokenizer_share": fastest / whole})
     return table
 
 
@@ -168,7 +194,8 @@ def main() -> None:
         checkpoint = formats.load(source)
         frames = demo.golden(checkpoint.contract).frames[None]
         calls = candidates(checkpoint, frames, args.threads, Path(folder))
-        table = rows(calls, measure(calls, args.seconds, args.block))
+        taken = measure(calls, args.seconds, args.block)
+        table, whole = rows(calls, taken), shares(taken)
     print(f"tokenizer of {checkpoint.name}, clip {checkpoint.contract.shape} uint8, batch 1, {args.threads} threads")
     print(describe())
     print("\n| runtime | tokenizer | p50 ms | p10 - p90 | against Conv3d | max abs error |\n|---|---|---|---|---|---|")
@@ -177,8 +204,12 @@ def main() -> None:
             f"| {row['runtime']} | {row['lowering']} | {row['p50_ms']:.1f} | {row['p10_ms']:.1f} - {row['p90_ms']:.1f} "
             f"| {row['speedup']:.1f}x | {row['max_abs_error']:.0e} |"
         )
+    print("\n| runtime | whole model, p50 ms | share of the fastest tokenizer |\n|---|---|---|")
+    for row in whole:
+        print(f"| {row['runtime']} | {row['p50_ms']:.1f} | {row['tokenizer_share']:.1%} |")
     if args.json:
-        document = {"checkpoint": checkpoint.name, "threads": args.threads, "machine": describe(), "tokenizers": table}
+        document = {"checkpoint": checkpoint.name, "threads": args.threads, "machine": describe()}
+        document |= {"tokenizers": table, "whole": whole}
         args.json.write_text(json.dumps(document, indent=2) + "\n")
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import pytest
 
 from edgetube import bundle as bundles
 from edgetube import runtimes
-from edgetube.bench import latency, worker
+from edgetube.bench import conditions, latency, worker
 from edgetube.bench.latency import interleave
 from edgetube.errors import BackendError, BundleError, InputError
 from edgetube.targets import missing
@@ -66,6 +69,15 @@ def test_a_long_call_is_a_turn_by_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["ms"][0] >= 10
 
 
+def test_a_machine_without_a_temperature_is_refused_before_its_peak_is_measured(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conditions, "celsius", lambda: None)
+    monkeypatch.setattr(latency, "peaks", None)
+    with pytest.raises(InputError, match="start-below needs a temperature"):
+        latency.measure([bundles.load(tiny_bundle)], latency.Options(start_below=45.0))
+
+
 def test_what_a_simulator_runs_is_not_timed(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "simulated", lambda backend: backend == "onnxruntime")
     monkeypatch.setattr(latency, "peaks", lambda threads: [])
@@ -75,6 +87,39 @@ def test_what_a_simulator_runs_is_not_timed(tiny_bundle: Path, monkeypatch: pyte
     assert row["p50_ms"] is row["cold_start_ms"] is row["runtime"] is None
     (note,) = latency.notes(document)
     assert note.startswith("tiny.onnx-fp32 is not timed here (executed): its processor is simulated")
+
+
+def test_a_runtime_that_chooses_its_threads_is_not_timed_with_a_number(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rows are measured."""
+    other = shutil.copytree(tiny_bundle, tmp_path / "own.onnx-fp32")
+    found = [replace(bundles.load(path), backend=name) for path, name in ((tiny_bundle, "onnxruntime"), (other, "own"))]
+    monkeypatch.setattr(runtimes, "takes_threads", lambda backend, device=None: backend != "own")
+    monkeypatch.setattr(runtimes, "simulated", lambda backend: False)
+    rows = list(latency._candidates(found, 1, latency.Options()))
+    assert [row.untimed for row in rows] == ["", latency.OWN_THREADS]
+    assert [row.untimed for row in latency._candidates(found, None, latency.Options())] == ["", ""]
+
+
+OTHERS = {
+    "ai_edge_litert", "coreai", "coremltools", "executorch", "onnx", "onnxruntime_qnn", "openvino", "tensorrt", "torch",
+}  # fmt: skip
+"""Packages of other runtimes, and those that only exports need."""
+
+
+def test_the_process_of_a_bundle_loads_its_own_runtime_only(tiny_bundle: Path) -> None:
+    """Memory and cold start are those of the bundle: no other vendor's package, and no PyTorch, is in the process."""
+    order = {"path": str(tiny_bundle), "threads": 1, "device": None, "camera": (48, 64)}
+    code = (
+        "import json, sys; from edgetube.bench import worker;"
+        f"worker.bundle(lambda stage: None, **json.loads({json.dumps(order)!r})).call();"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "onnxruntime" in loaded
+    assert not loaded & OTHERS
 
 
 def keys_documented(title: str) -> set[str]:
@@ -118,7 +163,7 @@ def document(tiny_bundle: Path, foreign_bundle: Path) -> dict[str, Any]:
 @pytest.mark.slow  # for the machine's peak, every runtime that is installed is imported and timed
 class TestDocument:
     def test_every_key_is_documented(self, document: dict[str, Any]) -> None:
-        assert set(document) == keys_documented("The document")
+        assert set(document) == keys_documented("The document") - {"date", "device"}  # of `--json` and `--on`
         assert set(document["bundles"][1]) == keys_documented("`bundles[]`")
         assert all(set(row) == set(document["bundles"][1]) for row in document["bundles"])
         assert set(document["bundles"][1]["camera"]) == keys_documented("`camera`")
@@ -184,6 +229,13 @@ class TestProcesses:
             pytest.raises(BackendError, match="tiny: its process ended with exit code 1: KeyError: 'nothing'"),
         ):
             process.ask("nothing")
+        with pytest.raises(BackendError, match="tiny: its process was closed"):
+            process.ask("warm", seconds=0.1)
+
+    def test_a_process_whose_time_is_up_is_ended(self, tiny_bundle: Path) -> None:
+        given = {"path": str(tiny_bundle), "threads": 1, "device": None, "camera": (48, 64)}
+        with pytest.raises(BackendError, match="tiny: not done after 0 s, and ended"):
+            latency.Process("tiny", "edgetube.bench.worker:bundle", given, limit=0.01)
 
     def test_the_errors_of_a_candidate_are_those_of_the_caller(self, tmp_path: Path) -> None:
         given = {"path": str(tmp_path), "threads": 1, "device": None, "camera": (48, 64)}

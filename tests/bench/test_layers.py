@@ -19,6 +19,7 @@ from edgetube.datasets import ClipSet
 from edgetube.errors import BackendError, InputError
 from edgetube.export import pipeline
 from edgetube.model import checkpoints
+from edgetube.model.reduction import TokenState
 from edgetube.roles import roles_of
 from edgetube.runtimes.base import Backend
 from edgetube.video import Frames
@@ -77,7 +78,7 @@ def test_a_tap_shows_what_the_modules_compute(
         normed = block.norm1(x)
         qkv = block.attn.qkv(normed).numpy()
         qkv[..., : model.spec.width] /= (model.spec.width / model.spec.heads) ** 0.5
-        logits = model.classify(model.encode(x, z0))
+        logits = model.classify(model.encode(x, TokenState(z0=z0)))
     with runtimes.open_bundle(bundle) as backend:
         got = backend.tap(["tubes", "blocks.0.norm1", "blocks.0.attn.qkv", "logits"])(clip)
         np.testing.assert_array_equal(got["logits"], backend(clip))

@@ -17,7 +17,7 @@ import pytest
 from edgetube import bundle as bundles
 from edgetube import runtimes
 from edgetube.bench import workers
-from edgetube.bench.model_set import Artifact, Job, ModelSet, OpenedModels
+from edgetube.bench.model_set import Artifact, Job, ModelSet, OpenedModels, own_threads
 from edgetube.contract import InputContract
 from edgetube.datasets import Item
 from edgetube.video import Clip
@@ -119,11 +119,14 @@ def test_a_job_has_as_many_views_as_it_would_have_clips() -> None:
 
 
 def test_runtimes_that_choose_their_threads_get_no_share(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--workers` shares the cores; a number that the user asks for reaches every runtime."""
+    """`--workers` shares the cores, `--threads` is a number: neither reaches them, and a note says so of the second."""
     artifact = Artifact(bundles.load(tiny_bundle))
     models = ModelSet((artifact,), CONTRACT, ("a", "b"), share=2)
     assert models.threads_of(artifact) == 2
     assert replace(models, threads=3).threads_of(artifact) == 3
     monkeypatch.setattr(runtimes.runtime(artifact.bundle.backend), "OWN_THREADS", True, raising=False)
     assert models.threads_of(artifact) is None
-    assert replace(models, threads=3).threads_of(artifact) == 3
+    assert replace(models, threads=3).threads_of(artifact) is None
+    assert own_threads([artifact.bundle], None) == []
+    (note,) = own_threads([artifact.bundle], 3)
+    assert note.startswith("tiny.onnx-fp32: its runtime chooses its threads itself")

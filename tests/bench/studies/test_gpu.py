@@ -1,25 +1,29 @@
-"""`bench/studies/gpu.py`: its arithmetic, its tables, and all of it on a GPU (marked `gpu`) and on doubles."""
+"""`bench/studies/gpu.py`: its arithmetic, its tables, its rows, and what it does without a GPU."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from edgetube import bundle as bundles
-from edgetube import datasets, demo, targets
-from edgetube.bench import parity
-from edgetube.bench.studies import gpu
+from edgetube import metrics, targets
+from edgetube.bench import latency
+from edgetube.bench.studies import gpu, gpu_folder
+from edgetube.bench.studies.gpu_folder import Entry, Plan
 from edgetube.errors import BackendError
-from edgetube.model import checkpoints
+from edgetube.export import pipeline
+from edgetube.model.transformer import VideoTransformer
 from edgetube.runtimes.torch import Reference
 from tests.runtimes import doubles
 
@@ -66,52 +70,61 @@ def test_the_table() -> None:
     assert rtx == "| rtx-int8 | not run: TensorRT for RTX does not know SM90 | | | | | |"
 
 
-def test_the_table_of_answers(tiny_bundle: Path) -> None:
-    found = parity.measure([bundles.load(tiny_bundle)], datasets.built_in(9, demo.LABELS))
-    _, _, tested, other = gpu.parity_table(found.measured, {"rtx-int8": "no such GPU"}).splitlines()
-    assert re.fullmatch(r"\| onnx-fp32 \| executed \| 9 \| 100\.00% \| [\d.]+% \| [\d.]+% \| [\d.e-]+ \|", tested)
-    assert other == "| rtx-int8 | not run: no such GPU | | | | | |"
+def answered(**changes: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": "trt-int8's graph in PyTorch", "status": "executed on a GPU", "reason": None}
+    found |= {"clips": 9, "agreement": 1.0, "top1": 0.9876, "top1_reference": 1.0, "worst_cosine": 0.9995}
+    found |= {"max_abs_error": 0.0712, "largest_logit": 6.84, "emulation_agreement": 1.0, "emulation_error": 0.0123}
+    return found | {"emulation_max_abs_error": 0.068} | changes
 
 
-def test_who_takes_part(tiny_bundle: Path) -> None:
-    onnx = bundles.load(tiny_bundle)
-    found = gpu.candidates("random:tubevit-ti", 8, {"onnx-fp16": onnx, "trt-fp16": onnx})
-    names = ["PyTorch eager fp16", "torch.compile fp16", "onnx-fp16", "trt-fp16", "trt-fp16, no CUDA graph", *WITNESS]
-    assert [candidate.name for candidate in found] == names
-    assert {candidate.batch for candidate in found} == {8}
-    assert found[2].given["device"] == "cuda"
-    for candidate in found:
-        module, _, function = candidate.opener.partition(":")
-        assert callable(getattr(importlib.import_module(module), function))
+def test_the_table_of_answers() -> None:
+    rows = [answered(), answered(emulation_error=None), {"name": "rtx-int8", "reason": "no such GPU"}]
+    _, _, ran, alone, other = gpu.answers_table(rows).splitlines()
+    beginning = "| trt-int8's graph in PyTorch | executed on a GPU | 9 | 100.00% | 98.8% | 100.0% | 0.999500 | "
+    assert ran == beginning + "0.0712 of 6.84 | 0.068 | 0.0123 |"
+    assert alone == beginning + "0.0712 of 6.84 | - | - |"
+    assert other == "| rtx-int8 | not run: no such GPU | | | | | | | | |"
 
 
-def test_what_cannot_be_built_says_why(tmp_path: Path) -> None:
-    made, reasons = gpu.build(["no-such-target"], "demo", tmp_path)
-    assert made == {}
-    assert "no target is called 'no-such-target'" in reasons["no-such-target"]
+def test_answers_are_compared_by_hand() -> None:
+    reference = np.array([[1, 0], [0, 2], [3, 0], [0, 4]], np.float32)
+    logits = np.array([[1, 0], [0, 2.5], [0, 3], [0, 4]], np.float32)
+    found = gpu.compare(logits, reference, np.array([0, 1, 1, 0]), logits + np.float32(0.25))
+    assert (found["clips"], found["agreement"], found["top1"], found["top1_reference"]) == (4, 0.75, 0.75, 0.5)
+    assert (found["max_abs_error"], found["largest_logit"], found["worst_cosine"]) == (3.0, 4.0, 0.0)
+    assert (found["emulation_agreement"], found["emulation_error"], found["emulation_max_abs_error"]) == (1, 0.25, 3.25)
+    assert gpu.compare(logits, reference, np.zeros(4, np.int64), None)["emulation_error"] is None
 
 
 @pytest.mark.slow
-def test_without_a_gpu_everybody_has_a_row_that_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not targets.missing((targets.GPU,)):
-        pytest.skip("this machine has a GPU")
-    rows = gpu._run_interleaved("demo", 2, (gpu.ORT, "trt-fp16", "no-such-target"), tmp_path, 0.1, LIMITS)
-    reasons = {row["name"]: row["reason"] for row in rows}
-    assert [row["p50_ms"] for row in rows] == [None] * len(rows)
-    assert "sees no GPU" in reasons["PyTorch eager fp16"]
-    assert "sees no GPU" in reasons["torch.compile fp16"]
-    assert "not built for cuda" in reasons["onnx-fp16"]
-    assert reasons["trt-fp16"] == reasons["trt-fp16, no CUDA graph"] != ""
-    assert "no target is called" in reasons["no-such-target"]
-    assert all("sees no GPU" in reasons[name] for name in WITNESS)
-    assert gpu.table(rows).count("not run: ") == 8
+def test_who_takes_part(tiny_bundle: Path) -> None:
+    bundle = bundles.load(tiny_bundle)
+    trt = replace(bundle, target="trt-fp16")
+    names = [c.name for c in gpu.candidates(trt, "m", "cuda", "default")]
+    assert names == ["trt-fp16", "trt-fp16, no CUDA graph", *WITNESS]
+    assert [c.name for c in gpu.candidates(trt, "m", "cuda", "")] == names[:3]
+    (ort,) = gpu.candidates(replace(bundle, target="onnx-fp16"), "m", "cuda", "default")
+    assert ort.given["device"] == "cuda"
+    torch_names = [c.name for c in gpu.references(trt, "m", "cuda", "default")]
+    assert torch_names == ["PyTorch eager fp16", "torch.compile fp16"]
+    assert [c.name for c in gpu.references(trt, "m", "cuda", "")] == torch_names[:1]
+    for candidate in [*gpu.candidates(trt, "m", "cuda", "default"), *gpu.references(trt, "m", "cuda", "default")]:
+        module, _, function = candidate.opener.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+        assert candidate.limit
 
 
-@pytest.mark.parametrize("opener", [lambda stage_timer: gpu.eager(stage_timer, "demo", 1, compiled=""), gpu.limits])
-def test_without_a_gpu_the_openers_say_so(opener: Callable[..., Any]) -> None:
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
-        pytest.skip("PyTorch has a GPU here")
+def test_the_time_of_a_row_is_what_is_left() -> None:
+    clock = gpu.Clock(1.0, time.monotonic() - 30, patience=10.0)
+    assert clock.limit(1.0) == 10.0
+    assert 25 < clock.limit(60.0) <= 30
+    with pytest.raises(BackendError, match="the 1 minutes were over; --minutes allows more"):
+        gpu.Clock(1.0, time.monotonic() - 58).limit(60.0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has a GPU here")
+@pytest.mark.parametrize("opener", [lambda t: gpu.eager(t, "", "cuda", compiled=""), lambda t: gpu.limits(t, "cuda")])
+def test_without_a_gpu_the_openers_say_so(opener: Any) -> None:
     with pytest.raises(BackendError, match="sees no GPU; install a build of it for CUDA"):
         opener(lambda stage: None)
 
@@ -121,58 +134,49 @@ def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     if not targets.missing((targets.GPU,)):
         pytest.skip("this machine has a GPU")
     out = tmp_path / "gpu.json"
-    done = subprocess.run([sys.executable, gpu.__file__, "--json", out], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, gpu.__file__, "run", str(tmp_path), "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == ("gpu.py needs an NVIDIA GPU and its driver; this machine has none: nothing was measured\n")
     assert not out.exists()
 
 
-@pytest.fixture(params=["double", pytest.param("gpu", marks=pytest.mark.gpu)])
-def torch_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """PyTorch with a GPU, or with the processor in its place."""
-    torch = pytest.importorskip("torch")
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a PyTorch that sees an NVIDIA GPU")
-        return torch
-    for name, answer in (("is_available", True), ("get_device_name", "a double"), ("synchronize", None)):
-        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
-    for owner in (torch.Tensor, torch.nn.Module):
-        monkeypatch.setattr(owner, "cuda", lambda self, **_: self)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    for name in ("randn", "randint", "empty"):
-        monkeypatch.setattr(torch, name, _on_the_processor(getattr(torch, name)))
-    return torch
+def test_what_is_no_folder_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["run", str(tmp_path), "--device", "cpu"]) != 0
+    assert "has no plan.json; make such a folder with" in capsys.readouterr().err
 
 
-def _on_the_processor(make: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *arguments, device=None, **names: make(*arguments, **names)
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a PyTorch that sees an NVIDIA GPU")
+    return str(request.param)
 
 
-def test_on_a_gpu_pytorch_answers_in_float16(torch_gpu: Any) -> None:
-    candidate = gpu.eager(lambda stage: None, "demo", 2, compiled="")
+def test_pytorch_answers_in_float16(device: str, tiny_bundle: Path) -> None:
+    bundle = bundles.load(tiny_bundle)
+    candidate = gpu.eager(lambda stage: None, str(tiny_bundle), device, compiled="")
     logits = np.asarray(candidate.call())
-    assert logits.shape == (2, 9)
     assert logits.dtype == np.float32
-    checkpoint = checkpoints.load("demo")
-    clip = demo.golden(checkpoint.contract).frames
-    expected = Reference(checkpoint.model, checkpoint.contract)(clip[None])
-    np.testing.assert_allclose(logits, expected.repeat(2, axis=0), atol=0.05)
-    assert candidate.about["torch"] == torch_gpu.__version__
+    torch.manual_seed(0)
+    clips = bundle.golden()[0][:1]
+    expected = Reference(VideoTransformer(bundle.spec), bundle.contract)(clips)
+    np.testing.assert_allclose(logits, expected, atol=5e-3)
+    assert candidate.about["torch"] == torch.__version__
 
 
-def test_on_a_gpu_the_limits_are_measured(torch_gpu: Any) -> None:
-    found = gpu.limits(lambda stage: None, size=256, copied=1 << 16).about
+def test_the_limits_are_measured(device: str) -> None:
+    found = gpu.limits(lambda stage: None, device, size=256, copied=1 << 16).about
     assert found["gmacs_per_s"]["int8"] > 0 < found["gmacs_per_s"]["fp16"]
     assert found["gb_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_a_session_without_its_cuda_graph_answers_the_same(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with doubles.machine(tmp_path / "cache"):
-        made, reasons = gpu.build(["trt-fp16"], str(tiny_checkpoint), tmp_path, batch=2)
-        assert reasons == {}
-        bundle = made["trt-fp16"]
+        options = pipeline.Options(batch=2, lowering="gather")
+        bundle = pipeline.export_model("trt-fp16", tiny_checkpoint, tmp_path, options)
         candidate = gpu.launched(lambda stage: None, str(bundle.path))
         assert candidate.about["replay"] == "none: to compare with"
         logits = bundle.golden()[1][0]
@@ -180,32 +184,40 @@ def test_a_session_without_its_cuda_graph_answers_the_same(tiny_checkpoint: Path
 
 
 @pytest.mark.slow
-def test_all_of_the_script_where_the_processes_that_it_starts_find_no_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gpu, "missing", lambda needs: ())
-    written = tmp_path / "results" / "gpu.json"
-    given = ["--models", "demo", "--batches", "1", "--clips", "9", "--seconds", "0.2", "--json", str(written)]
-    given += ["--targets", f"{gpu.ORT},trt-fp16"]
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *given])
-    assert gpu.main() == 0
-    document, printed = json.loads(written.read_text("utf-8")), capsys.readouterr().out
-    assert document["parity"]["data"]["clips"] == 9
-    assert document["parity"]["bundles"][0]["agreement"] == 1.0
-    rows = {row["name"]: row for row in document["rows"]}
-    torch_rows, trt_rows = ["PyTorch eager fp16", "torch.compile fp16"], ["trt-fp16", "trt-fp16, no CUDA graph"]
-    assert list(rows) == [*torch_rows, gpu.ORT, *trt_rows, *WITNESS]
-    assert "sees no GPU" in document["witness"][0]["reason"]
-    assert all((row["p50_ms"] is None) == bool(row["reason"]) for row in rows.values())
-    assert "The built-in model, batch 1" in printed
+def test_a_row_that_fails_stops_no_other(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundles that are damaged, processes that die, and time that is over; the document is whole after every row."""
+    bundle = bundles.load(tiny_bundle)
+    folder = tmp_path / "folder"
+    shutil.copytree(tiny_bundle, folder / "b" / bundle.name)
+    frames, logits = bundle.golden()
+    clips: dict[str, Any] = {"frames": frames, "labels": np.zeros(len(frames), np.int64), "reference": logits}
+    np.savez(folder / gpu_folder.CLIPS, allow_pickle=False, **clips)
+    entry = Entry(f"b/{bundle.name}", "demo", bundle.target, 1, 1000)
+    Plan("there", (entry,), (("demo", 1, "rtx-fp16", "no SDK"),)).save(folder)
+    monkeypatch.setattr(latency.Process, "__init__", _fails_for("limits", latency.Process.__init__))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    seen = [json.loads(json.dumps(d)) for d in gpu.measure(folder, "cpu", 30.0, 0.05, "", scratch)]
+    assert [len(d["answers"]) + len(d["rows"]) for d in seen] == [0, 1, 2, 3]
+    last = seen[-1]
+    assert last["limits"] == {"reason": "out of memory"}
+    (answer,), (eager, ort) = last["answers"], last["rows"]
+    assert (answer["agreement"], answer["status"]) == (1.0, "executed")
+    assert answer["max_abs_error"] == pytest.approx(metrics.max_abs_error(logits, logits), abs=1e-3)
+    assert eager["p50_ms"] > 0 < ort["p50_ms"]
+    assert ort["flop_share"] is None
+    assert "without shares of the limits: out of memory" in gpu.tables(last)
+    assert "Not prepared: rtx-fp16 of demo, batch 1: no SDK" in gpu.tables(last)
+    late = [*gpu.measure(folder, "cpu", 0.0, 0.05, "", scratch)][-1]
+    assert {row["reason"] for row in (*late["answers"], *late["rows"])} == {
+        "the 0 minutes were over; --minutes allows more"
+    }
 
 
-def test_the_table_of_the_graphs_in_pytorch() -> None:
-    found = {"clips": 9, "agreement": 1.0, "worst_cosine": 0.9995, "max_abs_error": 0.0712, "largest_logit": 6.84}
-    rows: list[dict[str, Any]] = [
-        {"target": "trt-int8", "integer_products": 28} | found,
-        {"target": "trt-fp16", "reason": "no GPU"},
-    ]
-    _, _, ran, other = gpu.witness_table(rows).splitlines()
-    assert ran == "| trt-int8 | 9 | 100.00% | 0.999500 | 0.0712 of 6.84 | 28 |"
-    assert other == "| trt-fp16 | not run: no GPU | | | | |"
+def _fails_for(name: str, init: Any) -> Any:
+    def replaced(self: Any, given: str, *arguments: Any, **names: Any) -> None:
+        if given == name:
+            raise BackendError(f"{name}: out of memory")
+        init(self, given, *arguments, **names)
+
+    return replaced

@@ -22,7 +22,7 @@ def test_every_second_belongs_to_one_stage(monkeypatch: pytest.MonkeyPatch) -> N
     assert timer.times == {BETWEEN: (1.5, 2.5), "read": (3.0, 4.0), "judge": (2.5, 2.5)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_export_in_a_process_of_its_own(tmp_path: Path) -> None:
     record = tmp_path / "all.json"
     record.write_text('{"other": 1}')
