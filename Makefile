@@ -15,7 +15,7 @@ SAMPLE ?= 10
 SEED   ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-machines test-gpu mutants lint shadow bench wheel clean
+.PHONY: help demo test test-slow test-long test-all test-machines test-gpu mutants lint shadow bench wheel clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,15 +28,19 @@ demo: $(VENV)/demo.stamp ## export the built-in model for every runtime that is 
 	$(BIN)/edgetube report $(OUT) --clips 504
 
 test: lint ## checks, then the tests that are quick
-	$(PYTEST) -m "not slow and not gpu and not machines"
+	$(PYTEST) -m "not (slow or long or gpu or machines)"
 
+# A file's tests stay in one process: they share what is exported, and the system that another processor runs.
 test-slow: $(VENV)/dev.stamp ## the tests that take longer
-	$(PYTEST) -m "slow and not gpu and not machines"
+	$(PYTEST) --dist loadfile -m "slow and not (long or machines or gpu)"
+
+test-long: $(VENV)/dev.stamp ## those that CI has no time for
+	$(PYTEST) -m "long and not gpu"
 
 test-machines: $(VENV)/dev.stamp ## the product on other processors (QEMU), in other Pythons' plain installs, on filmed videos
-	$(PYTEST) -m machines tests/machines
+	$(PYTEST) --dist loadfile -m "machines and not long" tests/machines
 
-test-all: test test-slow test-machines ## all three
+test-all: test test-slow test-machines test-long ## all of them
 
 test-gpu: $(VENV)/dev.stamp ## the tests that need an NVIDIA GPU; without one each says why it was skipped
 	$(BIN)/python -m pytest -m gpu
@@ -63,6 +67,11 @@ $(STUBS)/stamp: $(VENV)/dev.stamp
 	@$(PIP) --no-deps --upgrade --target $(STUBS) tensorrt-stubs==10.13.0.35.1
 	@sed -i.bak -E 's/([( ])in: list/\1in_: list/; s/(power: Weights = None, channel_axis: int)\)/\1 = ...)/' \
 		$(STUBS)/tensorrt_bindings/tensorrt.pyi
+	@touch $@
+
+# A Triton server with its Python backend, for one test; its package asks for a NumPy that edgetube's do not.
+build/triton/stamp: $(VENV)/dev.stamp
+	@$(PIP) --no-deps --upgrade --target $(@D) nvidia-pytriton==0.7.0
 	@touch $@
 
 bench: $(VENV)/dev.stamp ## the timings of docs/benchmarks.md; wants a quiet machine

@@ -177,7 +177,9 @@ class Bench:
         os.environ["PYTHONPATH"] = str(self.library)
         code = 4
         try:
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu", *tests])
+            code = pytest.main(
+                ["-x", "-q", "-p", "no:cacheprovider", "-m", "not (slow or long or gpu or machines)", *tests]
+            )
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

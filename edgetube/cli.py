@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial, wraps
 from inspect import Signature, signature
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 
@@ -26,17 +27,23 @@ from edgetube import (
     export,
     health,
     interrupts,
+    preprocess,
     runtimes,
     signing,
     terminal,
     video,
 )
 from edgetube import bundle as bundles
-from edgetube.bench import latency
+from edgetube.bench import latency, machine
 from edgetube.bundle import Bundle
+from edgetube.deploy import deepstream, triton
 from edgetube.errors import CheckpointError, EdgetubeError, InputError, ParityError
 from edgetube.live import window
 from edgetube.live.decisions import Decider, DecisionRule, Event
+from edgetube.progress import Progress
+from edgetube.reduction import Kind
+from edgetube.remote import commands, transport
+from edgetube.remote.commands import RemoteRuntime
 from edgetube.runtime import Runtime
 from edgetube.spec import Prediction
 from edgetube.targets import need
@@ -51,6 +58,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+deploy = typer.Typer(help="Folders that inference servers load a bundle from.", no_args_is_help=True)
+app.add_typer(deploy, name="deploy")
 MANY = 1_000_000
 """Largest number of clips, frames or predictions; more are taken for a typing error."""
 
@@ -61,6 +70,7 @@ Weights = Annotated[
     typer.Option("--checkpoint", help="File or folder of the bundles' checkpoint, if it was moved."),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the runtime chooses when left out.")]
+On = Annotated[str | None, typer.Option("--on", help="Another machine that runs the bundles: ssh://user@host[:port].")]
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -215,6 +225,20 @@ def export_command(
     input_kind: Annotated[str, typer.Option("--input", help="video, or image: the 2-D tube alone.")] = "video",
     batch: Annotated[int, typer.Option(help="Clips per call, static in the artifact.")] = 1,
     head: Annotated[str | None, typer.Option(help="Name of the classifier, when there are several.")] = None,
+    tubes: Annotated[
+        str | None,
+        typer.Option(help="Which tubes make tokens: indices of the model's (0,2,3), 392, or a .json file of tubes."),
+    ] = None,
+    keep_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens that are left behind the last block: 155, or 0.5; the others are merged, as many in each "
+            "block. Or a number for each block: 500,450,..."
+        ),
+    ] = None,
+    reduce: Annotated[
+        str, typer.Option(help="How the others leave: merge (into similar ones), or drop (least attended first).")
+    ] = "merge",
     lowering: Annotated[
         str | None, typer.Option(help="gather, slice or conv2d; the fastest on this machine if left out.")
     ] = None,
@@ -229,6 +253,9 @@ def export_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the target; may be repeated.")
     ] = None,
+    prove_on: Annotated[
+        str | None, typer.Option(help="Then compare on that device, and say so in the manifest: ssh://user@host.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a checkpoint for a target, prove it against PyTorch, and write the bundle.
@@ -237,10 +264,13 @@ def export_command(
     """
     if input_kind not in ("video", "image"):
         raise InputError(f"--input is {input_kind!r}; expected video or image")
+    _check_kinds([reduce])
     _within(1, 1024, batch=batch)
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"--out is {out_dir}, which is a file; expected a folder")
-    names = _chosen(target)
+    if prove_on is not None:
+        transport.parse(prove_on)
+    names = _chosen(target, fewer_tokens=keep_tokens is not None)
     if not any(export.target(name).precision.quantises_activations for name in names):
         for option, value in (("calib", calib), ("max-drop", max_drop)):
             if value is not None:
@@ -249,10 +279,23 @@ def export_command(
                 )
     pipeline = need("edgetube.export.pipeline", "export")
     options = pipeline.Options(
-        frames, _size(size), input_kind == "image", batch, head, lowering, calib, max_drop, _settings(settings or [])
+        frames=frames,
+        size=_size(size),
+        tubes=tubes,
+        keep_tokens=keep_tokens,
+        reduce=reduce,
+        image=input_kind == "image",
+        batch=batch,
+        head=head,
+        lowering=lowering,
+        calib=calib,
+        max_drop=max_drop,
+        settings=_settings(settings or []),
     )
     with progress() as show:
         made = list(pipeline.export_models(names, checkpoint, out_dir, options, show, _read_options(reading)))
+        if prove_on is not None:
+            made = need("edgetube.remote.proof", "export").prove(prove_on, made, show)
     rows = [_bundle_row(b) for b in made]
     if as_json:
         print_json(rows)
@@ -261,6 +304,130 @@ def export_command(
     reports = [b.build["int8"] for b in made if "int8" in b.build]
     unread = {name: why for report in reports for name, why in report["unread"].items()}
     _end_with(unread, "calibration clips were left out")
+
+
+@app.command()
+@_reads_checkpoints
+def init(
+    reading: Mapping[str, Any],
+    source: Annotated[
+        str | None, typer.Option("--from", help="An image model: what `export --checkpoint` takes.")
+    ] = None,
+    from_video: Annotated[
+        str | None, typer.Option(help="A small video model of edgetube, or demo, whose trained tubes --into gets.")
+    ] = None,
+    into: Annotated[str | None, typer.Option(help="The image model for --from-video.")] = None,
+    tubes: Annotated[
+        str, typer.Option(help="Tubes beside the patches: default (the paper's), 392 (two of them), or a JSON file.")
+    ] = "default",
+    frames: Annotated[int | None, typer.Option(help="Frames of the clip; 32, or the small model's.")] = None,
+    size: Annotated[str | None, typer.Option(help="Height and width: 224, or 224x320; the image model's.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second; 15, or the small model's.")] = None,
+    gates: Annotated[
+        str | None,
+        typer.Option(help="Blocks that also add the tubes, from 0: 2,6,10, or none; the third of each four."),
+    ] = None,
+    inflate: Annotated[
+        bool, typer.Option("--inflate", help="Repeat kernels over time; else they stand in the middle frame.")
+    ] = False,
+    out_file: Annotated[Path, typer.Option("--out", help="The video model, .safetensors.")] = Path("model.safetensors"),
+    as_json: Json = False,
+) -> None:
+    """Make a video model of an image model: it gets tubes, and answers images as before, which is checked.
+
+    Example: edgetube init --from dinov2-folder --tubes default --out model.safetensors
+    """
+    if (source is None) == (into is None) or (into is None) != (from_video is None):
+        raise InputError("give --from IMAGE_MODEL, or --from-video VIDEO_MODEL and --into IMAGE_MODEL")
+    if into is not None and (tubes != "default" or inflate):
+        raise InputError("--tubes and --inflate make new tubes; with --from-video they are those of the small model")
+    start, kernels = need("edgetube.train.start", "export"), need("edgetube.train.kernels", "export")
+    formats, checkpoints = need("edgetube.formats", "export"), need("edgetube.model.checkpoints", "export")
+    _within(2, MANY, frames=frames)
+    image = formats.load(source or into, _read_options(reading))
+    image = image.with_clip(size=_size(size)) if size else image
+    plan = start.Plan(kernels.read_tubes(tubes), frames, fps, _blocks(gates), inflate)
+    made = start.from_image(image, plan) if source else start.from_video(formats.load(from_video), image, plan)
+    document = start.document(made, start.image_error(image, made))
+    checkpoints.save(made, out_file)
+    if as_json:
+        print_json({"out": str(out_file), **document})
+    else:
+        terminal.started(document)
+        terminal.wrote(out_file)
+
+
+@app.command()
+@_reads_checkpoints
+def finetune(
+    reading: Mapping[str, Any],
+    model: Annotated[str, typer.Argument(help="A model of `edgetube init`, or what `export --checkpoint` takes.")],
+    data: Annotated[
+        str, typer.Option(help="Folder of clips, one sub-folder a class, a list (.csv, .txt, .json), .npz, or demo.")
+    ],
+    val: Annotated[str | None, typer.Option(help="Clips to judge by, like --data; else a share of --data.")] = None,
+    val_share: Annotated[float, typer.Option(help="Share of --data that is held out where --val is left out.")] = 0.1,
+    images: Annotated[str | None, typer.Option(help="Images with labels, as many of which go into each batch.")] = None,
+    head: Annotated[str | None, typer.Option(help="Name of the classifier of the clips.")] = None,
+    image_head: Annotated[str | None, typer.Option(help="Name of the classifier of the images.")] = None,
+    train: Annotated[str, typer.Option(help="tubes (with times, gates, heads), last4 (and blocks), or all.")] = "tubes",
+    epochs: Annotated[int | None, typer.Option(help="Passes over the clips; 10.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Clips of a step, over all processes; 32.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Parts in which a batch is computed; 1.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate; 0.001.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps before it; 0.05.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW; 0.05.")] = None,
+    layer_decay: Annotated[
+        float | None, typer.Option(help="Of the rate, from a block to the one before; 0.75.")
+    ] = None,
+    smoothing: Annotated[float | None, typer.Option(help="Of the labels; 0.1.")] = None,
+    average: Annotated[float | None, typer.Option(help="Of the weights, from step to step; 0 for none; 0.998.")] = None,
+    mirror: Annotated[
+        bool, typer.Option("--mirror/--no-mirror", help="Mirror half of the clips; left and right in labels change.")
+    ] = True,
+    jitter: Annotated[float | None, typer.Option(help="Of brightness, contrast and crop; 0.1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of order, augmentation and new classifiers; 0.")] = None,
+    bf16: Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Multiply in bfloat16; on CUDA.")] = None,
+    clips: Annotated[int, typer.Option(help="How many of the built-in clips.")] = 1008,
+    max_unreadable: Annotated[float, typer.Option(help="Share of the clips that may be unreadable.")] = 0.1,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the models and the state.")] = Path("run"),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best that is here.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model on labelled clips. The same command goes on where it was stopped.
+
+    Example: edgetube finetune model.safetensors --data clips --epochs 20 --out run
+    """
+    _within(1, MANY, clips=clips)
+    training = need("edgetube.train.run", "export")
+    given = {
+        "train": train, "epochs": epochs, "batch": batch, "accumulate": accumulate, "lr": lr, "warmup": warmup,
+        "weight_decay": weight_decay, "layer_decay": layer_decay, "smoothing": smoothing, "average": average,
+        "mirror": mirror, "jitter": jitter, "seed": seed, "bf16": bf16,
+    }  # fmt: skip
+    options = training.recipe_of(given)
+    sources = training.Sources(data, val, images, head, image_head, val_share, clips, max_unreadable)
+    checkpoint = need("edgetube.formats", "export").load(model, _read_options(reading))
+    told = training.Told(None if as_json else terminal.epoch, partial(terminal.warn, "note"))
+    with progress() as show:
+        document = training.run(checkpoint, sources, options, out_dir, device, threads, told, show)
+    if document is None:  # of another process than the first
+        return
+    if as_json:
+        print_json(document)
+    else:
+        terminal.wrote(Path(document["best"]["file"]))
+    _end_with(document["unread"], "clips could not be read, and others took their place")
+
+
+def _blocks(text: str | None) -> tuple[int, ...] | None:
+    """Numbers of blocks: "3,7" -> (3, 7); "none" -> none; left out -> None."""
+    if text in (None, "none"):
+        return None if text is None else ()
+    if not (found := _numbers(str(text))):
+        raise InputError(f"--gates is {text!r}; expected numbers like 2,6,10, or none")
+    return found
 
 
 @app.command()
@@ -286,6 +453,7 @@ def run(
         bool, typer.Option("--skip-still", help="Repeat the last answer of --stream while nothing changes.")
     ] = False,
     save: Annotated[Path | None, typer.Option(help="Write an annotated mp4 (of one file).")] = None,
+    on: On = None,
     threads: Threads = None,
     device: Device = None,
     as_json: Json = False,
@@ -299,7 +467,7 @@ def run(
     _within(1, MANY, top_k=top_k, limit=limit)
     window.parse(hop)
     rule = None if decide is None else DecisionRule.parse(decide)
-    with Runtime(bundle, threads=threads, device=device) as rt:
+    with _runtime(bundle, on, threads, device) as rt:
         found, note = video.search(source, rt.contract)
         if (decide is not None or skip_still) and not stream and any(isinstance(item, Path) for item in found):
             option = "--skip-still" if decide is None else "--decide"
@@ -422,7 +590,10 @@ def inspect(
     source: Annotated[
         str, typer.Argument(metavar="BUNDLE_OR_CHECKPOINT", help="A bundle, or what `export --checkpoint` takes.")
     ],
-    plot: Annotated[Path | None, typer.Option(help="Draw a bundle's tubes on a clip, and the learned kernels.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the tubes on a clip, and the learned kernels.")] = None,
+    before: Annotated[
+        str | None, typer.Option(help="The checkpoint before its training: --plot draws the kernels of both.")
+    ] = None,
     checkpoint: Weights = None,
     as_json: Json = False,
 ) -> None:
@@ -433,14 +604,28 @@ def inspect(
     """
     path = Path(source)
     if demo.is_built_in(source) or (path.exists() and not bundles.is_bundle(path)):
-        if plot or checkpoint:
-            raise InputError(f"--plot and --checkpoint are for bundles; {source} is a checkpoint: leave them out")
+        if checkpoint:
+            raise InputError(f"--checkpoint is for bundles; {source} is a checkpoint: leave it out")
+        if before and not plot:
+            raise InputError("--before is drawn beside the checkpoint; add --plot FILE.png")
+        _check_plot(plot)
         _inspect_checkpoint(source, reading, as_json)
+        if plot:
+            _plot_checkpoint(source, reading, plot, before)
     else:
+        if before:
+            raise InputError(f"--before compares checkpoints; {source} is a bundle: leave it out")
         if reading:
             option = next(iter(reading)).replace("_", "-")
             raise InputError(f"--{option} says something about a checkpoint; {source} is a bundle: leave it out")
+        _check_plot(plot)
         _inspect_bundle(path, plot, checkpoint, as_json)
+
+
+def _check_plot(plot: Path | None) -> None:
+    """Refuse, before any work, a path that no picture can be written to."""
+    if plot:
+        need("edgetube.plot", "plot").check_file(plot)
 
 
 def _inspect_bundle(path: Path, plot: Path | None, checkpoint: Path | None, as_json: bool) -> None:
@@ -453,6 +638,27 @@ def _inspect_bundle(path: Path, plot: Path | None, checkpoint: Path | None, as_j
         print_json(found.to_json())
     else:
         terminal.bundle(found)
+
+
+def _plot_checkpoint(source: str, reading: Mapping[str, Any], plot: Path, before: str | None) -> None:
+    formats, drawing = need("edgetube.formats", "export"), need("edgetube.plot", "plot")
+    found = formats.load(source, _read_options(reading))
+    if before is None:
+        clip = demo.golden(found.contract).frames
+        drawing.tubes(plot, found.spec, clip, _kernels_of(found.model), found.name)
+    else:
+        start = formats.load(before, _read_options(reading))
+        if start.spec.tubes != found.spec.tubes or start.spec.width != found.spec.width:
+            raise InputError(
+                f"{before} has other tubes than {source}; give the checkpoint that its training began with"
+            )
+        kernels = _kernels_of(start.model), _kernels_of(found.model)
+        drawing.training(plot, found.spec, *kernels, f"{found.name}: before and after training")
+    terminal.wrote(plot)
+
+
+def _kernels_of(model: Any) -> dict[int, Any]:
+    return {i: model.tubes.weight(i).detach().numpy() for i in model.spec.active}
 
 
 def _inspect_checkpoint(source: str, reading: Mapping[str, Any], as_json: bool) -> None:
@@ -473,19 +679,75 @@ def doctor(
     key: Annotated[
         Path | None, typer.Option(help="Public key of minisign: also check that its owner signed the bundle.")
     ] = None,
+    on: On = None,
     as_json: Json = False,
 ) -> None:
     """Verify a bundle on this machine: files, versions, and the golden clip's answer. Exit 1 when a check fails.
 
     Example: edgetube doctor out/demo.onnx-fp32
     """
-    checks = health.examine(bundle, device, key)
+    if on is None:
+        checks = health.examine(bundle, device, key)
+    else:
+        with progress() as show:
+            checks = commands.doctor(on, bundle, device, key, show)
     if as_json:
         print_json([asdict(check) for check in checks])
     else:
         terminal.checks(checks)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
+
+
+@deploy.command(name="triton")
+def deploy_triton(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="The model repository; other models in it stay.")],
+    name: Annotated[str | None, typer.Option(help="The model's name; the bundle's by default.")] = None,
+    run_by: Annotated[
+        str | None,
+        typer.Option(help="triton: its own backend for the artifact; edgetube: in its Python backend. Else what can."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """A model repository of NVIDIA's Triton Inference Server.
+
+    Example: edgetube deploy triton out/demo.onnx-int8 --out models
+    """
+    found = bundles.load(bundle)
+    written = triton.repository(found, out_dir, name=name, run_by=run_by)
+    if as_json:
+        print_json({"model": str(out_dir / written.name), "backend": written.backend, "run_by": written.run_by})
+        return
+    terminal.wrote(out_dir / written.name)
+    terminal.say(f"Triton runs it in its backend {written.backend}")
+    terminal.then(f"tritonserver --model-repository={shlex.quote(str(out_dir))}")
+
+
+@deploy.command(name="deepstream")
+def deploy_deepstream(
+    bundle: Annotated[Path, typer.Argument(help="The folder of a bundle of a trt-* target.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the configuration.")],
+    size: Annotated[str, typer.Option(help="Height and width of the frames of nvstreammux.")] = "1080x1920",
+    fps: Annotated[float, typer.Option(help="Frames per second of a stream.")] = 30.0,
+    hop: Annotated[
+        int | None, typer.Option(help="Frames, of those that the model samples, between predictions; a quarter clip.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The configuration of a DeepStream pipeline, and a graph that takes its clips.
+
+    Example: edgetube deploy deepstream out/demo.trt-fp16 --size 1080x1920 --fps 30 --out deepstream
+    """
+    height, width = _size(size) or (0, 0)
+    source = deepstream.Source(height, width, preprocess.frame_rate(fps, "--fps"))
+    notes = deepstream.folder(bundles.load(bundle), out_dir, source, hop)
+    if as_json:
+        print_json({"folder": str(out_dir), "notes": notes})
+        return
+    for note in notes:
+        terminal.warn("note", note)
+    terminal.wrote(out_dir)
 
 
 @app.command()
@@ -517,7 +779,10 @@ def parity(
     ] = None,
     checkpoint: Weights = None,
     min_agreement: Annotated[float, typer.Option(help="Gate: share of clips with the same answer.")] = 0.99,
-    min_cosine: Annotated[float, typer.Option(help="Gate: cosine of the logits on the worst clip.")] = 0.98,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option(help="Gate: cosine of the logits on the worst clip; if left out 0.98, or with fewer tokens none."),
+    ] = None,
     max_drop: Annotated[float | None, typer.Option(help="Gate: points of top-1 lost.")] = None,
     max_class_drop: Annotated[float | None, typer.Option(help="Gate: points of top-1 lost by a class.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, nats.")] = None,
@@ -534,6 +799,10 @@ def parity(
     max_layer_jump: Annotated[
         float, typer.Option(help="Gate: dB by which the error of a block may exceed that of all before it.")
     ] = 8.0,
+    max_regret: Annotated[
+        float | None,
+        typer.Option(help="Gate: how much worse the tokens are that leave than the reference's choice; by precision."),
+    ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also compare layer by layer.")] = False,
     layer_clips: Annotated[int, typer.Option(help="Clips for --layers.")] = 4,
     watch: Annotated[
@@ -560,6 +829,7 @@ def parity(
     resume: Annotated[Path | None, typer.Option(help="Cache logits in this file, and resume from it.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that share the clips.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Use the Ray cluster at this address (auto: this machine's).")] = None,
+    on: On = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -573,7 +843,7 @@ def parity(
     _finite(
         min_agreement=min_agreement, min_cosine=min_cosine, max_drop=max_drop, max_class_drop=max_class_drop,
         max_kl=max_kl, max_error=max_error, max_sure_flips=max_sure_flips, min_sqnr=min_sqnr,
-        min_order_agreement=min_order_agreement,
+        min_order_agreement=min_order_agreement, max_regret=max_regret,
     )  # fmt: skip
     asked_views = SINGLE if views is None else Views.parse(views)
     rule = None if decide is None else DecisionRule.parse(decide)
@@ -589,10 +859,13 @@ def parity(
     found = _located([bundles.load(path) for path in bundle], checkpoint)
     held_against = bundles.load(reference) if reference else None
     gates = harness.Gates(
-        min_agreement, min_cosine, max_drop, max_class_drop, max_kl, max_error, max_sure_flips,
-        harness.SQNR if min_sqnr is None else min_sqnr, min_order_agreement, max_layer_jump,
+        min_agreement, harness.COSINE if min_cosine is None else min_cosine, max_drop, max_class_drop, max_kl,
+        max_error, max_sure_flips, harness.SQNR if min_sqnr is None else min_sqnr, min_order_agreement, max_layer_jump,
+        harness.REGRET if max_regret is None else max_regret,
     )  # fmt: skip
-    with progress() as show:
+    if on is not None and (workers > 1 or ray or decoder is not None):
+        raise InputError("--on has one process on the device; leave out --workers, --ray and --decoder")
+    with progress() as show, _artifacts(on, found, show) as artifact:
         if watch:
             if data or views is not None or resume or ray or workers > 1:
                 raise InputError(
@@ -603,7 +876,7 @@ def parity(
             temporal = need("edgetube.bench.temporal", "export")
             seen = temporal.watch(
                 found, watch, hop, reference=held_against, threads=threads, worst=worst, rule=rule,
-                skip_still=skip_still if still_threshold is None else still_threshold, progress=show,
+                skip_still=skip_still if still_threshold is None else still_threshold, artifact=artifact, progress=show,
             )  # fmt: skip
             source, comparison, video_report = seen.windows, seen.comparison, {**seen.to_json(), "decoders": None}
             if asked_decoders is not None:
@@ -616,16 +889,19 @@ def parity(
                 comparison = harness.measure(
                     found, source, reference=held_against, threads=threads, run=_runner(workers, ray),
                     answer_cache=stack.enter_context(harness.AnswerCache(resume)) if resume else None,
-                    views=asked_views, worst=worst, progress=show,
+                    views=asked_views, worst=worst, artifact=artifact, progress=show,
                 )  # fmt: skip
         curves = []
         if layers:
             looking = need("edgetube.bench.layers", "export")
-            curves = looking.curves(found, source.sample(layer_clips), reference=held_against, progress=show)
-    verdicts = gates.judge(comparison)
-    document = comparison.to_json(verdicts, [curve.to_json() for curve in curves], video_report)
+            clips_shown = source.sample(layer_clips)
+            curves = looking.curves(found, clips_shown, reference=held_against, artifact=artifact, progress=show)
+        verdicts = gates.judge(comparison)
+        document = comparison.to_json(verdicts, [curve.to_json() for curve in curves], video_report)
+        document["device"] = None if on is None else artifact.about()
+    _note_threads(found, threads)
     if as_json:
-        print_json(document)
+        print_json(machine.dated(document))
     else:
         terminal.parity(document)
     if failed := [str(verdict) for verdict in verdicts if not verdict.passed]:
@@ -644,6 +920,7 @@ def agree(
         float | None, typer.Option(help="Gate: largest difference of the logits of two runtimes / largest logit.")
     ] = None,
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Find the layer where two depart.")] = True,
+    on: On = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -657,13 +934,15 @@ def agree(
     comparing = need("edgetube.bench.agree", "export")
     found = [bundles.load(path) for path in bundle]
     shown = datasets.single(clip, found[0].labels, start).read(found[0].contract)
-    with progress() as show:
+    with progress() as show, _artifacts(on, found, show) as artifact:
         agreement = comparing.measure(
             _located(found, checkpoint), shown, reference=None if checkpoint is None else True, by_layer=layers,
-            threads=threads, progress=show,
+            threads=threads, artifact=artifact, progress=show,
         )  # fmt: skip
-    verdicts = agreement.verdicts(max_difference)
-    document = agreement.to_json(verdicts)
+        verdicts = agreement.verdicts(max_difference)
+        document = agreement.to_json(verdicts)
+        document["device"] = None if on is None else artifact.about()
+    _note_threads(found, threads)
     if as_json:
         print_json(document)
     else:
@@ -691,6 +970,15 @@ def bench(
     reference: Annotated[
         bool, typer.Option("--reference", help="Also time the PyTorch model that the bundles were made from.")
     ] = False,
+    start_below: Annotated[
+        float | None, typer.Option(help="Degrees Celsius that the machine has to cool to before it starts.")
+    ] = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--on", help="Another machine that times them: ssh://user@host[:port], or a devices.toml; may be repeated."
+        ),
+    ] = None,
     checkpoint: Weights = None,
     as_json: Json = False,
 ) -> None:
@@ -701,21 +989,140 @@ def bench(
     options = latency.Options(
         _counts_of(threads), device, seconds, starts=starts, camera_fps=camera_fps,
         camera_size=_size(camera_size) or (480, 640), hop=hop, camera_seconds=camera_seconds, cameras=cameras,
-        reference=reference,
+        reference=reference, start_below=start_below,
     )  # fmt: skip
     found = _located([bundles.load(path) for path in bundle], checkpoint)
     with progress() as show:
-        document = latency.measure(found, options, show)
+        document = commands.bench(on, found, options, show) if on else latency.measure(found, options, show)
     if as_json:
-        print_json(document)
+        print_json(machine.dated(document))
+    elif "devices" in document:
+        terminal.fleet(document, commands.notes(document))
     else:
         terminal.bench(document, latency.notes(document))
+    _end_with(commands.failed(document), "devices failed")
+
+
+@app.command()
+@_reads_checkpoints
+def sweep(
+    reading: Mapping[str, Any],
+    target: Annotated[list[str], typer.Option(help="A name of `edgetube targets`, or all; may be repeated.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="A folder or file of weights (docs/checkpoints.md), demo, or random:tubevit-b.")
+    ] = "demo",
+    keep_tokens: Annotated[
+        list[str] | None,
+        typer.Option(help="Numbers of tokens besides all, as export takes them: '114;82;0.25'; may be repeated."),
+    ] = None,
+    reduce: Annotated[list[str] | None, typer.Option(help="merge (default), drop; may be repeated.")] = None,
+    tubes: Annotated[
+        list[str] | None,
+        typer.Option(help="Tubes besides all, as export takes them: '0,2,3;1,3'; may be repeated."),
+    ] = None,
+    frames: Annotated[list[int] | None, typer.Option(help="Frames of the clip; may be repeated.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="224, or 224x320; may be repeated.")] = None,
+    views: Annotated[
+        list[str] | None,
+        typer.Option(help="Temporal x spatial views of each clip, like 2x3, which multiply its cost; may be repeated."),
+    ] = None,
+    budget_ms: Annotated[
+        float | None, typer.Option(help="Rule: the most accurate point whose median call takes at most so long.")
+    ] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(help="Rule: the fastest point with at least this share of clips right.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="The same for clips without labels: agreement with the trained model.")
+    ] = None,
+    pareto: Annotated[bool, typer.Option("--pareto", help="Rule: all points that no other beats.")] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of clips, one sub-folder a class, .csv manifest, .npy or .npz; else built-in clips."),
+    ] = None,
+    clips: Annotated[
+        int | None, typer.Option(help="How many of the built-in clips (504 if left out), or of --data (all).")
+    ] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the result and its bundle.")] = Path("out"),
+    resume: Annotated[
+        Path | None, typer.Option(help="Cache logits in this file, and resume from it; one in --out if left out.")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="Name of the classifier, when there are several.")] = None,
+    lowering: Annotated[
+        str | None, typer.Option(help="gather, slice or conv2d; the fastest on this machine if left out.")
+    ] = None,
+    calib: Annotated[Path | None, typer.Option(help="Clips for INT8, see export.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Points of accuracy that INT8 may lose, see export.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the target; may be repeated.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds of timed calls per point.")] = 2.0,
+    workers: Annotated[int, typer.Option(help="Processes that share the clips.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Use the Ray cluster at this address (auto: this machine's).")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Find the operating point: target, clip and number of tokens, by accuracy and latency on this machine.
+
+    Points that are certainly worse leave early. Exit 1 when no point keeps the rule.
+
+    Example: edgetube sweep --target onnx-fp32 --target onnx-int8 --keep-tokens "114;82;50" --min-top1 0.97
+    """
+    _within(1, MANY, clips=clips)
+    _within(1, 1024, workers=workers)
+    _finite(min_top1=min_top1, min_agreement=min_agreement, budget_ms=budget_ms)
+    if sum((budget_ms is not None, min_top1 is not None, min_agreement is not None, pareto)) != 1:
+        raise InputError("a sweep has one rule; give one of --budget-ms, --min-top1, --min-agreement and --pareto")
+    kinds = reduce or ["merge"]
+    _check_kinds(kinds)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise InputError(f"--out is {out_dir}, which is a file; expected a folder")
+    names = _chosen(target)
+    for name in names:
+        export.target(name)
+    searching, points = need("edgetube.bench.sweep", "export"), need("edgetube.export.points", "export")
+    rule = searching.Rule(budget_ms, min_top1 if min_agreement is None else min_agreement)
+    options = points.Options(
+        head=head, lowering=lowering, calib=calib, max_drop=max_drop, settings=_settings(settings or [])
+    )
+    measuring, runner = searching.Options(threads, seconds), _runner(workers, ray)
+    kept, chosen = ([part for text in given or [] for part in text.split(";")] for given in (keep_tokens, tubes))
+    sizes = [found for text in size or [] if (found := _size(text))]
+    shown = [Views.parse(text) for text in views or []] or [SINGLE]
+    with progress() as show:
+        loaded = need("edgetube.formats", "export").load(checkpoint, _read_options(reading))
+        loaded = loaded.select(head) if head else loaded
+        grid = searching.grid(loaded.spec, names, frames or (), sizes, kept, kinds, shown, chosen)
+        source = _swept_clips(data, clips, loaded)
+        if (rule.min_accuracy is not None) and searching.is_labelled(source) != (min_top1 is not None):
+            has, take = ("no labels", "min-agreement") if min_top1 is not None else ("labels", "min-top1")
+            raise InputError(f"the clips of {source.name} have {has}; give --{take} instead")
+        found = points.sweep(loaded, grid, source, rule, out_dir, options, measuring, resume, show, runner)
+    if as_json:
+        print_json(found.document)
+    else:
+        terminal.sweep(found.document)
+    for note in found.notes:
+        terminal.warn("note", note)
+    for path in (*(b.path for b in found.kept), *found.files):
+        terminal.wrote(path)
+    if not found.kept:
+        raise ParityError(found.document["result"])
 
 
 @app.command(name="report")
 def report_command(
-    folder: Annotated[Path, typer.Argument(help="The folder of the bundles, as export --out wrote it.")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="The folder of the bundles, as export --out wrote it.", show_default=False)
+    ] = None,
     page: Annotated[Path | None, typer.Option("--out", help="The page; report.html in the folder if left out.")] = None,
+    collect: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Instead of measuring: a folder, at any depth, or a file of what bench, parity and report printed "
+            "with --json on any machines; may be repeated. The page is leaderboard.html."
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Folder of clips, one sub-folder a class, .csv manifest, .npy or .npz; else built-in clips."),
@@ -737,10 +1144,15 @@ def report_command(
 
     Example: edgetube report out --out report.html
     """
+    if (folder is None) == (collect is None):
+        raise InputError("give the folder of the bundles, or --collect FOLDER with what was measured before")
     _within(1, MANY, clips=clips)
     _finite(min_agreement=min_agreement)
     if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
         raise InputError(f"cannot write {page}: expected a file in a folder that exists")
+    if folder is None:
+        _leaderboard(collect or [], page or Path("leaderboard.html"), as_json, as_markdown)
+        return
     reports, harness = need("edgetube.bench.report", "report"), need("edgetube.bench.parity", "export")
     found = _located(reports.find(folder), checkpoint)
     source = _clips(data, clips, found[0])
@@ -760,18 +1172,70 @@ def report_command(
         raise ParityError("; ".join(failed))
 
 
+def _leaderboard(places: Sequence[Path], page: Path, as_json: bool, as_markdown: bool) -> None:
+    boards, reports = need("edgetube.bench.leaderboard", "report"), need("edgetube.bench.report", "report")
+    board = boards.collect(places)
+    where = reports.save(boards.html(board), page)
+    if as_json:
+        print_json(board.to_json())
+    elif as_markdown:
+        print(boards.markdown(board), end="")  # noqa: T201
+    else:
+        terminal.report(boards.COLUMNS, [boards.cells(row) for row in board.rows], boards.headline(board))
+    for file, why in board.skipped:
+        terminal.warn("note", f"{file} is left out: {why}")
+    terminal.wrote(where)
+
+
+def _runtime(bundle: Path, on: str | None, threads: int | None, device: str | None) -> Runtime | RemoteRuntime:
+    """The bundle, opened here or on another machine."""
+    if on is None:
+        return Runtime(bundle, threads=threads, device=device)
+    with progress() as show:
+        return RemoteRuntime(bundle, on, threads, device, show)
+
+
 def _predictions(
-    rt: Runtime, source: video.Source, live: bool, hop: str | None, top_k: int, limit: int | None, skip_still: bool
+    rt: Runtime | RemoteRuntime,
+    source: video.Source,
+    live: bool,
+    hop: str | None,
+    top_k: int,
+    limit: int | None,
+    skip_still: bool,
 ) -> Iterator[Prediction]:
     if live:
         with rt.stream(source, hop=hop, top_k=top_k, skip_still=skip_still) as found:
             yield from islice(found, limit)
     else:
+        assert isinstance(source, Path)
         yield rt.predict(source, top_k=top_k)
 
 
-def _clips(data: Path | None, count: int, asked: Bundle) -> datasets.ClipSet:
-    """The clips of --data, or the first of the built-in ones."""
+@contextmanager
+def _artifacts(on: str | None, found: Sequence[Bundle], show: Progress) -> Iterator[Any]:
+    """What makes the models of a comparison: of bundles that run here, or on another machine."""
+    if on is None:
+        yield need("edgetube.bench.model_set", "export").Artifact
+        return
+    with commands.device_of(on, found, show) as device:
+        yield commands.Artifacts(device)
+
+
+def _note_threads(found: Sequence[Bundle], threads: int | None) -> None:
+    """Name the bundles that --threads does not reach."""
+    for note in need("edgetube.bench.model_set", "export").own_threads(found, threads):
+        terminal.warn("note", note)
+
+
+def _swept_clips(data: Path | None, count: int | None, asked: Any) -> datasets.ClipSet:
+    """The clips of a sweep: at most `count` of them."""
+    found = _clips(data, count or 504, asked)
+    return found if count is None else found.sample(count)
+
+
+def _clips(data: Path | None, count: int, asked: Any) -> datasets.ClipSet:
+    """The clips of --data, or the first of the built-in ones, for a bundle or checkpoint."""
     if data is None:
         return datasets.built_in(count, asked.labels)
     found = datasets.load(data, asked.contract)
@@ -825,18 +1289,30 @@ def _kernels(b: Bundle, checkpoint: Path | None) -> dict[int, Any] | None:
     except EdgetubeError as error:
         terminal.warn("note", f"without kernels: {error}")
         return None
-    return {i: model.tubes.weight(i).detach().numpy() for i in b.spec.active}
+    return _kernels_of(model)
 
 
-def _chosen(names: list[str]) -> list[str]:
-    """The targets that were asked for; `all` is every one that can be built here and does not need a simulator."""
+def _chosen(names: list[str], fewer_tokens: bool = False) -> list[str]:
+    """The targets that were asked for; `all` is every one that can be built here and does not need a simulator.
+
+    With fewer tokens, `all` is without those that cannot have them.
+    """
     if "all" not in names:
         return list(dict.fromkeys(names))
     found = [t for t in export.targets().values() if not t.missing(t.build_needs)]
     slow = [t.name for t in found if t.name not in names and runtimes.simulated(t.backend)]
     if slow:
         terminal.warn("note", f"without {', '.join(slow)}: the device is simulated here, slowly; name them for that")
-    return [t.name for t in found if t.name not in slow]
+    whole = [t.name for t in found if fewer_tokens and t.name not in (*names, *slow) and t.all_tokens]
+    if whole:
+        terminal.warn("note", f"without {', '.join(whole)}: these cannot have fewer tokens")
+    return [t.name for t in found if t.name not in (*slow, *whole)]
+
+
+def _check_kinds(kinds: Iterable[str]) -> None:
+    for kind in kinds:
+        if kind not in get_args(Kind):
+            raise InputError(f"--reduce is {kind!r}; expected {' or '.join(get_args(Kind))}")
 
 
 def _settings(texts: list[str]) -> dict[str, str]:
@@ -852,18 +1328,25 @@ def _settings(texts: list[str]) -> dict[str, str]:
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+    found = [int(part) for part in text.lower().split("x")] if re.fullmatch(r"\d{1,6}([xX]\d{1,6})?", text) else []
+    if not found:
         raise InputError(f"--size is {text!r}; expected 224 or 224x320 (height x width)")
-    return int(parts[0]), int(parts[-1])
+    return found[0], found[-1]
 
 
 def _counts_of(text: str | None) -> tuple[int | None, ...]:
     """Thread counts: "1,2" -> (1, 2); left out -> the runtime's own choice."""
     if text is None:
         return (None,)
-    if not all(part.strip().isdigit() for part in text.split(",")):
+    if not (found := _numbers(text)):
         raise InputError(f"--threads is {text!r}; expected numbers like 1,2,4")
+    return found
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Numbers with commas between, each once: "1, 2,1" -> (1, 2); none where the text is something else."""
+    if not re.fullmatch(r"\s*\d{1,6}\s*(,\s*\d{1,6}\s*)*", text):
+        return ()
     return tuple(dict.fromkeys(int(part) for part in text.split(",")))
 
 

@@ -88,6 +88,14 @@ def visible(paths: Iterable[Path]) -> list[Path]:
     return [path for path in paths if not (path.name.startswith(".") or path.name in SYSTEM)]
 
 
+def is_file(path: Path) -> bool:
+    """Whether the file exists; False for a name that the system refuses, such as one that is too long."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _files(folder: Path, above: dict[tuple[int, int], Path]) -> Iterator[Path]:
     """Every file below `folder`; `above` holds device and inode of the folders that it lies in."""
     try:

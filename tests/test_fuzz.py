@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from edgetube import arrays, datasets, errors, health, mlpackage, terminal
 from edgetube import bundle as bundles
 from edgetube.calibration import cache
+from edgetube.calibration.layerwise import CalibrationState
 from edgetube.calibration.table import CalibrationTable, LinearPlan, Range
 from edgetube.contract import InputContract
 from edgetube.errors import EdgetubeError
@@ -358,14 +359,15 @@ def test_calibration_cache(tmp_path_factory: pytest.TempPathFactory, data: st.Da
     with cache.open_cache(folder, key) as kept:
         values = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
         kept.save_result(values, table(), {"notes": ["x"], "linears": {}})
-    name = data.draw(st.sampled_from(sorted(p.name for p in folder.iterdir())))
-    whole = (folder / name).read_bytes()
+        kept.save_state(CalibrationState(values=values))
+    path = data.draw(st.sampled_from(sorted(path for path in folder.rglob("*") if path.is_file())))
+    whole = path.read_bytes()
     damaged = (
         data.draw(damaged_json(json.loads(whole))).encode("utf-8", "surrogatepass")
-        if name.endswith(".json")
+        if path.suffix == ".json"
         else (data.draw(damaged_bytes(whole)))
     )
-    (folder / name).write_bytes(damaged)
+    path.write_bytes(damaged)
     with _alarm(), cache.open_cache(folder, key) as kept:
         kept.state()
         kept.result()

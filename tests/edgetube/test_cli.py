@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,7 +22,7 @@ import numpy as np
 import pytest
 
 import edgetube
-from edgetube import bundle, cli, demo, interrupts, runtimes, video
+from edgetube import bundle, cli, demo, export, interrupts, runtimes, video
 from edgetube.errors import InputError
 from edgetube.live.decisions import DecisionRule, spans
 from edgetube.runtime import Runtime
@@ -201,9 +203,36 @@ def test_inspect_shows_what_is_in_a_checkpoint(edgetube_cli: Cli, tiny_checkpoin
     document = json.loads(out)
     assert (code, document["error"], document["source"]) == (0, None, str(tiny_checkpoint))
     assert {"name": "blocks.1.norm1.bias", "shape": [24], "used": "blocks.1.norm1.bias"} in document["keys"]
-    code, _, err = edgetube_cli("inspect", tiny_checkpoint, "--plot", tmp_path / "x.png")
+    code, _, err = edgetube_cli("inspect", tiny_checkpoint, "--checkpoint", tmp_path)
     assert code == 2
-    assert "--plot and --checkpoint are for bundles" in err
+    assert "--checkpoint is for bundles" in err
+    code, _, err = edgetube_cli("inspect", tiny_checkpoint, "--before", tiny_checkpoint)
+    assert code == 2
+    assert "--before is drawn beside the checkpoint; add --plot" in err
+
+
+def test_inspect_draws_the_kernels_of_a_checkpoint(edgetube_cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for more in ((), ("--before", tiny_checkpoint)):
+        code, _, _ = edgetube_cli("inspect", tiny_checkpoint, "--plot", tmp_path / "x.png", *more, "--json")
+        assert code == 0
+        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "x.png").unlink()
+    code, _, err = edgetube_cli("inspect", tiny_checkpoint, "--plot", tmp_path / "x.png", "--before", "demo")
+    assert code == 2
+    assert "demo has other tubes than" in err
+
+
+def test_inspect_checks_where_the_picture_goes_before_it_says_anything(
+    edgetube_cli: Cli, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    for source in (tiny_checkpoint, tiny_bundle, "demo"):
+        for path, message in (
+            (tmp_path / "x.jpg", "a name that ends in .png"),
+            (tmp_path / "no" / "x.png", "no folder"),
+        ):
+            code, out, err = edgetube_cli("inspect", source, "--plot", path)
+            assert (code, out) == (2, "")
+            assert message in err
 
 
 def test_inspect_of_a_refused_checkpoint_prints_its_tensors_then_the_error(edgetube_cli: Cli, tmp_path: Path) -> None:
@@ -395,7 +424,7 @@ def test_parity_with_views(
         given = [tmp_path / option if option == "A" else option for option in options]
         code, out, _ = edgetube_cli(*arguments, "--views", "3x3", *given, "--json")
         assert code == 0
-        documents.append(json.loads(out))
+        documents.append(json.loads(out) | {"date": None})
     first, again, processes, single = documents
     assert first == again == processes
     assert first["data"]["views"] == {"temporal": 3, "spatial": 3}
@@ -467,6 +496,8 @@ def test_bench_prints_tables_and_notes(edgetube_cli: Callable[..., tuple[int, st
             r"no checkpoint at .*none\.safetensors",
         ),
         (["bench", ".", "--threads", "many"], "--threads is 'many'; expected numbers like 1,2,4"),
+        (["bench", ".", "--threads", "1,²"], "--threads is '1,²'; expected numbers like 1,2,4"),
+        (["export", "--target", "onnx-fp32", "--size", "²"], "--size is '²'; expected 224 or 224x320"),
         (["bench", ".", "--camera-fps", "0"], "camera-fps is 0.0; expected more than 0, and finite"),
         (["report", "."], r"\. holds no bundles"),
         (["run", "x", "x.mp4", "--limit", "-1"], "--limit is -1; expected 1 to 1000000"),
@@ -588,7 +619,11 @@ def test_an_interrupted_export_publishes_nothing_more(
 ) -> None:
     arguments = [*command.split(), "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "out")]
     with subprocess.Popen(
-        [sys.executable, "-m", "edgetube", *arguments], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-m", "edgetube", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "EDGETUBE_CACHE": str(tmp_path / "cache")},  # without clips that were read before
     ) as process:
         assert process.stderr is not None
         seen = ""
@@ -710,3 +745,16 @@ def test_all_leaves_out_what_is_simulated_here_and_says_so(
     assert "onnx-fp32" not in names
     assert "without onnx-fp16, onnx-fp32, onnx-int8: the device is simulated here" in capsys.readouterr().err
     assert set(cli._chosen(["all", "onnx-fp32"])) == {*names, "onnx-fp32"}
+
+
+def test_all_leaves_out_what_cannot_have_fewer_tokens_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = replace(export.target("onnx-fp16"), all_tokens="it has no Gather")
+    known = {**{name: replace(t, all_tokens="") for name, t in export.targets().items()}, "onnx-fp16": refused}
+    monkeypatch.setattr(export, "targets", lambda: known)
+    names = cli._chosen(["all"], fewer_tokens=True)
+    assert "onnx-int8" in names
+    assert "onnx-fp16" not in names
+    assert set(cli._chosen(["all"])) == {*names, "onnx-fp16"}
+    assert "without onnx-fp16: these cannot have fewer tokens" in capsys.readouterr().err

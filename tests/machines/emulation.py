@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -70,9 +71,7 @@ def aarch64(wheel: Path, extras: Sequence[str] = ()) -> Machine:
     Raises:
         Absent: there is no QEMU, or a root cannot be made.
     """
-    qemu, root = _qemu("aarch64"), CACHE / f"aarch64-{RELEASE}"
-    if not (root / "made").is_file():
-        _debian(root, Path(qemu))
+    root = _root()
     site = root / SITE.strip("/")
     shutil.rmtree(site / "edgetube", ignore_errors=True)
     platforms = [option for name in WHEELS for option in ("--platform", name)]
@@ -89,8 +88,57 @@ def aarch64(wheel: Path, extras: Sequence[str] = ()) -> Machine:
             f"{wheel}[{','.join(extras)}]",
         ]
     )
+    return Machine((*_into(root), "/qemu", f"/usr/bin/python{PYTHON}"), root)
+
+
+def aarch64_device(folder: Path) -> Path:
+    """A device that is reached by a command: the same Debian, with a shell and Python as a login finds them.
+
+    Its shell is a static busybox of this machine; Python is aarch64's, started by a script of that shell.
+
+    Args:
+        folder: on the file system of `CACHE`, for the device's files.
+
+    Returns:
+        What `EDGETUBE_SSH` may be: a program whose last argument is the command.
+
+    Raises:
+        Absent: there is no QEMU or no static busybox, or a root cannot be made.
+    """
+    shell = shutil.which("busybox")
+    if shell is None:
+        raise Absent("no busybox here; on Debian: apt-get install busybox-static")
+    root = folder / "root"
+    shutil.copytree(_root(), root, symlinks=True, copy_function=os.link, ignore=lambda _, names: {"site"} & {*names})
+    shutil.copy(shell, root / "busybox")
+    (root / "xbin").mkdir()
+    for name in ("sh", "echo", "uname", "cat"):
+        (root / "xbin" / name).symlink_to("/busybox")
+    python = root / "usr" / "bin" / f"python{PYTHON}"
+    python.rename(python.with_name("python.real"))
+    python.write_text('#!/busybox sh\nexec /qemu -0 "$0" /usr/bin/python.real "$@"\n')
+    python.chmod(0o755)
+    (root / "root").mkdir(exist_ok=True)
+    environment = ["/usr/bin/env", "-i", "PATH=/xbin:/usr/bin", "HOME=/root", "OMP_NUM_THREADS=1", "LANG=C.UTF-8"]
+    _call([*environment, *_into(root), "/xbin/sh", "-c", "echo"])
+    program = folder / "ssh"
+    enter = shlex.join([*environment, *_into(root), "/xbin/sh", "-c"])
+    program.write_text(f'#!/bin/bash\nexec {enter} "cd /root; ${{@: -1}}"\n')
+    program.chmod(0o755)
+    return program
+
+
+def _root() -> Path:
+    qemu, root = _qemu("aarch64"), CACHE / f"aarch64-{RELEASE}"
+    if not (root / "made").is_file():
+        _debian(root, Path(qemu))
+    return root
+
+
+def _into(root: Path) -> tuple[str, ...]:
     become_root = () if os.geteuid() == 0 else ("unshare", "--map-root-user")
-    return Machine((*become_root, _chroot(), str(root), "/qemu", f"/usr/bin/python{PYTHON}"), root)
+    chroot = shutil.which("chroot", path="/usr/sbin:/sbin:" + os.environ["PATH"]) or "chroot"
+    return (*become_root, chroot, str(root))
 
 
 def _debian(root: Path, qemu: Path) -> None:
@@ -112,10 +160,6 @@ def _debian(root: Path, qemu: Path) -> None:
         (root / folder).mkdir(exist_ok=True)
     shutil.copy(qemu, root / "qemu")
     (root / "made").touch()
-
-
-def _chroot() -> str:
-    return shutil.which("chroot", path="/usr/sbin:/sbin:" + os.environ["PATH"]) or "chroot"
 
 
 def _qemu(processor: str) -> str:

