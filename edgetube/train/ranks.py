@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count as numbers
 from typing import Any
 
 import torch
@@ -14,14 +17,23 @@ from torch import nn
 
 from edgetube.errors import InputError
 
+WAIT = timedelta(hours=12)
+"""How long a process waits for a value of another; `torchrun` ends all as soon as one has failed."""
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: its number, their number, and its device."""
+    """This process among all: its number, their number, and its device.
+
+    Attributes:
+        store: the `torch.distributed.Store` through which they exchange values; None for one process alone.
+    """
 
     rank: int
     count: int
     device: torch.device
+    store: Any = None
+    _exchanges: Iterator[int] = field(default_factory=numbers)
 
     @property
     def leads(self) -> bool:
@@ -37,12 +49,16 @@ class Ranks:
         return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values of all processes, in their order."""
-        if self.count == 1:
+        """The values of all processes, in their order; a value is one of JSON, tuples come back as lists.
+
+        By the store, not by `all_gather_object`: gloo's thread needs the interpreter's lock to free the tensors of
+        such a call, and a process that is ending holds that lock while it waits for that thread.
+        """
+        if self.store is None:
             return [value]
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found
+        exchange = next(self._exchanges)
+        self.store.set(f"{exchange}/{self.rank}", json.dumps(value))
+        return [json.loads(self.store.get(f"{exchange}/{rank}")) for rank in range(self.count)]
 
 
 @contextmanager
@@ -62,9 +78,13 @@ def joined(device: str | None) -> Iterator[Ranks]:
         return
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+    undeclared: Any = dist
+    store, rank, count = next(undeclared.rendezvous("env://"))
+    store.set_timeout(WAIT)
+    kind = "nccl" if here.type == "cuda" else "gloo"
+    dist.init_process_group(kind, store=undeclared.PrefixStore("group", store), rank=rank, world_size=count)
     try:
-        yield Ranks(rank, count, here)
+        yield Ranks(rank, count, here, undeclared.PrefixStore("values", store))
     finally:
         dist.destroy_process_group()
 

@@ -493,7 +493,7 @@ def test_two_processes_train_the_model_of_one(start: Checkpoint, clips: Path, tm
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     found = subprocess.run(
         [sys.executable, *arguments, *command(start, clips, tmp_path / "two", *plain, "--json")],
-        capture_output=True, text=True, env=environment, timeout=600,
+        capture_output=True, text=True, env=environment, timeout=240,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     two = json.loads(found.stdout)
