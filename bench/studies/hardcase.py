@@ -13,7 +13,8 @@ With `--keep-tokens` nothing is quantised: the ViT itself, a model of images, is
 The probe is fitted and tested on digits over frames of the real videos, those of the test being others. (A digit held
 still over the frames of a clip makes every second token the copy of another, and merging free.)
 
-    python bench/studies/hardcase.py --downloads out/wheels --keep-tokens 27 [--json bench/results/merging.json]
+    python bench/studies/hardcase.py --downloads out/wheels --keep-tokens 27 --probe 1000 --test 797 \
+        --json bench/results/merging.json
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ TENSORRT = "trt-int8"
 FRAMES, SIZE, STEP = 8, 112, 4
 """The clip, and the frames that one inflated kernel spans."""
 
-TRAINING, WINDOWS, INK, TOGETHER = 400, 12, 0.9, 16
-"""Of `blended`: digits to fit the probe on, windows of each half, and the share of the digit; images of one call."""
+WINDOWS, INK, TOGETHER = 12, 0.9, 16
+"""Of `blended`: windows of each half, and the share of the digit; images of one call."""
 
 LABELS = tuple("0123456789")
 CONTRACT = InputContract(FRAMES, SIZE, SIZE, fps=10.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -130,10 +131,11 @@ def digits(first: int, count: int) -> list[Item]:
     return [Item(f"digit/{i:04d}", str(data.target[i]), partial(read, index=i)) for i in chosen]
 
 
-def blended(folder: Path, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def blended(folder: Path, first: int, count: int, half: int) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 1, H, W, 3) uint8 and labels (N,): digits from number `first` on over frames of real videos.
 
-    Windows with an even number are for digits below `TRAINING`, the others for the rest.
+    Args:
+        half: 0 takes the windows with an even number, 1 the others.
     """
     from sklearn.datasets import load_digits
 
@@ -142,7 +144,7 @@ def blended(folder: Path, first: int, count: int) -> tuple[np.ndarray, np.ndarra
     for index in range(first, first + count):
         rng = np.random.default_rng(index)
         large = F.interpolate(torch.from_numpy(data.images[index] / 16)[None, None], size=(SIZE, SIZE), mode="bilinear")
-        under = windows[2 * rng.integers(WINDOWS) + (index >= TRAINING)][rng.integers(FRAMES)]
+        under = windows[2 * rng.integers(WINDOWS) + half][rng.integers(FRAMES)]
         mixed = INK * 255 * large[0, 0, :, :, None].numpy() + (1 - INK) * under
         images.append(mixed.round().astype(np.uint8)[None])
     return np.stack(images), np.asarray(data.target[first : first + count])
@@ -161,17 +163,25 @@ def seen_by(model: VideoTransformer, images: np.ndarray) -> np.ndarray:
 def merging(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """What fewer tokens cost the float model of images."""
     model = image_vit(next((folder / "wheels").rglob("vit_s_focus.onnx")), folder)
-    train, known = blended(folder / "wheels", 0, TRAINING)
-    test, labels = blended(folder / "wheels", TRAINING, args.test)
-    fit_probe(model, seen_by(model, train).astype(np.float64), known)
+    train, known = blended(folder / "wheels", 0, args.probe, 0)
+    test, labels = blended(folder / "wheels", args.probe, args.test, 1)
     head, spec, exact = model.classifier(), model.spec, seen_by(model, test)
+
+    def answered(features: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            found: np.ndarray = head(torch.from_numpy(features)).numpy()
+        return found
+
+    whole = seen_by(model, train)
     rows = []
     for text, kind in [("", ""), *((text, kind) for kind in args.reduce for text in args.keep_tokens)]:
         point = replace(spec, reduction=reduction.parse(text, kind, spec.tokens, spec.depth)) if text else spec
-        features = seen_by(with_weights(point, model.state_dict()), test) if text else exact
-        with torch.no_grad():
-            logits, first = (head(torch.from_numpy(of)).numpy() for of in (features, exact))
-        accuracy = metrics.top_k(logits, labels)
+        reduced = with_weights(point, model.state_dict())
+        features = seen_by(reduced, test) if text else exact
+        fit_probe(model, whole, known)
+        first, logits = answered(exact), answered(features)
+        fit_probe(model, seen_by(reduced, train) if text else whole, known)
+        accuracy, again = (metrics.top_k(one, labels) for one in (logits, answered(features)))
         rows.append(
             {
                 "tokens": point.left,
@@ -180,6 +190,9 @@ def merging(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
                 "probe_top1": accuracy,
                 "probe_interval": metrics.wilson(accuracy, len(test)),
                 "probe_agreement": metrics.agreement(first, logits),
+                "probe_lost": int(((first.argmax(1) == labels) & (logits.argmax(1) != labels)).sum()),
+                "probe_won": int(((first.argmax(1) != labels) & (logits.argmax(1) == labels)).sum()),
+                "fitted_again_top1": again,
                 "feature_sqnr_db": None if features is exact else metrics.sqnr(exact, features),
                 "feature_cosine_mean": float(metrics.cosine_rows(exact, features).mean()),
             }
@@ -196,13 +209,14 @@ def merging(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 def merging_text(table: Mapping[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| tokens left | how | encoder work | probe top-1 | same answer | SQNR dB | mean cosine |",
-        "|---|" + "---|" * 6,
+        "| tokens | how | encoder work | probe top-1 | lost, won | fitted again | same answer | SQNR dB | cosine |",
+        "|---|" + "---|" * 8,
     ]
     for r in table["rows"]:
         ratio = math.inf if r["feature_sqnr_db"] is None else r["feature_sqnr_db"]
         lines.append(
             f"| {r['tokens']} | {r['reduce'] or '-'} | 1 / {r['encoder_work']:.2f} | {r['probe_top1']:.1%} "
+            f"| {r['probe_lost']}, {r['probe_won']} | {r['fitted_again_top1']:.1%} "
             f"| {r['probe_agreement']:.1%} | {ratio:.1f} | {r['feature_cosine_mean']:.4f} |"
         )
     return "\n".join(lines)
@@ -234,7 +248,7 @@ def open_candidate(path: Path) -> Callable[[np.ndarray], Any]:
 
 def fit_probe(model: VideoTransformer, features: np.ndarray, labels: np.ndarray) -> None:
     """A ridge classifier on float features becomes the model's head."""
-    weight, bias = ridge(features, labels, classes=10, penalty=10)
+    weight, bias = ridge(features.astype(np.float64), labels, classes=10, penalty=10)
     state = model.classifier().state_dict()  # whose tensors are the model's own
     state["weight"].copy_(torch.from_numpy(weight.T))
     state["bias"].copy_(torch.from_numpy(bias))
@@ -290,6 +304,7 @@ def main() -> None:
     parser.add_argument("--downloads", type=Path, required=True, help="folder with the two wheels")
     parser.add_argument("--json", type=Path, help="where to write the table")
     parser.add_argument("--calibration", type=int, default=64, help="clips of each kind to calibrate on")
+    parser.add_argument("--probe", type=int, default=400, help="with --keep-tokens: digits to fit the probe on")
     parser.add_argument("--test", type=int, default=300, help="digits to test on")
     parser.add_argument("--modelopt", type=Path, help="python of an environment with nvidia-modelopt[onnx]")
     parser.add_argument("--keep-tokens", nargs="+", help="compare with fewer tokens instead of quantising")
@@ -304,7 +319,7 @@ def main() -> None:
         measure, told = (merging, merging_text) if args.keep_tokens else (compare, text)
         table = measure(folder, args)
     if args.json:
-        keep(args.json, "hard case", table)
+        keep(args.json, f"hard case, probe of {args.probe}" if args.keep_tokens else "hard case", table)
     print(told(table))
 
 
@@ -337,7 +352,7 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
     exact_path = folder / "float.onnx"
     float_graph(model, exact_path)
-    fit_probe(model, answers(exact_path, train)[1].astype(np.float64), train.labels)
+    fit_probe(model, answers(exact_path, train)[1], train.labels)
     traced = float_graph(model, exact_path)
     exact = answers(exact_path, judged)
     paths = {"float": exact_path}
