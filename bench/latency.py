@@ -84,6 +84,9 @@ TURNS = 6
 NOISY = 0.05
 """A row is noisy if half of its median's interval is more than this share of the median."""
 
+HOT = "the machine throttled meanwhile: these are times of a hot machine"
+"""The note on times of a machine that throttled, see `edgetube.bench.conditions.throttled`."""
+
 SCHEMA = 1
 
 
@@ -483,9 +486,7 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     if restless := [row["name"] for row in timed if not row["warmup"]["steady"]]:
         lines.append(f"{', '.join(restless)}: calls were not steady after {document['options']['warm']:g} s of warm-up")
     if document.get("conditions", {}).get("throttled"):
-        lines.append(
-            "the machine throttled meanwhile: these are times of a hot machine; cool it, or give --start-below"
-        )
+        lines.append(f"{HOT}; cool it, or give --start-below")
     if timed and (reason := document["energy"]["reason"]):
         lines.append(f"no energy: {reason}")
     for row in document["bundles"]:

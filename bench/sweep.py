@@ -1,17 +1,20 @@
-"""Which operating point to take: target, clip and number of tokens, by accuracy and latency on this machine.
+"""Which operating point to take: target, clip and number of tokens, by accuracy and latency on a machine.
 
 `edgetube.export.points` exports the points of a grid; all of them are timed in turns, and answer a quarter of the
-clips. Those that are certainly not worth more clips leave, the others go on to twice as many. The document of
+clips. Those that are certainly not worth more clips leave, the others go on to twice as many. Both happen on this
+machine, or at another `Place`. The document of
 `edgetube sweep --json` and how to read it: `docs/operating-points.md`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +27,7 @@ from edgetube.bench.parity import Jobs
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
 from edgetube.datasets import ClipSet
-from edgetube.errors import EdgetubeError, InputError, SpecError
+from edgetube.errors import DeviceError, EdgetubeError, InputError, SpecError
 from edgetube.progress import Progress, silent
 from edgetube.reduction import Kind
 from edgetube.runtimes.base import Backend
@@ -349,6 +352,42 @@ class Options:
     seconds: float = 2.0
 
 
+class Place(Protocol):
+    """Where points are timed, and answer clips: this machine, or another one."""
+
+    def measure(self, bundles: Sequence[Bundle], options: latency.Options, progress: Progress) -> Mapping[str, Any]:
+        """The document of `edgetube.bench.latency.measure`, made there."""
+
+    def artifact(self, bundle: Bundle) -> Artifact:
+        """The model of a bundle that answers there; its identity says where."""
+
+    def about(self) -> dict[str, Any] | None:
+        """`device` of the document: name, machine and versions; None for this machine."""
+
+
+class Here:
+    """This machine."""
+
+    def measure(self, bundles: Sequence[Bundle], options: latency.Options, progress: Progress) -> Mapping[str, Any]:
+        return latency.measure(bundles, options, progress)
+
+    def artifact(self, bundle: Bundle) -> Artifact:
+        return Artifact(bundle)
+
+    def about(self) -> None:
+        return None
+
+
+Reach = Callable[[Progress], AbstractContextManager[Place]]
+"""Opens a place, when all points are exported."""
+
+
+@contextmanager
+def here(_: Progress) -> Iterator[Place]:
+    """Reaches this machine."""
+    yield Here()
+
+
 class Answers:
     """Counts right answers of points; clips are read once for all points of a clip shape.
 
@@ -357,7 +396,8 @@ class Answers:
         views: of each point; SINGLE where it is not there.
         source: in the order in which clips are asked for.
         checkpoint: the trained model, asked only for clips without labels, about the most views of any point.
-        runner: where the clips are answered, see `edgetube.bench.workers`.
+        runner: in which processes the clips are answered, see `edgetube.bench.workers`.
+        artifact: the model of a bundle, see `Place`.
     """
 
     def __init__(
@@ -370,15 +410,21 @@ class Answers:
         progress: Progress = silent,
         views: Mapping[str, Views] | None = None,
         runner: workers.Runner = workers.here,
+        artifact: Callable[[Bundle], Artifact] = Artifact,
     ) -> None:
-        self.views, self.runner = views or {}, runner
+        self.views, self.runner, self.artifact = views or {}, runner, artifact
         self.made, self.source, self.checkpoint, self.cache = made, source, checkpoint, cache
         self.threads, self.progress = threads, progress
         self.labelled = is_labelled(source)
         self._truth: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
 
     def __call__(self, names: Sequence[str], start: int, stop: int) -> dict[str, int | str]:
-        """See `Ask`."""
+        """See `Ask`.
+
+        Raises:
+            InputError: a clip that cannot be read.
+            DeviceError: the other machine cannot be reached any more, or refuses all points.
+        """
         truth = self._right(start, stop)
         groups: dict[tuple[InputContract, Views], list[str]] = {}
         for name in names:
@@ -387,12 +433,14 @@ class Answers:
         for shown, group in groups.items():
             try:
                 found |= self._count(*shown, group, start, stop, truth)
-            except InputError:  # of a clip, not of a point
+            except (InputError, DeviceError):  # of a clip or a device, not of a point
                 raise
             except EdgetubeError:
                 for name in group:
                     try:
                         found |= self._count(*shown, [name], start, stop, truth)
+                    except DeviceError:
+                        raise
                     except EdgetubeError as error:
                         found[name] = str(error)
         return found
@@ -406,7 +454,7 @@ class Answers:
         stop: int,
         truth: npt.NDArray[np.int64],
     ) -> dict[str, int | str]:
-        logits = self._ask(contract, views, [Artifact(self.made[name]) for name in names], start, stop)
+        logits = self._ask(contract, views, [self.artifact(self.made[name]) for name in names], start, stop)
         return {
             name: int((of.argmax(axis=1) == truth).sum())
             if np.isfinite(of).all()
@@ -485,18 +533,21 @@ def run(
     options: Options | None = None,
     progress: Progress = silent,
     runner: workers.Runner = workers.here,
+    reach: Reach = here,
 ) -> tuple[dict[str, Any], dict[str, Bundle]]:
     """Export, time and search.
 
     Args:
         source: see `prepared`.
-        runner: where the clips are answered, see `edgetube.bench.workers`; calls are timed in this process.
+        runner: in which processes the clips are answered, see `edgetube.bench.workers`; not that of timed calls.
+        reach: where the points are timed, and answer; they are exported on this machine.
 
     Returns:
         The document of `edgetube sweep --json`, and the bundles by their points' names.
 
     Raises:
         InputError: no clips, some with labels and some without, or clips that cannot be read.
+        DeviceError: another machine cannot be reached, or not any more; exports and answers are kept until then.
     """
     options = options or Options()
     views = {point.name: point.views for point in points}
@@ -508,14 +559,17 @@ def run(
             made[point.name] = bundle
         else:
             left[point.name] = bundle
-    times = _times(made, views, options, progress)
-    left |= {name: f"not timed here: {row['reason']}" for name, row in times.items() if row["p50_ms"] is None}
-    start = [
-        Standing(name, row["p50_ms"], row["p50_low_ms"], row["p50_high_ms"])
-        for name, row in times.items() if row["p50_ms"] is not None
-    ]  # fmt: skip
-    ask = Answers(made, source, checkpoint, cache, options.threads, progress, views, runner)
-    known, gone = search(start, source.count, rule, ask)
+    with reach(progress) as place:
+        device, measured = place.about(), _measured(made, options, place, progress)
+        times = _times(made, measured, views)
+        where = "here" if device is None else f"on {device['name']}"
+        left |= {name: f"not timed {where}: {row['reason']}" for name, row in times.items() if row["p50_ms"] is None}
+        start = [
+            Standing(name, row["p50_ms"], row["p50_low_ms"], row["p50_high_ms"])
+            for name, row in times.items() if row["p50_ms"] is not None
+        ]  # fmt: skip
+        ask = Answers(made, source, checkpoint, cache, options.threads, progress, views, runner, place.artifact)
+        known, gone = search(start, source.count, rule, ask)
     left |= gone
     finished = [one for one in known.values() if one.name not in left]
     best, chosen = front(finished), winner(finished, rule)
@@ -532,8 +586,10 @@ def run(
             "quality": "top1" if labelled else "agreement",
             "rounds": rounds(source.count),
         },
-        "machine": machine.describe(),
-        "versions": machine.versions(),
+        "device": device,
+        "machine": machine.describe() if device is None else device["machine"],
+        "versions": machine.versions() if device is None else device["versions"],
+        "conditions": measured.get("conditions"),
         "options": asdict(options),
         "points": [
             _row(point, checkpoint.spec.macs(), made.get(point.name), times.get(point.name), known.get(point.name))
@@ -547,7 +603,7 @@ def run(
         "front": on_front,
         "winner": None if chosen is None else chosen.name,
         "result": _result(rule, best, chosen),
-        "notes": _notes(times, points),
+        "notes": _notes(times, points, measured),
     }
     return document, made
 
@@ -566,16 +622,24 @@ TIMES = ("p50_ms", "p50_low_ms", "p50_high_ms", "p10_ms", "p90_ms")
 """Of the rows of `latency.measure`, what takes as long as there are views."""
 
 
-def _times(
-    made: Mapping[str, Bundle], views: Mapping[str, Views], options: Options, progress: Progress
-) -> dict[str, dict[str, Any]]:
-    """The rows of `latency.measure` by the points' names, their times for all views; each bundle is timed once."""
-    distinct = {bundle.path: bundle for bundle in made.values()}
-    if not distinct:
+def _measured(made: Mapping[str, Bundle], options: Options, place: Place, progress: Progress) -> Mapping[str, Any]:
+    """The document of `latency.measure`, each bundle once; empty without bundles."""
+    if not (distinct := _distinct(made)):
         return {}
     asked = latency.Options((options.threads,), seconds=options.seconds, starts=1)
-    measured = latency.measure(list(distinct.values()), asked, progress)
-    rows = dict(zip(distinct, measured["bundles"], strict=True))
+    return place.measure(list(distinct.values()), asked, progress)
+
+
+def _distinct(made: Mapping[str, Bundle]) -> dict[Path, Bundle]:
+    """Points that differ in their views alone share a bundle."""
+    return {bundle.path: bundle for bundle in made.values()}
+
+
+def _times(
+    made: Mapping[str, Bundle], measured: Mapping[str, Any], views: Mapping[str, Views]
+) -> dict[str, dict[str, Any]]:
+    """The rows of `latency.measure` by the points' names, their times for all views."""
+    rows = dict(zip(_distinct(made), measured.get("bundles", ()), strict=True))
     return {name: _of_views(rows[bundle.path], views[name].count) for name, bundle in made.items()}
 
 
@@ -613,9 +677,11 @@ def _row(
     }
 
 
-def _notes(times: Mapping[str, Mapping[str, Any]], points: Sequence[Point]) -> list[str]:
+def _notes(times: Mapping[str, Mapping[str, Any]], points: Sequence[Point], measured: Mapping[str, Any]) -> list[str]:
     several = max((point.views for point in points), key=lambda views: views.count)
     told = [f"times and MACs are of all views of a clip, {several} at most"] if several.count > 1 else []
+    if measured and measured["conditions"]["throttled"]:
+        told.append(f"{latency.HOT}; cool it, and run the sweep again")
     noisy = {name: row["noise"] for name, row in times.items() if row["noise"] and row["noise"] > latency.NOISY}
     if not noisy:
         return told

@@ -1059,10 +1059,14 @@ def sweep(
     seconds: Annotated[float, typer.Option(help="Seconds of timed calls per point.")] = 2.0,
     workers: Annotated[int, typer.Option(help="Processes that share the clips.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Use the Ray cluster at this address (auto: this machine's).")] = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option("--on", help="Another machine that times the points and answers: ssh://user@host[:port]."),
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Find the operating point: target, clip and number of tokens, by accuracy and latency on this machine.
+    """Find the operating point: target, clip and number of tokens, by accuracy and latency on a machine.
 
     Points that are certainly worse leave early. Exit 1 when no point keeps the rule.
 
@@ -1073,13 +1077,13 @@ def sweep(
     _finite(min_top1=min_top1, min_agreement=min_agreement, budget_ms=budget_ms)
     if sum((budget_ms is not None, min_top1 is not None, min_agreement is not None, pareto)) != 1:
         raise InputError("a sweep has one rule; give one of --budget-ms, --min-top1, --min-agreement and --pareto")
+    device = _swept_device(on or [], workers, ray)
     kinds = reduce or ["merge"]
     _check_kinds(kinds)
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"--out is {out_dir}, which is a file; expected a folder")
     names = _chosen(target)
-    for name in names:
-        export.target(name)
+    backends = [export.target(name).backend for name in names]
     searching, points = need("edgetube.bench.sweep", "export"), need("edgetube.export.points", "export")
     rule = searching.Rule(budget_ms, min_top1 if min_agreement is None else min_agreement)
     options = points.Options(
@@ -1097,12 +1101,16 @@ def sweep(
         if (rule.min_accuracy is not None) and searching.is_labelled(source) != (min_top1 is not None):
             has, take = ("no labels", "min-agreement") if min_top1 is not None else ("labels", "min-top1")
             raise InputError(f"the clips of {source.name} have {has}; give --{take} instead")
-        found = points.sweep(loaded, grid, source, rule, out_dir, options, measuring, resume, show, runner)
+        reach = searching.here if device is None else commands.reach(device, backends, show)
+        found = points.sweep(loaded, grid, source, rule, out_dir, options, measuring, resume, show, runner, reach)
+        notes = [*found.notes]
+        if device is not None:
+            notes += need("edgetube.remote.proof", "export").prove_chosen(reach, found.kept, show)
     if as_json:
         print_json(found.document)
     else:
         terminal.sweep(found.document)
-    for note in found.notes:
+    for note in notes:
         terminal.warn("note", note)
     for path in (*(b.path for b in found.kept), *found.files):
         terminal.wrote(path)
@@ -1226,6 +1234,20 @@ def _note_threads(found: Sequence[Bundle], threads: int | None) -> None:
     """Name the bundles that --threads does not reach."""
     for note in need("edgetube.bench.model_set", "export").own_threads(found, threads):
         terminal.warn("note", note)
+
+
+def _swept_device(given: Sequence[str], workers: int, ray: str | None) -> str | None:
+    """The address of the device of a sweep; None for this machine."""
+    found = commands.addresses(given)
+    if len(found) > 1:
+        raise InputError(
+            f"--on names {len(found)} devices; a sweep finds the point of one: run it for each, with its own --out"
+        )
+    if found and (workers > 1 or ray):
+        raise InputError("--on has one process on the device; leave out --workers and --ray")
+    for one in found:
+        transport.parse(one)
+    return next(iter(found), None)
 
 
 def _swept_clips(data: Path | None, count: int | None, asked: Any) -> datasets.ClipSet:

@@ -506,6 +506,7 @@ def sweep(document: Mapping[str, Any]) -> None:
         verdict = Text("; ").join([*place, *([Text(printable(row["reason"]))] if row["reason"] else [])])
         add(found, row["name"], percent(row["macs_ratio"]), time, accuracy, str(row["clips"] or "-"), verdict)
     out.print(found)
+    _on(document)
     for told in document["notes"]:
         warn("note", told)
     say(document["result"])

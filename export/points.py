@@ -202,6 +202,7 @@ def sweep(
     resume: Path | None = None,
     progress: Progress = silent,
     runner: Runner = here,
+    reach: searching.Reach = searching.here,
 ) -> Swept:
     """Find the operating point that a rule asks for, and leave its bundle, `sweep.json` and `sweep.svg` in `out`.
 
@@ -210,17 +211,21 @@ def sweep(
         points: see `edgetube.bench.sweep.grid`.
         options: of the exports; clip and tokens are the points'.
         resume: where answers are kept; a file in the hidden folder of `out` by default.
-        runner: where the clips are answered; the exports and the timed calls are here.
+        runner: in which processes the clips are answered; the exports are in this one.
+        reach: where the points are timed, and answer.
 
     Raises:
         InputError: clips that cannot be used.
+        DeviceError: another machine cannot be reached; run again, the sweep goes on from where it was.
         BundleError: `out` cannot be written.
     """
     source = searching.prepared(source, points, checkpoint)
     (out / KEPT).mkdir(parents=True, exist_ok=True)
     make = PointExporter(checkpoint, out, options or Options(), progress)
     with AnswerCache(resume or out / KEPT / "answers.sqlite") as cache:
-        document, made = searching.run(points, make, source, checkpoint, rule, cache, measuring, progress, runner)
+        document, made = searching.run(
+            points, make, source, checkpoint, rule, cache, measuring, progress, runner, reach
+        )
     names = [document["winner"]] if document["winner"] else [] if rule.limited else document["front"]
     kept = publish([made[name] for name in names], out)
     document["kept"] = [str(bundle.path) for bundle in kept]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from edgetube import preprocess
 from edgetube.bench.model_set import Artifact
 from edgetube.bundle import Bundle
+from edgetube.errors import DeviceError
 from edgetube.remote.device import Device
 from edgetube.runtimes.base import Backend, LayerOutputs, Logits, Tap
 from edgetube.targets import Status
@@ -24,7 +26,7 @@ class RemoteBackend(Backend):
 
     def __init__(self, bundle: Bundle, device: Device, threads: int | None = None) -> None:
         super().__init__(bundle.contract, bundle.batch)
-        self._device = device
+        self._device, self._name = device, bundle.name
         opened = device.ask("open", path=device.send(bundle), threads=threads)
         self._of: int = opened["of"]
         self._about: dict[str, Any] = opened["describe"]
@@ -32,7 +34,10 @@ class RemoteBackend(Backend):
         self._unused: list[int] = []
 
     def infer(self, clips: Frames) -> Logits:
-        reply = self._device.ask_bytes("call", of=self._of, clips=self._sent(clips))
+        try:
+            reply = self._device.ask_bytes("call", of=self._of, clips=self._sent(clips))
+        except DeviceError as error:  # it may be this artifact that ends edgetube there
+            raise DeviceError(f"{error}; it was asked for an answer of {self._name}") from error
         return _array(reply.pieces[0], reply.result)
 
     def __call__(self, clips: npt.ArrayLike) -> Logits:
@@ -61,7 +66,8 @@ class RemoteBackend(Backend):
         self._unused.append(tap)
 
     def release_calls(self) -> None:
-        self._device.ask("only_tap", of=self._of)
+        with suppress(DeviceError):  # if the line is broken, all is closed there; this is said of what was asked for
+            self._device.ask("only_tap", of=self._of)
 
     def release(self) -> None:
         self._unused.append(self._of)
@@ -108,8 +114,7 @@ class RemoteArtifact(Artifact):
         return cast(Status, self.on.ask("status", path=self.on.send(self.bundle)))
 
     def identity(self) -> Mapping[str, Any]:
-        there = {key: self.on.facts[key] for key in ("processor", "versions")}
-        return {**super().identity(), "on": there}
+        return {**super().identity(), "on": {"name": self.on.name, "machine": self.on.facts["machine"]}}
 
     def open(self, threads: int | None) -> Backend:
         return RemoteBackend(self.bundle, self.on, threads)

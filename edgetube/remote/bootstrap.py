@@ -17,6 +17,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def collect(
 ) -> tuple[Sequence[str], dict[str, Path]]:
     """The wheels of edgetube and of all that it needs on a device, by their file names; kept in the cache folder.
 
-    If there are none for the extras, those without extras: what else is asked of the device may still be done.
+    Extras that have none are left out: what else is asked of the device may still be done.
 
     Args:
         device: `edgetube.remote.stage.facts`.
@@ -161,8 +162,18 @@ def collect(
     except DeviceError:
         if not extras:
             raise
-        return collect(device, (), progress)
+        return collect(device, _some(mine, device, extras, progress), progress)
     return extras, {path.name: path for path in (mine, *found)}
+
+
+def _some(own: Path, device: Mapping[str, Any], extras: Sequence[str], progress: Progress) -> list[str]:
+    """Those of several extras whose packages can be collected; none where each can, but not all of them together."""
+    found = []
+    for extra in extras if len(extras) > 1 else ():
+        with suppress(DeviceError):
+            _packages(own, [extra], _needs(device, [extra]), progress)
+            found.append(extra)
+    return found if len(found) < len(extras) else []
 
 
 def _packages(own: Path, extras: Sequence[str], needs: Mapping[str, str], progress: Progress) -> list[Path]:

@@ -1,12 +1,12 @@
-"""The commands on devices: what `edgetube bench`, `doctor` and `run` do with `--on`."""
+"""The commands on devices: what `edgetube bench`, `sweep`, `doctor` and `run` do with `--on`."""
 
 from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -165,6 +165,56 @@ def notes(document: Mapping[str, Any]) -> list[str]:
 def failed(document: Mapping[str, Any]) -> dict[str, str]:
     """Devices that failed, and why."""
     return {one["device"]["name"]: one["error"] for one in documents(document) if "error" in one}
+
+
+# --------------------------------------------------------------------------------------------------------------- sweep
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device that times points and answers clips, see `edgetube.bench.sweep.Place`."""
+
+    device: Device
+
+    def measure(self, bundles: Sequence[Bundle], options: latency.Options, progress: Progress) -> dict[str, Any]:
+        """The document of `edgetube bench` there; the device takes the turns of its candidates itself."""
+        return _timed(self.device, bundles, options, progress)
+
+    def artifact(self, bundle: Bundle) -> RemoteArtifact:
+        """The model of a bundle that answers there."""
+        return RemoteArtifact(bundle, self.device)
+
+    def about(self) -> dict[str, Any]:
+        """See `about`."""
+        return about(self.device)
+
+
+Reach = Callable[[Progress], AbstractContextManager[Place]]
+"""Opens a device as a place."""
+
+
+def reach(address: str, backends: Sequence[str], progress: Progress = silent) -> Reach:
+    """What opens a device for a sweep, see `edgetube.bench.sweep.Reach`.
+
+    The device is reached now, and made ready, so that it fails before the exports. Its line is closed meanwhile: they
+    may take hours, and keep this process from saying that it is there.
+
+    Args:
+        backends: of all points.
+
+    Raises:
+        InputError: no such address.
+        DeviceError: it cannot be reached, or cannot run edgetube.
+    """
+    with Device(address, backends, progress):
+        pass
+
+    @contextmanager
+    def opened(progress: Progress) -> Iterator[Place]:
+        with Device(address, backends, progress) as device:
+            yield Place(device)
+
+    return opened
 
 
 # -------------------------------------------------------------------------------------------------------------- doctor

@@ -9,9 +9,10 @@ from edgetube import bundle as bundles
 from edgetube import datasets
 from edgetube.bench import parity
 from edgetube.bundle import Bundle
-from edgetube.errors import DeviceError, ParityError
+from edgetube.errors import DeviceError, EdgetubeError, ParityError
 from edgetube.progress import Progress, silent
-from edgetube.remote.commands import Artifacts, device_of
+from edgetube.remote.commands import Artifacts, Reach, device_of
+from edgetube.remote.device import Device
 
 CLIPS = 63
 """Built-in clips of the proof: seven of each class of the built-in model."""
@@ -26,19 +27,38 @@ def prove(address: str, made: Sequence[Bundle], progress: Progress = silent) -> 
         DeviceError: the device cannot be reached, or has no runtime for a target.
         ParityError: a gate failed; that bundle and those after it stay as they were exported.
     """
-    proven = []
     with device_of(address, made, progress) as device:
-        artifact = Artifacts(device)
-        for bundle in made:
-            if (status := artifact(bundle).status) != "executed":
-                raise DeviceError(f"{device.name}: {bundle.name} would be {status} there: its runtime is missing")
-            source = datasets.built_in(CLIPS, bundle.labels)
-            comparison = parity.measure([bundle], source, artifact=artifact, progress=progress)
-            if failed := [str(verdict) for verdict in parity.DEFAULTS.judge(comparison) if not verdict.passed]:
-                raise ParityError(f"{device.name}: {'; '.join(failed)}; the bundle stays {bundle.status}")
-            (measured,) = comparison.measured
-            there = {"name": device.name, "machine": device.facts["machine"]}
-            record = parity.plain_json({**there, **measured.parity.to_json()})
-            found = replace(bundle, status="executed", parity={**bundle.parity, "device": record})
-            proven.append(bundles.seal(found))
-    return proven
+        return [_proven(device, bundle, progress) for bundle in made]
+
+
+def prove_chosen(reach: Reach, made: Sequence[Bundle], progress: Progress = silent) -> list[str]:
+    """The same for bundles that a sweep chose by another rule: why some stay as they were exported.
+
+    Args:
+        reach: see `edgetube.remote.commands.reach`.
+    """
+    reasons = []
+    try:
+        with reach(progress) as place:
+            for bundle in made:
+                try:
+                    _proven(place.device, bundle, progress)
+                except ParityError as error:
+                    reasons.append(str(error))
+    except EdgetubeError as error:
+        reasons.append(f"{error}; the proof was not made there")
+    return reasons
+
+
+def _proven(device: Device, bundle: Bundle, progress: Progress) -> Bundle:
+    artifact = Artifacts(device)
+    if (status := artifact(bundle).status) != "executed":
+        raise DeviceError(f"{device.name}: {bundle.name} would be {status} there: its runtime is missing")
+    source = datasets.built_in(CLIPS, bundle.labels)
+    comparison = parity.measure([bundle], source, artifact=artifact, progress=progress)
+    if failed := [str(verdict) for verdict in parity.DEFAULTS.judge(comparison) if not verdict.passed]:
+        raise ParityError(f"{device.name}: {'; '.join(failed)}; the bundle stays {bundle.status}")
+    (measured,) = comparison.measured
+    there = {"name": device.name, "machine": device.facts["machine"]}
+    record = parity.plain_json({**there, **measured.parity.to_json()})
+    return bundles.seal(replace(bundle, status="executed", parity={**bundle.parity, "device": record}))

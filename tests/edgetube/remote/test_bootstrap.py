@@ -90,6 +90,16 @@ def test_extras_that_cannot_be_had_are_left_out(pip: Path) -> None:
     assert len(pip.read_text().splitlines()) == 3, "it is tried again, what was found without it is not"
 
 
+def test_one_extra_that_cannot_be_had_leaves_the_others(pip: Path) -> None:
+    program = Path(sys.executable)
+    refuse = 'case "$*" in *coreai*) echo "ERROR: No matching distribution found for coreai" >&2; exit 1;; esac\n'
+    program.write_text(program.read_text().replace("while", f"{refuse}while"))
+    extras, found = bootstrap.collect(PI, ["coreai", "litert", "openvino"], silent)
+    assert (list(extras), len(found)) == (["litert", "openvino"], 2)
+    asked = [line.rpartition(bootstrap.WHEEL)[2] for line in pip.read_text().splitlines()]
+    assert asked == ["[coreai,litert,openvino]", "[coreai]", "[litert]", "[openvino]", "[litert,openvino]"]
+
+
 def test_an_environment_is_known_by_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     first = bootstrap.environment(PI, [])
     assert bootstrap.environment({**PI, "executable": "/usr/bin/python3"}, []) == first

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from edgetube import bundle as bundles
 from edgetube import demo
-from edgetube.bench import latency, layers, model_set, parity
+from edgetube.bench import latency, layers, machine, model_set, parity
 from edgetube.bench.latency import Options
 from edgetube.bench.model_set import Artifact
-from edgetube.datasets import built_in
+from edgetube.datasets import ClipSet, built_in
 from edgetube.errors import InputError
-from edgetube.remote import commands
+from edgetube.remote import commands, proof
 from edgetube.remote.backend import RemoteArtifact, RemoteBackend
 from edgetube.remote.device import Device
 from edgetube.runtime import Runtime
+from edgetube.runtimes.base import Logits
+from edgetube.video import Frames
 from tests.edgetube.remote.conftest import Sshd
 
 Cli = Callable[..., tuple[int, str, str]]
 
 pytestmark = pytest.mark.slow
+
+LOCAL = f"local://?python={sys.executable}"
 
 BRIEFLY = ("--seconds", "0.2", "--starts", "1", "--threads", "1")
 
@@ -69,6 +78,20 @@ def test_a_set_of_models_takes_a_factory(sshd: Sshd, tiny_bundle: Path) -> None:
     with Device(sshd.address()) as device:
         models = model_set.of_bundles([found], found, artifact=commands.Artifacts(device)).models
     assert [type(model) for model in models] == [Artifact, RemoteArtifact]
+
+
+def test_the_answers_of_two_devices_are_kept_apart(tiny_bundle: Path) -> None:
+    """By the address, and by what the machine at the address is."""
+    found = bundles.load(tiny_bundle)
+    machines = [("ssh://one", "a board, numpy 2.0"), ("ssh://two", "a board, numpy 2.0"), ("ssh://one", "another")]
+    devices = [
+        SimpleNamespace(name=name, facts={"machine": about}, send=str, ask=lambda do, path: "executed")
+        for name, about in machines
+    ]
+    identities = [RemoteArtifact(found, cast(Device, device)).identity() for device in [*devices, devices[0]]]
+    for one in range(3):
+        assert [identities[one] == other for other in identities[:3]] == [one == index for index in range(3)]
+    assert identities[3] == identities[0]
 
 
 class TestCommandLine:
@@ -135,6 +158,156 @@ class TestCommandLine:
         again = "local://?python=/usr/bin/python3"
         code, _, err = edgetube_cli("bench", tiny_bundle, "--on", "local://", "--on", again)
         assert (code, "--on names local:// twice" in err) == (2, True)
+
+
+class Swept:
+    """Runs a sweep of two points of the tiny model on devices."""
+
+    def __init__(self, cli: Cli, checkpoint: Path, out: Path) -> None:
+        self.cli, self.out = cli, out
+        self.args = (
+            "sweep", "--target", "onnx-fp32", "--checkpoint", checkpoint, "--keep-tokens", "6", "--pareto", "--head",
+            "motion", "--clips", 9, "--seconds", 0.05, "--lowering", "gather", "--out", out, "--threads", 1, "--json",
+        )  # fmt: skip
+
+    def __call__(self, *more: object) -> tuple[int, str, str]:
+        return self.cli(*self.args, *more)
+
+    def bundles(self) -> list[bundles.Bundle]:
+        """Those of the points."""
+        return [bundles.load(path) for path in sorted(self.out.glob(".sweep/*/*.onnx-fp32"))]
+
+
+@pytest.fixture
+def swept(edgetube_cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> Swept:
+    return Swept(edgetube_cli, tiny_checkpoint, tmp_path / "out")
+
+
+class Counted:
+    """Counts the clips that devices answered; may end the far side before a call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clips, self.before = 0, lambda backend: None
+        usual = RemoteBackend.infer
+
+        def infer(backend: RemoteBackend, clips: Frames) -> Logits:
+            self.before(backend)
+            logits = usual(backend, clips)
+            self.clips += len(clips)
+            return logits
+
+        monkeypatch.setattr(RemoteBackend, "infer", infer)
+
+
+class TestSweep:
+    def test_times_and_answers_are_the_device_s(self, swept: Swept, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing is timed here, and no artifact answers here; a sweep that goes on asks for nothing again."""
+
+        def refuse(*_: object) -> None:
+            raise AssertionError("this machine times or answers")
+
+        monkeypatch.setattr(latency, "measure", refuse)
+        monkeypatch.setattr(Artifact, "open", refuse)
+        monkeypatch.setattr(proof, "CLIPS", 9)
+        counted, prove, before = Counted(monkeypatch), proof.prove_chosen, list[int]()
+        monkeypatch.setattr(proof, "prove_chosen", lambda *given: (before.append(counted.clips), prove(*given))[1])
+        code, text, err = swept("--on", LOCAL)
+        assert code == 0, err
+        document = json.loads(text)
+        assert document == json.loads((swept.out / "sweep.json").read_text("utf-8"))
+        assert document["device"]["name"] == "local://"
+        assert (document["machine"], document["versions"]) == (machine.describe(), machine.versions())
+        assert document["conditions"]["throttled"] is not None or document["conditions"]["before"]
+        assert [row["name"] for row in document["points"]] == ["onnx-fp32", "onnx-fp32 keep6"]
+        assert all(row["p50_ms"] > 0 for row in document["points"])
+        assert before == [sum(row["clips"] for row in document["points"])]
+        assert counted.clips >= before[0] + 9 * len(document["kept"])
+        monkeypatch.undo()
+        source = built_in(9, demo.LABELS)
+        for row in document["points"]:
+            if row["clips"] == 9:
+                assert row["accuracy"] == pytest.approx(share_here(bundles.load(row["bundle"]), source))
+        for path in document["kept"]:
+            proven = bundles.load(path).parity.get("device")
+            assert proven["name"] == "local://" if proven else "the bundle stays executed" in err
+
+        monkeypatch.setattr("edgetube.export.points.ExportSession", refuse)
+        monkeypatch.setattr(proof, "prove_chosen", lambda *_: [])
+        again = Counted(monkeypatch)
+        code, text, err = swept("--on", LOCAL)
+        assert code == 0, err
+        assert json.loads(text)["device"]["name"] == "local://"
+        pairs = zip(document["points"], json.loads(text)["points"], strict=True)
+        assert again.clips == sum(max(0, after["clips"] - before["clips"]) for before, after in pairs)
+
+    def test_what_another_machine_answered_is_not_taken(
+        self, swept: Swept, sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Neither this machine's answers, nor those of another address; the exports are."""
+        monkeypatch.setattr(proof, "prove_chosen", lambda *_: [])
+        counted, answered = Counted(monkeypatch), 0
+        assert swept()[0] == 0
+        assert counted.clips == 0
+        monkeypatch.setattr("edgetube.export.points.ExportSession", None)
+        for address in (LOCAL, sshd.address()):
+            code, text, err = swept("--on", address)
+            assert code == 0, err
+            answered += sum(row["clips"] for row in json.loads(text)["points"])
+            assert counted.clips == answered
+        assert answered >= 4 * 9 / 4
+
+    def test_a_line_that_is_cut_keeps_what_was_measured(self, swept: Swept, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(proof, "prove_chosen", lambda *_: [])
+        counted = Counted(monkeypatch)
+
+        def cut(backend: RemoteBackend) -> None:
+            if counted.clips >= 6:  # both points have answered the first three clips
+                shell = backend._device._process
+                assert shell is not None
+                (there,) = Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()
+                os.kill(int(there), signal.SIGKILL)
+
+        counted.before = cut
+        code, text, err = swept("--on", LOCAL)
+        assert (code, text) == (2, "")
+        (said,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert said.startswith("error: local://: edgetube was ended there by signal 9")
+        assert re.search(r"it was asked for an answer of tiny(-keep6)?\.onnx-fp32$", said)
+        assert not (swept.out / "sweep.json").exists()
+        assert len(swept.bundles()) == 2
+        monkeypatch.setattr("edgetube.export.points.ExportSession", None)
+        counted.clips, counted.before = 0, lambda backend: None
+        code, text, err = swept("--on", LOCAL)
+        assert code == 0, err
+        assert counted.clips == sum(row["clips"] for row in json.loads(text)["points"]) - 6
+
+    def test_a_device_that_is_off_is_known_before_the_exports(self, swept: Swept, sshd: Sshd) -> None:
+        code, text, err = swept("--on", "ssh://off")
+        assert (code, text) == (2, "")
+        assert "ssh://off: it cannot be reached" in err
+        assert not swept.out.exists()
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            (("--on", "local://", "--on", "ssh://pi"), "--on names 2 devices; a sweep finds the point of one"),
+            (("--on", "local://", "--workers", 2), "leave out --workers and --ray"),
+            (("--on", "pi@pi"), "the device is '***@pi'; expected ssh://user@host"),
+        ],
+    )
+    def test_what_is_refused(self, swept: Swept, more: tuple[object, ...], said: str) -> None:
+        code, text, err = swept(*more)
+        assert (code, text) == (2, "")
+        assert said in err
+        assert not swept.out.exists()
+
+
+def share_here(bundle: bundles.Bundle, source: ClipSet) -> float:
+    """Accuracy of a bundle on this machine."""
+    with Artifact(bundle).open(1) as backend:
+        answers = [int(backend(item.read(bundle.contract).frames[None]).argmax()) for item in source.items]
+    right = [bundle.labels[answer] == item.label for answer, item in zip(answers, source.items, strict=True)]
+    return sum(right) / len(right)
 
 
 def test_all_addresses_are_read_before_anything_is_done(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
