@@ -10,11 +10,74 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+
+
+@dataclass
+class Network:
+    """A network namespace with a device's end of a cable, whose other end is this machine's.
+
+    Attributes:
+        name: of the namespace; begins the names of the cable's ends.
+    """
+
+    name: str
+
+    HERE, THERE = "10.213.77.1", "10.213.77.2"
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """Begins a command that runs there."""
+        return ("ip", "netns", "exec", self.name)
+
+    def make(self) -> None:
+        """Make the namespace and the cable; skips the test where that cannot be."""
+        if shutil.which("ip") is None:
+            pytest.skip("no `ip` here; on Debian: apt-get install iproute2")
+        if os.geteuid() != 0:
+            pytest.skip("network namespaces are made by root only")
+        made = subprocess.run(["ip", "netns", "add", self.name], capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"no network namespace can be made here: {made.stderr.strip()}")
+        try:
+            self._ip(*self.inside, "ip", "link", "set", "lo", "up")
+            self.plug()
+        except BaseException:
+            self.remove()
+            raise
+
+    def plug(self) -> None:
+        """Put the cable in."""
+        here, there = f"{self.name}-a", f"{self.name}-b"
+        self._ip("ip", "link", "add", here, "type", "veth", "peer", "name", there, "netns", self.name)
+        self._ip("ip", "address", "add", f"{self.HERE}/30", "dev", here)
+        self._ip("ip", "link", "set", here, "up")
+        self._ip(*self.inside, "ip", "address", "add", f"{self.THERE}/30", "dev", there)
+        self.up()
+
+    def pull(self) -> None:
+        """Take the cable away: both ends are gone."""
+        self._ip("ip", "link", "delete", f"{self.name}-a")
+
+    def up(self) -> None:
+        """Switch on the device's end."""
+        self._ip(*self.inside, "ip", "link", "set", f"{self.name}-b", "up")
+
+    def down(self) -> None:
+        """Switch off the device's end."""
+        self._ip(*self.inside, "ip", "link", "set", f"{self.name}-b", "down")
+
+    def remove(self) -> None:
+        """Remove it all; the cable goes with its end."""
+        self._ip("ip", "netns", "delete", self.name)
+
+    def _ip(self, *command: str) -> None:
+        subprocess.run(command, check=True, capture_output=True)
 
 
 @dataclass
@@ -24,11 +87,13 @@ class Sshd:
     Attributes:
         folder: its configuration, keys, and files of the device.
         process: the server.
+        network: where it is, if it has one of its own.
     """
 
     folder: Path
     port: int
     process: subprocess.Popen[bytes]
+    network: Network | None = None
 
     @property
     def cache(self) -> Path:
@@ -55,12 +120,41 @@ class Sshd:
             found += some
         return found
 
+    def programs(self) -> list[int]:
+        """Those of `processes` that are not of the server itself: a shell, edgetube, and what they started."""
+        return [number for number in self.processes() if not _name(number).startswith("sshd")]
+
+    def end(self) -> None:
+        """End the server, and its logins, which may wait for an answer of a network that is no more."""
+        logins = self.processes()
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait()
+        for number in logins:
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+
     def wait_quiet(self, seconds: float = 60.0) -> None:
         """Wait until no login is left."""
         end = time.monotonic() + seconds
         while self.processes() and time.monotonic() < end:
             time.sleep(0.05)
         assert self.processes() == []
+
+
+def _name(process: int) -> str:
+    """What a process runs; nothing if it has ended."""
+    try:
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def is_running(process: int) -> bool:
+    """Whether it runs, and is not only waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def free_port() -> int:
@@ -70,8 +164,9 @@ def free_port() -> int:
         return port
 
 
-def start(folder: Path) -> Sshd:
-    """Start an sshd with files in a folder."""
+def start(folder: Path, network: Network | None = None) -> Sshd:
+    """Start an sshd with files in a folder, on loopback or in a network of its own."""
+    host = network.THERE if network else "127.0.0.1"
     path = shutil.which("sshd", path=f"/usr/sbin:/sbin:{os.environ['PATH']}")
     if path is None or shutil.which("ssh") is None:
         pytest.skip("no sshd here; on Debian: apt-get install openssh-server")
@@ -81,13 +176,13 @@ def start(folder: Path) -> Sshd:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
     port = free_port()
     public = (folder / "host.pub").read_text()
-    (folder / "known").write_text(f"[127.0.0.1]:{port} {public}")
+    (folder / "known").write_text(f"[{host}]:{port} {public}")
     (folder / "sshd_config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/key.pub\n"
+        f"Port {port}\nListenAddress {host}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/key.pub\n"
         f"UsePAM no\nStrictModes no\nPasswordAuthentication no\nPermitRootLogin yes\nPidFile none\n"
         f"SetEnv EDGETUBE_CACHE={folder}/device OMP_NUM_THREADS=1\n"
     )
-    user = f"HostName 127.0.0.1\nPort {port}\nIdentitiesOnly yes\nIdentityAgent none\n"
+    user = f"HostName {host}\nPort {port}\nIdentitiesOnly yes\nIdentityAgent none\n"
     (folder / "config").write_text(
         f"Host device twin\n{user}IdentityFile {folder}/key\nUserKnownHostsFile {folder}/known\n"
         f"Host stranger\n{user}IdentityFile {folder}/other\nUserKnownHostsFile {folder}/known\n"
@@ -96,12 +191,13 @@ def start(folder: Path) -> Sshd:
     )
     log = folder / "log"
     with log.open("wb") as words:
-        process = subprocess.Popen([path, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=words)
+        command = [*(network.inside if network else ()), path, "-D", "-e", "-f", str(folder / "sshd_config")]
+        process = subprocess.Popen(command, stderr=words)
     end = time.monotonic() + 20
     while process.poll() is None and time.monotonic() < end:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return Sshd(folder, port, process)
+            if probe.connect_ex((host, port)) == 0:
+                return Sshd(folder, port, process, network)
         time.sleep(0.05)
     process.kill()
     process.wait()
@@ -129,3 +225,18 @@ def sshd(server: Sshd, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
     monkeypatch.setenv("EDGETUBE_SSH", server.command)
     yield server
     server.wait_quiet()
+
+
+@pytest.fixture
+def distant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
+    """A server at the other end of a cable that can be pulled."""
+    network = Network(f"et{os.getpid()}")
+    network.make()
+    try:
+        (folder := tmp_path / "sshd").mkdir()
+        made = start(folder, network)
+        monkeypatch.setenv("EDGETUBE_SSH", made.command)
+        yield made
+        made.end()
+    finally:
+        network.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from edgetube.errors import BundleError, DeviceError, InputError
 from edgetube.remote import commands, stage, store, transport
 from edgetube.remote.device import Device
 from edgetube.remote.ssh import Ssh
-from tests.edgetube.remote.conftest import Sshd
+from tests.edgetube.remote.conftest import Sshd, is_running
 
 LOCAL = f"local://?python={sys.executable}"
 
@@ -360,6 +361,116 @@ class TestCut:
             assert len(failed) == 1
             assert failed[0].startswith("ssh://device: ")
             sshd.wait_quiet()
+
+
+SILENT_S = 20.0
+"""Seconds after which ssh here takes a silent line for cut: `ServerAliveInterval` times `ServerAliveCountMax`."""
+
+SLACK_S = 10.0
+"""Seconds between two looks at the other side, and those that a busy machine takes to end a process."""
+
+
+def switch_off(distant: Sshd) -> None:
+    assert distant.network is not None
+    distant.network.down()
+
+
+def pull(distant: Sshd) -> None:
+    assert distant.network is not None
+    distant.network.pull()
+
+
+def switch_on(distant: Sshd) -> None:
+    assert distant.network is not None
+    distant.network.up()
+
+
+def plug(distant: Sshd) -> None:
+    assert distant.network is not None
+    distant.network.plug()
+
+
+CUT = r"^(error: )?ssh://device: the line was cut: run the command again, .*Timeout, server .* not responding"
+
+
+@pytest.mark.long
+class TestSilence:
+    """A network that disappears without a word: nobody closes the connection, on neither side."""
+
+    def ends(self, there: Sequence[int], cut: float) -> None:
+        """All that ran there ends in time, and not because the line here was closed."""
+        while any(map(is_running, there)) and time.monotonic() - cut < stage.PATIENCE_S + SLACK_S:
+            time.sleep(0.1)
+        assert not [number for number in there if is_running(number)]
+
+    @pytest.mark.parametrize(("off", "on"), [(switch_off, switch_on), (pull, plug)])
+    def test_while_nothing_is_asked(
+        self, distant: Sshd, off: Callable[[Sshd], None], on: Callable[[Sshd], None]
+    ) -> None:
+        with Device(distant.address()) as device:
+            there = distant.programs()
+            assert there
+            off(distant)
+            cut = time.monotonic()
+            with pytest.raises(DeviceError, match=CUT):
+                device.ask("facts")
+            assert time.monotonic() - cut < SILENT_S + SLACK_S
+            self.ends(there, cut)
+        on(distant)
+        with Device(distant.address()) as device:
+            assert device.facts["machine"] == machine.describe()
+
+    def test_while_files_are_sent_and_they_go_on(self, distant: Sshd, tmp_path: Path) -> None:
+        file, cuts, there = tmp_path / "clip.bin", list[float](), list[int]()
+        file.write_bytes(os.urandom(8 * store.PIECE))
+
+        def after(stage: str, done: int, total: int) -> None:
+            if done >= 4 and not cuts:
+                there.extend(distant.programs())
+                switch_off(distant)
+                cuts.append(time.monotonic())
+
+        with Device(distant.address()) as device:
+            with pytest.raises(DeviceError, match=CUT):
+                device.send_file(file, after)
+            assert time.monotonic() - cuts[0] < SILENT_S + SLACK_S
+            self.ends(there, cuts[0])
+        switch_on(distant)
+        seen = list[int]()
+        with Device(distant.address()) as device:
+            place = device.send_file(file, partial(_count, seen))
+        assert 0 < len(seen) <= 4
+        assert Path(place).read_bytes() == file.read_bytes()
+
+    def test_while_a_bundle_is_timed(
+        self, distant: Sshd, tiny_bundle: Path, edgetube_cli: Callable[..., tuple[int, str, str]]
+    ) -> None:
+        """The whole command; its candidates there end as well."""
+        cuts, there = list[float](), list[int]()
+
+        def cut() -> None:
+            end = time.monotonic() + 120
+            while len(distant.programs()) < 3 and time.monotonic() < end:  # a shell, edgetube, a candidate
+                time.sleep(0.1)
+            there.extend(distant.programs())
+            switch_off(distant)
+            cuts.append(time.monotonic())
+
+        thread = threading.Thread(target=cut)
+        thread.start()
+        given = ("bench", tiny_bundle, "--on", distant.address(), "--threads", 1, "--starts", 1, "--json")
+        code, out, err = edgetube_cli(*given, "--seconds", 600)
+        took = time.monotonic() - cuts[0]
+        thread.join()
+        assert (code, out) == (2, "")
+        assert [line for line in err.splitlines() if re.search(CUT, line)] == err.strip().splitlines()[-1:]
+        assert took < SILENT_S + SLACK_S
+        assert len(there) >= 3
+        self.ends(there, cuts[0])
+        switch_on(distant)
+        code, out, err = edgetube_cli(*given, "--seconds", 0.2)
+        assert code == 0, err
+        assert json.loads(out)["bundles"][0]["p50_ms"] > 0
 
 
 @pytest.mark.slow
