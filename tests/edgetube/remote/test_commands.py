@@ -240,6 +240,7 @@ class TestSweep:
         pairs = zip(document["points"], json.loads(text)["points"], strict=True)
         assert again.clips == sum(max(0, after["clips"] - before["clips"]) for before, after in pairs)
 
+    @pytest.mark.long
     def test_what_another_machine_answered_is_not_taken(
         self, swept: Swept, sshd: Sshd, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -256,6 +257,7 @@ class TestSweep:
             assert counted.clips == answered
         assert answered >= 4 * 9 / 4
 
+    @pytest.mark.long
     def test_a_line_that_is_cut_keeps_what_was_measured(self, swept: Swept, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(proof, "prove_chosen", lambda *_: [])
         counted = Counted(monkeypatch)
