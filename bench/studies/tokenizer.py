@@ -19,7 +19,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from importlib import import_module
@@ -110,11 +110,12 @@ def in_runtimes(name: str, path: Path, frames: np.ndarray, threads: int) -> dict
     return calls
 
 
-def in_onnxruntime(path: Path, frames: np.ndarray, threads: int) -> Call:
+def in_onnxruntime(path: Path, frames: np.ndarray | Mapping[str, np.ndarray], threads: int) -> Call:
+    """A call; `frames` are the one input, or all inputs by name."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: frames}
+    feed = frames if isinstance(frames, Mapping) else {session.get_inputs()[0].name: frames}
     return lambda: np.asarray(session.run(None, feed)[0])
 
 
