@@ -70,7 +70,10 @@ Weights = Annotated[
     typer.Option("--checkpoint", help="File or folder of the bundles' checkpoint, if it was moved."),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the runtime chooses when left out.")]
-On = Annotated[str | None, typer.Option("--on", help="Another machine that runs the bundles: ssh://user@host[:port].")]
+On = Annotated[
+    str | None,
+    typer.Option("--on", help="Another machine that runs the bundles: ssh://user@host[:port], adb://SERIAL."),
+]
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -254,7 +257,8 @@ def export_command(
         list[str] | None, typer.Option("--set", help="NAME=VALUE, a setting of the target; may be repeated.")
     ] = None,
     prove_on: Annotated[
-        str | None, typer.Option(help="Then compare on that device, and say so in the manifest: ssh://user@host.")
+        str | None,
+        typer.Option(help="Then compare on that device, and say so in the manifest: ssh://user@host, adb://."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -976,7 +980,8 @@ def bench(
     on: Annotated[
         list[str] | None,
         typer.Option(
-            "--on", help="Another machine that times them: ssh://user@host[:port], or a devices.toml; may be repeated."
+            "--on",
+            help="Another machine that times them: ssh://user@host[:port], adb://SERIAL or a devices.toml; repeatable.",
         ),
     ] = None,
     checkpoint: Weights = None,

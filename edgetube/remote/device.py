@@ -129,7 +129,7 @@ class Device:
         A shell waits for it: an ssh whose program is ended by a signal does not say so, a shell does.
         """
         own = self._transport.python
-        names = (shlex.quote(own),) if own else NAMES
+        names = (shlex.quote(own),) if own else (*NAMES, *map(shlex.quote, self._transport.pythons))
         check = f"import sys; sys.exit(sys.version_info < {OLDEST})"
         script = (
             f"for p in {' '.join(names)}; do "
@@ -160,7 +160,7 @@ class Device:
             if line.startswith('{"error"'):
                 raise DeviceError(json.loads(line)["error"])
             if word == ABSENT:
-                raise DeviceError(f"{self.name}: {_no_python(rest, self._transport.python)}")
+                raise DeviceError(f"{self.name}: {_no_python(rest, self._transport)}")
             if not line:
                 raise self._why_ended()
         raise DeviceError(f"{self.name}: its login prints too much; the shell there has to be quiet without a terminal")
@@ -301,8 +301,8 @@ def _source(module: ModuleType) -> str:
     return Path(module.__file__).read_text("utf-8")
 
 
-def _no_python(said: str, given: str | None) -> str:
-    wanted = f"edgetube needs Python {OLDEST[0]}.{OLDEST[1]} or newer"
+def _no_python(said: str, reached: transport.Transport) -> str:
+    given, wanted = reached.python, f"edgetube needs Python {OLDEST[0]}.{OLDEST[1]} or newer"
     version = re.search(r"Python (\d\S*)", said)
     if given:
         return f"{given} is {f'Python {version[1]}' if version else 'no Python'}; {wanted}: give the path of one"
@@ -311,4 +311,4 @@ def _no_python(said: str, given: str | None) -> str:
             f"its python3 is Python {version[1]}; {wanted}: install one there (it may be called {NAMES[-1]}), or give "
             "?python=PATH of one that has edgetube"
         )
-    return f"there is no python3; {wanted}: install it there, on Debian: apt-get install python3"
+    return f"there is no python3; {wanted}: {reached.install}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
 from dataclasses import dataclass
+from urllib.parse import SplitResult, unquote
 
-from edgetube.errors import DeviceError, InputError
+from edgetube.remote.client import Client
 
 OPTIONS = (
     "-T", "-x", "-a",
@@ -19,11 +19,13 @@ OPTIONS = (
 )  # fmt: skip
 """No terminal, no questions, and a line that is silent for 20 seconds counts as cut."""
 
-COMMAND = "EDGETUBE_SSH"
-"""Environment variable with another command than `ssh`, and its options."""
+CLIENT = Client("ssh", "EDGETUBE_SSH", "ssh -F file", "OpenSSH's client")
 
 FAILED = 255
 """Exit code of ssh when it failed itself."""
+
+INSTALL = "install it there, on Debian: apt-get install python3"
+"""How a Python comes to a machine with a login."""
 
 REASONS = (
     (
@@ -62,38 +64,22 @@ class Ssh:
     user: str | None = None
     port: int | None = None
     python: str | None = None
+    pythons = ()
+    install = INSTALL
 
     @property
     def command(self) -> list[str]:
-        """ssh to this machine, without a remote command.
-
-        Raises:
-            InputError: the environment variable cannot be read as a command.
-        """
-        try:
-            own = shlex.split(os.environ.get(COMMAND) or "ssh")
-        except ValueError as error:
-            raise InputError(f"{COMMAND} cannot be read ({error}); expected a command, like: ssh -F file") from error
+        """ssh to this machine, without a remote command."""
         user = ["-l", self.user] if self.user else []
         port = ["-p", str(self.port)] if self.port else []
-        return [*own, *OPTIONS, *user, *port, "--", self.host]
+        return [*CLIENT.command, *OPTIONS, *user, *port, "--", self.host]
 
     def run(self, script: str, words: int) -> subprocess.Popen[bytes]:
-        command = self.command
-        try:
-            return subprocess.Popen(
-                [*command, f"exec sh -c {shlex.quote(script)}"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words,
-            )  # fmt: skip
-        except OSError as error:
-            raise DeviceError(
-                f"{self.name}: {command[0]} cannot be started ({error.strerror}); install OpenSSH's client, or name "
-                f"another command in {COMMAND}"
-            ) from error
+        return CLIENT.start(self.name, [*self.command, f"exec sh -c {shlex.quote(script)}"], words)
 
     def explain(self, code: int, said: str) -> str | None:
         if code < 0:
-            return f"ssh was ended here by signal {-code}: run the command again"
+            return CLIENT.ended(-code)
         if code != FAILED:
             return None
         lines = said.strip().splitlines() or ["ssh said nothing"]
@@ -101,5 +87,23 @@ class Ssh:
         advice, last = next(known, ("try by hand: {by_hand}", lines[-1]))
         port, user = ["-p", str(self.port)] if self.port else [], f"{self.user}@" if self.user else ""
         known_as = f"[{self.host}]:{self.port}" if self.port else self.host
-        by_hand = " ".join([os.environ.get(COMMAND) or "ssh", *port, f"{user}{self.host}"])
+        by_hand = " ".join([CLIENT.shown, *port, f"{user}{self.host}"])
         return f"{advice.format(by_hand=f'`{by_hand}`', host=known_as)} (ssh says: {last})"
+
+
+def read(parts: SplitResult, python: str | None) -> Ssh:
+    """See `edgetube.remote.transport.SCHEMES`."""
+    place = parts.netloc.rpartition("@")[2]
+    # `urlsplit` lowers the case of a host, and names in a configuration of ssh have one.
+    host = place[1:].partition("]")[0] if place.startswith("[") else place.partition(":")[0]
+    try:
+        port = parts.port
+    except ValueError:
+        raise ValueError from None  # its words are not for users
+    if not host:
+        raise ValueError
+    user = unquote(parts.username) if parts.username else None
+    for word in (host, user):
+        if word is not None and (word.startswith("-") or not word.isprintable() or " " in word):
+            raise ValueError(f"{word!r} is no host or user")
+    return Ssh(f"ssh://{f'{user}@' if user else ''}{place}", host, user, port, python)

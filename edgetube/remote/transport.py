@@ -1,17 +1,22 @@
-"""How another machine is reached: `ssh://user@host:port`, or `local://` for this one through the same line."""
+"""How another machine is reached: `ssh://user@host:port`, `adb://SERIAL`, or `local://` for this one.
+
+Each way has a module, which reads its own addresses.
+"""
 
 from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from edgetube import address
 from edgetube.errors import InputError
+from edgetube.remote import adb, ssh
 
-EXPECTED = "expected ssh://user@host[:port][?python=/path/of/python3] or local://"
+EXPECTED = "expected ssh://user@host[:port], adb://[SERIAL] or local://; each may have ?python=/path/of/python3"
 
 
 class Transport(Protocol):
@@ -20,6 +25,8 @@ class Transport(Protocol):
     Attributes:
         name: the address, for messages.
         python: the Python of the user's own environment there; None looks for one.
+        pythons: paths where one may lie that the shell there does not find by its name.
+        install: how a Python comes there, for messages.
     """
 
     @property
@@ -27,6 +34,12 @@ class Transport(Protocol):
 
     @property
     def python(self) -> str | None: ...
+
+    @property
+    def pythons(self) -> tuple[str, ...]: ...
+
+    @property
+    def install(self) -> str: ...
 
     def run(self, script: str, words: int) -> subprocess.Popen[bytes]:
         """Run a line for a POSIX shell there, with its stdin and stdout as pipes.
@@ -46,6 +59,8 @@ class Local:
 
     name: str
     python: str | None
+    pythons = ()
+    install = ssh.INSTALL
 
     def run(self, script: str, words: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words)
@@ -54,38 +69,44 @@ class Local:
         return None
 
 
+def read_local(parts: SplitResult, python: str | None) -> Local:
+    """See `SCHEMES`."""
+    if parts.netloc:
+        raise ValueError
+    return Local("local://", python)
+
+
+SCHEMES: Mapping[str, Callable[[SplitResult, str | None], Transport]] = {
+    "ssh": ssh.read,
+    "adb": adb.read,
+    "local": read_local,
+}
+"""Scheme -> what reads an address without password, folder and query, and the Python that it names.
+
+A ValueError says what is no part of one; its words may be shown.
+"""
+
+
 def parse(text: str) -> Transport:
     """The transport of an address.
 
     Raises:
         InputError: it is no address of a device.
     """
-    from edgetube.remote.ssh import Ssh
-
     shown = address.plain(text) if "://" in text else re.sub(r".*@", "***@", text, flags=re.DOTALL)
     try:
         parts = urlsplit(text)
-        host, port = _host(parts.netloc), parts.port
     except ValueError:
         raise InputError(f"the device is {shown!r}; {EXPECTED}") from None  # its cause may show a part of a password
     options = parse_qs(parts.query, keep_blank_values=True)
     python = options.pop("python", [None])[-1]
     if parts.password is not None or ":" in unquote(parts.username or ""):
         raise InputError(f"the device {shown!r} has a password; edgetube takes none: use a key and ssh's agent")
-    if options or parts.fragment or parts.path.strip("/") or (python is not None and not python.startswith("/")):
+    odd = options or parts.fragment or parts.path.strip("/") or (python is not None and not python.startswith("/"))
+    if odd or parts.scheme not in SCHEMES:
         raise InputError(f"the device is {shown!r}; {EXPECTED}")
-    if parts.scheme == "local" and not parts.netloc:
-        return Local("local://", python)
-    if parts.scheme != "ssh" or not host:
-        raise InputError(f"the device is {shown!r}; {EXPECTED}")
-    user = unquote(parts.username) if parts.username else None
-    for word in (host, user):
-        if word is not None and (word.startswith("-") or not word.isprintable() or " " in word):
-            raise InputError(f"the device is {shown!r}: {word!r} is no host or user; {EXPECTED}")
-    return Ssh(f"ssh://{f'{user}@' if user else ''}{parts.netloc.rpartition('@')[2]}", host, user, port, python)
-
-
-def _host(netloc: str) -> str:
-    """The host as it is written: `urlsplit` lowers its case, and names in a configuration of ssh have one."""
-    place = netloc.rpartition("@")[2]
-    return place[1:].partition("]")[0] if place.startswith("[") else place.partition(":")[0]
+    try:
+        return SCHEMES[parts.scheme](parts, python)
+    except ValueError as error:
+        reason = f": {error}" if str(error) else ""
+        raise InputError(f"the device is {shown!r}{reason}; {EXPECTED}") from None
