@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -12,6 +13,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from edgetube.errors import EdgetubeError
+from edgetube.remote import adb, portable
 
 CACHE = Path(__file__).parents[2] / "build" / "machines"
 MIRROR = [mirror] if (mirror := os.environ.get("DEBIAN_MIRROR")) else []
@@ -128,6 +133,87 @@ def aarch64_device(folder: Path) -> Path:
     return program
 
 
+def portable_python(folder: Path) -> Path:
+    """A copy of what `edgetube.remote.portable` makes, which is kept for as long as that stays as it is.
+
+    Raises:
+        Absent: what makes it is not here, or it cannot be downloaded.
+    """
+    code = hashlib.sha256(Path(portable.__file__).read_bytes()).hexdigest()[:12]
+    kept = CACHE / f"portable-{code}"
+    if not kept.is_dir():
+        try:
+            portable.make(kept, mirror=MIRROR[0] if MIRROR else portable.MIRROR)
+        except EdgetubeError as error:
+            raise Absent(str(error)) from error
+    return Path(shutil.copytree(kept, folder / "python"))
+
+
+def phone(folder: Path) -> dict[str, Any]:
+    """An aarch64 system with a static shell and its tools, no C library and no Python: as little as an Android's shell.
+
+    It is not Android: its kernel is this machine's, its shell busybox, and nothing there says no but its disk, of which
+    /data alone can be written. Programs of aarch64 are started by the kernel, which calls QEMU for them in a namespace
+    of the user.
+
+    Args:
+        folder: for the phone's files.
+
+    Returns:
+        It, as `tests/edgetube/remote/scripted_adb.py` takes one.
+
+    Raises:
+        Absent: there is no QEMU, no busybox can be downloaded, or the kernel is older than 6.7.
+    """
+    qemu, root = _qemu("aarch64"), folder / "phone"
+    tools = root / "system" / "bin"
+    for place in ("dev", f"{adb.TEMPORARY.strip('/')}", "system/bin"):
+        (root / place).mkdir(parents=True)
+    shutil.copy(_static_shell(), tools / "sh")
+    for name in ("cat", "chmod", "cp", "echo", "ls", "mkdir", "rm", "uname"):
+        (tools / name).symlink_to("sh")
+    for name in ("null", "urandom", "zero"):
+        (root / "dev" / name).touch()
+    start = folder / "start"
+    start.write_text(_PHONE.format(qemu=qemu, root=shlex.quote(str(root)), data=shlex.quote(str(root / "data"))))
+    start.chmod(0o755)
+    environment = [
+        "/usr/bin/env", "-i", "PATH=/system/bin", "HOME=/", "SHELL=/system/bin/sh", "USER=shell",
+        f"TMPDIR={adb.TEMPORARY}", "OMP_NUM_THREADS=1",
+    ]  # fmt: skip
+    shell = ["unshare", "--user", "--map-root-user", "--mount", str(start), *environment]
+    shell += [_program("chroot"), str(root), "/system/bin/sh", "-c"]
+    _call([*shell, "uname -m"])
+    return {"state": "device", "shell": shell, "root": str(root)}
+
+
+_PHONE = """#!/bin/sh -e
+mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
+printf '%s' ':aarch64:M::\\x7fELF\\x02\\x01\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02\\x00\\xb7\\x00:\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\x00\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xff\\xfe\\xff\\xff\\xff:{qemu}:PF' > /proc/sys/fs/binfmt_misc/register
+mount --bind {root} {root}
+mount --bind {data} {data}
+for one in null urandom zero; do mount --bind /dev/$one {root}/dev/$one; done
+mount -o remount,bind,ro {root}
+exec "$@"
+"""  # noqa: E501  # the magic of an ELF file, its mask, and who runs it: preserving its name, opened here
+
+
+def _static_shell() -> Path:
+    kept = CACHE / f"busybox-{RELEASE}-aarch64"
+    if not kept.is_file():
+        with tempfile.TemporaryDirectory() as name:
+            work = Path(name)
+            try:
+                portable.fetch(["busybox-static"], work, MIRROR[0] if MIRROR else portable.MIRROR)
+            except EdgetubeError as error:
+                raise Absent(str(error)) from error
+            (package,) = work.glob("*.deb")
+            _call(["dpkg-deb", "--extract", str(package), str(work / "debian")])
+            CACHE.mkdir(parents=True, exist_ok=True)
+            shutil.move(work / "debian" / "bin" / "busybox", kept)
+    return kept
+
+
 def _root() -> Path:
     qemu, root = _qemu("aarch64"), CACHE / f"aarch64-{RELEASE}"
     if not (root / "made").is_file():
@@ -137,8 +223,11 @@ def _root() -> Path:
 
 def _into(root: Path) -> tuple[str, ...]:
     become_root = () if os.geteuid() == 0 else ("unshare", "--map-root-user")
-    chroot = shutil.which("chroot", path="/usr/sbin:/sbin:" + os.environ["PATH"]) or "chroot"
-    return (*become_root, chroot, str(root))
+    return (*become_root, _program("chroot"), str(root))
+
+
+def _program(name: str) -> str:
+    return shutil.which(name, path="/usr/sbin:/sbin:" + os.environ["PATH"]) or name
 
 
 def _debian(root: Path, qemu: Path) -> None:
