@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import hashlib
 import io
@@ -295,7 +294,7 @@ def listed(path: Path) -> ClipSet | None:
     Raises:
         InputError: the list is damaged or empty, names a video twice, or none of its first videos is there.
     """
-    found = lists.entries(path, _text(path))
+    found = lists.entries(path, lists.text_of(path))
     if found is None:
         return None
     if not found:
@@ -395,37 +394,13 @@ def manifest(path: Path) -> ClipSet:
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV file that are not blank, with the numbers of their (last) lines."""
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(lists.text_of(path), newline=""), strict=True)
     try:
         for cells in reader:
             if cells:
                 yield reader.line_num, cells
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}") from error
-
-
-def _text(path: Path) -> str:
-    """The text of a file by its byte order mark; UTF-8 where it has none.
-
-    Raises:
-        InputError: another encoding; says the line.
-    """
-    data = path.read_bytes()
-    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    encoding = "utf-16" if marked else "utf-8-sig"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        found = f"byte 0x{data[error.start]:02x} is not {encoding.removesuffix('-sig').upper()}"
-        raise InputError(f"{path}, line {line}: {found}; {_SAVE_AS}") from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise InputError(f"{path}, line {line} has a zero byte, as UTF-16 has it; {_SAVE_AS}")
-    return text
-
-
-_SAVE_AS = "save the file as UTF-8 (in Excel: CSV UTF-8; for Windows-1252: iconv -f cp1252 -t utf-8)"
 
 
 def _no_file(folder: Path, given: str) -> str:

@@ -6,6 +6,7 @@ Known are lines of `path label` (VideoMAE, SlowFast, V-JEPA), the splits of UCF1
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import re
@@ -25,6 +26,8 @@ CLASSES = "classInd.txt"
 """Names of the classes of UCF101, `1 ApplyEyeMakeup`, beside its splits."""
 
 MOST = 4 << 20
+
+SAVE_AS = "save the file as UTF-8 (in Excel: CSV UTF-8; for Windows-1252: iconv -f cp1252 -t utf-8)"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,27 @@ def folder_of(path: Path, found: Sequence[Entry]) -> Path:
     return best
 
 
+def text_of(path: Path) -> str:
+    """The text of a file by its byte order mark; UTF-8 where it has none.
+
+    Raises:
+        InputError: another encoding; says the line.
+    """
+    data = path.read_bytes()
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if marked else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{data[error.start]:02x} is not {encoding.removesuffix('-sig').upper()}"
+        raise InputError(f"{path}, line {line}: {found}; {SAVE_AS}") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise InputError(f"{path}, line {line} has a zero byte, as UTF-16 has it; {SAVE_AS}")
+    return text
+
+
 def _lines(path: Path, text: str) -> Iterator[Entry]:
     """`path label`, split at the last space; numbers are classes of `CLASSES` where that is beside the list."""
     names = _classes(path.parent / CLASSES)
@@ -91,7 +115,7 @@ def _classes(path: Path) -> dict[str, str]:
     """Names of classes by their numbers; empty without the file."""
     if not path.is_file():
         return {}
-    pairs = [line.split(None, 1) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    pairs = [line.split(None, 1) for line in text_of(path).splitlines() if line.strip()]
     if bad := next((pair for pair in pairs if len(pair) != 2), None):
         raise InputError(f"{path} has the line {' '.join(bad)!r}; expected a number and a name")
     return {number: name.strip() for number, name in pairs}

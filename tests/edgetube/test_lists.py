@@ -45,6 +45,9 @@ def test_the_splits_of_ucf101_have_names_of_classes_and_lie_beside_the_videos(tm
     (lists / "trainlist02.txt").write_text("YoYo/v_YoYo_g01.avi 7\n")
     with pytest.raises(InputError, match=r"trainlist02\.txt, line 1: class '7' is not in classInd\.txt"):
         labels(lists / "trainlist02.txt")
+    (lists / "classInd.txt").write_bytes("1 Archery\n2 Übung\n".encode("cp1252"))
+    with pytest.raises(InputError, match=r"classInd\.txt, line 2: byte 0xdc is not UTF-8; save the file as UTF-8"):
+        labels(lists / "trainlist01.txt")
 
 
 def test_the_tables_of_kinetics_name_files_by_their_times_and_some_are_missing(tmp_path: Path) -> None:
