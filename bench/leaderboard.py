@@ -150,9 +150,13 @@ def _add(rows: dict[tuple[Any, ...], Row], row: Row) -> None:
     rows[key] = newer | {"older": newer["older"] + older["older"] + 1}
 
 
+def _machine(document: Document) -> str:
+    """That which was timed, or answered: with `--on` another than the one that the command ran on."""
+    return str((document.get("device") or document)["machine"])
+
+
 def _row(file: str, document: Document, timed: Row, proofs: Sequence[tuple[Document, Row]]) -> Row:
-    there = document.get("device") or document
-    machine, target = str(there["machine"]), timed["target"]
+    machine, target = _machine(document), timed["target"]
     conditions = document.get("conditions") or {}
     board = (conditions.get("before") or {}).get("board")
     processor = machine.partition(",")[0]
@@ -180,7 +184,7 @@ def _accuracy(row: Row, proofs: Sequence[tuple[Document, Row]]) -> Row:
     if not same:
         return dict.fromkeys(ACCURACY) | {"data": None}
     document, proof = max(
-        same, key=lambda pair: (pair[0]["machine"] == row["machine"], pair[1]["clips"], pair[0].get("date") or "")
+        same, key=lambda pair: (_machine(pair[0]) == row["machine"], pair[1]["clips"], pair[0].get("date") or "")
     )
     return {key: proof.get(key) for key in ACCURACY} | {"data": document["data"].get("name")}
 

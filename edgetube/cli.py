@@ -1018,7 +1018,7 @@ def sweep(
     ] = "demo",
     keep_tokens: Annotated[
         list[str] | None,
-        typer.Option(help="Numbers of tokens besides all, as export takes them: '114;82;0.25'; may be repeated."),
+        typer.Option(help="Numbers of tokens besides all, as export takes them: '82;50;0.25'; may be repeated."),
     ] = None,
     reduce: Annotated[list[str] | None, typer.Option(help="merge (default), drop; may be repeated.")] = None,
     tubes: Annotated[
@@ -1075,7 +1075,7 @@ def sweep(
 
     Points that are certainly worse leave early. Exit 1 when no point keeps the rule.
 
-    Example: edgetube sweep --target onnx-fp32 --target onnx-int8 --keep-tokens "114;82;50" --min-top1 0.97
+    Example: edgetube sweep --target onnx-fp32 --target onnx-int8 --keep-tokens "82;50" --min-top1 0.97
     """
     _within(1, MANY, clips=clips)
     _within(1, 1024, workers=workers)

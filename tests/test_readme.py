@@ -67,7 +67,7 @@ def test_what_it_names_is_in_a_clone() -> None:
 def test_the_install_lines_name_what_the_commands_need_and_no_index_that_has_no_edgetube() -> None:
     """Every extra that a line or the table names exists, and the first line brings what all the commands import."""
     known = metadata.metadata("edgetube").get_all("Provides-Extra") or []
-    (line,) = re.findall(r'^pip install "\.\[([\w,]+)\]" -c constraints\.txt$', README, re.MULTILINE)
+    (line,) = re.findall(r'^pip install -e "\.\[([\w,]+)\]" -c constraints\.txt$', README, re.MULTILINE)
     asked = line.split(",")
     table = re.findall(r"extra `(\w+)`", README)
     assert len(table) >= 5

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import count as numbers
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from edgetube.errors import InputError
+from edgetube.errors import BackendError, InputError
 
-WAIT = timedelta(hours=12)
-"""How long a process waits for a value of another; `torchrun` ends all as soon as one has failed."""
+WAIT = timedelta(hours=1)
+"""How long a process waits for a value of another.
+
+One that fails is noticed earlier: by `torchrun`, which ends those beside it, or by the next step's sum of gradients.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Ranks:
     count: int
     device: torch.device
     store: Any = None
-    _exchanges: Iterator[int] = field(default_factory=numbers)
+    _exchanges: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def leads(self) -> bool:
@@ -53,12 +56,24 @@ class Ranks:
 
         By the store, not by `all_gather_object`: gloo's thread needs the interpreter's lock to free the tensors of
         such a call, and a process that is ending holds that lock while it waits for that thread.
+
+        Raises:
+            BackendError: one of them does not answer within `WAIT`, or the process that keeps the store is gone.
         """
         if self.store is None:
             return [value]
         exchange = next(self._exchanges)
         self.store.set(f"{exchange}/{self.rank}", json.dumps(value))
-        return [json.loads(self.store.get(f"{exchange}/{rank}")) for rank in range(self.count)]
+        return [self._value(exchange, rank) for rank in range(self.count)]
+
+    def _value(self, exchange: int, rank: int) -> Any:
+        try:
+            return json.loads(self.store.get(f"{exchange}/{rank}"))
+        except dist.DistError as error:
+            raise BackendError(
+                f"process {rank} of {self.count} does not answer; see what it says, and run all of them again: the "
+                f"training goes on ({str(error).splitlines()[0]})"
+            ) from error
 
 
 @contextmanager
@@ -82,9 +97,11 @@ def joined(device: str | None) -> Iterator[Ranks]:
     store, rank, count = next(undeclared.rendezvous("env://"))
     store.set_timeout(WAIT)
     kind = "nccl" if here.type == "cuda" else "gloo"
-    dist.init_process_group(kind, store=undeclared.PrefixStore("group", store), rank=rank, world_size=count)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives processes that are started again
+    group, values = (undeclared.PrefixStore(f"{name}/{attempt}", store) for name in ("group", "values"))
+    dist.init_process_group(kind, store=group, rank=rank, world_size=count)
     try:
-        yield Ranks(rank, count, here, undeclared.PrefixStore("values", store))
+        yield Ranks(rank, count, here, values)
     finally:
         dist.destroy_process_group()
 
