@@ -36,7 +36,7 @@ TARGETS = (
         name="openvino-fp16",
         precision=Precision.FP16,
         backend="openvino",
-        summary="half the size; computed in float16, or in bfloat16 on CPUs that have only that",
+        summary="half the size; computed in float16, or in bfloat16 on CPUs that multiply only that fast",
         build_needs=BUILD_NEEDS,
         run_needs=("openvino",),
         extra=EXTRA,
@@ -60,7 +60,7 @@ INFERENCE_PRECISION = {
     Precision.FP16: ["f16", "bf16", "f32"],
     Precision.W8A8: ["bf16", "f32"],
 }
-"""Types that a target's float arithmetic may run in, best first; the backend takes the first that the device has."""
+"""Types that a target's float arithmetic may run in, best first; the backend takes the first that is fast there."""
 
 PRODUCTS = ("FullyConnected", "MatMul", "Convolution")
 """How the names of layers begin that multiply matrices in OpenVINO's executed graph."""

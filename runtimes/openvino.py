@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +46,9 @@ UNSEEN = "bfloat16 of CPUs that have it, GPUs and NPUs of Intel"
 
 CAPABILITY = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
 """OpenVINO's names of device capabilities, by type."""
+
+FLAGS = Path("/proc/cpuinfo")
+"""What Linux says of an x86's instructions."""
 
 ARITHMETIC: Mapping[str, Arithmetic] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 """What a type that OpenVINO names computes in."""
@@ -168,22 +172,39 @@ def compile_model(
     name = device.upper()
     if name not in (available := core().available_devices):
         raise InputError(f"no device is called {device!r} here; OpenVINO finds {', '.join(available).lower()}")
-    able = core().get_property(name, "OPTIMIZATION_CAPABILITIES")
-    precision = next((p for p in precisions if CAPABILITY[p] in able), "f32")
+    precision = next((kind for kind in precisions if kind in computed(name)), "f32")
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     return core().compile_model(path, name, config)
 
 
+def computed(device: str) -> set[str]:
+    """Types that a device of OpenVINO's computes faster than float32, and float32.
+
+    On x86, float16 is one only where a matrix unit has it (AMX-FP16). The vector instructions of AVX512-FP16 alone made
+    TubeViT-B slower than float32, and three times as slow as bfloat16 on AMX: see `docs/benchmarks.md`.
+    """
+    able = core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+    types = {kind for kind, capability in CAPABILITY.items() if capability in able}
+    return types - {"f16"} if device == "CPU" and "bf16" in types and not _multiplies_float16() else types
+
+
+def _multiplies_float16() -> bool:
+    """Whether this processor is no x86, or is known to have AMX-FP16."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return FLAGS.is_file() and "amx_fp16" in FLAGS.read_text().split()
+
+
 def product(precision: Precision, size: int, threads: int | None) -> Callable[[], object] | None:
     """A call that multiplies two matrices (size, size) on the CPU, for `runtimes.products`; no weight-only ones.
 
-    FP16 is computed in bfloat16 where the CPU has that and no float16; None where it has neither.
+    FP16 is computed as `computed` says: in float16, or else in bfloat16; None where the CPU has neither.
     """
     wanted = {Precision.FP32: ["f32"], Precision.FP16: ["f16", "bf16"], Precision.W8A8: ["f32"]}
-    able = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if not any(CAPABILITY[kind] in able for kind in wanted.get(precision, [])):
+    able = computed("CPU")
+    if not any(kind in able for kind in wanted.get(precision, [])):
         return None
     from openvino import opset13 as ops
 
@@ -194,7 +215,7 @@ def product(precision: Precision, size: int, threads: int | None) -> Callable[[]
     else:
         model = ov.Model([ops.matmul(frames, right, False, True)], [frames])
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-    config["INFERENCE_PRECISION_HINT"] = next(kind for kind in wanted[precision] if CAPABILITY[kind] in able)
+    config["INFERENCE_PRECISION_HINT"] = next(kind for kind in wanted[precision] if kind in able)
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     request = core().compile_model(model, "CPU", config).create_infer_request()

@@ -261,7 +261,8 @@ def executed(by: Mapping[str, Any]) -> tuple[str, str]:
     where = [*device] if isinstance(device, list) else [device]
     where += [by[key] for key in ("soc", "delegate") if by.get(key) not in (None, "none")]
     versions = {key: VERSION.match(value) for key, value in by.items() if isinstance(value, str)}
-    who = [f"{key} {version[0]}" for key, version in versions.items() if version]
+    who = [f"edgetube's evaluator on {by['evaluator']}"] if "evaluator" in by else []
+    who += [f"{key} {version[0]}" for key, version in versions.items() if version]
     return ", ".join(who), ", ".join(where).replace("CPU", "cpu")
 
 

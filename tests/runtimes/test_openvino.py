@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,35 @@ def test_float32_is_computed_in_float32_whatever_the_cpu_prefers(exported: dict[
     assert exported["fp32"].parity["max_abs_error"] < 1e-4
 
 
-def test_half_precision_takes_the_first_type_that_the_device_has(exported: dict[str, Bundle]) -> None:
-    from edgetube.runtimes.openvino import core
+@pytest.mark.parametrize(
+    ("machine", "flags", "capabilities", "types"),
+    [
+        ("x86_64", "flags : avx2", ["FP32", "INT8"], {"f32"}),
+        ("x86_64", "flags : avx512_bf16", ["BF16", "FP32"], {"f32", "bf16"}),
+        ("AMD64", "flags : amx_bf16 avx512_fp16", ["BF16", "FP32", "FP16"], {"f32", "bf16"}),
+        ("x86_64", "flags : amx_bf16 amx_fp16", ["BF16", "FP32", "FP16"], {"f32", "bf16", "f16"}),
+        ("aarch64", "Features : bf16", ["BF16", "FP32", "FP16"], {"f32", "bf16", "f16"}),
+    ],
+)
+def test_float16_is_taken_where_a_matrix_unit_has_it(
+    machine: str, flags: str, capabilities: list[str], types: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgetube.runtimes import openvino
 
-    capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    expected = next(p for p, able in (("f16", "FP16"), ("bf16", "BF16"), ("f32", "FP32")) if able in capabilities)
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
+    monkeypatch.setattr(openvino, "FLAGS", tmp_path / "cpuinfo")
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(openvino, "core", lambda: SimpleNamespace(get_property=lambda *_: capabilities))
+    assert openvino.computed("CPU") == types
+    assert openvino.computed("GPU") == {"f32", "bf16", "f16"} & {
+        k for k, v in openvino.CAPABILITY.items() if v in capabilities
+    }
+
+
+def test_half_precision_takes_the_first_type_that_is_fast_here(exported: dict[str, Bundle]) -> None:
+    from edgetube.runtimes.openvino import computed
+
+    expected = next(kind for kind in ("f16", "bf16", "f32") if kind in computed("CPU"))
     names = {"f16": "float16", "bf16": "bfloat16", "f32": "f32"}
     with runtimes.open_bundle(exported["fp16"]) as backend:
         assert names[backend.describe()["inference_precision"]] == names[expected]

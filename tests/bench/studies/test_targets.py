@@ -48,6 +48,13 @@ def test_the_tables_by_hand() -> None:
     assert made["licences"].splitlines()[2:] == ["| `a` | 1 | MIT |"]
 
 
+def test_an_evaluator_of_our_own_is_called_so() -> None:
+    assert targets.executed({"evaluator": "numpy 2.4.6", "operations": 3}) == (
+        "edgetube's evaluator on numpy 2.4.6",
+        "cpu",
+    )
+
+
 def test_tables_are_put_between_their_lines_again_and_again() -> None:
     text = "a\n<!-- x -->\n<!-- end -->\nb\n<!-- y -->\nold\n<!-- end -->\n"
     once = targets.fill(text, {"x": "| 1 |", "y": "| 2 |", "z": "| 3 |"})
