@@ -95,7 +95,7 @@ def test_the_comparison_that_counts(tmp_path: Path) -> None:
 
 
 def test_a_comparison_over_the_line_is_of_the_machine_that_answered(tmp_path: Path) -> None:
-    there = {"device": {"name": "ssh://pi", "machine": "Cortex-A76, 4 cores; edgetube 1"}}
+    there: dict[str, Any] = {"device": {"name": "ssh://pi", "machine": "Cortex-A76, 4 cores; edgetube 1"}}
     write(tmp_path, a=bench("PC", timed("m.onnx-fp32", 1.0), **there))
     write(tmp_path, b=parity("PC", "m.onnx-fp32", 0.2, clips=99), c=parity("PC", "m.onnx-fp32", 0.3, **there))
     assert [row["agreement"] for row in leaderboard.collect([tmp_path]).rows] == [0.3]
