@@ -1,11 +1,10 @@
 """A Python for a device that has none, nor a C library that packages are built for: Android's shell.
 
-    python -m edgetube.remote.portable --into FOLDER [--prefix /data/local/tmp/edgetube/python]
+    python -m edgetube.remote.portable --into FOLDER
 
 It is Debian's for aarch64, in one folder with the C library and the loader that it needs. The program names both by
-where they will lie, so it has to be pushed to the prefix that it was made for. Debian's packages are fetched by
-`apt-get` with a configuration of its own, and checked by Debian's keys; none of their scripts is run, and nothing is
-installed here.
+where they will lie, so it runs from `edgetube.remote.adb.PYTHON` alone. Debian's packages are fetched by `apt-get` with
+a configuration of its own, and checked by Debian's keys; none of their scripts is run, and nothing is installed here.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from edgetube.errors import EdgetubeError, InputError
+from edgetube.files import PREFIX
 from edgetube.remote import adb
 
 MIRROR = "http://deb.debian.org/debian"
@@ -50,36 +50,40 @@ The program loads them itself: a package's library with a DT_RUNPATH of its own 
 """
 
 
-def make(folder: Path, prefix: str = adb.PYTHON, mirror: str = MIRROR) -> None:
-    """Make a folder that is a Python once it lies at a prefix on an aarch64 device.
+def make(folder: Path, mirror: str = MIRROR) -> None:
+    """Make a folder that is a Python once it lies at `edgetube.remote.adb.PYTHON` on an aarch64 device.
+
+    It is made in a hidden folder beside it, and is there when it is whole.
 
     Args:
         folder: it must not be there.
-        prefix: absolute path on the device.
 
     Raises:
-        InputError: the folder is there, the prefix is no absolute path, or a program that is needed is not here.
+        InputError: the folder is there, or a program that is needed is not here.
         EdgetubeError: a package cannot be fetched or unpacked.
+        OSError: the disk refuses.
     """
-    if not prefix.startswith("/") or ":" in prefix or "$" in prefix:
-        raise InputError(f"the prefix is {prefix!r}; expected an absolute path without : and $, like {adb.PYTHON}")
     if folder.exists():
         raise InputError(f"{folder} is there already: remove it, or name another folder")
     patchelf = _needed()
-    with tempfile.TemporaryDirectory(prefix="edgetube-python-") as name:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="edgetube-python-") as name,
+        tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder.parent) as beside,
+    ):
         work = Path(name)
         fetch(PACKAGES, work, mirror)
         for package in sorted(work.glob("*.deb")):
             _call("dpkg-deb", "--extract", str(package), str(work / "debian"))
-        made = work / "made"
+        made = Path(beside) / folder.name
         _assemble(work / "debian", made, patchelf)
         needed = [option for library in EXPECTED for option in ("--add-needed", library)]
-        interpreter, python = f"{prefix}/lib/{LOADER}", str(made / "bin" / "python3")
+        libraries, python = f"{adb.PYTHON}/lib", str(made / "bin" / "python3")
         # DT_RPATH holds for libraries that modules load, too; DT_RUNPATH would hold for the program's alone.
-        _call(patchelf, "--set-interpreter", interpreter, "--force-rpath", "--set-rpath", f"{prefix}/lib", python)
+        interpreter = f"{libraries}/{LOADER}"
+        _call(patchelf, "--set-interpreter", interpreter, "--force-rpath", "--set-rpath", libraries, python)
         _call(patchelf, *needed, python)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(made, folder)
+        made.rename(folder)
 
 
 def _needed() -> str:
@@ -160,12 +164,18 @@ def _call(*command: str, folder: Path | None = None) -> str:
     return ran.stdout
 
 
-def push(folder: Path, prefix: str = adb.PYTHON) -> list[str]:
-    """The lines of a shell that bring a folder to its prefix on the only device that adb sees."""
-    name, above = PurePosixPath(prefix).name, str(PurePosixPath(prefix).parent)
-    if folder.name != name:
-        return [f"mv {shlex.quote(str(folder))} {name}", *push(Path(name), prefix)]
-    return [f"adb shell mkdir -p {shlex.quote(above)}", f"adb push {shlex.quote(str(folder))} {shlex.quote(above)}"]
+def push(folder: Path) -> list[str]:
+    """The lines of a shell that bring a folder to `edgetube.remote.adb.PYTHON` on the only device that adb sees."""
+    place = PurePosixPath(adb.PYTHON)
+    if folder.name != place.name:
+        named = folder.with_name(place.name)
+        return [shlex.join(["mv", str(folder), str(named)]), *push(named)]
+    above, client = shlex.quote(str(place.parent)), adb.CLIENT.shown
+    # The shell there reads the words of `shell` once more; those of `push` it does not see.
+    return [
+        f"{client} shell {shlex.quote(f'mkdir -p {above}')}",
+        f"{client} push {shlex.quote(str(folder))} {above}",
+    ]  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,17 +184,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m edgetube.remote.portable", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--into", type=Path, required=True, metavar="FOLDER", help="it must not be there yet")
-    parser.add_argument("--prefix", default=adb.PYTHON, help="where it will lie on the device: %(default)s")
     parser.add_argument("--mirror", default=MIRROR, help="of Debian: %(default)s")
     given = parser.parse_args(arguments)
     try:
-        make(given.into, given.prefix.rstrip("/"), given.mirror)
+        make(given.into, given.mirror)
     except (EdgetubeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     size = sum(path.stat().st_size for path in given.into.rglob("*") if path.is_file())
-    about = f"{given.into}: Python {VERSION} of Debian {RELEASE} for aarch64, {size / 1e6:.0f} MB, for {given.prefix}"
-    print("\n".join([about, *push(given.into, given.prefix.rstrip("/"))]))  # noqa: T201
+    about = f"{given.into}: Python {VERSION} of Debian {RELEASE} for aarch64, {size / 1e6:.0f} MB"
+    several = f"push it there (of several devices to one: {adb.CLIENT.shown} -s SERIAL ...):"
+    print("\n".join([about, several, *push(given.into)]))  # noqa: T201
     return 0
 
 

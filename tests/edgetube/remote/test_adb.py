@@ -239,7 +239,9 @@ class TestRealClient:
                 device.ask("facts")
         there.unplug()
 
-    def test_a_folder_is_pushed_to_its_prefix(self, client: list[str], tmp_path: Path) -> None:
+    def test_a_folder_is_pushed_to_its_place(
+        self, client: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """By the lines that `edgetube.remote.portable` prints; a second time, too."""
         there, _ = self.connect(client)
         python = tmp_path / "made" / "python"
@@ -248,9 +250,9 @@ class TestRealClient:
         (python / "bin" / "python3").chmod(0o755)
         (python / "text").write_bytes(os.urandom(200_000))
         prefix = tmp_path / "data" / "tmp" / "python"
-        script = f'adb() {{ command {shlex.join(client)} "$@"; }}\n' + "\n".join(portable.push(python, str(prefix)))
+        monkeypatch.setattr(adb, "PYTHON", str(prefix))
         for _ in range(2):
-            subprocess.run(["sh", "-ec", script], check=True, capture_output=True)
+            subprocess.run(["sh", "-ec", "\n".join(portable.push(python))], check=True, capture_output=True)
             found = [path.relative_to(prefix).as_posix() for path in prefix.rglob("*") if path.is_file()]
             assert sorted(found) == ["bin/python3", "text"]
         assert (prefix / "text").read_bytes() == (python / "text").read_bytes()
