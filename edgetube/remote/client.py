@@ -40,11 +40,14 @@ class Client:
             InputError: the environment variable cannot be read as a command.
         """
         try:
-            return shlex.split(self.shown)
+            words = shlex.split(self.shown)
+            if not any(words[:1]):
+                raise ValueError("no program is named")
         except ValueError as error:
             raise InputError(
                 f"{self.variable} cannot be read ({error}); expected a command, like: {self.example}"
             ) from error
+        return words
 
     def start(self, name: str, command: Sequence[str], words: int) -> subprocess.Popen[bytes]:
         """Start it with its stdin and stdout as pipes.

@@ -79,8 +79,9 @@ class TestAddresses:
         monkeypatch.delenv("EDGETUBE_ADB")
         assert Adb("adb://").command == ["adb"]
 
-    def test_a_command_that_cannot_be_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("EDGETUBE_ADB", "adb 'x")
+    @pytest.mark.parametrize("command", ["adb 'x", " ", "''"])
+    def test_a_command_that_cannot_be_read(self, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("EDGETUBE_ADB", command)
         with pytest.raises(InputError, match="EDGETUBE_ADB cannot be read"):
             Device("adb://")
 

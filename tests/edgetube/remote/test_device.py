@@ -78,8 +78,9 @@ class TestAddresses:
         assert command[-6:] == ["-l", "pi", "-p", "22", "--", "host"]
         assert not any("StrictHostKeyChecking" in word for word in command)
 
-    def test_a_command_that_cannot_be_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("EDGETUBE_SSH", "ssh 'x")
+    @pytest.mark.parametrize("command", ["ssh 'x", " ", "''"])
+    def test_a_command_that_cannot_be_read(self, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("EDGETUBE_SSH", command)
         with pytest.raises(InputError, match="EDGETUBE_SSH cannot be read"):
             Device("ssh://host")
 
