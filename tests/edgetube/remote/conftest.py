@@ -12,10 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+
+SUBNETS = ip_network("198.18.0.0/15")
 
 
 @dataclass
@@ -23,12 +26,25 @@ class Network:
     """A network namespace with a device's end of a cable, whose other end is this machine's.
 
     Attributes:
-        name: of the namespace; begins the names of the cable's ends.
+        number: of a process: those of two that run have other names and addresses.
     """
 
-    name: str
+    number: int
 
-    HERE, THERE = "10.213.77.1", "10.213.77.2"
+    @property
+    def name(self) -> str:
+        """Of the namespace; begins the names of the cable's ends."""
+        return f"et{self.number}"
+
+    @property
+    def here(self) -> str:
+        """The address of this machine's end, in a subnet of four; 198.18.0.0/15 is for tests (RFC 2544)."""
+        return str(SUBNETS[4 * self.number % SUBNETS.num_addresses + 1])
+
+    @property
+    def there(self) -> str:
+        """That of the device's end."""
+        return str(SUBNETS[4 * self.number % SUBNETS.num_addresses + 2])
 
     @property
     def inside(self) -> tuple[str, ...]:
@@ -55,9 +71,9 @@ class Network:
         """Put the cable in."""
         here, there = f"{self.name}-a", f"{self.name}-b"
         self._ip("ip", "link", "add", here, "type", "veth", "peer", "name", there, "netns", self.name)
-        self._ip("ip", "address", "add", f"{self.HERE}/30", "dev", here)
+        self._ip("ip", "address", "add", f"{self.here}/30", "dev", here)
         self._ip("ip", "link", "set", here, "up")
-        self._ip(*self.inside, "ip", "address", "add", f"{self.THERE}/30", "dev", there)
+        self._ip(*self.inside, "ip", "address", "add", f"{self.there}/30", "dev", there)
         self.up()
 
     def pull(self) -> None:
@@ -166,7 +182,7 @@ def free_port() -> int:
 
 def start(folder: Path, network: Network | None = None) -> Sshd:
     """Start an sshd with files in a folder, on loopback or in a network of its own."""
-    host = network.THERE if network else "127.0.0.1"
+    host = network.there if network else "127.0.0.1"
     path = shutil.which("sshd", path=f"/usr/sbin:/sbin:{os.environ['PATH']}")
     if path is None or shutil.which("ssh") is None:
         pytest.skip("no sshd here; on Debian: apt-get install openssh-server")
@@ -230,7 +246,7 @@ def sshd(server: Sshd, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
 @pytest.fixture
 def distant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
     """A server at the other end of a cable that can be pulled."""
-    network = Network(f"et{os.getpid()}")
+    network = Network(os.getpid())
     network.make()
     try:
         (folder := tmp_path / "sshd").mkdir()

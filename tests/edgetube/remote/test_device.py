@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from edgetube.errors import BundleError, DeviceError, InputError
 from edgetube.remote import commands, stage, store, transport
 from edgetube.remote.device import Device
 from edgetube.remote.ssh import Ssh
-from tests.edgetube.remote.conftest import Sshd, is_running
+from tests.edgetube.remote.conftest import Network, Sshd, is_running
 
 LOCAL = f"local://?python={sys.executable}"
 
@@ -150,6 +151,57 @@ def script(path: Path, text: str) -> Path:
 
 
 @pytest.mark.slow
+class TestDeaf:
+    """The other side neither answers nor closes the line; the client here is ended, which is no fault of its own."""
+
+    @pytest.fixture(autouse=True)
+    def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("edgetube.remote.device.GRACE_S", 0.2)
+
+    def test_a_line_that_does_not_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("EDGETUBE_SSH", str(script(tmp_path / "ssh", "exec >&-; exec sleep 60")))
+        with pytest.raises(DeviceError, match=r"^ssh://pi: the line did not end within 0\.2 s, and was given up: run"):
+            Device("ssh://pi")
+
+    def test_closing_does_not_wait_for_what_cannot_be_sent(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        about = {"own": {"version": edgetube.__version__, "code": ""}, "executable": "/python3"}
+        hellos = [f"{stage.HELLO} {json.dumps(found)}" for found in (about, {"protocol": stage.PROTOCOL})]
+        lines = "".join(f"read -r line; echo '{text}'; " for text in (*hellos, '{"result": {}}'))
+        monkeypatch.setenv("EDGETUBE_SSH", str(script(tmp_path / "ssh", f"{lines}exec sleep 60")))
+        device = Device("ssh://pi?python=/python3")
+        failed = list[str]()
+
+        def put() -> None:
+            try:
+                device.ask("put", b"x" * (1 << 20))
+            except DeviceError as error:
+                failed.append(str(error))
+
+        threads = [threading.Thread(target=put, daemon=True), threading.Thread(target=device.close, daemon=True)]
+        try:
+            for thread in threads:
+                thread.start()
+                time.sleep(0.2)  # until the pipe is full
+            for thread in threads:
+                thread.join(10)
+            assert not any(thread.is_alive() for thread in threads)
+        finally:
+            assert device._process is not None
+            device._process.kill()
+        assert len(failed) == 1
+        assert failed[0].startswith("ssh://pi: the line did not end")
+
+
+def test_two_workers_have_networks_of_their_own() -> None:
+    networks = [Network(number) for number in (4711, 4712, 4713)]
+    assert len({address for network in networks for address in (network.here, network.there)}) == 6
+    subnets = [ip_network(f"{network.here}/30", strict=False) for network in networks]
+    assert all(ip_address(network.there) in subnet for network, subnet in zip(networks, subnets, strict=True))
+    assert len({*subnets}) == 3
+
+
 class TestPython:
     def test_an_old_one(self, sshd: Sshd, tmp_path: Path) -> None:
         old = script(tmp_path / "python3", 'case "$1" in -V) echo Python 3.9.2;; *) exit 1;; esac')
