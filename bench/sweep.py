@@ -540,7 +540,8 @@ def run(
     Args:
         source: see `prepared`.
         runner: in which processes the clips are answered, see `edgetube.bench.workers`; not that of timed calls.
-        reach: where the points are timed, and answer; they are exported on this machine.
+        reach: where the points are timed, and answer; they are exported on this machine. Nothing is reached where no
+            point could be exported.
 
     Returns:
         The document of `edgetube sweep --json`, and the bundles by their points' names.
@@ -559,18 +560,25 @@ def run(
             made[point.name] = bundle
         else:
             left[point.name] = bundle
-    with reach(progress) as place:
-        device, measured = place.about(), _measured(made, options, place, progress)
-        times = _times(made, measured, views)
-        where = "here" if device is None else f"on {device['name']}"
-        left |= {name: f"not timed {where}: {row['reason']}" for name, row in times.items() if row["p50_ms"] is None}
-        start = [
-            Standing(name, row["p50_ms"], row["p50_low_ms"], row["p50_high_ms"])
-            for name, row in times.items() if row["p50_ms"] is not None
-        ]  # fmt: skip
-        ask = Answers(made, source, checkpoint, cache, options.threads, progress, views, runner, place.artifact)
-        known, gone = search(start, source.count, rule, ask)
-    left |= gone
+    device: dict[str, Any] | None = None
+    measured: Mapping[str, Any] = {}
+    times: dict[str, dict[str, Any]] = {}
+    known: dict[str, Standing] = {}
+    if made:
+        with reach(progress) as place:
+            device, measured = place.about(), _measured(made, options, place, progress)
+            times = _times(made, measured, views)
+            where = "here" if device is None else f"on {device['name']}"
+            left |= {
+                name: f"not timed {where}: {row['reason']}" for name, row in times.items() if row["p50_ms"] is None
+            }
+            start = [
+                Standing(name, row["p50_ms"], row["p50_low_ms"], row["p50_high_ms"])
+                for name, row in times.items() if row["p50_ms"] is not None
+            ]  # fmt: skip
+            ask = Answers(made, source, checkpoint, cache, options.threads, progress, views, runner, place.artifact)
+            known, gone = search(start, source.count, rule, ask)
+        left |= gone
     finished = [one for one in known.values() if one.name not in left]
     best, chosen = front(finished), winner(finished, rule)
     why = {**reasons(finished, rule), **left}
@@ -623,11 +631,9 @@ TIMES = ("p50_ms", "p50_low_ms", "p50_high_ms", "p10_ms", "p90_ms")
 
 
 def _measured(made: Mapping[str, Bundle], options: Options, place: Place, progress: Progress) -> Mapping[str, Any]:
-    """The document of `latency.measure`, each bundle once; empty without bundles."""
-    if not (distinct := _distinct(made)):
-        return {}
+    """The document of `latency.measure`, each bundle once."""
     asked = latency.Options((options.threads,), seconds=options.seconds, starts=1)
-    return place.measure(list(distinct.values()), asked, progress)
+    return place.measure(list(_distinct(made).values()), asked, progress)
 
 
 def _distinct(made: Mapping[str, Bundle]) -> dict[Path, Bundle]:

@@ -869,7 +869,7 @@ def parity(
     )  # fmt: skip
     if on is not None and (workers > 1 or ray or decoder is not None):
         raise InputError("--on has one process on the device; leave out --workers, --ray and --decoder")
-    with progress() as show, _artifacts(on, found, show) as artifact:
+    with progress() as show, _artifacts(on, found, show) as (artifact, device):
         if watch:
             if data or views is not None or resume or ray or workers > 1:
                 raise InputError(
@@ -902,7 +902,7 @@ def parity(
             curves = looking.curves(found, clips_shown, reference=held_against, artifact=artifact, progress=show)
         verdicts = gates.judge(comparison)
         document = comparison.to_json(verdicts, [curve.to_json() for curve in curves], video_report)
-        document["device"] = None if on is None else artifact.about()
+        document["device"] = device
     _note_threads(found, threads)
     if as_json:
         print_json(machine.dated(document))
@@ -938,14 +938,14 @@ def agree(
     comparing = need("edgetube.bench.agree", "export")
     found = [bundles.load(path) for path in bundle]
     shown = datasets.single(clip, found[0].labels, start).read(found[0].contract)
-    with progress() as show, _artifacts(on, found, show) as artifact:
+    with progress() as show, _artifacts(on, found, show) as (artifact, device):
         agreement = comparing.measure(
             _located(found, checkpoint), shown, reference=None if checkpoint is None else True, by_layer=layers,
             threads=threads, artifact=artifact, progress=show,
         )  # fmt: skip
         verdicts = agreement.verdicts(max_difference)
         document = agreement.to_json(verdicts)
-        document["device"] = None if on is None else artifact.about()
+        document["device"] = device
     _note_threads(found, threads)
     if as_json:
         print_json(document)
@@ -1066,7 +1066,9 @@ def sweep(
     ray: Annotated[str | None, typer.Option(help="Use the Ray cluster at this address (auto: this machine's).")] = None,
     on: Annotated[
         list[str] | None,
-        typer.Option("--on", help="Another machine that times the points and answers: ssh://user@host[:port]."),
+        typer.Option(
+            "--on", help="Another machine that times the points and answers: ssh://user@host[:port], adb://SERIAL."
+        ),
     ] = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -1226,13 +1228,14 @@ def _predictions(
 
 
 @contextmanager
-def _artifacts(on: str | None, found: Sequence[Bundle], show: Progress) -> Iterator[Any]:
-    """What makes the models of a comparison: of bundles that run here, or on another machine."""
+def _artifacts(on: str | None, found: Sequence[Bundle], show: Progress) -> Iterator[tuple[Any, dict[str, Any] | None]]:
+    """What makes the models of a comparison, of bundles that run here or on another machine, and `device` of it."""
     if on is None:
         yield need("edgetube.bench.model_set", "export").Artifact
         return
     with commands.device_of(on, found, show) as device:
-        yield commands.Artifacts(device)
+        place = commands.Place(device)
+        yield place.artifact, place.about()
 
 
 def _note_threads(found: Sequence[Bundle], threads: int | None) -> None:

@@ -6,7 +6,7 @@ import importlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -28,24 +28,13 @@ from edgetube.spec import Prediction
 
 SCHEMA = 1
 
+IN_TURNS = "a device times in turns, in one environment"
+"""Why a device is named once."""
+
 
 def device_of(address: str, found: Sequence[Bundle], progress: Progress = silent) -> Device:
     """A device with what the bundles need to run; a context manager."""
     return Device(address, [bundle.backend for bundle in found], progress)
-
-
-@dataclass(frozen=True)
-class Artifacts:
-    """Makes the models of a comparison of bundles that run on a device."""
-
-    device: Device
-
-    def __call__(self, bundle: Bundle) -> RemoteArtifact:
-        return RemoteArtifact(bundle, self.device)
-
-    def about(self) -> dict[str, Any]:
-        """See `about`."""
-        return about(self.device)
 
 
 def about(device: Device) -> dict[str, Any]:
@@ -64,7 +53,8 @@ def bench(
     Of several devices, one that fails has its `device` and the `error` instead of measurements.
 
     Raises:
-        InputError: an option that a device cannot take, or no address of a device; nothing was done then.
+        InputError: an option that a device cannot take, no address of a device, or two of one device; nothing was timed
+            then.
         DeviceError: the only device failed.
     """
     if options.reference:
@@ -72,7 +62,7 @@ def bench(
     asked = addresses(given)
     names = [transport.parse(one).name for one in asked]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise InputError(f"--on names {', '.join(twice)} twice; a device times in turns, in one environment")
+        raise InputError(f"--on names {', '.join(twice)} twice; {IN_TURNS}")
     if len(asked) == 1:
         with device_of(asked[0], found, progress) as device:
             return _timed(device, found, options, progress)
@@ -126,29 +116,54 @@ def _timed(device: Device, found: Sequence[Bundle], options: latency.Options, pr
 def _each(
     asked: Mapping[str, str], found: Sequence[Bundle], options: latency.Options, progress: Progress
 ) -> list[dict[str, Any]]:
-    """The documents of several devices, name -> address, which work at the same time."""
-    telling, opened = threading.Lock(), list[Device]()
+    """The documents of several devices, name -> address, which are reached, and then time, at the same time.
 
-    def one(name: str, address: str) -> dict[str, Any]:
+    Raises:
+        InputError: two addresses are of one device.
+    """
+    telling, lines = threading.Lock(), ExitStack()
+
+    def teller(name: str) -> Progress:
         def tell(stage: str, done: int, total: int) -> None:
             with telling:
                 progress(f"{name}: {stage}", done, total)
 
+        return tell
+
+    def opened(name: str) -> Device | str:
         try:
-            with device_of(address, found, tell) as device:
-                opened.append(device)
-                return _timed(device, found, options, tell)
+            return lines.enter_context(device_of(asked[name], found, teller(name)))
+        except EdgetubeError as error:
+            return str(error)
+
+    def timed(name: str, device: Device | str) -> dict[str, Any]:
+        try:
+            if isinstance(device, str):
+                raise DeviceError(device)
+            with device:
+                return _timed(device, found, options, teller(name))
         except EdgetubeError as error:
             return {"device": {"name": name}, "error": str(error)}
 
-    with ThreadPoolExecutor(len(asked)) as pool:
-        waiting = [pool.submit(one, name, address) for name, address in asked.items()]
-        try:
-            return [future.result() for future in waiting]
-        except BaseException:
-            for device in opened:
-                device.close()
-            raise
+    with ThreadPoolExecutor(len(asked)) as pool, lines:  # lines are closed first, so that nobody waits for them
+        devices = dict(zip(asked, pool.map(opened, asked), strict=True))
+        _check_apart([device for device in devices.values() if isinstance(device, Device)])
+        return list(pool.map(timed, devices.keys(), devices.values()))
+
+
+def _check_apart(devices: Sequence[Device]) -> None:
+    """Check that no two of them are one.
+
+    Raises:
+        InputError: two are.
+    """
+    known: dict[str, Device] = {}
+    for device in devices:
+        if (other := known.setdefault(device.facts["id"], device)) is not device:
+            raise InputError(
+                f"{other.name} and {device.name} are one device; {IN_TURNS}. Or the disk of one is a copy of the "
+                "other's: then remove device/identity in edgetube's cache folder on one of them"
+            )
 
 
 def documents(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -172,7 +187,7 @@ def failed(document: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Place:
-    """A device that times points and answers clips, see `edgetube.bench.sweep.Place`."""
+    """A device that times bundles and answers clips, see `edgetube.bench.sweep.Place`."""
 
     device: Device
 

@@ -11,8 +11,7 @@ from edgetube.bench import parity
 from edgetube.bundle import Bundle
 from edgetube.errors import DeviceError, EdgetubeError, ParityError
 from edgetube.progress import Progress, silent
-from edgetube.remote.commands import Artifacts, Reach, device_of
-from edgetube.remote.device import Device
+from edgetube.remote.commands import Place, Reach, device_of
 
 CLIPS = 63
 """Built-in clips of the proof: seven of each class of the built-in model."""
@@ -28,7 +27,7 @@ def prove(address: str, made: Sequence[Bundle], progress: Progress = silent) -> 
         ParityError: a gate failed; that bundle and those after it stay as they were exported.
     """
     with device_of(address, made, progress) as device:
-        return [_proven(device, bundle, progress) for bundle in made]
+        return [_proven(Place(device), bundle, progress) for bundle in made]
 
 
 def prove_chosen(reach: Reach, made: Sequence[Bundle], progress: Progress = silent) -> list[str]:
@@ -37,12 +36,14 @@ def prove_chosen(reach: Reach, made: Sequence[Bundle], progress: Progress = sile
     Args:
         reach: see `edgetube.remote.commands.reach`.
     """
-    reasons = []
+    reasons: list[str] = []
+    if not made:
+        return reasons
     try:
         with reach(progress) as place:
             for bundle in made:
                 try:
-                    _proven(place.device, bundle, progress)
+                    _proven(place, bundle, progress)
                 except ParityError as error:
                     reasons.append(str(error))
     except EdgetubeError as error:
@@ -50,12 +51,12 @@ def prove_chosen(reach: Reach, made: Sequence[Bundle], progress: Progress = sile
     return reasons
 
 
-def _proven(device: Device, bundle: Bundle, progress: Progress) -> Bundle:
-    artifact = Artifacts(device)
-    if (status := artifact(bundle).status) != "executed":
+def _proven(place: Place, bundle: Bundle, progress: Progress) -> Bundle:
+    device = place.device
+    if (status := place.artifact(bundle).status) != "executed":
         raise DeviceError(f"{device.name}: {bundle.name} would be {status} there: its runtime is missing")
     source = datasets.built_in(CLIPS, bundle.labels)
-    comparison = parity.measure([bundle], source, artifact=artifact, progress=progress)
+    comparison = parity.measure([bundle], source, artifact=place.artifact, progress=progress)
     if failed := [str(verdict) for verdict in parity.DEFAULTS.judge(comparison) if not verdict.passed]:
         raise ParityError(f"{device.name}: {'; '.join(failed)}; the bundle stays {bundle.status}")
     (measured,) = comparison.measured

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -18,8 +20,11 @@ from hypothesis import strategies as st
 
 from edgetube import datasets, demo, metrics
 from edgetube.bench import sweep, workers
+from edgetube.bench.answer_cache import AnswerCache
 from edgetube.bench.sweep import Rule, Standing
+from edgetube.bundle import Bundle
 from edgetube.errors import BackendError, InputError
+from edgetube.progress import Progress
 from edgetube.spec import ModelSpec, TubeSpec
 from edgetube.views import SINGLE, Views
 
@@ -291,6 +296,26 @@ def test_clips_with_and_without_labels_do_not_mix() -> None:
         sweep.is_labelled(replace(source, items=some))
     with pytest.raises(InputError, match="no clips"):
         sweep.is_labelled(replace(source, items=()))
+
+
+def test_no_place_is_reached_where_no_point_could_be_exported(tmp_path: Path) -> None:
+    """A device may be off by then, and there is nothing to ask it."""
+
+    def reach(_: Progress) -> AbstractContextManager[sweep.Place]:
+        raise AssertionError("a device is opened")
+
+    def make(points: Sequence[sweep.Point]) -> list[tuple[sweep.Point, Bundle | str]]:
+        return [(point, "no room") for point in points]
+
+    checkpoint: Any = SimpleNamespace(spec=SPEC, labels=demo.LABELS, record=dict)
+    source = datasets.built_in(9, demo.LABELS)
+    with AnswerCache(tmp_path / "answers") as cache:
+        points = sweep.grid(SPEC, ["onnx-fp32"], keep_tokens=["9"])
+        document, made = sweep.run(points, make, source, checkpoint, Rule(min_accuracy=0.5), cache, reach=reach)
+    assert made == {}
+    assert [row["reason"] for row in document["points"]] == ["no room", "no room"]
+    assert (document["device"], document["conditions"], document["winner"], document["front"]) == (None, None, None, [])
+    assert document["result"].endswith("no point; the points say why")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 
 from edgetube import bundle as bundles
 from edgetube.errors import ParityError
-from edgetube.remote import proof
+from edgetube.progress import Progress
+from edgetube.remote import commands, proof
 
 LOCAL = f"local://?python={sys.executable}"
 
@@ -36,6 +38,13 @@ def test_what_a_device_executed(deferred: bundles.Bundle, monkeypatch: pytest.Mo
     assert found.parity["device"]["agreement"] == 1.0
     assert found.parity["golden"] == deferred.parity["golden"]
     found.golden()  # they belong to the manifest as before
+
+
+def test_where_nothing_was_kept_no_device_is_opened() -> None:
+    def reach(_: Progress) -> AbstractContextManager[commands.Place]:
+        raise AssertionError("a device is opened")
+
+    assert proof.prove_chosen(reach, []) == []
 
 
 def test_a_device_that_answers_otherwise(deferred: bundles.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
