@@ -111,7 +111,7 @@ def _run(argv: list[str]) -> int:
         raise InputError("an argument is empty; is a variable of the shell not set?")
     command = typer.main.get_command(app)
     try:
-        with terminal.input_warnings(), command.make_context("edgetube", argv or ["--help"]) as context:
+        with terminal.own_warnings(), command.make_context("edgetube", argv or ["--help"]) as context:
             command.invoke(context)
     except typer.Exit as asked:
         return asked.exit_code
@@ -1231,7 +1231,7 @@ def _predictions(
 def _artifacts(on: str | None, found: Sequence[Bundle], show: Progress) -> Iterator[tuple[Any, dict[str, Any] | None]]:
     """What makes the models of a comparison, of bundles that run here or on another machine, and `device` of it."""
     if on is None:
-        yield need("edgetube.bench.model_set", "export").Artifact
+        yield need("edgetube.bench.model_set", "export").Artifact, None
         return
     with commands.device_of(on, found, show) as device:
         place = commands.Place(device)

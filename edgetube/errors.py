@@ -15,7 +15,8 @@
 
 A message says what is wrong, with which value, and what to do: `given`, `expected`, `remedy`.
 
-`InputWarning` is what Python's `warnings` carry where data is used although something about it is wrong.
+Python's `warnings` carry an `InputWarning` where data is used although something about it is wrong, and a
+`DeviceWarning` where another machine is used although something is missing there.
 """
 
 from __future__ import annotations
@@ -47,6 +48,14 @@ class InputWarning(UserWarning):
 
 class BundleError(EdgetubeError):
     """A bundle that cannot be trusted or understood."""
+
+
+class DeviceWarning(UserWarning):
+    """Another machine that is used although something is missing there: the packages of a runtime."""
+
+
+WARNINGS = (InputWarning, DeviceWarning)
+"""What the CLI prints as one line."""
 
 
 class FormatError(EdgetubeError, ValueError):

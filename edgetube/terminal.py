@@ -24,7 +24,7 @@ from rich.text import Text
 from edgetube import interrupts
 from edgetube.bundle import Bundle
 from edgetube.contract import InputContract
-from edgetube.errors import InputWarning, printable
+from edgetube.errors import WARNINGS, printable
 from edgetube.health import Check
 from edgetube.live.decisions import Event
 from edgetube.live.frame import State
@@ -138,18 +138,19 @@ def warn(kind: str, text: str) -> None:
 
 
 @contextmanager
-def input_warnings() -> Iterator[None]:
-    """Show each `InputWarning` as a line on stderr; other warnings are shown as Python shows them."""
+def own_warnings() -> Iterator[None]:
+    """Show each of edgetube's own warnings as a line on stderr; others are shown as Python shows them."""
     usual = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if issubclass(category, InputWarning):
+        if issubclass(category, WARNINGS):
             warn("warning", str(message))
         else:
             usual(message, category, *place, **more)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", InputWarning)
+        for kind in WARNINGS:
+            warnings.simplefilter("always", kind)
         warnings.showwarning = show
         yield
 

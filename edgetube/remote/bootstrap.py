@@ -17,7 +17,6 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -135,18 +134,29 @@ def _needs(device: Mapping[str, Any], extras: Sequence[str]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def collect(
-    device: Mapping[str, Any], extras: Sequence[str], progress: Progress
-) -> tuple[Sequence[str], dict[str, Path]]:
-    """The wheels of edgetube and of all that it needs on a device, by their file names; kept in the cache folder.
+_left_out: dict[tuple[str, str], str] = {}
+"""(kind of device, extra) -> why its packages could not be collected; pip is asked for them once in a process."""
 
-    Extras that have none are left out: what else is asked of the device may still be done.
+
+def left_out(device: Mapping[str, Any], extras: Iterable[str]) -> dict[str, str]:
+    """Those of some extras whose packages could not be collected for such a device, and why."""
+    kind = _kind(device)
+    return {extra: _left_out[kind, extra] for extra in extras if (kind, extra) in _left_out}
+
+
+def _kind(device: Mapping[str, Any]) -> str:
+    return json.dumps(_needs(device, []), sort_keys=True)
+
+
+def collect(device: Mapping[str, Any], extras: Sequence[str], progress: Progress) -> dict[str, Path] | None:
+    """The wheels of edgetube and of all that it needs on a device, by their file names; kept in the cache folder.
 
     Args:
         device: `edgetube.remote.stage.facts`.
 
     Returns:
-        The extras that were found, and the wheels.
+        The wheels; None if there are none for some of the extras, which `left_out` has from now on: what else is asked
+        of the device may still be done without them.
 
     Raises:
         DeviceError: there is no such wheel, or no package index and nothing in the cache.
@@ -159,21 +169,24 @@ def collect(
         atomic_write(mine, own)
     try:
         found = _packages(mine, extras, _needs(device, extras), progress)
-    except DeviceError:
+    except DeviceError as error:
         if not extras:
             raise
-        return collect(device, _some(mine, device, extras, progress), progress)
-    return extras, {path.name: path for path in (mine, *found)}
+        reasons = _reasons(mine, device, extras, progress) or dict.fromkeys(extras, str(error))
+        _left_out.update({(_kind(device), extra): why for extra, why in reasons.items()})
+        return None
+    return {path.name: path for path in (mine, *found)}
 
 
-def _some(own: Path, device: Mapping[str, Any], extras: Sequence[str], progress: Progress) -> list[str]:
-    """Those of several extras whose packages can be collected; none where each can, but not all of them together."""
-    found = []
+def _reasons(own: Path, device: Mapping[str, Any], extras: Sequence[str], progress: Progress) -> dict[str, str]:
+    """Those of several extras whose packages cannot be collected alone, and why."""
+    found = {}
     for extra in extras if len(extras) > 1 else ():
-        with suppress(DeviceError):
+        try:
             _packages(own, [extra], _needs(device, [extra]), progress)
-            found.append(extra)
-    return found if len(found) < len(extras) else []
+        except DeviceError as error:
+            found[extra] = str(error)
+    return found
 
 
 def _packages(own: Path, extras: Sequence[str], needs: Mapping[str, str], progress: Progress) -> list[Path]:

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing_extensions import Self
 
 from edgetube import __version__, wire
 from edgetube.bundle import Bundle, sha256
-from edgetube.errors import DeviceError, EdgetubeError
+from edgetube.errors import DeviceError, DeviceWarning, EdgetubeError
 from edgetube.progress import Progress, silent
 from edgetube.remote import bootstrap, stage, store, transport
 
@@ -197,16 +198,25 @@ class Device:
                 f"its Python is {self._about['implementation']}, and packages are collected for CPython: install one "
                 "there, or give ?python=PATH of a Python that has edgetube"
             )
-        extras: Sequence[str] = bootstrap.extras_of(backends)
-        python: str | None = self.ask("environment", key=bootstrap.environment(self._about, extras))
-        if python is None:
-            extras, wheels = bootstrap.collect(self._about, extras, progress)
-            files = {sha256(path): path for path in wheels.values()}
-            store.send_files(self.ask, files, f"send packages to {self.name}", progress)
-            progress(f"make an environment on {self.name}", 0, 1)
-            key = bootstrap.environment(self._about, extras)
-            python = self.ask("environment", key=key, wheels=list(files))
-            progress(f"make an environment on {self.name}", 1, 1)
+        return self._environment(bootstrap.extras_of(backends), progress)
+
+    def _environment(self, extras: Sequence[str], progress: Progress) -> str:
+        """The Python of an environment with what can be had of some extras; a warning names the others."""
+        extras = sorted({*extras} - bootstrap.left_out(self._about, extras).keys())
+        key = bootstrap.environment(self._about, extras)
+        python: str | None = self.ask("environment", key=key)
+        if python is not None:
+            return python
+        wheels = bootstrap.collect(self._about, extras, progress)
+        if wheels is None:
+            for extra, reason in bootstrap.left_out(self._about, extras).items():
+                warnings.warn(f"{self.name}: {extra} is left out: {reason}", DeviceWarning, stacklevel=2)
+            return self._environment(extras, progress)
+        files = {sha256(path): path for path in wheels.values()}
+        store.send_files(self.ask, files, f"send packages to {self.name}", progress)
+        progress(f"make an environment on {self.name}", 0, 1)
+        python = self.ask("environment", key=key, wheels=list(files))
+        progress(f"make an environment on {self.name}", 1, 1)
         assert python is not None
         return python
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from edgetube import terminal
 from edgetube.contract import InputContract
-from edgetube.errors import InputWarning
+from edgetube.errors import DeviceWarning, InputWarning
 from edgetube.spec import Prediction
 
 NAMES = (
@@ -129,18 +129,20 @@ def test_progress_in_a_pipe_goes_on_while_a_stage_lasts(
     assert capsys.readouterr().err.splitlines() == lines
 
 
-def test_warnings_about_the_input_are_lines_and_others_are_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_warnings_are_lines_and_others_are_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
     written = streams("utf-8", monkeypatch)
 
     def read() -> None:
-        with terminal.input_warnings():
+        with terminal.own_warnings():
             for _ in range(2):
                 warnings.warn("a.ts is damaged\nat 1 s", InputWarning, stacklevel=1)
+            warnings.warn("ssh://pi: openvino is left out", DeviceWarning, stacklevel=1)
             warnings.warn("something else", UserWarning, stacklevel=1)
 
     with pytest.warns(UserWarning, match="something else") as others:
         read()
-    assert written().splitlines() == [r"warning: a.ts is damaged\nat 1 s"] * 2
+    own = [r"warning: a.ts is damaged\nat 1 s"] * 2 + ["warning: ssh://pi: openvino is left out"]
+    assert written().splitlines() == own
     assert len(others) == 1
 
 

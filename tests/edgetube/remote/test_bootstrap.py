@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from edgetube.errors import DeviceError
+from edgetube.errors import DeviceError, DeviceWarning
 from edgetube.progress import silent
 from edgetube.remote import bootstrap
+from edgetube.remote.device import Device
 
 PI: dict[str, Any] = {
     "python": "3.11.2", "platform": "linux-aarch64", "machine": "aarch64", "system": "Linux", "pointer": 64,
@@ -32,8 +33,30 @@ def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.write_text(PIP.format(log=log, own=bootstrap.WHEEL))
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(bootstrap, "_left_out", {})
     monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "cache"))
     return log
+
+
+def refuse(extra: str) -> None:
+    """Let that program find nothing for an extra."""
+    program = Path(sys.executable)
+    error = f"ERROR: No matching distribution found for {extra}"
+    case = f'case "$*" in *{extra}*) echo "{error}" >&2; exit 1;; esac\n'
+    program.write_text(program.read_text().replace("while", f"{case}while"))
+
+
+def asked(log: Path) -> list[str]:
+    """The extras of each call of that program."""
+    return [line.rpartition(bootstrap.WHEEL)[2] for line in log.read_text().splitlines()]
+
+
+def collect(device: dict[str, Any], extras: list[str]) -> dict[str, Path]:
+    """Wheels of all that is asked for."""
+    found = bootstrap.collect(device, extras, silent)
+    assert found is not None
+    assert bootstrap.left_out(device, extras) == {}
+    return found
 
 
 def test_tags_of_platforms() -> None:
@@ -57,47 +80,72 @@ def test_machines_without_packages(other: dict[str, Any]) -> None:
 
 
 def test_packages_are_collected_once(pip: Path) -> None:
-    extras, first = bootstrap.collect(PI, ["openvino"], silent)
-    assert extras == ["openvino"]
+    first = collect(PI, ["openvino"])
     assert list(first) == [bootstrap.WHEEL, "numpy-2.0-cp311-cp311-manylinux_2_28_aarch64.whl"]
     assert all(path.is_file() for path in first.values())
     assert first[bootstrap.WHEEL].read_bytes() == bootstrap.wheel()
-    assert bootstrap.collect(PI, ["openvino"], silent) == (extras, first)
-    (asked,) = pip.read_text().splitlines()
-    assert "--python-version 3.11 " in asked
-    assert "--platform manylinux_2_28_aarch64" in asked
-    assert asked.endswith(f"{bootstrap.WHEEL}[openvino]")
-    bootstrap.collect({**PI, "python": "3.12.1"}, ["openvino"], silent)
+    assert collect(PI, ["openvino"]) == first
+    (options,) = pip.read_text().splitlines()
+    assert "--python-version 3.11 " in options
+    assert "--platform manylinux_2_28_aarch64" in options
+    assert options.endswith(f"{bootstrap.WHEEL}[openvino]")
+    collect({**PI, "python": "3.12.1"}, ["openvino"])
     assert len(pip.read_text().splitlines()) == 2
 
 
 def test_a_package_that_is_gone_is_collected_again(pip: Path) -> None:
-    _, found = bootstrap.collect(PI, [], silent)
+    found = collect(PI, [])
     found["numpy-2.0-cp311-cp311-manylinux_2_28_aarch64.whl"].unlink()
-    assert bootstrap.collect(PI, [], silent) == ([], found)
+    assert collect(PI, []) == found
     assert all(path.is_file() for path in found.values())
     assert len(pip.read_text().splitlines()) == 2
 
 
-def test_extras_that_cannot_be_had_are_left_out(pip: Path) -> None:
-    program = Path(sys.executable)
-    refuse = 'case "$*" in *openvino*) echo "ERROR: No matching distribution found for openvino" >&2; exit 1;; esac\n'
-    program.write_text(program.read_text().replace("while", f"{refuse}while"))
-    extras, found = bootstrap.collect(PI, ["openvino"], silent)
-    assert (list(extras), len(found)) == ([], 2)
-    assert len(pip.read_text().splitlines()) == 2
-    bootstrap.collect(PI, ["openvino"], silent)
-    assert len(pip.read_text().splitlines()) == 3, "it is tried again, what was found without it is not"
+def test_an_extra_that_cannot_be_had_has_a_reason(pip: Path) -> None:
+    refuse("openvino")
+    assert bootstrap.collect(PI, ["openvino"], silent) is None
+    assert asked(pip) == ["[openvino]"]
+    (reason,) = bootstrap.left_out(PI, ["litert", "openvino"]).values()
+    assert "(Python 3.11, manylinux_2_36_aarch64) cannot be collected here: ERROR: No matching distribution" in reason
+    assert bootstrap.left_out({**PI, "python": "3.12.1"}, ["openvino"]) == {}
 
 
 def test_one_extra_that_cannot_be_had_leaves_the_others(pip: Path) -> None:
-    program = Path(sys.executable)
-    refuse = 'case "$*" in *coreai*) echo "ERROR: No matching distribution found for coreai" >&2; exit 1;; esac\n'
-    program.write_text(program.read_text().replace("while", f"{refuse}while"))
-    extras, found = bootstrap.collect(PI, ["coreai", "litert", "openvino"], silent)
-    assert (list(extras), len(found)) == (["litert", "openvino"], 2)
-    asked = [line.rpartition(bootstrap.WHEEL)[2] for line in pip.read_text().splitlines()]
-    assert asked == ["[coreai,litert,openvino]", "[coreai]", "[litert]", "[openvino]", "[litert,openvino]"]
+    refuse("coreai")
+    assert bootstrap.collect(PI, ["coreai", "litert", "openvino"], silent) is None
+    assert list(bootstrap.left_out(PI, ["coreai", "litert", "openvino"])) == ["coreai"]
+    assert len(collect(PI, ["litert", "openvino"])) == 2
+    assert asked(pip) == ["[coreai,litert,openvino]", "[coreai]", "[litert]", "[openvino]", "[litert,openvino]"]
+
+
+def test_extras_that_cannot_be_had_together_are_all_left_out(pip: Path) -> None:
+    refuse("litert,openvino")
+    assert bootstrap.collect(PI, ["litert", "openvino"], silent) is None
+    reasons = bootstrap.left_out(PI, ["litert", "openvino"])
+    assert list(reasons) == ["litert", "openvino"]
+    assert all("No matching distribution found for litert,openvino" in reason for reason in reasons.values())
+
+
+def test_what_cannot_be_had_is_said_once_and_asked_for_once(pip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep opens three lines: the device has the environment without it, and is asked for that alone."""
+    refuse("openvino")
+    without, orders = bootstrap.environment(PI, []), list[str]()
+
+    def ask(_: Device, do: str, key: str) -> str | None:
+        assert do == "environment"
+        orders.append(key)
+        return "/environment/bin/python" if key == without else None
+
+    monkeypatch.setattr(Device, "ask", ask)
+    device = Device.__new__(Device)
+    device.name, device._about = "ssh://pi", PI
+    with pytest.warns(DeviceWarning, match=r"^ssh://pi: openvino is left out: its packages .*No matching distribution"):
+        assert device._environment(["openvino"], silent) == "/environment/bin/python"
+    assert orders == [bootstrap.environment(PI, ["openvino"]), without]
+    for _ in range(2):
+        assert device._environment(["openvino"], silent) == "/environment/bin/python"
+    assert orders[2:] == [without, without]
+    assert asked(pip) == ["[openvino]"]
 
 
 def test_an_environment_is_known_by_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
