@@ -89,6 +89,7 @@ class Adb:
 
     @property
     def command(self) -> list[str]:
+    elsewhere = f"remove {FOLDER}/device there: what is in it is made again"
         """adb for this device, without what it shall do."""
         return [*CLIENT.command, *(["-s", self.serial] if self.serial else [])]
 

@@ -79,7 +79,7 @@ class RemoteBackend(Backend):
             self._device.end(unused)
 
     def _sent(self, clips: Frames) -> list[str]:
-        return self._device.send_bytes([np.ascontiguousarray(clip).data.cast("B") for clip in clips])
+        return self._device.send_clips([np.ascontiguousarray(clip).data.cast("B") for clip in clips])
 
 
 class _RemoteTap:
@@ -114,7 +114,8 @@ class RemoteArtifact(Artifact):
         return cast(Status, self.on.ask("status", path=self.on.send(self.bundle)))
 
     def identity(self) -> Mapping[str, Any]:
-        return {**super().identity(), "on": {"name": self.on.name, "machine": self.on.facts["machine"]}}
+        on = {key: self.on.facts[key] for key in ("id", "python", "code", "processor", "versions")}
+        return {**super().identity(), "on": {"name": self.on.name, **on}}
 
     def open(self, threads: int | None) -> Backend:
         return RemoteBackend(self.bundle, self.on, threads)

@@ -118,9 +118,9 @@ class Device:
         """Send one file; returns its path there."""
         return store.send_file(self.ask, path, progress)
 
-    def send_bytes(self, pieces: Sequence[bytes | memoryview]) -> list[str]:
-        """Send bytes; returns their sha256."""
-        return store.send_bytes(self.ask, pieces)
+    def send_clips(self, pieces: Sequence[bytes | memoryview]) -> list[str]:
+        """Send the bytes of clips; returns their sha256. They are there at least until others are sent."""
+        return store.send_clips(self.ask, pieces)
 
     # ----------------------------------------------------------------------------------------------------- the line
 
@@ -142,7 +142,7 @@ class Device:
         assert self._process.stdout is not None
         self._asker = wire.Asker(self._process.stdout, self._process.stdin, self._why_ended)
         with suppress(OSError):  # it is dead, and `_hello` says so
-            self._process.stdin.write(json.dumps(_first_program()).encode() + b"\n")
+            self._process.stdin.write(json.dumps(_first_program(self._transport.elsewhere)).encode() + b"\n")
             self._process.stdin.flush()
         self._about = self._hello()
 
@@ -290,8 +290,12 @@ FIRST = ("edgetube.errors", "edgetube.wire", "edgetube.remote.stage")
 """The modules of the first program, each after those that it imports."""
 
 
-def _first_program() -> str:
-    """The modules as one text that needs no files there."""
+def _first_program(elsewhere: str) -> str:
+    """The modules as one text that needs no files there.
+
+    Args:
+        elsewhere: see `transport.Transport`.
+    """
     sources = {name: _source(importlib.import_module(name)) for name in FIRST}
     return (
         "import sys, types\n"
@@ -302,7 +306,7 @@ def _first_program() -> str:
         "    module = sys.modules[name] = types.ModuleType(name)\n"
         "    setattr(sys.modules[name.rpartition('.')[0]], name.rpartition('.')[2], module)\n"
         "    exec(compile(source, name, 'exec'), module.__dict__)\n"
-        "sys.modules['edgetube.remote.stage'].main()\n"
+        f"sys.modules['edgetube.remote.stage'].main({elsewhere!r})\n"
     )
 
 

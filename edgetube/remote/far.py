@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from edgetube import health, runtimes, wire
 from edgetube.bench import latency, machine
 from edgetube.bench.model_set import Artifact
 from edgetube.live.stream import Stream
-from edgetube.remote import stage
+from edgetube.remote import bootstrap, stage
 from edgetube.runtime import Runtime
 from edgetube.runtimes.base import Backend, Tap
 from edgetube.targets import Status
@@ -23,10 +24,14 @@ from edgetube.wire import Reply, Server
 
 
 def main() -> None:
-    """Say hello, then carry out orders until the line ends."""
+    """Say hello, then carry out orders until the line ends.
+
+    The only argument of the command line is that of `edgetube.remote.stage.main`.
+    """
     private = wire.private_stdout()
     server = Server(wire.Inbox(patience=stage.PATIENCE_S), private)
-    store = stage.Store(stage.folder())
+    (elsewhere,) = sys.argv[1:]
+    store = stage.Store(stage.folder(elsewhere), elsewhere)
     server.hello(stage.HELLO, {"protocol": stage.PROTOCOL})
     server.serve({**stage.orders(store), **Far(store, server).orders()})
 
@@ -50,7 +55,7 @@ class Far:
     def orders(self) -> dict[str, Any]:
         """The orders by their names."""
         return {
-            "facts": facts,
+            "facts": lambda: facts(self._store),
             "bench": self.bench,
             "doctor": self.doctor,
             "status": status,
@@ -128,7 +133,7 @@ class Far:
                     opened.close()
 
     def _clips(self, backend: Backend, digests: Sequence[str]) -> np.ndarray:
-        clips = [np.frombuffer(self._store.read(digest), np.uint8) for digest in digests]
+        clips = [np.frombuffer(self._store.read(digest, clips=True), np.uint8) for digest in digests]
         return np.stack(clips).reshape(len(digests), *backend.contract.shape)
 
     # ----------------------------------------------------------------------------------------------------- run
@@ -159,9 +164,19 @@ def status(path: str) -> Status:
     return Artifact(bundles.load(path, verify=False)).status
 
 
-def facts() -> dict[str, Any]:
-    """What this machine is."""
+def facts(store: stage.Store) -> dict[str, Any]:
+    """What this machine is, and what of edgetube runs on it.
+
+    Returns:
+        machine, processor, versions: see `edgetube.bench.machine`.
+        id: of the device, see `edgetube.remote.stage.Store`.
+        python: the path of this Python.
+        code: a digest of edgetube's modules.
+    """
     return {
+        "id": store.id,
+        "python": sys.executable,
+        "code": bootstrap.code(),
         "machine": machine.describe(),
         "processor": machine.processor(),
         "versions": machine.versions(),

@@ -27,6 +27,9 @@ FAILED = 255
 INSTALL = "install it there, on Debian: apt-get install python3"
 """How a Python comes to a machine with a login."""
 
+ELSEWHERE = "set EDGETUBE_CACHE there to a folder on another disk"
+"""What helps if edgetube's folder on such a machine cannot be written, or its disk is full."""
+
 REASONS = (
     (
         r"Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED",
@@ -66,6 +69,7 @@ class Ssh:
     python: str | None = None
     pythons = ()
     install = INSTALL
+    elsewhere = ELSEWHERE
 
     @property
     def command(self) -> list[str]:

@@ -17,15 +17,17 @@ import sys
 import sysconfig
 import tempfile
 import time
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from edgetube import wire
 from edgetube.errors import DeviceError
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Of the orders of this module and of `edgetube.remote.far`."""
 
 PATIENCE_S = 40.0
@@ -35,7 +37,10 @@ HELLO = "edgetube-hello"
 """Begins the first line of this program; lines before it are a login's."""
 
 KEEP_S = 60 * 86400
-"""Seconds for which an unused file is kept."""
+"""Seconds for which an unused file is kept; an eighth of it for clips, and for parts of files."""
+
+CLIPS = 512 << 20
+"""Most bytes of clips that are kept; and at most half of what would be free without them."""
 
 LEAST_FREE = 1 << 20
 """Bytes that stay free on the disk behind a file that is sent."""
@@ -44,12 +49,16 @@ TEMPORARY = (Path("/var/tmp"), Path("/tmp"))
 """Where a user without a home has a folder."""
 
 
-def main() -> None:
-    """Say hello, then carry out orders until the line ends."""
+def main(elsewhere: str) -> None:
+    """Say hello, then carry out orders until the line ends.
+
+    Args:
+        elsewhere: what helps if the folder cannot be written, or its disk is full, for messages.
+    """
     private = wire.private_stdout()
     server = wire.Server(wire.Inbox(patience=PATIENCE_S), private)
     try:
-        store = Store(folder())
+        store = Store(folder(elsewhere), elsewhere)
     except DeviceError as error:
         server.hello(HELLO, {"error": str(error)})
         return
@@ -63,8 +72,11 @@ def orders(store: Store) -> dict[str, Callable[..., Any]]:
     return {"have": store.have, "put": store.put, "tree": store.tree, "environment": store.environment}
 
 
-def folder() -> Path:
+def folder(elsewhere: str) -> Path:
     """Where files stay: edgetube's cache folder if it can be written, else one of this user's in /var/tmp or /tmp.
+
+    Args:
+        elsewhere: what helps if there is none, for messages.
 
     Raises:
         DeviceError: none can be written; says why.
@@ -83,9 +95,7 @@ def folder() -> Path:
             reasons.append(f"{place}: {error.strerror}")
         else:
             return place / "device"
-    raise DeviceError(
-        f"no folder there can be written ({'; '.join(reasons)}); set EDGETUBE_CACHE there to one that can"
-    )
+    raise DeviceError(f"no folder there can be written ({'; '.join(reasons)}); {elsewhere}")
 
 
 def _home() -> Iterator[Path]:
@@ -148,26 +158,55 @@ def start(python: str, store: Store, stdout: int) -> None:
         os.environ["PYTHONNOUSERSITE"] = "1"
     os.dup2(stdout, 1)
     try:
-        os.execv(python, [python, "-c", "from edgetube.remote.far import main; main()"])
+        os.execv(python, [python, "-c", "from edgetube.remote.far import main; main()", store.elsewhere])
     except OSError as error:
         os.dup2(2, 1)
         raise DeviceError(f"{python} cannot be started: {error.strerror}") from error
 
 
 class Store:
-    """Files by their sha256, folders of them, and environments; every one is complete or not there."""
+    """Files by their sha256, folders of them, and environments; every one is complete or not there.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        for name in ("files", "parts", "trees", "environments"):
+    Clips are files, too, in a folder of their own: they are many, and few are asked for again.
+
+    Args:
+        root: its folder.
+        elsewhere: what helps if the disk is full or refuses, for messages.
+
+    Attributes:
+        id: of this folder, and so of this device; made by the first program that ever came here.
+    """
+
+    def __init__(self, root: Path, elsewhere: str) -> None:
+        self.root, self.elsewhere = root, elsewhere
+        for name in ("files", "clips", "parts", "trees", "environments"):
             (root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         self._forget()
+        self.id = self._identity(root / "identity")
 
-    def have(self, digests: list[str]) -> dict[str, int]:
-        """The bytes that are there of each file; -1 for a whole one, which is hashed again: cards and disks decay."""
+    def _identity(self, place: Path) -> str:
+        """A random number in a folder, which is made the first time; of two programs at that time both get the same."""
+
+        def known() -> str:
+            return (place / "id").read_text("ascii") if (place / "id").is_file() else ""
+
+        def name(made: Path) -> None:
+            (made / "id").write_text(uuid.uuid4().hex, "ascii")
+
+        self._make(place, lambda: len(known()) == len(uuid.uuid4().hex), name)
+        return known()
+
+    def have(self, digests: list[str], *, clips: bool = False) -> dict[str, int]:
+        """The bytes that are there of each file; -1 for a whole one, which is hashed again: cards and disks decay.
+
+        Args:
+            clips: these are clips; of others the oldest are removed that are too many.
+        """
+        if clips:
+            self._make_room({*digests})
         found = {}
         for digest in digests:
-            whole, part = self._file(digest), self._part(digest)
+            whole, part = self._file(digest, clips=clips), self._part(digest)
             if whole.is_file() and _sha256(whole) != digest:
                 whole.unlink()
             if whole.is_file():
@@ -177,7 +216,9 @@ class Store:
                 found[digest] = part.stat().st_size if part.is_file() else 0
         return found
 
-    def put(self, digest: str, offset: int, size: int, pieces: tuple[bytes, ...] = (b"",)) -> None:
+    def put(
+        self, digest: str, offset: int, size: int, pieces: tuple[bytes, ...] = (b"",), *, clips: bool = False
+    ) -> None:
         """Write bytes of a file from `offset` on; the last ones complete it.
 
         Raises:
@@ -202,11 +243,24 @@ class Store:
         if _sha256(part) != digest:
             part.unlink()
             raise DeviceError("a file arrived damaged, its sha256 differs; run the command again")
-        part.replace(self._file(digest))
+        part.replace(self._file(digest, clips=clips))
 
-    def read(self, digest: str) -> bytes:
-        """The bytes of a file."""
-        return self._file(digest).read_bytes()
+    def read(self, digest: str, *, clips: bool = False) -> bytes:
+        """The bytes of a file, or of a clip."""
+        return self._file(digest, clips=clips).read_bytes()
+
+    def _make_room(self, needed: set[str]) -> None:
+        """Remove the clips that were not used for the longest time, until no more are left than may be."""
+        found = []
+        for path in (self.root / "clips").iterdir():
+            with suppress(FileNotFoundError):  # another line makes room, too
+                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        total = sum(size for _, size, _ in found)
+        most = min(CLIPS, (shutil.disk_usage(self.root).free + total) // 2)
+        for _, size, path in sorted(found):
+            if total > most and path.name not in needed:
+                path.unlink(missing_ok=True)
+                total -= size
 
     def tree(self, files: dict[str, str]) -> str:
         """A folder with files of the store: relative POSIX path -> sha256; returns its path.
@@ -306,7 +360,8 @@ class Store:
     def _forget(self) -> None:
         """Remove what has not been used for a long time. A clock that was set back keeps things longer."""
         now = time.time()
-        for kind, limit in (("files", KEEP_S), ("parts", KEEP_S / 8), ("trees", KEEP_S), ("environments", KEEP_S)):
+        long, short = ("files", "trees", "environments"), ("clips", "parts")
+        for kind, limit in (dict.fromkeys(long, KEEP_S) | dict.fromkeys(short, KEEP_S / 8)).items():
             for path in (self.root / kind).iterdir():
                 try:
                     if now - path.lstat().st_mtime > limit:
@@ -319,16 +374,12 @@ class Store:
             free = shutil.disk_usage(self.root).free
             need = f"{wanted / 1e6:.0f} MB more are needed, " if wanted else ""
             return DeviceError(
-                f"its disk is full: {need}{free / 1e6:.0f} MB are free in {self.root}; free some, or set "
-                "EDGETUBE_CACHE there to a folder on another disk"
+                f"its disk is full: {need}{free / 1e6:.0f} MB are free in {self.root}; free some, or {self.elsewhere}"
             )
-        return DeviceError(
-            f"{self.root} cannot be written: {error.strerror}; see to that disk, or set EDGETUBE_CACHE there to a "
-            "folder on another one"
-        )
+        return DeviceError(f"{self.root} cannot be written: {error.strerror}; see to that disk, or {self.elsewhere}")
 
-    def _file(self, digest: str) -> Path:
-        return self.root / "files" / _checked(digest)
+    def _file(self, digest: str, *, clips: bool = False) -> Path:
+        return self.root / ("clips" if clips else "files") / _checked(digest)
 
     def _part(self, digest: str) -> Path:
         return self.root / "parts" / _checked(digest)

@@ -33,10 +33,11 @@ def send_files(ask: Ask, files: Mapping[str, Path], stage: str, progress: Progre
         progress(f"{stage}, MB", steps if done == total else min(done // MB, steps - 1), steps)
 
 
-def send_bytes(ask: Ask, pieces: Sequence[bytes | memoryview]) -> list[str]:
-    """Send bytes, as files that are in memory; returns their sha256."""
+def send_clips(ask: Ask, pieces: Sequence[bytes | memoryview]) -> list[str]:
+    """Send clips, as files that are in memory; returns their sha256."""
     digests = [hashlib.sha256(piece).hexdigest() for piece in pieces]
-    for _ in _send(ask, {digest: partial(io.BytesIO, piece) for digest, piece in zip(digests, pieces, strict=True)}):
+    contents = {digest: partial(io.BytesIO, piece) for digest, piece in zip(digests, pieces, strict=True)}
+    for _ in _send(partial(ask, clips=True), contents):
         pass
     return digests
 

@@ -27,6 +27,7 @@ class Transport(Protocol):
         python: the Python of the user's own environment there; None looks for one.
         pythons: paths where one may lie that the shell there does not find by its name.
         install: how a Python comes there, for messages.
+        elsewhere: what helps if edgetube's folder there cannot be written, or its disk is full, for messages.
     """
 
     @property
@@ -40,6 +41,9 @@ class Transport(Protocol):
 
     @property
     def install(self) -> str: ...
+
+    @property
+    def elsewhere(self) -> str: ...
 
     def run(self, script: str, words: int) -> subprocess.Popen[bytes]:
         """Run a line for a POSIX shell there, with its stdin and stdout as pipes.
@@ -67,6 +71,7 @@ class Local:
 
     def explain(self, code: int, said: str) -> str | None:
         return None
+    elsewhere = ssh.ELSEWHERE
 
 
 def read_local(parts: SplitResult, python: str | None) -> Local:

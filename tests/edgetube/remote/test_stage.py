@@ -6,11 +6,13 @@ import errno
 import hashlib
 import io
 import os
+import re
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,17 +22,18 @@ from edgetube.remote.stage import Store
 
 DATA = bytes(range(256)) * 40
 DIGEST = hashlib.sha256(DATA).hexdigest()
+ELSEWHERE = "look for another disk"
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "device")
+    return Store(tmp_path / "device", ELSEWHERE)
 
 
-def put(store: Store, data: bytes = DATA, step: int = 1000, offset: int = 0) -> str:
+def put(store: Store, data: bytes = DATA, step: int = 1000, offset: int = 0, clips: bool = False) -> str:
     digest = hashlib.sha256(data).hexdigest()
     for start in range(offset, max(len(data), 1), step):
-        store.put(digest, start, len(data), (data[start : start + step],))
+        store.put(digest, start, len(data), (data[start : start + step],), clips=clips)
     return digest
 
 
@@ -47,7 +50,7 @@ class TestFiles:
 
     def test_it_goes_on_where_it_broke_off(self, store: Store) -> None:
         store.put(DIGEST, 0, len(DATA), (DATA[:3000],))
-        assert Store(store.root).have([DIGEST]) == {DIGEST: 3000}
+        assert Store(store.root, ELSEWHERE).have([DIGEST]) == {DIGEST: 3000}
         put(store, offset=3000)
         assert store.read(DIGEST) == DATA
 
@@ -68,7 +71,8 @@ class TestFiles:
             store.put(digest, 0, 1, (b"x",))
 
     def test_a_full_disk(self, store: Store) -> None:
-        with pytest.raises(DeviceError, match=r"its disk is full: 1000000000 MB more are needed, \d+ MB are free in"):
+        message = r"its disk is full: 1000000000 MB more are needed, \d+ MB are free in .*, or look for another disk$"
+        with pytest.raises(DeviceError, match=message):
             store.put(DIGEST, 0, 10**15, (b"x",))
 
     def test_a_disk_that_fills_up(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,13 +87,66 @@ class TestFiles:
         old, new = put(store), put(store, b"new")
         long_ago = time.time() - 2 * stage.KEEP_S
         os.utime(store.root / "files" / old, (long_ago, long_ago))
-        assert Store(store.root).have([old, new]) == {old: 0, new: -1}
+        assert Store(store.root, ELSEWHERE).have([old, new]) == {old: 0, new: -1}
 
     def test_a_clock_that_was_set_back_removes_nothing(self, store: Store) -> None:
         digest = put(store)
         later = time.time() + 10 * stage.KEEP_S
         os.utime(store.root / "files" / digest, (later, later))
-        assert Store(store.root).have([digest]) == {digest: -1}
+        assert Store(store.root, ELSEWHERE).have([digest]) == {digest: -1}
+
+
+class TestClips:
+    def put(self, store: Store, count: int) -> list[str]:
+        """So many clips of 1000 bytes, each a second newer than the last."""
+        digests = [put(store, bytes([number]) * 1000, clips=True) for number in range(count)]
+        for age, digest in enumerate(reversed(digests)):
+            at = time.time() - age - 1
+            os.utime(store.root / "clips" / digest, (at, at))
+        return digests
+
+    def test_the_oldest_leave_when_others_come(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        bundle, clips = put(store), self.put(store, 5)
+        assert store.have(clips, clips=True) == dict.fromkeys(clips, -1)
+        self.put(store, 5)
+        monkeypatch.setattr(stage, "CLIPS", 3000)
+        new = hashlib.sha256(b"new").hexdigest()
+        assert store.have([new], clips=True) == {new: 0}
+        assert {path.name for path in (store.root / "clips").iterdir()} == {*clips[2:]}
+        assert store.read(clips[2], clips=True) == bytes([2]) * 1000
+        assert store.have([bundle]) == {bundle: -1}
+
+    def test_those_that_are_asked_for_stay(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of one answer there may be more than are kept."""
+        clips = self.put(store, 5)
+        monkeypatch.setattr(stage, "CLIPS", 2000)
+        assert store.have(clips[:4], clips=True) == dict.fromkeys(clips[:4], -1)
+        assert {path.name for path in (store.root / "clips").iterdir()} == {*clips[:4]}
+
+    def test_they_take_at_most_half_of_a_small_disk(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        clips = self.put(store, 5)
+        monkeypatch.setattr("edgetube.remote.stage.shutil.disk_usage", lambda _: SimpleNamespace(free=3000))
+        store.have([], clips=True)
+        assert {path.name for path in (store.root / "clips").iterdir()} == {*clips[1:]}
+
+    def test_they_are_kept_for_a_week(self, store: Store) -> None:
+        (clip,) = self.put(store, 1)
+        long_ago = time.time() - stage.KEEP_S / 7
+        os.utime(store.root / "clips" / clip, (long_ago, long_ago))
+        assert Store(store.root, ELSEWHERE).have([clip], clips=True) == {clip: 0}
+
+
+class TestIdentity:
+    def test_it_is_of_the_folder(self, store: Store, tmp_path: Path) -> None:
+        assert re.fullmatch("[0-9a-f]{32}", store.id)
+        assert Store(store.root, ELSEWHERE).id == store.id
+        assert Store(tmp_path / "other", ELSEWHERE).id != store.id
+
+    def test_one_that_was_not_written_to_the_end_is_made_again(self, store: Store) -> None:
+        (store.root / "identity" / "id").write_text("")
+        found = Store(store.root, ELSEWHERE).id
+        assert re.fullmatch("[0-9a-f]{32}", found)
+        assert Store(store.root, ELSEWHERE).id == found
 
 
 class TestTrees:
@@ -167,15 +224,15 @@ class TestStart:
     ) -> None:
         python, started = str(store.root / "environments" / "x" / "bin" / "python") if made else sys.executable, []
 
-        def execv(path: str, _: list[str]) -> None:
-            started.append((path, os.environ.get("PYTHONNOUSERSITE"), os.environ["EDGETUBE_CACHE"]))
+        def execv(path: str, words: list[str]) -> None:
+            started.append((path, words[-1], os.environ.get("PYTHONNOUSERSITE"), os.environ["EDGETUBE_CACHE"]))
 
         monkeypatch.setenv("EDGETUBE_CACHE", "x")
         monkeypatch.setenv("PYTHONNOUSERSITE", "")  # so that what `start` sets is undone
         monkeypatch.setattr(os, "execv", execv)
         monkeypatch.setattr(os, "dup2", lambda *_: None)
         stage.start(python, store, 1)
-        assert started == [(python, "1" if made else "", str(store.root.parent))]
+        assert started == [(python, ELSEWHERE, "1" if made else "", str(store.root.parent))]
 
 
 class TestFolder:
@@ -191,7 +248,7 @@ class TestFolder:
 
     def test_the_chosen_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "x"))
-        assert stage.folder() == tmp_path / "x" / "device"
+        assert stage.folder(ELSEWHERE) == tmp_path / "x" / "device"
 
     def test_a_relative_one_is_below_the_folder_of_the_login(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -199,22 +256,23 @@ class TestFolder:
         """The first program changes into its own folder."""
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("EDGETUBE_CACHE", "x")
-        assert stage.folder() == tmp_path / "x" / "device"
+        assert stage.folder(ELSEWHERE) == tmp_path / "x" / "device"
 
     def test_a_chosen_one_that_cannot_be_written_is_not_replaced(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "file").touch()
         monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "file"))
-        with pytest.raises(DeviceError, match=r"no folder there can be written \(.*file: File exists\); set EDGETUBE_"):
-            stage.folder()
+        message = r"no folder there can be written \(.*file: File exists\); look for another disk$"
+        with pytest.raises(DeviceError, match=message):
+            stage.folder(ELSEWHERE)
 
     def test_that_of_the_user_s_home(self, tmp_path: Path) -> None:
-        assert stage.folder() == tmp_path / "home" / ".cache" / "edgetube" / "device"
+        assert stage.folder(ELSEWHERE) == tmp_path / "home" / ".cache" / "edgetube" / "device"
 
     def test_a_home_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path / "nothing"))
-        found = stage.folder()
+        found = stage.folder(ELSEWHERE)
         assert found == tmp_path / "temporary" / f"edgetube-{os.getuid()}" / "device"
         assert found.parent.stat().st_mode & 0o077 == 0
 
@@ -223,7 +281,7 @@ class TestFolder:
         (tmp_path / "disk").mkdir()
         (tmp_path / "home" / ".cache").mkdir()
         (tmp_path / "home" / ".cache" / "edgetube").symlink_to(tmp_path / "disk")
-        assert stage.folder() == tmp_path / "home" / ".cache" / "edgetube" / "device"
+        assert stage.folder(ELSEWHERE) == tmp_path / "home" / ".cache" / "edgetube" / "device"
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="a file is given to another user by root only")
     @pytest.mark.parametrize("whose", ["link", "folder"])
@@ -234,7 +292,7 @@ class TestFolder:
         link.parent.mkdir()
         link.symlink_to(tmp_path / "elsewhere")
         os.chown(link, 12345, 12345, follow_symlinks=whose == "folder")
-        assert stage.folder() == tmp_path / "temporary" / f"edgetube-{os.getuid()}" / "device"
+        assert stage.folder(ELSEWHERE) == tmp_path / "temporary" / f"edgetube-{os.getuid()}" / "device"
 
 
 class TestCode:
