@@ -26,6 +26,9 @@ PREPARE = f'export EDGETUBE_CACHE="${{EDGETUBE_CACHE:-{FOLDER}}}" TMPDIR="${{TMP
 FAILED = 1
 """Exit code of adb when it failed itself, of which it says why; a program's own may be the same."""
 
+CUT = (0, 255)
+"""Exit codes of adb when it lost the device and does not know how the program there ended: of older ones, of newer."""
+
 SPEAKS = r"(?:error|adb(?:\.exe)?): "
 """Begins what adb says of itself."""
 
@@ -86,23 +89,24 @@ class Adb:
         "Android has none; make one by `python -m edgetube.remote.portable` on a Debian or Ubuntu, and push it as that "
         "says"
     )
+    elsewhere = f"remove {FOLDER}/device there: what is in it is made again"
 
     @property
     def command(self) -> list[str]:
-    elsewhere = f"remove {FOLDER}/device there: what is in it is made again"
         """adb for this device, without what it shall do."""
         return [*CLIENT.command, *(["-s", self.serial] if self.serial else [])]
 
     def run(self, script: str, words: int) -> subprocess.Popen[bytes]:
         return CLIENT.start(self.name, [*self.command, "shell", "-T", PREPARE + script], words)
 
-    def explain(self, code: int, said: str) -> str | None:
+    def explain(self, code: int, said: str, *, begun: bool) -> str | None:
         if code < 0:
             return CLIENT.ended(-code)
-        if code == 0:  # what it says when it lost the device; the program there does not end by itself without a fault
+        # Behind its start adb says nothing, and a program there may say "error: ", too.
+        lines = [] if begun else [line for line in said.splitlines() if re.match(SPEAKS, line)]
+        if code in CUT and not lines:  # the program there does not end by itself without a fault
             return "the line was cut: see that it is plugged in, and run the command again; what was sent is kept there"
-        lines = [line for line in said.splitlines() if re.match(SPEAKS, line)]
-        if code != FAILED or not lines:
+        if code not in (FAILED, *CUT) or not lines:
             return None
         known = ((advice, line) for line in reversed(lines) for pattern, advice in REASONS if re.search(pattern, line))
         advice, last = next(known, ("try by hand: `{by_hand}`", lines[-1]))

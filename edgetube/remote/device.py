@@ -34,6 +34,7 @@ NAMES = ("python3", *(f"python3.{minor}" for minor in range(14, OLDEST[1] - 1, -
 """What Python may be called there."""
 
 ABSENT = "edgetube-no-python"
+"""Begins a line about a Python there that cannot be used, and is the line behind them."""
 
 LOADER = "import io,json;exec(json.loads(io.FileIO(0,closefd=False).readline()))"
 """Runs the first line of stdin; unbuffered, so that nothing behind it is read."""
@@ -75,7 +76,7 @@ class Device:
         self.name = self._transport.name
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `close`
         self._process: subprocess.Popen[bytes] | None = None
-        self._closed = threading.Event()
+        self._closed, self._begun, self._given_up = threading.Event(), False, False
         self._sent: dict[Path, str] = {}
         try:
             progress(f"connect to {self.name}", 0, 1)
@@ -130,12 +131,12 @@ class Device:
         A shell waits for it: an ssh whose program is ended by a signal does not say so, a shell does.
         """
         own = self._transport.python
-        names = (shlex.quote(own),) if own else (*NAMES, *map(shlex.quote, self._transport.pythons))
+        names = " ".join(map(shlex.quote, (own,) if own else (*NAMES, *self._transport.pythons)))
         check = f"import sys; sys.exit(sys.version_info < {OLDEST})"
         script = (
-            f"for p in {' '.join(names)}; do "
-            f'if "$p" -c "{check}" 2>/dev/null; then "$p" -I -c "{LOADER}"; exit $?; fi; done; '
-            f'for p in {names[0]}; do echo {ABSENT} "$("$p" -V 2>&1)"; done'
+            f'for p in {names}; do if "$p" -c "{check}" 2>/dev/null; then "$p" -I -c "{LOADER}"; exit $?; fi; done; '
+            f'set -f; for p in {names}; do case "$p" in /*) [ -e "$p" ];; *) command -v "$p" >/dev/null;; esac '
+            f'&& echo {ABSENT} "$p": $("$p" -V 2>&1 && "$p" -c "{check}" 2>&1); done; echo {ABSENT}'
         )
         self._process = self._transport.run(script, self._words.fileno())
         assert self._process.stdin is not None
@@ -150,18 +151,22 @@ class Device:
         """The facts of the first line; lines before it are a login's."""
         assert self._process is not None
         assert self._process.stdout is not None
+        pythons = []
         for _ in range(NOISE):
             line = self._process.stdout.readline(wire.LINE).decode("utf-8", "replace")
             word, _, rest = line.strip().partition(" ")
             if word == stage.HELLO:
+                self._begun = True
                 facts: dict[str, Any] = json.loads(rest)
                 if "error" in facts:
                     raise DeviceError(f"{self.name}: {facts['error']}")
                 return facts
             if line.startswith('{"error"'):
                 raise DeviceError(json.loads(line)["error"])
-            if word == ABSENT:
-                raise DeviceError(f"{self.name}: {_no_python(rest, self._transport)}")
+            if word == ABSENT and rest:
+                pythons.append(rest)
+            elif word == ABSENT:
+                raise DeviceError(f"{self.name}: {_no_python(pythons, self._transport)}")
             if not line:
                 raise self._why_ended()
         raise DeviceError(f"{self.name}: its login prints too much; the shell there has to be quiet without a terminal")
@@ -237,21 +242,35 @@ class Device:
 
     def _why_ended(self) -> DeviceError:
         """Why the line is closed; in the words of the transport, or the last ones of the program there."""
-        assert self._process is not None
-        try:
-            code = self._process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
+        code = self._end()
+        if self._given_up:
+            return DeviceError(
+                f"{self.name}: the line did not end within {GRACE_S:g} s, and was given up: run the command again; "
+                "what was sent is kept there"
+            )
         self._words.seek(0)
         said = self._words.read().decode("utf-8", "replace")
-        if (reason := self._transport.explain(code, said)) is not None:
+        if (reason := self._transport.explain(code, said, begun=self._begun)) is not None:
             return DeviceError(f"{self.name}: {reason}")
         last = (said.strip().splitlines() or ["it said nothing"])[-1]
         number = code - SIGNALLED if code > SIGNALLED else -code
         if number in SIGNALS:
             return DeviceError(f"{self.name}: edgetube was ended there by signal {number}, {SIGNALS[number]} ({last})")
         return DeviceError(f"{self.name}: edgetube ended there with exit code {code}: {last}")
+
+    def _end(self) -> int:
+        """The exit code of the program here; it is killed if it does not end."""
+        assert self._process is not None
+        try:
+            return self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._give_up()
+            return self._process.wait()
+
+    def _give_up(self) -> None:
+        assert self._process is not None
+        self._given_up = True
+        self._process.kill()
 
     @contextmanager
     def _named(self, kind: type[EdgetubeError]) -> Iterator[None]:
@@ -269,13 +288,12 @@ class Device:
         if self._process is not None:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
+            limit = threading.Timer(GRACE_S, self._give_up)  # what is not sent yet waits for the other side
+            limit.start()
             with suppress(OSError):
                 self._process.stdin.close()
-            try:
-                self._process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            limit.cancel()
+            self._end()
             self._process.stdout.close()
         self._words.close()
 
@@ -315,14 +333,24 @@ def _source(module: ModuleType) -> str:
     return Path(module.__file__).read_text("utf-8")
 
 
-def _no_python(said: str, reached: transport.Transport) -> str:
+MOST = 300
+"""Most characters of what a program says that are shown."""
+
+
+def _no_python(found: Sequence[str], reached: transport.Transport) -> str:
+    """Why no Python there can be used, and what to do.
+
+    Args:
+        found: those that are there, each as `NAME: WHAT IT SAYS`.
+    """
     given, wanted = reached.python, f"edgetube needs Python {OLDEST[0]}.{OLDEST[1]} or newer"
-    version = re.search(r"Python (\d\S*)", said)
-    if given:
-        return f"{given} is {f'Python {version[1]}' if version else 'no Python'}; {wanted}: give the path of one"
-    if version:
-        return (
-            f"its python3 is Python {version[1]}; {wanted}: install one there (it may be called {NAMES[-1]}), or give "
-            "?python=PATH of one that has edgetube"
-        )
-    return f"there is no python3; {wanted}: {reached.install}"
+    remedy = "give the path of one" if given else reached.install
+    problem = f"{given} is no Python" if given else "there is no python3"
+    for name, _, said in (text.partition(": ") for text in found):
+        version = re.fullmatch(r"Python ((\d+)\.(\d+)\S*)", said)
+        if version is None or (int(version[2]), int(version[3])) >= OLDEST:
+            return f"{name} is there and does not start ({said[-MOST:] or 'it says nothing'}); {wanted}: {remedy}"
+        problem = f"{'' if given else 'its '}{name} is Python {version[1]}"
+        if not given:
+            remedy = f"install one there (it may be called {NAMES[-1]}), or give ?python=PATH of one that has edgetube"
+    return f"{problem}; {wanted}: {remedy}"

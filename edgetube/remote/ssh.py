@@ -81,7 +81,7 @@ class Ssh:
     def run(self, script: str, words: int) -> subprocess.Popen[bytes]:
         return CLIENT.start(self.name, [*self.command, f"exec sh -c {shlex.quote(script)}"], words)
 
-    def explain(self, code: int, said: str) -> str | None:
+    def explain(self, code: int, said: str, *, begun: bool) -> str | None:
         if code < 0:
             return CLIENT.ended(-code)
         if code != FAILED:

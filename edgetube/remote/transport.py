@@ -53,8 +53,14 @@ class Transport(Protocol):
             words: file descriptor that gets what it says on stderr.
         """
 
-    def explain(self, code: int, said: str) -> str | None:
-        """Why the transport itself failed, and what to do; None if it did not, and the program ended by itself."""
+    def explain(self, code: int, said: str, *, begun: bool) -> str | None:
+        """Why the transport itself failed, and what to do; None if it did not, and the program ended by itself.
+
+        Args:
+            code: exit code of what `run` started here.
+            said: what came on stderr.
+            begun: whether the program there had said something.
+        """
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,13 @@ class Local:
     python: str | None
     pythons = ()
     install = ssh.INSTALL
+    elsewhere = ssh.ELSEWHERE
 
     def run(self, script: str, words: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words)
 
-    def explain(self, code: int, said: str) -> str | None:
+    def explain(self, code: int, said: str, *, begun: bool) -> str | None:
         return None
-    elsewhere = ssh.ELSEWHERE
 
 
 def read_local(parts: SplitResult, python: str | None) -> Local:

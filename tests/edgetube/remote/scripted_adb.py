@@ -4,8 +4,9 @@
     python scripted_adb.py PHONES.json [-s SERIAL] push FOLDER... FOLDER
 
 The file has for each serial number its `state`, as `adb devices` has it; `shell`, a command that takes a script and is
-the shell there; `root`, the folder that is `/` there; and `old`, true for one that knows no shell protocol. What it
-says, and its exit codes, are those of AOSP's `commandline.cpp` and `transport.cpp`. At SIGUSR1 the device is gone.
+the shell there; `root`, the folder that is `/` there; `old`, true for one that knows no shell protocol; and `lost`, the
+exit code of a client that lost it: 0 of older ones, 255 of newer. What it says, and its exit codes, are those of AOSP's
+`commandline.cpp` and `transport.cpp`. At SIGUSR1 the device is gone.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def shell(phone: dict[str, Any], words: list[str]) -> int:
     raw = words[:1] == ["-T"]
     if raw and phone.get("old"):
         fail("device only supports allocating a pty")
-    signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))  # adb does not know how the program ended, and says 0
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(phone.get("lost", 0)))  # how the program ended is not known
     script = " ".join(words[1:] if raw else words)
     process = subprocess.Popen([*phone["shell"], script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None

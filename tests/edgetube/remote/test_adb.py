@@ -18,16 +18,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
-from edgetube import demo
+from edgetube import __version__, demo
 from edgetube.errors import DeviceError, InputError
-from edgetube.remote import adb, portable, transport
+from edgetube.remote import adb, portable, stage, transport
 from edgetube.remote.adb import Adb
 from edgetube.remote.device import Device
 from tests.edgetube.remote.adbd import Adbd
-from tests.edgetube.remote.conftest import free_port
+from tests.edgetube.remote.conftest import free_port, is_running
 
 SCRIPTED = Path(__file__).with_name("scripted_adb.py")
 PYTHON = f"?python={sys.executable}"
@@ -103,16 +104,30 @@ class TestAddresses:
 )
 def test_what_adb_says_becomes_advice(said: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EDGETUBE_ADB", raising=False)
-    reason = Adb("adb://R58", "R58").explain(1, said)
+    reason = Adb("adb://R58", "R58").explain(1, said, begun=False)
     assert reason is not None
     assert reason.startswith(advice)
 
 
-def test_what_is_not_adb_s_own_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_adb_s_own_failure() -> None:
     reached = Adb("adb://R58", "R58")
-    assert reached.explain(1, "Traceback\nOSError: error: device offline") is None
-    assert reached.explain(137, "error: device offline") is None
-    assert reached.explain(-15, "") == "adb was ended here by signal 15: run the command again"
+    assert reached.explain(1, "Traceback\nOSError: error: device offline", begun=False) is None
+    assert reached.explain(137, "error: device offline", begun=False) is None
+    assert reached.explain(1, "error: device offline", begun=True) is None
+    assert reached.explain(-15, "", begun=True) == "adb was ended here by signal 15: run the command again"
+
+
+@pytest.mark.parametrize("code", [0, 255])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_device_that_is_lost(code: int, begun: bool) -> None:
+    """Older clients say that all went well, newer ones that they know of no end."""
+    said = "error: what a program there said" if begun else "WARNING: linker: x"
+    reason = Adb("adb://R58", "R58").explain(code, said, begun=begun)
+    assert reason is not None
+    assert reason.startswith("the line was cut: see that it is plugged in")
+    before = Adb("adb://R58", "R58").explain(code, "error: device offline", begun=False)
+    assert before is not None
+    assert before.startswith("adb sees it, and it does not answer")
 
 
 class TestUnreachable:
@@ -164,11 +179,63 @@ def test_a_phone_has_no_python(bare: Path) -> None:
         Device("adb://A")
 
 
+@pytest.mark.parametrize(
+    ("text", "mode", "said"),
+    [
+        ("#!/bin/sh\n", 0o644, "Permission denied"),  # as with a disk that starts no programs
+        ("#!/nowhere/ld-linux-aarch64.so.1\n", 0o755, "(not found|No such file)"),  # made for another place
+        ("#!/bin/sh\n[ $1 = -V ] && echo Python 3.11.2 && exit\necho No module named encodings >&2\nexit 1\n", 0o755,
+         "Python 3\\.11\\.2 No module named encodings"),
+    ],
+)  # fmt: skip
+def test_a_python_that_was_pushed_and_does_not_start(bare: Path, text: str, mode: int, said: str) -> None:
+    bare.write_text(text)
+    bare.chmod(mode)
+    message = (
+        rf"^adb://A: {re.escape(str(bare))} is there and does not start \(.*{said}.*\); edgetube needs Python 3\.10 or "
+        r"newer: Android has none; make one"
+    )
+    with pytest.raises(DeviceError, match=message):
+        Device("adb://A")
+    with pytest.raises(DeviceError, match=message.replace("Android has none; make one", "give the path of one")):
+        Device(f"adb://A?python={quote(str(bare))}")
+
+
+def test_a_python_that_was_pushed_is_an_old_one(bare: Path) -> None:
+    bare.write_text("#!/bin/sh\n[ $1 = -V ] && echo Python 3.9.2 && exit\nexit 1\n")
+    bare.chmod(0o755)
+    with pytest.raises(DeviceError, match=rf"^adb://A: its {re.escape(str(bare))} is Python 3\.9\.2; edgetube needs"):
+        Device("adb://A")
+
+
 def test_the_python_that_was_pushed_is_found(bare: Path) -> None:
     bare.write_text("""#!/bin/sh\n[ "$1" = -c ] || echo 'edgetube-hello {"error": "I am the one that was pushed"}'\n""")
     bare.chmod(0o755)
     with pytest.raises(DeviceError, match=r"^adb://A: I am the one that was pushed$"):
         Device("adb://A")
+
+
+def test_a_folder_that_cannot_be_written_has_advice_for_android(
+    phones: Phones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can set variables for its shell."""
+    phones(A="device")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EDGETUBE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(
+        DeviceError, match=rf"^adb://A: no folder there .*; remove {adb.FOLDER}/device there: "
+    ) as caught:
+        Device(f"adb://A{PYTHON}")
+    assert "EDGETUBE_CACHE" not in str(caught.value)
+
+
+def test_what_a_program_there_says_is_not_taken_for_adb_s_words(phones: Phones, tmp_path: Path) -> None:
+    about = {"own": {"version": __version__, "code": ""}, "executable": "/python3"}
+    there = tmp_path / "there"
+    there.write_text(f"echo '{stage.HELLO} {json.dumps(about)}'\necho 'error: device offline' >&2\nexit 1\n")
+    phones(A={"shell": ["sh", str(there)]})
+    with pytest.raises(DeviceError, match=r"^adb://A: edgetube ended there with exit code 1: error: device offline$"):
+        Device("adb://A?python=/python3")
 
 
 def test_files_are_in_the_folder_of_android_s_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -301,15 +368,16 @@ class TestLine:
         assert "adb://A: adb sees it, and it does not answer" in err
 
     @pytest.mark.parametrize(
-        ("number", "message"),
+        ("number", "code", "message"),
         [
-            (signal.SIGUSR1, "the line was cut: see that it is plugged in, and run the command again"),
-            (signal.SIGKILL, "adb was ended here by signal 9"),
+            (signal.SIGUSR1, 0, "the line was cut: see that it is plugged in, and run the command again"),
+            (signal.SIGUSR1, 255, "the line was cut: see that it is plugged in, and run the command again"),
+            (signal.SIGKILL, 0, "adb was ended here by signal 9"),
         ],
     )
-    def test_a_line_that_is_cut(self, phones: Phones, number: int, message: str) -> None:
+    def test_a_line_that_is_cut(self, phones: Phones, number: int, code: int, message: str) -> None:
         """By the device, as when it is unplugged, and by the client here; what ran there ends."""
-        phones(A="device")
+        phones(A={"lost": code})
         with Device(f"adb://A{PYTHON}") as device:
             assert device._process is not None
             started = children(device._process.pid)
@@ -319,9 +387,9 @@ class TestLine:
                 with pytest.raises(DeviceError, match=rf"^adb://A: {message}"):
                     device.ask("facts")
             end = time.monotonic() + 20
-            while any(map(runs, started)) and time.monotonic() < end:
+            while any(map(is_running, started)) and time.monotonic() < end:
                 time.sleep(0.05)
-            assert not any(map(runs, started))
+            assert not any(map(is_running, started))
 
     def test_a_program_that_dies_there(self, phones: Phones) -> None:
         phones(A="device")
@@ -332,11 +400,3 @@ class TestLine:
             os.kill(edgetube, signal.SIGKILL)
             with pytest.raises(DeviceError, match=r"^adb://A: edgetube was ended there by signal 9, mostly because"):
                 device.ask("facts")
-
-
-def runs(process: int) -> bool:
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"

@@ -117,11 +117,12 @@ class TestAddresses:
 )
 def test_what_ssh_says_becomes_advice(said: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EDGETUBE_SSH", raising=False)
-    reason = Ssh("ssh://pi@host:2222", "host", "pi", 2222).explain(255, said)
+    reason = Ssh("ssh://pi@host:2222", "host", "pi", 2222).explain(255, said, begun=True)
     assert reason is not None
     assert reason.startswith(advice)
-    assert Ssh("ssh://host", "host").explain(1, said) is None
-    assert Ssh("ssh://host", "host").explain(-15, said) == "ssh was ended here by signal 15: run the command again"
+    reached = Ssh("ssh://host", "host")
+    assert reached.explain(1, said, begun=True) is None
+    assert reached.explain(-15, said, begun=True) == "ssh was ended here by signal 15: run the command again"
 
 
 class TestUnreachable:
@@ -150,7 +151,6 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.slow
 class TestDeaf:
     """The other side neither answers nor closes the line; the client here is ended, which is no fault of its own."""
 
@@ -202,6 +202,7 @@ def test_two_workers_have_networks_of_their_own() -> None:
     assert len({*subnets}) == 3
 
 
+@pytest.mark.slow
 class TestPython:
     def test_an_old_one(self, sshd: Sshd, tmp_path: Path) -> None:
         old = script(tmp_path / "python3", 'case "$1" in -V) echo Python 3.9.2;; *) exit 1;; esac')
