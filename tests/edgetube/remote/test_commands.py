@@ -9,8 +9,6 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 
@@ -43,7 +41,7 @@ def test_parity_with_layers_is_that_of_this_machine(sshd: Sshd, tiny_bundle: Pat
     found, source = bundles.load(tiny_bundle), built_in(9, bundles.load(tiny_bundle).labels)
     here = parity.measure([found], source), layers.curves([found], source.sample(1))
     with Device(sshd.address()) as device:
-        make = commands.Artifacts(device)
+        make = commands.Place(device).artifact
         there = parity.measure([found], source, artifact=make), layers.curves([found], source.sample(1), artifact=make)
     assert there[0].measured[0].to_json() == here[0].measured[0].to_json()
     assert there[1] == here[1]
@@ -76,22 +74,8 @@ def here_logits(found: bundles.Bundle) -> object:
 def test_a_set_of_models_takes_a_factory(sshd: Sshd, tiny_bundle: Path) -> None:
     found = bundles.load(tiny_bundle)
     with Device(sshd.address()) as device:
-        models = model_set.of_bundles([found], found, artifact=commands.Artifacts(device)).models
+        models = model_set.of_bundles([found], found, artifact=commands.Place(device).artifact).models
     assert [type(model) for model in models] == [Artifact, RemoteArtifact]
-
-
-def test_the_answers_of_two_devices_are_kept_apart(tiny_bundle: Path) -> None:
-    """By the address, and by what the machine at the address is."""
-    found = bundles.load(tiny_bundle)
-    machines = [("ssh://one", "a board, numpy 2.0"), ("ssh://two", "a board, numpy 2.0"), ("ssh://one", "another")]
-    devices = [
-        SimpleNamespace(name=name, facts={"machine": about}, send=str, ask=lambda do, path: "executed")
-        for name, about in machines
-    ]
-    identities = [RemoteArtifact(found, cast(Device, device)).identity() for device in [*devices, devices[0]]]
-    for one in range(3):
-        assert [identities[one] == other for other in identities[:3]] == [one == index for index in range(3)]
-    assert identities[3] == identities[0]
 
 
 class TestCommandLine:
@@ -110,12 +94,22 @@ class TestCommandLine:
     ) -> None:
         listed = tmp_path / "devices.toml"
         listed.write_text(f'[one]\naddress = "{sshd.address()}"\n[off]\naddress = "ssh://off"\n')
-        code, out, err = edgetube_cli("bench", tiny_bundle, "--on", listed, *BRIEFLY, "--json")
+        code, out, err = edgetube_cli("bench", tiny_bundle, "--on", listed, "--on", LOCAL, *BRIEFLY, "--json")
         assert code == 1
-        first, second = json.loads(out)["devices"]
-        assert first["bundles"][0]["p50_ms"] > 0
+        first, second, third = json.loads(out)["devices"]
+        assert [one["device"]["name"] for one in (first, third)] == ["ssh://device", "local://"]
+        assert all(one["bundles"][0]["p50_ms"] > 0 for one in (first, third))
         assert second["device"] == {"name": "ssh://off"}
         assert "ssh://off: it cannot be reached" in err
+
+    def test_two_addresses_of_one_device(
+        self, sshd: Sshd, tiny_bundle: Path, edgetube_cli: Cli, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(commands, "_timed", None)
+        given = ("--on", sshd.address(), "--on", sshd.address(host="twin"))
+        code, out, err = edgetube_cli("bench", tiny_bundle, *given, *BRIEFLY, "--json")
+        assert (code, out) == (2, "")
+        assert "error: ssh://device and ssh://twin are one device; a device times in turns" in err
 
     def test_parity_and_agree(self, sshd: Sshd, tiny_bundle: Path, edgetube_cli: Cli) -> None:
         code, out, err = edgetube_cli("parity", tiny_bundle, "--clips", 9, "--on", sshd.address(), "--json")
@@ -206,12 +200,14 @@ class TestSweep:
         def refuse(*_: object) -> None:
             raise AssertionError("this machine times or answers")
 
-        monkeypatch.setattr(latency, "measure", refuse)
-        monkeypatch.setattr(Artifact, "open", refuse)
-        monkeypatch.setattr(proof, "CLIPS", 9)
-        counted, prove, before = Counted(monkeypatch), proof.prove_chosen, list[int]()
-        monkeypatch.setattr(proof, "prove_chosen", lambda *given: (before.append(counted.clips), prove(*given))[1])
-        code, text, err = swept("--on", LOCAL)
+        before = list[int]()
+        with monkeypatch.context() as patch:
+            patch.setattr(latency, "measure", refuse)
+            patch.setattr(Artifact, "open", refuse)
+            patch.setattr(proof, "CLIPS", 9)
+            counted, prove = Counted(patch), proof.prove_chosen
+            patch.setattr(proof, "prove_chosen", lambda *given: (before.append(counted.clips), prove(*given))[1])
+            code, text, err = swept("--on", LOCAL)
         assert code == 0, err
         document = json.loads(text)
         assert document == json.loads((swept.out / "sweep.json").read_text("utf-8"))
@@ -222,14 +218,15 @@ class TestSweep:
         assert all(row["p50_ms"] > 0 for row in document["points"])
         assert before == [sum(row["clips"] for row in document["points"])]
         assert counted.clips >= before[0] + 9 * len(document["kept"])
-        monkeypatch.undo()
         source = built_in(9, demo.LABELS)
         for row in document["points"]:
             if row["clips"] == 9:
                 assert row["accuracy"] == pytest.approx(share_here(bundles.load(row["bundle"]), source))
-        for path in document["kept"]:
-            proven = bundles.load(path).parity.get("device")
-            assert proven["name"] == "local://" if proven else "the bundle stays executed" in err
+        kept = [bundles.load(path) for path in document["kept"]]
+        (whole,) = [bundle for bundle in kept if bundle.spec.reduction is None]
+        assert whole.parity["device"]["name"] == "local://"
+        for bundle in kept:
+            assert "device" in bundle.parity or "the bundle stays executed" in err
 
         monkeypatch.setattr("edgetube.export.points.ExportSession", refuse)
         monkeypatch.setattr(proof, "prove_chosen", lambda *_: [])
