@@ -220,7 +220,11 @@ def litert(work: Path, own: Path) -> Call:
 # ------------------------------------------------------------------------------------------------------------- edgetube
 
 
-def build_bundle(target: str, work: Path, own: Path) -> None:
+KEPT = 155
+"""Tokens of 539 that are left in the end, where a recipe keeps fewer."""
+
+
+def build_bundle(target: str, keep: str | None, work: Path, own: Path) -> None:
     """Export it, unless a bundle was brought along (`--bundles`)."""
     if (own / "bundle").is_dir():
         return
@@ -228,7 +232,10 @@ def build_bundle(target: str, work: Path, own: Path) -> None:
 
     # Random weights have no accuracy to lose: time is measured here, so INT8 need not search for its budget.
     budget = {"calib": work / CALIBRATION, "max_drop": 100.0} if target.endswith("int8") else {}
-    made = pipeline.export_model(target, source(work), own, pipeline.Options(lowering="gather", **budget))
+    # In one folder: several numbers of tokens calibrate once.
+    made = pipeline.export_model(
+        target, source(work), work / "exports", pipeline.Options(lowering="gather", keep_tokens=keep, **budget)
+    )
     made.path.rename(own / "bundle")
 
 
@@ -266,8 +273,13 @@ def of_quantiser(function: str, file: str, loader: Callable[..., Call], *package
     return Recipe(SAME, "int8", packages, partial(loader, file), partial(quantise, function, file))
 
 
-def of_bundle(target: str, precision: str, *packages: str) -> Recipe:
-    return Recipe(SAME, precision, ("edgetube", *packages), bundle, partial(build_bundle, target))
+def of_bundle(target: str, precision: str, package: str) -> dict[str, Recipe]:
+    """With all tokens, and with `KEPT`."""
+    names = {f"edgetube {target}": None, f"edgetube {target}, {KEPT} tokens": str(KEPT)}
+    return {
+        name: Recipe(SAME, precision, ("edgetube", package), bundle, partial(build_bundle, target, keep))
+        for name, keep in names.items()
+    }
 
 
 def of_hugging(name: str, frames: int) -> dict[str, Recipe]:
@@ -287,9 +299,9 @@ RECIPES: dict[str, Recipe] = {
     "OpenVINO defaults, naive export": Recipe(SAME, "bf16", ("openvino",), partial(in_openvino, ONNX), export_naive),
     "ExecuTorch, XNNPACK": Recipe(SAME, "fp32", ("executorch",), executorch, partial(build_executorch, False)),
     "LiteRT": Recipe(SAME, "fp32", ("litert-torch", "ai-edge-litert"), litert, partial(build_litert, False)),
-    "edgetube onnx-fp32": of_bundle("onnx-fp32", "fp32", "onnxruntime"),
-    "edgetube openvino-fp32": of_bundle("openvino-fp32", "fp32", "openvino"),
-    "edgetube openvino-fp16": of_bundle("openvino-fp16", "bf16", "openvino"),
+    **of_bundle("onnx-fp32", "fp32", "onnxruntime"),
+    **of_bundle("openvino-fp32", "fp32", "openvino"),
+    **of_bundle("openvino-fp16", "bf16", "openvino"),
     "ORT quantize_static, defaults": of_quantiser("ort_defaults", QUANTISED, in_onnxruntime, "onnxruntime"),
     "ORT quantize_dynamic": of_quantiser("ort_dynamic", QUANTISED, in_onnxruntime, "onnxruntime"),
     "NNCF, OpenVINO defaults": of_quantiser("nncf_transformer", "quantised.xml", in_openvino, "nncf", "openvino"),
@@ -300,8 +312,8 @@ RECIPES: dict[str, Recipe] = {
     "LiteRT int8 dynamic": Recipe(
         SAME, "int8", ("litert-torch", "ai-edge-litert"), litert, partial(build_litert, True)
     ),
-    "edgetube onnx-int8": of_bundle("onnx-int8", "int8", "onnxruntime"),
-    "edgetube openvino-int8": of_bundle("openvino-int8", "int8", "openvino"),
+    **of_bundle("onnx-int8", "int8", "onnxruntime"),
+    **of_bundle("openvino-int8", "int8", "openvino"),
     **of_hugging("VideoMAE", 16),
     **of_hugging("Vivit", 32),
 }

@@ -76,7 +76,8 @@ def adopt(work: Path, folder: Path) -> None:
     for path in sorted(folder.glob(f"*/{bundles.MANIFEST}")):
         found = bundles.load(path.parent)
         own = work / slug(f"edgetube {found.target}")
-        if found.checkpoint["source"] == source(work) and not (own / "bundle").is_dir():
+        whole = found.spec.reduction is None and not found.spec.left_out
+        if whole and found.checkpoint["source"] == source(work) and not (own / "bundle").is_dir():
             shutil.copytree(found.path, own / "bundle")
 
 
