@@ -6,6 +6,8 @@ import torch
 import transformers
 from torch import nn
 
+from edgetube.bench.studies.peers.beside import declare_torchvision
+
 
 class Classifier(nn.Module):
     """A video classifier behind frames (B, T, H, W, 3) uint8."""
@@ -22,6 +24,7 @@ class Classifier(nn.Module):
 
 def model(name: str, frames: int) -> Classifier:
     """`VideoMAE` or `Vivit` at its base size, for clips of `frames` frames of 224 x 224."""
+    declare_torchvision()
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(num_frames=frames, image_size=224, num_labels=400)
     return Classifier(getattr(transformers, f"{name}ForVideoClassification")(config)).eval()
