@@ -42,7 +42,7 @@ with _absent("openvino_telemetry"):  # else importing openvino reports the impor
 __all__ = ["Session", "compile_model", "core", "ov"]  # `ov`: OpenVINO, imported with its warnings silenced
 
 RUNS = ("openvino",)
-UNSEEN = "bfloat16 of CPUs that have it, GPUs and NPUs of Intel"
+UNSEEN = "other arithmetic than this CPU's (float16, bfloat16), GPUs and NPUs of Intel"
 
 CAPABILITY = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
 """OpenVINO's names of device capabilities, by type."""
@@ -172,7 +172,8 @@ def compile_model(
     name = device.upper()
     if name not in (available := core().available_devices):
         raise InputError(f"no device is called {device!r} here; OpenVINO finds {', '.join(available).lower()}")
-    precision = next((kind for kind in precisions if kind in computed(name)), "f32")
+    able = computed(name)
+    precision = next((kind for kind in precisions if kind in able), "f32")
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
