@@ -296,18 +296,22 @@ def export_command(
         max_drop=max_drop,
         settings=_settings(settings or []),
     )
+    refused: dict[str, EdgetubeError] = {}
+    several = refused.__setitem__ if len(names) > 1 else None
     with progress() as show:
-        made = list(pipeline.export_models(names, checkpoint, out_dir, options, show, _read_options(reading)))
-        if prove_on is not None:
+        made = list(pipeline.export_models(names, checkpoint, out_dir, options, show, _read_options(reading), several))
+        if prove_on is not None and made:
             made = need("edgetube.remote.proof", "export").prove(prove_on, made, show)
     rows = [_bundle_row(b) for b in made]
     if as_json:
-        print_json(rows)
-    else:
+        print_json(rows + [_refused_row(name, error) for name, error in refused.items()])
+    elif made:
         terminal.exported(made, rows)
+    for name, error in refused.items():
+        terminal.error(f"{name}: {error}")
     reports = [b.build["int8"] for b in made if "int8" in b.build]
     unread = {name: why for report in reports for name, why in report["unread"].items()}
-    _end_with(unread, "calibration clips were left out")
+    _end_with(unread, "calibration clips were left out", *(error.exit_code for error in refused.values()))
 
 
 @app.command()
@@ -578,13 +582,14 @@ def _print_events(source: str, events: Sequence[Event], as_json: bool) -> None:
             terminal.event(source, event)
 
 
-def _end_with(unread: Mapping[str, str], what: str) -> None:
-    """List what could not be read, and exit with 1; nothing if there is none."""
+def _end_with(unread: Mapping[str, str], what: str, *codes: int) -> None:
+    """List what could not be read, and exit with 1, or the highest of `codes`; nothing if there is neither."""
+    for why in unread.values():
+        terminal.error(why)
     if unread:
-        for why in unread.values():
-            terminal.error(why)
         terminal.error(f"{len(unread)} {what}")
-        raise typer.Exit(1)
+    if code := max((*codes, int(bool(unread)))):
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -1393,4 +1398,12 @@ def _bundle_row(b: Bundle) -> dict[str, Any]:
         "max_abs_error": b.parity.get("max_abs_error"),
         "licence": b.checkpoint.get("licence", ""),
         "notes": b.build.get("notes", []),
+        "error": None,
     }
+
+
+def _refused_row(target: str, error: EdgetubeError) -> dict[str, Any]:
+    """The same for a target of several whose export ended with an error."""
+    nothing = ("bytes", "lowering", "clips", "agreement", "max_abs_error")
+    row = {"bundle": None, "target": target, "status": "refused", **dict.fromkeys(nothing)}
+    return {**row, "licence": "", "notes": [], "error": str(error)}

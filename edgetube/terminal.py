@@ -186,7 +186,7 @@ def targets(known: Iterable[Target]) -> None:
 
 
 def exported(made: Sequence[Bundle], rows: Sequence[Mapping[str, Any]]) -> None:
-    """The bundles that `edgetube export` wrote, with their rows of `--json`."""
+    """The bundles that `edgetube export` wrote, at least one, with their rows of `--json`."""
     found = table("bundle", "status", "size", "lowering", "agreement", "largest logit error")
     for row in rows:
         add(
@@ -201,10 +201,8 @@ def exported(made: Sequence[Bundle], rows: Sequence[Mapping[str, Any]]) -> None:
             say(f"{b.name}: {int8['summary']}")
             for note in int8["notes"]:
                 warn("warning", note)
-    if made:
-        source = "IMAGE" if made[0].contract.is_image else "VIDEO"
-        command = f"edgetube run {shlex.quote(printable(made[0].path))} {source}"
-        then(command)
+    source = "IMAGE" if made[0].contract.is_image else "VIDEO"
+    then(f"edgetube run {shlex.quote(printable(made[0].path))} {source}")
 
 
 def then(command: str) -> None:

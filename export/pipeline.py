@@ -6,7 +6,7 @@ A bundle is built in a hidden folder beside its destination and published only w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from edgetube import bundle as bundles
 from edgetube import export, formats, reduction, tubesets
 from edgetube import targets as targeting
 from edgetube.bundle import Bundle
-from edgetube.errors import InputError, MissingPackageError
+from edgetube.errors import EdgetubeError, InputError, MissingPackageError
 from edgetube.export import int8, tokenizer
 from edgetube.export.build import Builder
 from edgetube.export.int8_build import Int8Builder
@@ -109,8 +109,14 @@ def export_models(
     options: Options | None = None,
     progress: Progress = silent,
     read: ReadOptions | None = None,
+    refused: Callable[[str, EdgetubeError], object] | None = None,
 ) -> Iterator[Bundle]:
-    """Export one checkpoint to several targets, with common graphs and calibrations; see `export_model`."""
+    """Export one checkpoint to several targets, with common graphs and calibrations; see `export_model`.
+
+    Args:
+        refused: is told the name of a target whose export ends with an error, and the error; the others go on. Without
+            it the first such error is raised. What concerns all targets is always raised.
+    """
     options = options or Options()
     chosen = targeting.choose([export.target(name) for name in targets], options.settings)
     for target in chosen:
@@ -130,7 +136,14 @@ def export_models(
         int8.sources(loaded.trained, options.calib)
     with ExportSession(loaded, options, progress) as session:
         for target in chosen:
-            yield session.export(target, Path(out))
+            try:
+                bundle = session.export(target, Path(out))
+            except EdgetubeError as error:
+                if refused is None:
+                    raise
+                refused(target.name, error)
+            else:
+                yield bundle
 
 
 def check_needs(target: Target) -> None:

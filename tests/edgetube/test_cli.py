@@ -71,6 +71,29 @@ def test_export_then_run_then_doctor(
     assert [check["ok"] for check in json.loads(out)] == [True] * 4
 
 
+def test_of_several_targets_one_that_fails_does_not_stop_the_others(
+    edgetube_cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = replace(export.target("onnx-fp16"), tolerance=1e-9)
+    known = {**export.targets(), "onnx-fp16": strict}
+    monkeypatch.setattr(export, "target", known.__getitem__)
+    options = ("--checkpoint", tiny_checkpoint, "--out", tmp_path, "--lowering", "gather", "--json")
+    names = ("--target", "onnx-fp16", "--target", "onnx-fp32")
+    code, out, err = edgetube_cli("export", *names, *options)
+    made, refused = json.loads(out)
+    assert (code, made["target"], made["status"], made["error"]) == (1, "onnx-fp32", "executed", None)
+    assert bundle.load(Path(made["bundle"])).target == "onnx-fp32"
+    assert set(refused) == set(made)
+    assert (refused["target"], refused["status"], refused["bundle"]) == ("onnx-fp16", "refused", None)
+    assert "onnx-fp16 allows 1e-09" in refused["error"]
+    assert err.splitlines()[-1] == f"error: onnx-fp16: {refused['error']}"
+    assert not (tmp_path / "tiny.onnx-fp16").exists()
+
+    code, out, err = edgetube_cli("export", *names[:2], *options)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == f"error: {refused['error']}"
+
+
 def test_stream_prints_one_object_a_window(
     edgetube_cli: Callable[..., tuple[int, str, str]], tiny_bundle: Path, clip: Path
 ) -> None:
