@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -51,6 +51,10 @@ ABOVE = 0.42
 DIGITS = 2.4
 """Widths of `99.9` in the size of its letters, with room at both sides."""
 
+NAMED = 8
+"""So many points of a sweep all have their names in its figure. Of more, those that were found and those of the trained
+model have them; the others are faint and without intervals, which would hide the rest."""
+
 Draw = Callable[["Figure", bool], None]
 
 
@@ -89,9 +93,9 @@ def pareto(rows: Sequence[Row], quality: str, title: str) -> str:
 def operating_points(rows: Sequence[Row], quality: str, title: str) -> str:
     """The same of the points of a sweep, as a file of its own: with intervals, and a line through those on `front`."""
     best = sorted((row["p50_ms"], 100 * row[quality]) for row in rows if row["front"])
-    height = 3.6 + 0.08 * len(rows)
-    draw = _over_latency(rows, best, quality, title, intervals=True)
-    return alone(_svg(draw, WIDE, height, True, f"{title} over latency"))
+    named = [row for row in rows if row["front"] or row["winner"] or row["name"] == row["target"]]
+    draw = _over_latency(rows, best, quality, title, {row["name"] for row in (rows if len(rows) <= NAMED else named)})
+    return alone(_svg(draw, WIDE, 5.2, True, f"{title} over latency"))
 
 
 def alone(svg: str) -> str:
@@ -104,40 +108,71 @@ def alone(svg: str) -> str:
 
 
 def _over_latency(
-    rows: Sequence[Row], best: Sequence[tuple[float, float]], quality: str, title: str, intervals: bool = False
+    rows: Sequence[Row],
+    best: Sequence[tuple[float, float]],
+    quality: str,
+    title: str,
+    intervals: Collection[str] = (),
 ) -> Draw:
-    """Draws quality over latency; a line joins `best`. `intervals` are `{quality}_low` and `_high` of each row."""
+    """Draws quality over latency; a line joins `best`.
+
+    Args:
+        intervals: names of rows that are shown with intervals, `{quality}_low` and `_high`; others are then faint and
+            have no name, and a legend says what colours and markers are. Empty: all are named, without intervals.
+    """
     look = styles(rows)
     points = [row for row in rows if row["p50_ms"] is not None and row[quality] is not None]
+    told = [row for row in points if row["name"] in intervals] if intervals else points
 
     def draw(figure: Figure, wide: bool) -> None:
-        axes = _axes(figure, (0.62, 0.52, 0.15, ABOVE))
+        axes = _axes(figure, (0.78 if intervals else 0.62, 0.52, 0.15, ABOVE))
         times, values = [row["p50_ms"] for row in points], [100 * row[quality] for row in points]
-        ends = [100 * row[f"{quality}_{end}"] for row in points for end in ("low", "high")] if intervals else values
-        reach = max(max(ends) - min(ends), 1.0)
-        room = (0.05 if intervals else 0.3) * reach
+        ends = [100 * row[f"{quality}_{end}"] for row in told for end in ("low", "high")] if intervals else []
+        low, high = min(values + ends), max(values + ends)
+        room = (0.05 if intervals else 0.3) * max(high - low, 1.0)
         # Shares end at 100 %: the names of the best points stand above the axes.
-        axes.set(xscale="log", ylim=(max(0.0, min(ends) - room), min(100.0, max(ends) + room)))
+        axes.set(xscale="log", ylim=(max(0.0, low - room), min(100.0, high + room)))
         axes.set_xlim(min(times) / 1.35, max(times) * 1.35)
         if len(best) > 1:
             axes.step(*zip(*best, strict=True), where="post", color=SOFT, lw=1.2, linestyle=(0, (2, 2)), zorder=1)
         for row in points:
-            style = look[row["name"]]
+            style, named = look[row["name"]], row in told
             x, y = row["p50_ms"], 100 * row[quality]
-            across = [[x - row["p10_ms"]], [row["p90_ms"] - x]]
-            up = [[y - 100 * row[f"{quality}_low"]], [100 * row[f"{quality}_high"] - y]] if intervals else None
-            bars = axes.errorbar(x, y, xerr=across, yerr=up, color=style.colour, lw=1)
-            for part in bars.get_children():
-                part.set(alpha=0.45)  # cut at the axes, which very noisy times would leave
+            if named:
+                across = [[x - row["p10_ms"]], [row["p90_ms"] - x]]
+                up = [[y - 100 * row[f"{quality}_low"]], [100 * row[f"{quality}_high"] - y]] if intervals else None
+                bars = axes.errorbar(x, y, xerr=across, yerr=up, color=style.colour, lw=1)
+                for part in bars.get_children():
+                    part.set(alpha=0.45)  # cut at the axes, which very noisy times would leave
             axes.plot(
-                x, y, style.marker, color=style.colour, markersize=8, markeredgecolor=PANEL, zorder=3, clip_on=False
-            )
-        _label(axes, [(row["p50_ms"], 100 * row[quality], row["short"]) for row in points])
+                x, y, style.marker, color=style.colour, markersize=8 if named else 6, alpha=1 if named else 0.4,
+                markeredgecolor=PANEL, zorder=3 if named else 2, clip_on=False,
+            )  # fmt: skip
+        _label(axes, [(row["p50_ms"], 100 * row[quality], row["short"]) for row in told])
         _log_ticks(axes, times)
         axes.set_xlabel("latency of one call, median, ms")
         axes.set_ylabel(title)
+        if intervals:
+            _legend(figure, points, look)
 
     return draw
+
+
+def _legend(figure: Figure, rows: Sequence[Row], look: Mapping[str, Style]) -> None:
+    """What colours and markers are, in one line at the bottom."""
+    from matplotlib.lines import Line2D
+
+    colours = {family(row): look[row["name"]].colour for row in rows}
+    markers = {row["precision"]: look[row["name"]].marker for row in rows}
+    handles = [Line2D([], [], linewidth=4, color=colour, label=name) for name, colour in colours.items()]
+    handles += [
+        Line2D([], [], linestyle="", marker=marker, color=SOFT, label=name)
+        for name, marker in markers.items() if len(markers) > 1
+    ]  # fmt: skip
+    figure.legend(
+        handles=handles, loc="lower right", ncols=len(handles), frameon=False, labelcolor=INK, fontsize=9,
+        handlelength=1, columnspacing=1.2,
+    )  # fmt: skip
 
 
 def front(rows: Sequence[Row], quality: str) -> list[tuple[float, float]]:

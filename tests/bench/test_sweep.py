@@ -366,7 +366,16 @@ def row(name: str, ms: float | None, accuracy: float | None, front: bool) -> dic
     times = {"p50_ms": ms, "p10_ms": ms and 0.9 * ms, "p90_ms": ms and 1.2 * ms}
     ends = {"accuracy_low": accuracy and accuracy - 0.03, "accuracy_high": accuracy and min(1.0, accuracy + 0.02)}
     return (
-        {"name": name, "target": "onnx-fp32", "precision": "fp32", "front": front, "accuracy": accuracy} | times | ends
+        {
+            "name": name,
+            "target": "onnx-fp32",
+            "precision": "fp32",
+            "front": front,
+            "winner": False,
+            "accuracy": accuracy,
+        }
+        | times
+        | ends
     )
 
 
@@ -385,6 +394,17 @@ def test_the_picture_is_one_file_with_its_own_colours() -> None:
     assert "top-1, %" in words
     with pytest.raises(InputError, match="nothing to draw"):
         sweep.picture({"points": rows[2:], "data": {"quality": "top1"}})
+
+
+def test_of_many_points_the_picture_names_the_front_and_the_trained_model() -> None:
+    some = [row(f"onnx-fp32 keep{n}", 9.0 - 0.1 * n, 0.9 - 0.001 * n, False) for n in range(6)]
+    found = [row("onnx-fp32", 8.0, 0.98, False), row("onnx-fp32 keep60", 4.0, 0.98, True)]
+    for rows, names in ((some + found, 8), ([*some, *found, row("onnx-fp32 keep70", 9.0, 0.9, False)], 2)):
+        root = ElementTree.fromstring(sweep.picture({"points": rows, "data": {"quality": "top1"}}))
+        words = [each.text or "" for each in root.iter("{http://www.w3.org/2000/svg}text")]
+        shown = [word for word in words if word.startswith("onnx-fp32")]
+        assert len(shown) == names
+        assert {"onnx-fp32", "onnx-fp32 keep60"} <= set(shown)
 
 
 @pytest.mark.slow
