@@ -175,7 +175,9 @@ class Process:
                 self._alarm.start()
             assert self._process.stdin is not None
             assert self._process.stdout is not None
-            self._asker = wire.Asker(self._process.stdout, self._process.stdin, self._why_ended)
+            self._asker = wire.Asker(
+                wire.Reader(self._process.stdout), wire.Writer(self._process.stdin), self._why_ended
+            )
             opened = self._asker.answer().result
         except BaseException:
             self.close()

@@ -3,13 +3,15 @@
 A message is a line of JSON. If it carries bytes, its key `bytes` has the length of each piece, and the pieces follow
 the line. An order is `{"do": name, ...}`. It is answered by any number of `{"progress": [stage, done, total]}` and then
 by `{"result": ...}` or by `{"error": text, "kind": class of edgetube.errors}`. Empty lines only say that the other side
-is still there.
+is still there: without them a line whose other end is gone cannot be told from one over which nothing has
+to be said, as while an order is carried out.
 
 Only the standard library is imported: a device runs this file before edgetube is there (`edgetube.remote.stage`).
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import select
@@ -18,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import IO, Any, cast
 
@@ -29,6 +32,9 @@ Message = dict[str, Any]
 LINE = 1 << 26
 """Longest line of JSON, in bytes; a longer one is not a message."""
 
+BEAT_S = 5.0
+"""Seconds between two signs that a side is still there, see `beat_until`."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -36,15 +42,6 @@ class Reply:
 
     result: Any = None
     pieces: tuple[bytes, ...] = ()
-
-
-def send(stream: IO[bytes], message: Message, pieces: tuple[bytes, ...] = ()) -> None:
-    """Write a message and flush it."""
-    head = {**message, "bytes": [len(piece) for piece in pieces]} if pieces else message
-    stream.write(json.dumps(head).encode() + b"\n")
-    for piece in pieces:
-        stream.write(piece)
-    stream.flush()
 
 
 def parse(line: bytes, read: Callable[[int], bytes]) -> tuple[Message, tuple[bytes, ...]]:
@@ -67,6 +64,135 @@ def parse(line: bytes, read: Callable[[int], bytes]) -> tuple[Message, tuple[byt
     return message, tuple(pieces)
 
 
+# ------------------------------------------------------------------------------------------------------------ two pipes
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a side that has fallen silent is waited for.
+
+    Attributes:
+        seconds: without a byte that comes, or that is taken.
+        over: called then, by the thread that waited.
+    """
+
+    seconds: float
+    over: Callable[[], None]
+
+
+class Reader:
+    """Lines and bytes of a pipe, for one thread at a time.
+
+    Nothing waits in Python's own buffer: a thread that waits with the lock of one keeps Python from exiting.
+
+    Args:
+        patience: with the other side; None waits for ever.
+    """
+
+    def __init__(self, pipe: IO[bytes], patience: Patience | None = None) -> None:
+        self._pipe, self._patience, self._rest = pipe, patience, bytearray()
+
+    def line(self) -> bytes:
+        """The next line; without its end if the pipe ends before, nobody is there, or the line is longer than `LINE`.
+
+        Raises:
+            OSError, ValueError: the pipe was closed here.
+        """
+        seen = 0
+        while (end := self._rest.find(b"\n", seen)) < 0:
+            seen = len(self._rest)
+            if seen > LINE or not self._more():
+                return self._take(LINE)
+        return self._take(end + 1)
+
+    def exactly(self, length: int) -> bytes:
+        """So many bytes; fewer if the pipe ends before, or nobody is there."""
+        while len(self._rest) < length and self._more():
+            pass
+        return self._take(length)
+
+    def _take(self, length: int) -> bytes:
+        piece = bytes(self._rest[:length])
+        del self._rest[:length]
+        return piece
+
+    def _more(self) -> bool:
+        patience = self._patience
+        if patience is not None and not select.select([self._pipe], [], [], patience.seconds)[0]:
+            patience.over()
+            return False
+        found = os.read(self._pipe.fileno(), 1 << 20)
+        self._rest += found
+        return bool(found)
+
+
+class Writer:
+    """Writes messages to a pipe, each as a whole, from any thread.
+
+    Args:
+        pipe: nothing else may be written to it.
+        patience: with the other side, which takes nothing; None waits for ever.
+    """
+
+    def __init__(self, pipe: IO[bytes], patience: Patience | None = None) -> None:
+        self._pipe, self._patience = pipe, patience
+        self._writing = threading.RLock()
+
+    def send(self, message: Message, pieces: tuple[bytes, ...] = ()) -> None:
+        """Write a message.
+
+        Raises:
+            OSError, ValueError: the pipe is closed, or nobody is there.
+        """
+        head = {**message, "bytes": [len(piece) for piece in pieces]} if pieces else message
+        with self._writing:
+            self.write(json.dumps(head).encode() + b"\n")
+            for piece in pieces:
+                self.write(piece)
+
+    def write(self, data: bytes) -> None:
+        """Write bytes that are no message; raises what `send` does."""
+        with self._writing:
+            left = memoryview(data)
+            while left:
+                left = left[self._some(left) :]
+
+    def _some(self, data: memoryview) -> int:
+        """Write some bytes; returns how many. What a pipe that can be written to takes at once is all that is tried."""
+        patience = self._patience
+        if patience is None:
+            return os.write(self._pipe.fileno(), data)
+        if not select.select([], [self._pipe], [], patience.seconds)[1]:
+            patience.over()
+            raise TimeoutError(f"nothing was taken for {patience.seconds:g} s")
+        return os.write(self._pipe.fileno(), data[: select.PIPE_BUF])
+
+    def beat(self) -> None:
+        """Say that this side is still there, unless a message is being sent, which says the same; raises as `send`."""
+        if self._writing.acquire(blocking=False):
+            try:
+                self.write(b"\n")
+            finally:
+                self._writing.release()
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """A block in which no other thread writes, and no `beat` is sent."""
+        with self._writing:
+            yield
+
+    def close(self) -> None:
+        """Close the pipe."""
+        self._pipe.close()
+
+
+def beat_until(closed: threading.Event, writer: Writer) -> None:
+    """Say every `BEAT_S` that this side is still there, until an event or the end of the line."""
+    with suppress(OSError, ValueError):
+        while not closed.wait(BEAT_S):
+            writer.beat()
+
+
 # ---------------------------------------------------------------------------------------------------- who gives orders
 
 
@@ -80,10 +206,9 @@ class Asker:
         ended: why it ended, asked when it did.
     """
 
-    def __init__(self, read: IO[bytes], write: IO[bytes], ended: Callable[[], EdgetubeError]) -> None:
+    def __init__(self, read: Reader, write: Writer, ended: Callable[[], EdgetubeError]) -> None:
         self._read, self._write, self._ended = read, write, ended
-        self._asking, self._writing = threading.Lock(), threading.Lock()
-        self._lost = False
+        self._asking, self._lost = threading.Lock(), False
 
     def ask(
         self, do: str, *pieces: bytes, progress: Callable[[str, int, int], None] | None = None, **request: Any
@@ -105,19 +230,21 @@ class Asker:
                     self._write.close()
                 raise self._ended()
             self._lost = True
-            with suppress(OSError, ValueError), self._writing:  # it is dead, and `answer` says so
-                send(self._write, {"do": do, **request}, pieces)
+            with suppress(OSError, ValueError):  # it is dead, and `answer` says so
+                self._write.send({"do": do, **request}, pieces)
             return self.answer(progress)
 
     def answer(self, progress: Callable[[str, int, int], None] | None = None) -> Reply:
         """The next result."""
         while True:
             try:
-                line = self._read.readline(LINE)
+                line = self._read.line()
             except (OSError, ValueError):  # it is closed
                 raise self._ended() from None
+            if line == b"\n":
+                continue
             try:
-                message, pieces = parse(line, self._read.read)
+                message, pieces = parse(line, self._read.exactly)
             except (EOFError, OSError):
                 raise self._ended() from None
             except ValueError as error:
@@ -133,22 +260,9 @@ class Asker:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """A block in which nothing is asked and no `beat` is sent."""
-        with self._asking, self._writing:
+        """A block in which nothing is asked and no other thread writes."""
+        with self._asking, self._write.quiet():
             yield
-
-    def beat(self) -> None:
-        """Say that this side is still there, unless a message is being sent.
-
-        Raises:
-            OSError: the process is gone.
-        """
-        if self._writing.acquire(blocking=False):
-            try:
-                self._write.write(b"\n")
-                self._write.flush()
-            finally:
-                self._writing.release()
 
 
 # ------------------------------------------------------------------------------------------------- who carries them out
@@ -163,7 +277,8 @@ class Inbox:
     """
 
     def __init__(self, handle: int = 0, patience: float | None = None) -> None:
-        self._handle, self._patience, self._rest = handle, patience, bytearray()
+        limit = None if patience is None else Patience(patience, partial(os._exit, 0))
+        self._reader = Reader(io.FileIO(handle, closefd=False), limit)
         self._messages: SimpleQueue[tuple[Message, tuple[bytes, ...]]] = SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -174,36 +289,11 @@ class Inbox:
     def _listen(self) -> None:
         try:
             while True:
-                line = self._line()
+                line = self._reader.line()
                 if line != b"\n":
-                    self._messages.put(parse(line, self._exactly))
+                    self._messages.put(parse(line, self._reader.exactly))
         except (EOFError, OSError, ValueError):
             os._exit(0)
-
-    def _line(self) -> bytes:
-        seen = 0
-        while (end := self._rest.find(b"\n", seen)) < 0:
-            seen = len(self._rest)
-            if seen > LINE or not self._more():
-                return b""
-        line = bytes(self._rest[: end + 1])
-        del self._rest[: end + 1]
-        return line
-
-    def _exactly(self, length: int) -> bytes:
-        while len(self._rest) < length and self._more():
-            pass
-        piece = bytes(self._rest[:length])
-        del self._rest[:length]
-        return piece
-
-    def _more(self) -> bool:
-        """Read what is there. Unbuffered: a thread that waits with the lock of a buffer keeps Python from exiting."""
-        if self._patience is not None and not select.select([self._handle], [], [], self._patience)[0]:
-            return False
-        found = os.read(self._handle, 1 << 20)
-        self._rest += found
-        return bool(found)
 
 
 class Server:
@@ -211,30 +301,31 @@ class Server:
 
     Args:
         write: where results go; nothing else may.
+        beats: whether the other side is told that this one is still there, also while an order is carried out. By a
+            thread: not while an order holds the lock of Python's interpreter.
     """
 
-    def __init__(self, inbox: Inbox, write: IO[bytes]) -> None:
-        self._inbox, self._write = inbox, write
-        self._writing = threading.Lock()
+    def __init__(self, inbox: Inbox, write: IO[bytes], *, beats: bool = False) -> None:
+        self._inbox, self._write = inbox, Writer(write)
+        if beats:
+            threading.Thread(target=beat_until, args=(threading.Event(), self._write), daemon=True).start()
 
     def hello(self, word: str, facts: Message) -> None:
         """Say who serves here, in the first line; `word` tells it from what a login prints."""
-        with self._writing:
-            self._write.write(f"{word} {json.dumps(facts)}\n".encode())
-            self._write.flush()
+        self._write.write(f"{word} {json.dumps(facts)}\n".encode())
 
     def say(self, reply: Reply) -> None:
         """Send a result."""
-        self._send({"result": reply.result}, reply.pieces)
+        self._write.send({"result": reply.result}, reply.pieces)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Send progress of the order that is being carried out."""
-        self._send({"progress": [stage, done, total]})
+        self._write.send({"progress": [stage, done, total]})
 
     def refuse(self, error: EdgetubeError) -> None:
         """Send an error, as the nearest class that `edgetube.errors` has."""
         kind = next(name for base in type(error).__mro__ if hasattr(errors, name := base.__name__))
-        self._send({"error": str(error), "kind": kind})
+        self._write.send({"error": str(error), "kind": kind})
 
     def serve(self, orders: Mapping[str, Callable[..., Any]]) -> None:
         """Carry out orders until the other side is gone, which ends this process.
@@ -253,10 +344,6 @@ class Server:
                 self.refuse(BackendError(errors.of_system(error)))
             else:
                 self.say(found if isinstance(found, Reply) else Reply(found))
-
-    def _send(self, message: Message, pieces: tuple[bytes, ...] = ()) -> None:
-        with self._writing:
-            send(self._write, message, pieces)
 
 
 def private_stdout() -> IO[bytes]:

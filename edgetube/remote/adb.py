@@ -92,6 +92,14 @@ class Adb:
     elsewhere = f"remove {FOLDER}/device there: what is in it is made again"
 
     @property
+    def silent(self) -> str:
+        """adb keeps a device of the network in its list for minutes after that has gone."""
+        return (
+            f"see that it is on, and plugged in or in this network; one in the network has to be connected again: "
+            f"`{CLIENT.shown} disconnect`, `{CLIENT.shown} connect HOST:PORT`"
+        )
+
+    @property
     def command(self) -> list[str]:
         """adb for this device, without what it shall do."""
         return [*CLIENT.command, *(["-s", self.serial] if self.serial else [])]

@@ -24,8 +24,12 @@ from edgetube.errors import DeviceError, DeviceWarning, EdgetubeError
 from edgetube.progress import Progress, silent
 from edgetube.remote import bootstrap, stage, store, transport
 
-BEAT_S = 5.0
-"""Seconds between two signs that this side is still there; see `stage.PATIENCE_S`."""
+PATIENCE_S = 120.0
+"""Seconds without a byte of the device, or taken by it, after which the line counts as cut.
+
+A sign comes every few, see `edgetube.wire.BEAT_S`, but none while compiled code there keeps Python from running, or
+while Python starts: the limit is far above what either should take. A transport with one of its own notices earlier.
+"""
 
 OLDEST = (3, 10)
 """The oldest Python that edgetube runs on."""
@@ -76,13 +80,13 @@ class Device:
         self.name = self._transport.name
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `close`
         self._process: subprocess.Popen[bytes] | None = None
-        self._closed, self._begun, self._given_up = threading.Event(), False, False
+        self._closed, self._begun, self._given_up, self._silent = threading.Event(), False, False, False
         self._sent: dict[Path, str] = {}
         try:
             progress(f"connect to {self.name}", 0, 1)
             self._connect()
             progress(f"connect to {self.name}", 1, 1)
-            threading.Thread(target=self._beat, daemon=True).start()
+            threading.Thread(target=wire.beat_until, args=(self._closed, self._write), daemon=True).start()
             self._start(backends, progress)
             self.facts: dict[str, Any] = self.ask("facts")
         except BaseException:
@@ -141,19 +145,19 @@ class Device:
         self._process = self._transport.run(script, self._words.fileno())
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._asker = wire.Asker(self._process.stdout, self._process.stdin, self._why_ended)
+        patience = wire.Patience(PATIENCE_S, self._fell_silent)
+        self._read = wire.Reader(self._process.stdout, patience)
+        self._write = wire.Writer(self._process.stdin, patience)
+        self._asker = wire.Asker(self._read, self._write, self._why_ended)
         with suppress(OSError):  # it is dead, and `_hello` says so
-            self._process.stdin.write(json.dumps(_first_program(self._transport.elsewhere)).encode() + b"\n")
-            self._process.stdin.flush()
+            self._write.write(json.dumps(_first_program(self._transport.elsewhere)).encode() + b"\n")
         self._about = self._hello()
 
     def _hello(self) -> dict[str, Any]:
         """The facts of the first line; lines before it are a login's."""
-        assert self._process is not None
-        assert self._process.stdout is not None
         pythons = []
         for _ in range(NOISE):
-            line = self._process.stdout.readline(wire.LINE).decode("utf-8", "replace")
+            line = self._read.line().decode("utf-8", "replace")
             word, _, rest = line.strip().partition(" ")
             if word == stage.HELLO:
                 self._begun = True
@@ -176,11 +180,9 @@ class Device:
         with self._named(DeviceError):
             python = self._python(backends, progress)
             progress(f"start edgetube on {self.name}", 0, 1)
-            assert self._process is not None
-            assert self._process.stdin is not None
             with self._asker.quiet():
                 with suppress(OSError, ValueError):  # it is dead, and `_hello` says so
-                    wire.send(self._process.stdin, {"do": "start", "python": python})
+                    self._write.send({"do": "start", "python": python})
                 there = self._hello()["protocol"]
             if there != stage.PROTOCOL:
                 raise DeviceError(
@@ -233,16 +235,21 @@ class Device:
             f"{self._transport.python} -m pip install; or leave out ?python= and an environment is made"
         )
 
-    def _beat(self) -> None:
-        while not self._closed.wait(BEAT_S):
-            try:
-                self._asker.beat()
-            except (OSError, ValueError):
-                return
+    def _fell_silent(self) -> None:
+        """Give the line up. What runs there hears nothing from now on either, and ends itself."""
+        assert self._process is not None
+        self._silent = True
+        self._process.kill()
 
     def _why_ended(self) -> DeviceError:
         """Why the line is closed; in the words of the transport, or the last ones of the program there."""
         code = self._end()
+        if self._silent:
+            what = "the line was cut" if self._begun else "it does not answer"
+            again = "; then run the command again; what was sent is kept there" if self._begun else ""
+            return DeviceError(
+                f"{self.name}: {what}, nothing came from there for {PATIENCE_S:g} s: {self._transport.silent}{again}"
+            )
         if self._given_up:
             return DeviceError(
                 f"{self.name}: the line did not end within {GRACE_S:g} s, and was given up: run the command again; "
@@ -288,11 +295,8 @@ class Device:
         if self._process is not None:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
-            limit = threading.Timer(GRACE_S, self._give_up)  # what is not sent yet waits for the other side
-            limit.start()
             with suppress(OSError):
                 self._process.stdin.close()
-            limit.cancel()
             self._end()
             self._process.stdout.close()
         self._words.close()

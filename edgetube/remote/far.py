@@ -29,7 +29,7 @@ def main() -> None:
     The only argument of the command line is that of `edgetube.remote.stage.main`.
     """
     private = wire.private_stdout()
-    server = Server(wire.Inbox(patience=stage.PATIENCE_S), private)
+    server = Server(wire.Inbox(patience=stage.PATIENCE_S), private, beats=True)
     (elsewhere,) = sys.argv[1:]
     store = stage.Store(stage.folder(elsewhere), elsewhere)
     server.hello(stage.HELLO, {"protocol": stage.PROTOCOL})

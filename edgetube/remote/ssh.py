@@ -70,6 +70,7 @@ class Ssh:
     pythons = ()
     install = INSTALL
     elsewhere = ELSEWHERE
+    silent = "see that it is on and in this network"
 
     @property
     def command(self) -> list[str]:

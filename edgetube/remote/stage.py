@@ -27,11 +27,11 @@ from typing import Any
 from edgetube import wire
 from edgetube.errors import DeviceError
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Of the orders of this module and of `edgetube.remote.far`."""
 
 PATIENCE_S = 40.0
-"""Seconds without a sign of the other side after which the device ends its processes; a sign comes every few."""
+"""Seconds without a sign of the other side after which the device ends its processes, see `edgetube.wire.BEAT_S`."""
 
 HELLO = "edgetube-hello"
 """Begins the first line of this program; lines before it are a login's."""
@@ -56,7 +56,7 @@ def main(elsewhere: str) -> None:
         elsewhere: what helps if the folder cannot be written, or its disk is full, for messages.
     """
     private = wire.private_stdout()
-    server = wire.Server(wire.Inbox(patience=PATIENCE_S), private)
+    server = wire.Server(wire.Inbox(patience=PATIENCE_S), private, beats=True)
     try:
         store = Store(folder(elsewhere), elsewhere)
     except DeviceError as error:

@@ -28,6 +28,7 @@ class Transport(Protocol):
         pythons: paths where one may lie that the shell there does not find by its name.
         install: how a Python comes there, for messages.
         elsewhere: what helps if edgetube's folder there cannot be written, or its disk is full, for messages.
+        silent: what helps if nothing comes from there any more, for messages.
     """
 
     @property
@@ -44,6 +45,9 @@ class Transport(Protocol):
 
     @property
     def elsewhere(self) -> str: ...
+
+    @property
+    def silent(self) -> str: ...
 
     def run(self, script: str, words: int) -> subprocess.Popen[bytes]:
         """Run a line for a POSIX shell there, with its stdin and stdout as pipes.
@@ -72,6 +76,7 @@ class Local:
     pythons = ()
     install = ssh.INSTALL
     elsewhere = ssh.ELSEWHERE
+    silent = "see that nothing stopped what runs there"
 
     def run(self, script: str, words: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words)

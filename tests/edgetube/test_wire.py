@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +18,7 @@ from edgetube import wire
 from edgetube.errors import BackendError, EdgetubeError, InputError
 
 SERVER = """
-import os, sys, time
+import ctypes, os, sys, time
 from edgetube import wire
 from edgetube.errors import InputError
 
@@ -40,25 +43,36 @@ def refuse_specially():
 def full():
     raise OSError(28, "No space left on device", "/there")
 
-server = wire.Server(wire.Inbox(patience=float(sys.argv[1]) or None), wire.private_stdout())
+patience, wire.BEAT_S = map(float, sys.argv[1:])
+server = wire.Server(wire.Inbox(patience=patience or None), wire.private_stdout(), beats=wire.BEAT_S > 0)
 server.serve({
+    "sleep": lambda seconds: time.sleep(seconds), "hold": lambda seconds: ctypes.PyDLL(None).usleep(int(1e6 * seconds)),
     "double": double, "count": count, "refuse": refuse, "refuse_specially": refuse_specially, "full": full,
-    "die": lambda: os._exit(7), "print": lambda: os.write(server._write.fileno(), b"Welcome\\n"),
+    "die": lambda: os._exit(7), "print": lambda: os.write(server._write._pipe.fileno(), b"Welcome\\n"),
 })
 """
 
 
 class Served:
-    """A process that serves, and who asks it."""
+    """A process that serves, and who asks it.
 
-    def __init__(self, patience: float) -> None:
+    Args:
+        there: seconds of the process's patience; 0 for no limit.
+        beat: seconds between two of its signs; 0 for none.
+        here: seconds of the asker's patience.
+    """
+
+    def __init__(self, there: float = 0, beat: float = 0, here: float | None = None) -> None:
+        self.silent = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(patience)],
+            [sys.executable, "-c", SERVER, str(there), str(beat)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.asker = wire.Asker(self.process.stdout, self.process.stdin, self.why)
+        patience = None if here is None else wire.Patience(here, self.give_up)
+        self.write = wire.Writer(self.process.stdin, patience)
+        self.asker = wire.Asker(wire.Reader(self.process.stdout, patience), self.write, self.why)
 
     def end(self) -> None:
         self.process.kill()
@@ -68,13 +82,26 @@ class Served:
             with suppress(OSError):
                 pipe.close()
 
+    def give_up(self) -> None:
+        self.silent.set()
+        self.process.kill()
+
     def why(self) -> EdgetubeError:
         return BackendError(f"ended with {self.process.wait()}")
 
 
 @pytest.fixture
 def served() -> Iterator[Served]:
-    made = Served(0)
+    made = Served()
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def beating() -> Iterator[Served]:
+    """One that says every tenth of a second that it is there, to an asker who waits 3 s for a sign."""
+    made = Served(beat=0.1, here=3.0)
+    assert made.asker.ask("count", to=1) == 1
     yield made
     made.end()
 
@@ -135,7 +162,7 @@ def test_what_something_prints_into_the_line(served: Served) -> None:
 
 def test_signs_are_no_orders(served: Served) -> None:
     for _ in range(3):
-        served.asker.beat()
+        served.write.beat()
     assert served.asker.ask("count", to=1) == 1
 
 
@@ -148,16 +175,55 @@ def test_it_ends_with_its_parent(served: Served) -> None:
 @pytest.mark.slow
 def test_it_ends_without_a_sign_and_lives_with_one() -> None:
     patience = 5.0
-    made = Served(patience)
+    made = Served(there=patience)
     try:
         end = time.monotonic() + 1.5 * patience
         while time.monotonic() < end:
-            made.asker.beat()
+            made.write.beat()
             time.sleep(0.25)
         assert made.process.poll() is None
         assert made.process.wait(60) == 0
     finally:
         made.end()
+
+
+class TestSilence:
+    """A side over whose line nothing has to be said is told from one that is gone."""
+
+    @pytest.mark.slow
+    def test_a_long_order_is_none(self, beating: Served) -> None:
+        """Twice as long as the asker waits for a sign."""
+        assert beating.asker.ask("sleep", seconds=6.0) is None
+        assert not beating.silent.is_set()
+
+    def test_what_was_said_while_nobody_asked_is_no_answer(self, beating: Served) -> None:
+        time.sleep(0.5)
+        assert beating.asker.ask("count", to=1) == 1
+
+    def test_compiled_code_that_keeps_python_from_running_is_none_for_a_while(self, beating: Served) -> None:
+        assert beating.asker.ask("hold", seconds=0.5) == 0
+        assert not beating.silent.is_set()
+
+    @pytest.mark.slow
+    def test_compiled_code_that_keeps_python_from_running_for_longer_is_taken_for_one(self, beating: Served) -> None:
+        """What the limit has to be far above of: nobody there can give a sign."""
+        began = time.monotonic()
+        with pytest.raises(BackendError, match="ended with -9"):
+            beating.asker.ask("hold", seconds=60.0)
+        assert 3.0 < time.monotonic() - began < 30.0
+        assert beating.silent.is_set()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("size", [1, 10_000_000])
+    def test_a_process_that_stops(self, beating: Served, size: int) -> None:
+        """It neither answers, nor takes what the pipe has no room for."""
+        os.kill(beating.process.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(BackendError, match="ended with -9"):
+                beating.asker.ask("double", b"x" * size)
+        assert 3.0 <= time.monotonic() - began < 30.0
+        assert beating.silent.is_set()
 
 
 @pytest.mark.parametrize(
@@ -176,9 +242,11 @@ def test_what_is_no_message(line: bytes, rest: bytes, error: type[Exception]) ->
 
 
 def test_what_is_sent_is_parsed() -> None:
-    stream = io.BytesIO()
-    wire.send(stream, {"do": "put"}, (b"\n\n", b"x"))
-    wire.send(stream, {"do": "end"})
-    stream.seek(0)
-    assert wire.parse(stream.readline(), stream.read) == ({"do": "put"}, (b"\n\n", b"x"))
-    assert wire.parse(stream.readline(), stream.read) == ({"do": "end"}, ())
+    read, write = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
+    with read, write:
+        writer = wire.Writer(write)
+        writer.send({"do": "put"}, (b"\n\n", b"x"))
+        writer.send({"do": "end"})
+        reader = wire.Reader(read)
+        assert wire.parse(reader.line(), reader.exactly) == ({"do": "put"}, (b"\n\n", b"x"))
+        assert wire.parse(reader.line(), reader.exactly) == ({"do": "end"}, ())

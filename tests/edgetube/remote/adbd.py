@@ -3,6 +3,10 @@
 It speaks the protocol over TCP, without authorisation and encryption, and the shell protocol (version 2) in its
 streams, as AOSP's `protocol.txt`, `shell_protocol.h` and `SYNC.TXT` have them. Commands run in this machine's shell,
 without a terminal, and files come where they are pushed to.
+
+    python -m tests.edgetube.remote.adbd HOST
+
+serves at an address of this machine, says its port, and ends with its stdin.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,15 +31,15 @@ STDIN, STDOUT, STDERR, EXIT, CLOSE_STDIN = range(5)
 
 
 class Adbd:
-    """A device at a port of loopback, until it is closed.
+    """A device at a port of this machine, until it is closed.
 
     Args:
         features: that it says it has.
     """
 
-    def __init__(self, features: str = "shell_v2,cmd") -> None:
+    def __init__(self, features: str = "shell_v2,cmd", host: str = "127.0.0.1") -> None:
         self._features = features
-        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server = socket.create_server((host, 0))
         self.port: int = self._server.getsockname()[1]
         self._lines: list[socket.socket] = []
         self.shells: list[subprocess.Popen[bytes]] = []
@@ -249,3 +254,8 @@ class _Shell(_Stream):
         super().end()
         with suppress(OSError):
             self.process.send_signal(signal.SIGHUP)
+
+
+if __name__ == "__main__":
+    print(Adbd(host=sys.argv[1]).port, flush=True)
+    sys.stdin.read()

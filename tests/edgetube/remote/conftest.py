@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -17,6 +17,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+
+SLACK_S = 10.0
+"""Seconds between two looks at the other side, and those that a busy machine takes to end a process."""
 
 SUBNETS = ip_network("198.18.0.0/15")
 
@@ -127,14 +130,7 @@ class Sshd:
 
     def processes(self) -> list[int]:
         """Processes below the server: those of logins, and all that they started."""
-        found, waiting = list[int](), [self.process.pid]
-        while waiting:
-            children = subprocess.run(
-                ["ps", "-o", "pid=", "--ppid", str(waiting.pop())], capture_output=True, text=True
-            )
-            waiting += (some := [int(line) for line in children.stdout.split()])
-            found += some
-        return found
+        return below(self.process.pid)
 
     def programs(self) -> list[int]:
         """Those of `processes` that are not of the server itself: a shell, edgetube, and what they started."""
@@ -157,6 +153,16 @@ class Sshd:
         assert self.processes() == []
 
 
+def below(process: int) -> list[int]:
+    """The processes that one started, and those that they started."""
+    found, waiting = list[int](), [process]
+    while waiting:
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(waiting.pop())], capture_output=True, text=True)
+        waiting += (some := [int(line) for line in children.stdout.split()])
+        found += some
+    return found
+
+
 def _name(process: int) -> str:
     """What a process runs; nothing if it has ended."""
     try:
@@ -171,6 +177,13 @@ def is_running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def all_end(processes: Sequence[int], by: float) -> bool:
+    """Whether they all end until a time of `time.monotonic`; returns as soon as they have."""
+    while any(map(is_running, processes)) and time.monotonic() < by:
+        time.sleep(0.1)
+    return not any(map(is_running, processes))
 
 
 def free_port() -> int:
@@ -244,15 +257,19 @@ def sshd(server: Sshd, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
 
 
 @pytest.fixture
-def distant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
+def network() -> Iterator[Network]:
+    """A network with a device's end of a cable that can be pulled."""
+    made = Network(os.getpid())
+    made.make()
+    yield made
+    made.remove()
+
+
+@pytest.fixture
+def distant(network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
     """A server at the other end of a cable that can be pulled."""
-    network = Network(os.getpid())
-    network.make()
-    try:
-        (folder := tmp_path / "sshd").mkdir()
-        made = start(folder, network)
-        monkeypatch.setenv("EDGETUBE_SSH", made.command)
-        yield made
-        made.end()
-    finally:
-        network.remove()
+    (folder := tmp_path / "sshd").mkdir()
+    made = start(folder, network)
+    monkeypatch.setenv("EDGETUBE_SSH", made.command)
+    yield made
+    made.end()

@@ -14,24 +14,27 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 
-from edgetube import __version__, demo
+from edgetube import __version__, demo, wire
 from edgetube.errors import DeviceError, InputError
-from edgetube.remote import adb, portable, stage, transport
+from edgetube.remote import adb, portable, stage, store, transport
 from edgetube.remote.adb import Adb
-from edgetube.remote.device import Device
+from edgetube.remote.device import PATIENCE_S, Device
 from tests.edgetube.remote.adbd import Adbd
-from tests.edgetube.remote.conftest import free_port, is_running
+from tests.edgetube.remote.conftest import SLACK_S, Network, all_end, below, free_port, is_running
 
 SCRIPTED = Path(__file__).with_name("scripted_adb.py")
 PYTHON = f"?python={sys.executable}"
+ROOT = Path(__file__).parents[3]
 
 Phones = Callable[..., Path]
 
@@ -342,8 +345,123 @@ class TestRealClient:
         new.unplug()
 
 
+def is_candidate(process: int) -> bool:
+    """Whether it is one that is timed."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return b"edgetube.bench.worker" in Path(f"/proc/{process}/cmdline").read_bytes()
+    return False
+
+
 def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+class TestSilence:
+    """A device in the network that is gone without a word: adb goes on to wait for it, and so does its shell."""
+
+    @pytest.mark.slow
+    def test_a_client_that_stops(self, phones: Phones, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("edgetube.remote.device.PATIENCE_S", 15.0)
+        phones(A="device")
+        with Device(f"adb://A{PYTHON}") as device:
+            assert device._process is not None
+            there = below(device._process.pid)
+            assert there
+            os.kill(device._process.pid, signal.SIGSTOP)
+            began = time.monotonic()
+            for _ in range(2):
+                with pytest.raises(
+                    DeviceError, match=r"^adb://A: the line was cut, nothing came from there for 15 s: "
+                ):
+                    device.ask("facts")
+            assert 15.0 <= time.monotonic() - began < 15.0 + SLACK_S
+            assert not is_running(device._process.pid)
+            assert all_end(there, time.monotonic() + 20)
+
+    @pytest.fixture
+    def distant(self, client: list[str], network: Network) -> Iterator[tuple[int, str]]:
+        """A device's process at the other end of a cable, and its serial number; adb is connected to it."""
+        command = [*network.inside, sys.executable, "-m", "tests.edgetube.remote.adbd", network.there]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            serial = f"{network.there}:{int(process.stdout.readline())}"
+            subprocess.run([*client, "connect", serial], check=True, capture_output=True)
+            yield process.pid, serial
+            process.stdin.close()
+
+    def connect_again(self, client: list[str], serial: str) -> None:
+        for order in ("disconnect", "connect"):
+            subprocess.run([*client, order, serial], check=True, capture_output=True)
+
+    @pytest.mark.long
+    def test_while_files_are_sent_and_they_go_on(
+        self, distant: tuple[int, str], client: list[str], network: Network, tmp_path: Path
+    ) -> None:
+        process, serial = distant
+        file, cuts, there = tmp_path / "clip.bin", list[float](), list[int]()
+        file.write_bytes(os.urandom(16 * store.PIECE))
+
+        def after(stage: str, done: int, total: int) -> None:
+            if done >= 8 and not cuts:
+                there.extend(below(process))
+                network.down()
+                cuts.append(time.monotonic())
+
+        with Device(f"adb://{serial}{PYTHON}") as device:
+            with pytest.raises(DeviceError, match=self.cut(serial)):
+                device.send_file(file, after)
+            took = time.monotonic() - cuts[0]
+        assert PATIENCE_S - wire.BEAT_S - SLACK_S < took < PATIENCE_S + SLACK_S
+        assert there
+        assert not any(map(is_running, there))
+        network.up()
+        self.connect_again(client, serial)
+        seen = list[int]()
+        with Device(f"adb://{serial}{PYTHON}") as device:
+            place = device.send_file(file, lambda stage, done, total: seen.append(done))
+        assert 0 < len(seen) <= 8
+        assert Path(place).read_bytes() == file.read_bytes()
+
+    @pytest.mark.long
+    def test_while_a_bundle_is_timed(
+        self, distant: tuple[int, str], client: list[str], network: Network, tiny_bundle: Path,
+        edgetube_cli: Callable[..., tuple[int, str, str]],
+    ) -> None:  # fmt: skip
+        """The whole command; what runs there has ended long before this side knows."""
+        process, serial = distant
+        cuts, there = list[float](), list[bool]()
+
+        def cut() -> None:
+            end = time.monotonic() + 120
+            while not any(map(is_candidate, running := below(process))) and time.monotonic() < end:
+                time.sleep(0.1)
+            network.pull()
+            cuts.append(time.monotonic())
+            there.extend([len(running) >= 3, all_end(running, cuts[0] + stage.PATIENCE_S + SLACK_S)])
+
+        thread = threading.Thread(target=cut)
+        thread.start()
+        given = ("bench", tiny_bundle, "--on", f"adb://{serial}{PYTHON}", "--threads", 1, "--starts", 1, "--json")
+        code, out, err = edgetube_cli(*given, "--seconds", 600)
+        took = time.monotonic() - cuts[0]
+        thread.join()
+        assert (code, out) == (2, "")
+        said = rf"^error: {self.cut(serial)[1:]}"
+        assert [line for line in err.splitlines() if re.search(said, line)] == err.strip().splitlines()[-1:]
+        assert PATIENCE_S - wire.BEAT_S < took < PATIENCE_S + SLACK_S
+        assert there == [True, True]
+        network.plug()
+        self.connect_again(client, serial)
+        code, out, err = edgetube_cli(*given, "--seconds", 0.2)
+        assert code == 0, err
+        assert json.loads(out)["bundles"][0]["p50_ms"] > 0
+
+    def cut(self, serial: str) -> str:
+        return (
+            rf"^adb://{re.escape(serial)}: the line was cut, nothing came from there for 120 s: .*; one in the network "
+            r"has to be connected again: `adb -P \d+ disconnect`, `adb -P \d+ connect HOST:PORT`; then run the command"
+        )
 
 
 @pytest.mark.slow
@@ -386,10 +504,7 @@ class TestLine:
             for _ in range(2):
                 with pytest.raises(DeviceError, match=rf"^adb://A: {message}"):
                     device.ask("facts")
-            end = time.monotonic() + 20
-            while any(map(is_running, started)) and time.monotonic() < end:
-                time.sleep(0.05)
-            assert not any(map(is_running, started))
+            assert all_end(started, time.monotonic() + 20)
 
     def test_a_program_that_dies_there(self, phones: Phones) -> None:
         phones(A="device")

@@ -26,7 +26,7 @@ from edgetube.errors import BundleError, DeviceError, InputError
 from edgetube.remote import commands, stage, store, transport
 from edgetube.remote.device import Device
 from edgetube.remote.ssh import Ssh
-from tests.edgetube.remote.conftest import Network, Sshd, is_running
+from tests.edgetube.remote.conftest import SLACK_S, Network, Sshd, all_end
 
 LOCAL = f"local://?python={sys.executable}"
 
@@ -151,6 +151,12 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
+ABOUT = {"own": {"version": edgetube.__version__, "code": ""}, "executable": "/python3"}
+HELLOS = [f"{stage.HELLO} {json.dumps(found)}" for found in (ABOUT, {"protocol": stage.PROTOCOL})]
+FRIENDLY = "".join(f"read -r line; echo '{text}'; " for text in (*HELLOS, '{"result": {}}'))
+"""A script that answers until a line to it is open."""
+
+
 class TestDeaf:
     """The other side neither answers nor closes the line; the client here is ended, which is no fault of its own."""
 
@@ -166,10 +172,7 @@ class TestDeaf:
     def test_closing_does_not_wait_for_what_cannot_be_sent(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        about = {"own": {"version": edgetube.__version__, "code": ""}, "executable": "/python3"}
-        hellos = [f"{stage.HELLO} {json.dumps(found)}" for found in (about, {"protocol": stage.PROTOCOL})]
-        lines = "".join(f"read -r line; echo '{text}'; " for text in (*hellos, '{"result": {}}'))
-        monkeypatch.setenv("EDGETUBE_SSH", str(script(tmp_path / "ssh", f"{lines}exec sleep 60")))
+        monkeypatch.setenv("EDGETUBE_SSH", str(script(tmp_path / "ssh", f"{FRIENDLY}exec sleep 60")))
         device = Device("ssh://pi?python=/python3")
         failed = list[str]()
 
@@ -192,6 +195,50 @@ class TestDeaf:
             device._process.kill()
         assert len(failed) == 1
         assert failed[0].startswith("ssh://pi: the line did not end")
+
+
+class TestSilent:
+    """Nothing comes any more, not even a sign, and nobody closes the line."""
+
+    @pytest.fixture(autouse=True)
+    def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Long enough for a shell to start on a busy machine."""
+        monkeypatch.setattr("edgetube.remote.device.PATIENCE_S", 3.0)
+
+    def end(self, device: Device) -> int:
+        assert device._process is not None
+        return device._process.wait(0)
+
+    def test_from_the_beginning(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("edgetube.remote.device.PATIENCE_S", 0.5)
+        monkeypatch.setenv("EDGETUBE_SSH", str(script(tmp_path / "ssh", "exec sleep 60")))
+        with pytest.raises(
+            DeviceError, match=r"^ssh://pi: it does not answer, nothing came from there for 0\.5 s: see"
+        ):
+            Device("ssh://pi")
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("size", [1, 1 << 20])
+    def test_later(self, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It neither answers, nor takes what the pipe has no room for."""
+        monkeypatch.setenv("EDGETUBE_SSH", str(script(tmp_path / "ssh", f"{FRIENDLY}exec sleep 60")))
+        with Device("ssh://pi?python=/python3") as device:
+            for _ in range(2):
+                with pytest.raises(
+                    DeviceError, match=r"^ssh://pi: the line was cut, nothing came from there for 3 s: see .*was sent"
+                ):
+                    device.ask("put", b"x" * size)
+                assert self.end(device) == -signal.SIGKILL
+
+    @pytest.mark.slow
+    def test_a_sign_is_enough(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """For four times as long as the patience is, there are signs and nothing else."""
+        signs = "for _ in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 1; echo; done"
+        text = f"{FRIENDLY}read -r line; {signs}; echo '{{\"result\": 7}}'; exec sleep 60"
+        monkeypatch.setenv("EDGETUBE_SSH", str(script(tmp_path / "ssh", text)))
+        monkeypatch.setattr("edgetube.remote.device.GRACE_S", 0.2)
+        with Device("ssh://pi?python=/python3") as device:
+            assert device.ask("facts") == 7
 
 
 def test_two_workers_have_networks_of_their_own() -> None:
@@ -420,9 +467,6 @@ class TestCut:
 SILENT_S = 20.0
 """Seconds after which ssh here takes a silent line for cut: `ServerAliveInterval` times `ServerAliveCountMax`."""
 
-SLACK_S = 10.0
-"""Seconds between two looks at the other side, and those that a busy machine takes to end a process."""
-
 
 def switch_off(distant: Sshd) -> None:
     assert distant.network is not None
@@ -453,9 +497,7 @@ class TestSilence:
 
     def ends(self, there: Sequence[int], cut: float) -> None:
         """All that ran there ends in time, and not because the line here was closed."""
-        while any(map(is_running, there)) and time.monotonic() - cut < stage.PATIENCE_S + SLACK_S:
-            time.sleep(0.1)
-        assert not [number for number in there if is_running(number)]
+        assert all_end(there, cut + stage.PATIENCE_S + SLACK_S)
 
     @pytest.mark.parametrize(("off", "on"), [(switch_off, switch_on), (pull, plug)])
     def test_while_nothing_is_asked(
