@@ -17,8 +17,8 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -175,12 +175,6 @@ class Writer:
             finally:
                 self._writing.release()
 
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """A block in which no other thread writes, and no `beat` is sent."""
-        with self._writing:
-            yield
-
     def close(self) -> None:
         """Close the pipe."""
         self._pipe.close()
@@ -257,12 +251,6 @@ class Asker:
             if "error" in message:
                 raise cast("type[EdgetubeError]", getattr(errors, message["kind"]))(message["error"])
             return Reply(message["result"], pieces)
-
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """A block in which nothing is asked and no other thread writes."""
-        with self._asking, self._write.quiet():
-            yield
 
 
 # ------------------------------------------------------------------------------------------------- who carries them out

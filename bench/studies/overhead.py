@@ -125,7 +125,7 @@ class There:
 def serve() -> None:
     """Be the other end of a line until it is closed, as `edgetube.remote.far` is."""
     os.environ["EDGETUBE_CACHE"] = str(stage.folder("").parent)
-    server = wire.Server(wire.Inbox(patience=stage.PATIENCE_S), wire.private_stdout(), beats=True)
+    server, _ = stage.serve()
     server.hello(stage.HELLO, {})
     with Here() as here:
         server.serve({"start": here.start, "turn": here.turn})

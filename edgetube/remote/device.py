@@ -180,10 +180,9 @@ class Device:
         with self._named(DeviceError):
             python = self._python(backends, progress)
             progress(f"start edgetube on {self.name}", 0, 1)
-            with self._asker.quiet():
-                with suppress(OSError, ValueError):  # it is dead, and `_hello` says so
-                    self._write.send({"do": "start", "python": python})
-                there = self._hello()["protocol"]
+            with suppress(OSError, ValueError):  # it is dead, and `_hello` says so
+                self._write.send({"do": "start", "python": python})
+            there = self._hello()["protocol"]
             if there != stage.PROTOCOL:
                 raise DeviceError(
                     f"edgetube there has protocol {there} of --on, here it is {stage.PROTOCOL}; {self._same_there}"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgetube import bundle as bundles
-from edgetube import health, runtimes, wire
+from edgetube import health, runtimes
 from edgetube.bench import latency, machine
 from edgetube.bench.model_set import Artifact
 from edgetube.live.stream import Stream
@@ -23,13 +23,11 @@ from edgetube.targets import Status
 from edgetube.wire import Reply, Server
 
 
-def main() -> None:
-    """Say hello, then carry out orders until the line ends.
+def main(server: Server) -> None:
+    """Say hello, then carry out orders until the line ends, see `edgetube.remote.stage.EDGETUBE`.
 
     The only argument of the command line is that of `edgetube.remote.stage.main`.
     """
-    private = wire.private_stdout()
-    server = Server(wire.Inbox(patience=stage.PATIENCE_S), private, beats=True)
     (elsewhere,) = sys.argv[1:]
     store = stage.Store(stage.folder(elsewhere), elsewhere)
     server.hello(stage.HELLO, {"protocol": stage.PROTOCOL})

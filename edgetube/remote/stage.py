@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from edgetube import wire
 from edgetube.errors import DeviceError
@@ -35,6 +35,11 @@ PATIENCE_S = 40.0
 
 HELLO = "edgetube-hello"
 """Begins the first line of this program; lines before it are a login's."""
+
+EDGETUBE = (
+    "from edgetube.remote import stage; server, _ = stage.serve(); from edgetube.remote.far import main; main(server)"
+)
+"""Becomes edgetube. The other side is told that this one is there while it is imported: a slow disk takes long."""
 
 KEEP_S = 60 * 86400
 """Seconds for which an unused file is kept; an eighth of it for clips, and for parts of files."""
@@ -55,8 +60,7 @@ def main(elsewhere: str) -> None:
     Args:
         elsewhere: what helps if the folder cannot be written, or its disk is full, for messages.
     """
-    private = wire.private_stdout()
-    server = wire.Server(wire.Inbox(patience=PATIENCE_S), private, beats=True)
+    server, private = serve()
     try:
         store = Store(folder(elsewhere), elsewhere)
     except DeviceError as error:
@@ -65,6 +69,12 @@ def main(elsewhere: str) -> None:
     os.chdir(store.root)
     server.hello(HELLO, facts())
     server.serve({**orders(store), "start": lambda python: start(python, store, private.fileno())})
+
+
+def serve() -> tuple[wire.Server, IO[bytes]]:
+    """A server on the pipes of this process, and where its results go; it says from now on that this side is there."""
+    private = wire.private_stdout()
+    return wire.Server(wire.Inbox(patience=PATIENCE_S), private, beats=True), private
 
 
 def orders(store: Store) -> dict[str, Callable[..., Any]]:
@@ -152,13 +162,13 @@ def digest_of(files: dict[str, bytes]) -> str:
 
 
 def start(python: str, store: Store, stdout: int) -> None:
-    """Become edgetube on the same pipes; the other side says nothing until it has said hello."""
+    """Become edgetube on the same pipes; until it says hello, nothing but signs comes, and some may be lost."""
     os.environ["EDGETUBE_CACHE"] = str(store.root.parent)
     if Path(python).is_relative_to(store.root):  # packages of the user would come into an environment that was made
         os.environ["PYTHONNOUSERSITE"] = "1"
     os.dup2(stdout, 1)
     try:
-        os.execv(python, [python, "-c", "from edgetube.remote.far import main; main()", store.elsewhere])
+        os.execv(python, [python, "-c", EDGETUBE, store.elsewhere])
     except OSError as error:
         os.dup2(2, 1)
         raise DeviceError(f"{python} cannot be started: {error.strerror}") from error

@@ -241,6 +241,30 @@ class TestSilent:
             assert device.ask("facts") == 7
 
 
+SLOW_DISK = """
+import importlib.abc, sys, time
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "edgetube.remote.far":
+            time.sleep(50)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.long
+def test_a_device_that_imports_for_long_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For twice as long as the patience is, from a slow disk."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("edgetube.remote.device.PATIENCE_S", 25.0)
+    began = time.monotonic()
+    with Device(LOCAL) as device:
+        assert time.monotonic() - began > 50.0
+        assert device.facts["machine"] == machine.describe()
+
+
 def test_two_workers_have_networks_of_their_own() -> None:
     networks = [Network(number) for number in (4711, 4712, 4713)]
     assert len({address for network in networks for address in (network.here, network.there)}) == 6
