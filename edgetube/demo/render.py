@@ -166,7 +166,7 @@ def _sample_photo(photo: Photo, points: FloatArray, step: float) -> FloatArray:
     return _bilinear(planes, at.reshape(2, -1)).reshape(*points.shape[1:], 3)
 
 
-def _plate(photo: Photo, points: FloatArray, step: float, blur: float) -> tuple[FloatArray, FloatArray]:
+def _plate(photo: Photo, points: FloatArray, step: float, blur: float) -> tuple[npt.NDArray[np.float64], FloatArray]:
     """The part of a photo that is seen at photo coordinates (2, T, N): planes (3, h, w), and the coordinates there.
 
     Antialiased by reading from the halving whose pixels are nearest to `step` photo pixels; `blur` is a Gaussian
@@ -181,7 +181,7 @@ def _plate(photo: Photo, points: FloatArray, step: float, blur: float) -> tuple[
     high = np.minimum(np.ceil(at.max(axis=(1, 2))).astype(int) + margin + 2, pixels.shape[1::-1])
     plate = _gaussian(pixels[low[1] : high[1], low[0] : high[0]], sigma)
     at -= low.astype(np.float32)[:, None, None]
-    return np.ascontiguousarray(plate.transpose(2, 0, 1)), at
+    return np.ascontiguousarray(plate.transpose(2, 0, 1), np.float64), at
 
 
 def _gaussian(picture: FloatArray, sigma: float) -> FloatArray:
@@ -198,7 +198,7 @@ def _gaussian(picture: FloatArray, sigma: float) -> FloatArray:
     return picture
 
 
-def _bilinear(planes: FloatArray, at: FloatArray) -> FloatArray:
+def _bilinear(planes: npt.NDArray[np.float64], at: FloatArray) -> FloatArray:
     """Colours (N, 3) of a picture's planes (3, h, w) at (x, y) positions (2, N), clamped to the picture."""
     h, w = planes.shape[1:]
     x, y = np.clip(at[0], 0, w - 1), np.clip(at[1], 0, h - 1)
@@ -207,10 +207,15 @@ def _bilinear(planes: FloatArray, at: FloatArray) -> FloatArray:
     corner = (row * w + column).astype(np.intp)
     gx, gy = 1 - fx, 1 - fy
     weights = {0: gx * gy, 1: fx * gy, w: gx * fy, w + 1: fx * fy}
-    corners = [(corner + step, weight) for step, weight in weights.items()]
     colours = np.empty((at.shape[1], 3), np.float32)
+    total, part = np.empty(at.shape[1]), np.empty(at.shape[1])
     for channel, plane in enumerate(planes.reshape(3, -1)):  # gathers of whole pixels take twice as long
-        colours[:, channel] = sum(plane.take(where) * weight for where, weight in corners)
+        total[:] = 0
+        for step, weight in weights.items():
+            plane[step:].take(corner, out=part, mode="clip")  # all are inside: other modes copy the result
+            part *= weight
+            total += part
+        colours[:, channel] = total
     return colours
 
 
