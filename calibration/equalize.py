@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,8 @@ QUANTILE_VALUES = 100_003
 SCREENING_ROWS, FINALISTS = 192, 5
 """Rows of each half on which all candidates are compared first, and how many of the best, besides no equalisation, are
 then compared on all rows: successive halving (Jamieson & Talwalkar, 2016) with one step."""
+
+EVERY = slice(None)
 
 MAX_ERROR_RATIO, MAX_OPERATOR_ERROR_RATIO = 0.97, 0.5
 """Largest error relative to no equalisation at which one is used: where it is folded, and where it is an operator."""
@@ -78,9 +81,11 @@ class Equalization:
     def identity(self) -> bool:
         return self.name == "none"
 
-    def apply(self, x: Array) -> Array:
-        """The equalised activation."""
-        return x if self.identity else ((x - self.shift) / self.scale).astype(np.float32)
+    def apply(self, x: Array, channels: npt.NDArray[np.intp] | slice = EVERY) -> Array:
+        """The equalised activation (..., K), or values (...) of these channels (...)."""
+        if self.identity:
+            return x
+        return ((x - self.shift[channels]) / self.scale[channels]).astype(np.float32)
 
     def weight(self, weight: Array) -> Array:
         """The equalised weight W' of weight (K, N)."""
@@ -124,6 +129,18 @@ class Half:
 
     channels: ChannelRanges
     rows: Array
+
+    @cached_property
+    def ends(self) -> Array:
+        """Least and largest value of each channel in the rows (2, K)."""
+        return np.stack([self.rows.min(axis=0), self.rows.max(axis=0)])
+
+    @cached_property
+    def drawn(self) -> tuple[Array, npt.NDArray[np.intp]]:
+        """Values of the rows, evenly spaced, that quantiles are estimated from, and the channel of each."""
+        values = self.rows.reshape(-1)
+        step = max(1, len(values) // QUANTILE_VALUES)
+        return values[::step].copy(), np.arange(0, len(values), step) % self.rows.shape[1]
 
 
 Halves = tuple[Half, Half]
@@ -173,8 +190,7 @@ def _cross_validated(halves: Halves, weight: Array, activations: ActivationSchem
     whole = list(candidates(ChannelRanges.of(half.channels for half in halves), weight, shifts))
     made = [list(candidates(half.channels, weight, shifts)) for half in halves]
     options = [
-        [(option, _clipped_ranges(option.apply(half.rows))) for option in side]
-        for half, side in zip(halves, made, strict=True)
+        [(option, _clipped_ranges(option, half)) for option in side] for half, side in zip(halves, made, strict=True)
     ]
     rows = [half.rows for half in halves]
     entered = list(range(len(whole)))
@@ -246,11 +262,12 @@ def _error(
     return energy * min(output_error(without_shift, fake, quantised) for fake in fakes)
 
 
-def _clipped_ranges(x: Array) -> list[Range]:
-    """The ranges of rows with each share of `QUANTILES` of the values clipped, half of it on either side; 0 first."""
-    values = x.reshape(-1)
-    some = values[:: max(1, len(values) // QUANTILE_VALUES)]
+def _clipped_ranges(option: Equalization, half: Half) -> list[Range]:
+    """The ranges of equalised rows with each share of `QUANTILES` of the values clipped, half of it on either side; 0
+    first."""
+    low, high = option.apply(half.ends)  # scales are positive: the extremes stay where they are
+    some = np.sort(option.apply(*half.drawn))  # NumPy sorts in less time than it partitions for several quantiles
     shares = [share / 2 for share in QUANTILES[1:]]
-    found = np.quantile(some, [*shares, *(1 - share for share in shares)])  # at once: most of it is sorting
-    ends = [(float(x.min()), float(x.max())), *zip(*np.split(found, 2), strict=True)]
+    found = np.quantile(some, [*shares, *(1 - share for share in shares)])
+    ends = [(float(low.min()), float(high.max())), *zip(*np.split(found, 2), strict=True)]
     return [Range(min(float(low), 0.0), max(float(high), 0.0), "rows") for low, high in ends]

@@ -204,21 +204,33 @@ class TestChoice:
             np.testing.assert_array_equal(found.scale, np.float32(1) / np.float32(gain))
 
     def test_a_range_of_rows(self, rng: np.random.Generator) -> None:
+        none = Equalization("none", np.ones(12, np.float32), np.zeros(12, np.float32))
         x = rng.standard_normal((50, 12)).astype(np.float32) + 2
-        whole, *clipped = equalize._clipped_ranges(x)
+        whole, *clipped = equalize._clipped_ranges(none, half(x))
         assert (whole.low, whole.high) == (min(0.0, float(x.min())), float(x.max()))
         for found, share in zip(clipped, equalize.QUANTILES[1:], strict=True):
             low, high = np.quantile(x, [share / 2, 1 - share / 2])
             assert (found.low, found.high) == (min(0.0, low), high)
-        for found, other in zip(equalize._clipped_ranges(-x), [whole, *clipped], strict=True):
+        for found, other in zip(equalize._clipped_ranges(none, half(-x)), [whole, *clipped], strict=True):
             assert (found.low, found.high) == pytest.approx((-other.high, max(0.0, -other.low)))
-        assert [found.low for found in equalize._clipped_ranges(np.abs(x) + 1)] == [0.0] * 3
+        assert [found.low for found in equalize._clipped_ranges(none, half(np.abs(x) + 1))] == [0.0] * 3
         many = rng.standard_normal((20_000, 12)).astype(np.float32)
         many[1, 1], many[1, 2] = 9.0, -9.0  # where a sample does not look
-        whole, *clipped = equalize._clipped_ranges(many)
+        whole, *clipped = equalize._clipped_ranges(none, half(many))
         assert (whole.low, whole.high) == (-9.0, 9.0)
         drawn = many.reshape(-1)[:: many.size // 100_003]
         assert clipped[-1].high == np.quantile(drawn, 1 - equalize.QUANTILES[-1] / 2)
+
+    def test_a_range_of_equalised_rows(self, rng: np.random.Generator) -> None:
+        """It is that of the rows when they are equalised, whose channels are told apart among the values drawn."""
+        scale, shift = (rng.uniform(0.5, 2, 12).astype(np.float32) for _ in range(2))
+        option, rows = Equalization("x", scale, shift), rng.standard_normal((20_000, 12)).astype(np.float32)
+        moved = (rows - shift) / scale
+        whole, *clipped = equalize._clipped_ranges(option, half(rows))
+        assert (whole.low, whole.high) == (moved.min(), moved.max())
+        drawn = moved.reshape(-1)[:: moved.size // 100_003]
+        for found, share in zip(clipped, equalize.QUANTILES[1:], strict=True):
+            assert (found.low, found.high) == tuple(np.quantile(drawn, [share / 2, 1 - share / 2]))
 
     def test_many_rows_are_screened(self, rng: np.random.Generator, weight: Array) -> None:
         """The best of few rows are compared on all, and no equalisation always is; the winner is that of all rows."""
