@@ -22,6 +22,7 @@ from edgetube.calibration.graphs import Array, OpenGraph
 from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator, StaleStateError
 from edgetube.calibration.observers import Histogram, least_squares
 from edgetube.calibration.search import AccuracyBudget, SearchResult
+from edgetube.calibration.side_by_side import in_order
 from edgetube.calibration.table import (
     FLOAT32_SCALES,
     ActivationScheme,
@@ -176,9 +177,13 @@ def observe(
     call = open_graph(graphs.extract_subgraph(model, list(seen)))
     (frames,) = (value.name for value in model.graph.input)
     chosen = np.linspace(0, len(clips) - 1, min(len(clips), most)).astype(int)
-    for index in track(chosen.tolist(), "observe", len(chosen), progress):
-        for histogram, values in zip(seen.values(), call({frames: clips.frames[index][None]}), strict=True):
-            histogram.add(values)
+
+    def run(index: int) -> list[Histogram]:
+        return [Histogram.of(values) for values in call({frames: clips.frames[index][None]})]
+
+    for parts in track(in_order(run, chosen.tolist()), "observe", len(chosen), progress):
+        for histogram, part in zip(seen.values(), parts, strict=True):
+            histogram.merge(part)
     found = {name: least_squares(histogram, activations) for name, histogram in seen.items()}
     found = {name: found.get(name, Range(0.0, 1.0, "softmax")).stored(activations, scales) for name in tensors}
     return {name: replace(r, low=shortest_float32(r.low), high=shortest_float32(r.high)) for name, r in found.items()}

@@ -8,13 +8,12 @@ kept, in files, so memory does not grow with the number of clips.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +26,9 @@ from edgetube.calibration import equalize, graphs, numeric, observers
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.equalize import ChannelRanges, Equalization, Half, Halves
 from edgetube.calibration.graphs import Linear, OpenGraph, Stage
-from edgetube.calibration.numeric import GramAccumulator
+from edgetube.calibration.numeric import Gram, GramAccumulator
 from edgetube.calibration.observers import Histogram
+from edgetube.calibration.side_by_side import in_order
 from edgetube.calibration.table import (
     FLOAT32_SCALES,
     ActivationScheme,
@@ -43,7 +43,6 @@ from edgetube.roles import FoldSite, GraphRoles
 from edgetube.video import Frames
 
 Array = npt.NDArray[np.float32]
-T = TypeVar("T")
 
 ROWS, ROW_VALUES = (512, 2048), 1_500_000
 """Fewest and most rows that are sampled of an activation to measure output errors on, and values in between."""
@@ -115,6 +114,26 @@ class StaleStateError(Exception):
     """Cached stages whose output differs from the model's; they have to be calibrated again."""
 
 
+@dataclass(frozen=True)
+class ClipStats:
+    """What `ActivationStats` keeps of the activation of one clip.
+
+    Attributes:
+        index: of the clip.
+        channels: minima and maxima.
+        means: of the channels (K,).
+        rows: sampled ones (R, K).
+        histogram, gram: of every token; None without `whole`.
+    """
+
+    index: int
+    channels: ChannelRanges
+    means: npt.NDArray[np.float64]
+    rows: Array
+    histogram: Histogram | None
+    gram: Gram | None
+
+
 class ActivationStats:
     """Streaming statistics of one activation: minima, maxima and means of its channels, and sampled rows.
 
@@ -142,6 +161,14 @@ class ActivationStats:
         Raises:
             InputError: a value is NaN or infinite.
         """
+        self.take(self.measure(index, values))
+
+    def measure(self, index: int, values: Array) -> ClipStats:
+        """What `take` adds of the activation (1, ..., K) of clip number `index`; threads may ask for several clips.
+
+        Raises:
+            InputError: a value is NaN or infinite.
+        """
         rows = values.reshape(-1, values.shape[-1])
         channels = ChannelRanges(rows.min(axis=0), rows.max(axis=0))
         if not (np.isfinite(channels.low).all() and np.isfinite(channels.high).all()):
@@ -149,19 +176,25 @@ class ActivationStats:
                 f"the model gives NaN or infinite values in {self.name} on calibration clip {index}; check weights "
                 "and clips"
             )
-        if not self._channels:
-            self.means = np.empty((self.clips, rows.shape[1]))
-            self.gram = GramAccumulator(rows.shape[1]) if self.whole else None
-        self._channels.append(channels)
-        self.means[index] = rows.mean(axis=0, dtype=np.float64)
+        sums = rows.sum(axis=0, dtype=np.float64)
         wanted = min(max(ROW_VALUES // rows.shape[1], ROWS[0]), ROWS[1])
         count = min(len(rows), -(-wanted // self.clips))
         drawn = np.random.default_rng([self.seed, index]).choice(len(rows), count, replace=False)
-        self._rows.append(rows[np.sort(drawn)])
-        if self.histogram is not None:
-            self.histogram.add(rows)
-        if self.gram is not None:
-            self.gram.add(rows)
+        histogram, gram = (Histogram.of(rows), Gram.of(rows, sums)) if self.whole else (None, None)
+        return ClipStats(index, channels, sums / len(rows), rows[np.sort(drawn)], histogram, gram)
+
+    def take(self, part: ClipStats) -> None:
+        """Add what was measured of a clip, in the order of the clips."""
+        if not self._channels:
+            self.means = np.empty((self.clips, len(part.means)))
+            self.gram = GramAccumulator(len(part.means)) if self.whole else None
+        self._channels.append(part.channels)
+        self.means[part.index] = part.means
+        self._rows.append(part.rows)
+        if self.histogram is not None and part.histogram is not None:
+            self.histogram.merge(part.histogram)
+        if self.gram is not None and part.gram is not None:
+            self.gram.take(part.gram)
 
     @property
     def rows(self) -> Array:
@@ -546,21 +579,25 @@ class LayerwiseCalibrator:
         later = self._later(stage) if later is None else later
         carried = {name: array for name, array in streams.items() if name in later}
 
-        def run(index: int) -> tuple[dict[str, np.ndarray], list[Array]]:
+        def run(index: int) -> tuple[list[Array], list[ClipStats]]:
             feeds = {name: streams[name][index] for name in needed}
             if self.input in feeds:
                 feeds[self.input] = feeds[self.input][None]
-            return feeds, call(feeds)
+            results = dict(zip(fetched, call(feeds), strict=True))
+            seen = [
+                stats.measure(index, np.asarray(results[name] if name in results else feeds[name]))
+                for name, stats in watched.items()
+            ]
+            return [results[name] for name in kept], seen
 
         made: dict[str, DiskArray] = {}
-        for index, (feeds, answers) in zip(clips, _ahead(run, clips), strict=True):
-            results = dict(zip(fetched, answers, strict=True))
-            for name, stats in watched.items():
-                stats.add(index, np.asarray(results[name] if name in results else feeds[name]))
-            for name in kept:
+        for index, (outputs, seen) in zip(clips, in_order(run, clips), strict=True):
+            for stats, part in zip(watched.values(), seen, strict=True):
+                stats.take(part)
+            for name, value in zip(kept, outputs, strict=True):
                 if name not in made:
-                    made[name] = DiskArray(self.workspace, (len(clips), *results[name].shape), np.float32)
-                made[name][index] = results[name]
+                    made[name] = DiskArray(self.workspace, (len(clips), *value.shape), np.float32)
+                made[name][index] = value
         return carried | made
 
     def _later(self, stage: Stage) -> set[str]:
@@ -573,16 +610,3 @@ class LayerwiseCalibrator:
 
     def _value(self, name: str, state: CalibrationState) -> Array:
         return np.asarray(state.values[name] if name in state.values else self.initializers[name], np.float32)
-
-
-def _ahead(run: Callable[[int], T], indices: Iterable[int]) -> Iterator[T]:
-    """`run` of each index, in order; a thread runs the next one while the caller works on the last."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: Future[T] | None = None
-        for index in indices:
-            following = pool.submit(run, index)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+from threadpoolctl import threadpool_limits
 
 from edgetube.calibration import graphs
 from edgetube.calibration.graphs import OpenGraph, Stage
-from edgetube.calibration.numeric import GramAccumulator, Moments
+from edgetube.calibration.numeric import Gram, GramAccumulator, Moments
+from edgetube.calibration.side_by_side import in_order
 from edgetube.errors import InputError
 from edgetube.roles import GraphRoles
 from edgetube.video import Frames
@@ -101,16 +103,24 @@ def _measure_stage(
     call, needed = open_graph(part), [value.name for value in part.graph.input]
     grams: dict[str, GramAccumulator] = {}
     made: dict[str, Values] = {name: [] for name in kept}
-    for index in range(len(next(iter(streams.values())))):
+
+    def run(index: int) -> tuple[list[npt.NDArray[Any]], dict[str, Gram]]:
         results = dict(zip(fetched, call({name: streams[name][index] for name in needed}), strict=True))
-        for name in kept:
-            made[name].append(results[name])
+        parts = {}
         for name in read:
             values = results[name] if name in results else streams[name][index]
             rows = np.asarray(values, np.float32).reshape(-1, values.shape[-1])
             if not np.isfinite(rows).all():
                 raise InputError(f"the model gives NaN or infinite values in {name}; check its weights")
-            grams.setdefault(name, GramAccumulator(rows.shape[1])).add(rows)
+            parts[name] = Gram.of(rows)
+        return [results[name] for name in kept], parts
+
+    with threadpool_limits(1, "blas"):
+        for outputs, parts in in_order(run, range(len(next(iter(streams.values()))))):
+            for name, value in zip(kept, outputs, strict=True):
+                made[name].append(value)
+            for name, part in parts.items():
+                grams.setdefault(name, GramAccumulator(len(part.product))).take(part)
     for name in read:
         found.add([linear.weight for linear in linears if linear.activation == name], grams.pop(name).moments)
     return made

@@ -150,6 +150,20 @@ def gptq_targets(
     return found
 
 
+@dataclass(frozen=True)
+class Gram:
+    """The Gram matrix (K, K) float32 of some rows (R, K), the sums of their channels (K,) float64, and R."""
+
+    product: Array
+    sums: npt.NDArray[np.float64]
+    rows: int
+
+    @classmethod
+    def of(cls, rows: Array, sums: npt.NDArray[np.float64] | None = None) -> Gram:
+        """That of rows (R, K); `sums` where they are known."""
+        return cls(rows.T @ rows, rows.sum(axis=0, dtype=np.float64) if sums is None else sums, len(rows))
+
+
 class GramAccumulator:
     """Accumulates the Gram matrix and the sums of an activation's rows (R, K).
 
@@ -166,9 +180,13 @@ class GramAccumulator:
 
     def add(self, rows: Array) -> None:
         """Add rows (R, K)."""
-        self.total += rows.T @ rows
-        self.sums += rows.sum(axis=0, dtype=np.float64)
-        self.rows += len(rows)
+        self.take(Gram.of(rows))
+
+    def take(self, part: Gram) -> None:
+        """Add what is known of further rows."""
+        self.total += part.product
+        self.sums += part.sums
+        self.rows += part.rows
 
     @property
     def power(self) -> Array:

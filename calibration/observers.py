@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Self
 
 from edgetube.calibration.table import INTEGERS, ActivationScheme, Range
 from edgetube.errors import InputError
@@ -39,6 +40,13 @@ class Histogram:
         self.width = 2.0**-24
         self.counts = np.zeros(BINS, np.int64)
 
+    @classmethod
+    def of(cls, values: Array) -> Self:
+        """That of an array; see `add`."""
+        made = cls()
+        made.add(values)
+        return made
+
     def add(self, values: Array) -> None:
         """Count the values of an array of any shape.
 
@@ -56,8 +64,23 @@ class Histogram:
         np.clip(index, 0, BINS - 1, out=index)
         self.counts += np.bincount(index, minlength=BINS)
 
+    def merge(self, other: Histogram) -> None:
+        """Count the values of another histogram, whose bins are widened to those of this one, or these to its."""
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self._widen(other.width)
+        other._widen(self.width)
+        self.counts += other.counts
+
     def _grow(self, largest: float) -> None:
-        while largest > self.width * (BINS // 2):
+        width = self.width
+        while largest > width * (BINS // 2):
+            width *= 2
+        self._widen(width)
+
+    def _widen(self, width: float) -> None:
+        if not self.counts.any():
+            self.width = max(self.width, width)
+        while self.width < width:
             half = BINS // 2
             merged = self.counts.reshape(half, 2).sum(axis=1)
             self.counts[:] = 0

@@ -17,6 +17,7 @@ from edgetube.calibration import graphs
 from edgetube.calibration.clips import Clips
 from edgetube.calibration.graphs import OpenGraph
 from edgetube.calibration.layerwise import CalibrationState, LayerwiseCalibrator
+from edgetube.calibration.side_by_side import in_order
 from edgetube.errors import ParityError
 from edgetube.progress import Progress, silent, track
 from edgetube.video import Frames
@@ -246,8 +247,8 @@ def compute_logits(
     """Logits (n, classes) of a graph with batch 1, of all clips or those numbered `some`."""
     call, name = open_graph(model), model.graph.input[0].name
     numbers = range(len(clips)) if some is None else some.tolist()
-    rows = track(numbers, stage, len(numbers), progress)
-    return np.concatenate([call({name: clips.frames[index][None]})[0] for index in rows])
+    answers = in_order(lambda index: call({name: clips.frames[index][None]})[0], numbers)
+    return np.concatenate(list(track(answers, stage, len(numbers), progress)))
 
 
 def judge(
@@ -258,6 +259,7 @@ def judge(
     most: int | None = None,
     known: Array | None = None,
     least: int = 0,
+    together: bool = False,
 ) -> Judged:
     """Judge answers. It ends with the clip at which the budget is exceeded for certain, or no other answer can change.
 
@@ -266,15 +268,22 @@ def judge(
         most: clips to judge by, all by default.
         known: the logits (n, classes) for the first clips of the budget's order, from a judgement that ended early.
         least: clips that are answered unless the budget is exceeded.
+        together: threads may call `answer`, and a few clips more than are judged may be answered.
     """
     order, start = budget.order[:most], 0 if known is None else len(known)
     found = np.empty((len(order), budget.logits.shape[1]), budget.logits.dtype)
     if known is not None:
         found[:start] = known
+
+    def answered(index: int) -> Array:
+        return answer(budget.clips.frames[index][None])[0]
+
+    left = order[start:].tolist()
+    answers = in_order(answered, left) if together else map(answered, left)
     for count in track(range(start, len(order)), stage, len(order) - start, progress):
         if count >= least and budget.decided(found[:count]):
             return Judged(budget.verdict(found[:count], order[:count], certain=True), found[:count])
-        found[count] = answer(budget.clips.frames[int(order[count])][None])[0]
+        found[count] = next(answers)
         verdict = budget.verdict(found[: count + 1], order[: count + 1])
         if not verdict.within_budget:
             return Judged(verdict, found[: count + 1])
@@ -398,6 +407,7 @@ def _evaluate(
         progress=calibrator.progress,
         most=most,
         known=logits,
+        together=True,
     )
     return replace(found, biases=dict(state.biases))
 

@@ -6,6 +6,7 @@ import errno
 import math
 import struct
 import tempfile
+import threading
 import tokenize
 import weakref
 import zipfile
@@ -61,6 +62,7 @@ class DiskArray:
     ) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
         self._row = math.prod(shape[1:]) * self.dtype.itemsize
+        self._lock = threading.Lock()  # threads read rows; the file has one position
         self._file = file or tempfile.TemporaryFile(dir=folder, suffix=".raw")  # noqa: SIM115  # closed below
         weakref.finalize(self, self._file.close)
         if self._file.writable():
@@ -72,15 +74,18 @@ class DiskArray:
     def __getitem__(self, index: int) -> np.ndarray:
         """A copy of one row (...); zeros if it was never written."""
         row = np.empty(self.shape[1:], self.dtype)
-        self._file.seek(self._offset(index))
-        self._file.readinto(row.data.cast("B"))
+        with self._lock:
+            self._file.seek(self._offset(index))
+            self._file.readinto(row.data.cast("B"))
         return row
 
     def __setitem__(self, index: int, row: np.ndarray) -> None:
         """Write one row (...)."""
-        self._file.seek(self._offset(index))
-        self._file.write(np.ascontiguousarray(np.broadcast_to(row, self.shape[1:]), self.dtype).data)
-        self._file.flush()
+        data = np.ascontiguousarray(np.broadcast_to(row, self.shape[1:]), self.dtype).data
+        with self._lock:
+            self._file.seek(self._offset(index))
+            self._file.write(data)
+            self._file.flush()
 
     def shorten(self, length: int) -> None:
         """Keep the first `length` rows."""

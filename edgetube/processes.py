@@ -24,6 +24,15 @@ def cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
+MOST_SIDE_BY_SIDE = 2
+"""Clips that a graph answers at a time at most: each takes the memory of a call."""
+
+
+def side_by_side() -> int:
+    """Clips that calibration lets a graph answer at a time; with more cores, threads share the work of each."""
+    return min(MOST_SIDE_BY_SIDE, cores())
+
+
 def workers() -> int:
     """Processes that make use of all cores; 1 where this one may not start any, as a daemon of multiprocessing."""
     from multiprocessing import current_process

@@ -131,8 +131,13 @@ def integer_products(path: Path) -> list[tuple[str, int]]:
 
 
 def evaluate(model: ModelProto) -> Callable[[Mapping[str, Any]], list[Any]]:
-    """Open any graph on the CPU: feeds by input name -> its outputs. Calibration runs graphs through this."""
+    """Open any graph on the CPU: feeds by input name -> its outputs. Calibration runs graphs through this.
+
+    It is called by several threads. Where they are as many as there are cores, each call has one.
+    """
+    from edgetube import processes
     from edgetube.calibration import storage
     from edgetube.runtimes.onnxruntime import evaluate as opened
 
-    return opened(storage.relative(model).SerializeToString(), storage.folder_of(model))
+    threads = 1 if processes.side_by_side() == processes.cores() else None
+    return opened(storage.relative(model).SerializeToString(), storage.folder_of(model), threads)

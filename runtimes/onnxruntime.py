@@ -259,15 +259,16 @@ def optimise(source: Path, optimised: Path) -> Path:
 
 
 def evaluate(
-    model: bytes, folder: Path | None = None
+    model: bytes, folder: Path | None = None, threads: int | None = None
 ) -> Callable[[Mapping[str, npt.NDArray[Any]]], list[npt.NDArray[np.float32]]]:
     """Open any ONNX graph on the CPU: feeds by input name -> its outputs. Q/DQ pairs are not fused.
 
     Args:
         folder: of the files that hold its weights, where they are not in `model`.
+        threads: of one call; None leaves it to ONNX Runtime.
     """
     beside = {BESIDE: str(folder)} if folder else {}
-    options = session_options(entries={AS_THEY_STAND: "1", "session.intra_op.allow_spinning": "0", **beside})
+    options = session_options(threads, {AS_THEY_STAND: "1", "session.intra_op.allow_spinning": "0", **beside})
     session = _open(model, options, PROVIDERS["cpu"], "cannot open a graph")
     outputs = [output.name for output in session.get_outputs()]
 

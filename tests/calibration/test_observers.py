@@ -44,6 +44,17 @@ def test_order_and_pieces_do_not_matter(values: npt.NDArray[np.float32], rng: np
     assert first.width == second.width
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_histograms_of_parts_add_up(values: npt.NDArray[np.float32], order: int) -> None:
+    """Whichever has the wider bins."""
+    merged = Histogram()
+    for part in [values[:40_000], values[40_000:] / 1000][::order]:
+        merged.merge(Histogram.of(part))
+    whole = filled(np.concatenate([values[:40_000], values[40_000:] / 1000]))
+    np.testing.assert_array_equal(merged.counts, whole.counts)
+    assert (merged.low, merged.high, merged.width) == (whole.low, whole.high, whole.width)
+
+
 def test_memory_does_not_grow(values: npt.NDArray[np.float32]) -> None:
     assert filled(np.concatenate([values] * 5), 20).counts.nbytes == filled(values).counts.nbytes
 
