@@ -508,18 +508,36 @@ class LayerwiseCalibrator:
     ) -> Iterator[tuple[str, Array]]:
         """Logits (n, classes) on clips (T, H, W, 3) with each of the linears `names` quantised alone, in order.
 
-        The graph runs from the stage of the linear on: what is before it does not change.
+        Only the stage of the linear is quantised. What is before it does not change, and what is behind it is opened
+        once for all linears of a stage.
         """
         streams: dict[str, RowArray] = {self.input: np.stack(clips)}
         every, logits = range(len(clips)), self.model.graph.output[0].name
         for index, stage in enumerate(self.stages):
-            rest = graphs.join_stages(self.model, self.stages[index:])
-            for linear in self._linears(stage):
-                if linear.name in names:
-                    alone = frozenset([linear.name])
-                    made = self._run(rest, state.values, streams, every, {}, alone, state, later=set())
-                    yield linear.name, np.concatenate(list(made[logits]))
+            if chosen := [linear.name for linear in self._linears(stage) if linear.name in names]:
+                rest = self._opened_rest(index + 1, state)
+                for name in chosen:
+                    made = self._run(stage, state.values, streams, every, {}, frozenset([name]), state)
+                    answers = made[logits] if rest is None else in_order(partial(rest, made), every)
+                    yield name, np.concatenate(list(answers))
             streams = self._run(stage, state.values, streams, every, {})
+
+    def _opened_rest(
+        self, index: int, state: CalibrationState
+    ) -> Callable[[Mapping[str, RowArray], int], Array] | None:
+        """What computes the logits (1, classes) of a clip from streams and the clip's number, from stage `index` on.
+
+        None where no stage is left.
+        """
+        if index == len(self.stages):
+            return None
+        rest = graphs.join_stages(self.model, self.stages[index:])
+        call = self.open(graphs.replace_initializers(graphs.extract_stage(self.model, rest), state.values))
+
+        def run(streams: Mapping[str, RowArray], clip: int) -> Array:
+            return call({name: streams[name][clip] for name in rest.inputs})[0]
+
+        return run
 
     def fake_quantized(self, state: CalibrationState, quantised: frozenset[str]) -> onnx.ModelProto:
         """The whole graph with fake quantisation of the linears in `quantised`."""

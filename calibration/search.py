@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -35,7 +36,11 @@ MIN_INT8_SHARE = 0.5
 
 RANKING_CLIPS, RANKING_MACS = (2, 8), 0.4e12
 """Clips for the ranking: fewest, most, and between the two as many as the model answers with these
-multiply-accumulates."""
+multiply-accumulates. All linears are ranked on the fewest first."""
+
+RANKED_AGAIN, RANKED_MARGIN = 1 / 6, 2
+"""Share of the linears, the most sensitive on the fewest clips, that are then ranked on all; and at least so many times
+as many as are expected to fall back."""
 
 NEAREST, SPREAD = 32, 16
 """Clips that are judged first: the nearest to a tie, those of the screening at least, then others spread evenly over
@@ -415,12 +420,34 @@ def _evaluate(
 def rank(
     calibrator: LayerwiseCalibrator, state: CalibrationState, budget: AccuracyBudget, names: frozenset[str]
 ) -> dict[str, float]:
-    """Sensitivity of each linear: relative root mean square error of the logits with that one quantised."""
+    """Sensitivity of each linear: relative root mean square error of the logits with that one quantised.
+
+    The order of those that hardly matter does not matter either, so it is that on few clips.
+    """
     fewest, most = RANKING_CLIPS
     count = max(fewest, min(most, int(RANKING_MACS // sum(graphs.macs(calibrator.model).values()))))
-    some = range(0, len(budget.clips), max(1, len(budget.clips) // count))[:count]
+    some = list(range(0, len(budget.clips), max(1, len(budget.clips) // count))[:count])
+    few = some[:: max(1, len(some) // fewest)][:fewest]
     state.biases.clear()
-    clips, exact = [budget.clips.frames[i] for i in some], budget.logits[list(some)]
-    found = calibrator.one_by_one(state, names, clips)
-    shown = track(found, "rank linears", len(names), calibrator.progress)
-    return {name: 10 ** (-metrics.sqnr(exact, logits) / 20) for name, logits in shown}
+    answers: dict[str, list[Array]] = defaultdict(list)
+
+    def answer(names: Collection[str], numbers: Sequence[int], stage: str) -> None:
+        clips = [budget.clips.frames[i] for i in numbers]
+        found = calibrator.one_by_one(state, frozenset(names), clips)
+        for name, logits in track(found, stage, len(names), calibrator.progress):
+            answers[name].append(logits)
+
+    def error(name: str) -> float:
+        logits = np.concatenate(answers[name])
+        return float(10 ** (-metrics.sqnr(budget.logits[numbers[: len(logits)]], logits) / 20))
+
+    numbers = [*few, *(i for i in some if i not in few)]
+    answer(names, few, "rank linears")
+    ranking = {name: error(name) for name in answers}
+    if others := numbers[len(few) :]:
+        worst = sorted(ranking, key=lambda name: -ranking[name])
+        expected = _guess(budget, [ranking[name] for name in worst])
+        again = worst[: max(math.ceil(RANKED_AGAIN * len(names)), RANKED_MARGIN * expected)]
+        answer(again, others, "rank the most sensitive")
+        ranking |= {name: error(name) for name in again}
+    return ranking

@@ -488,24 +488,45 @@ class RankStub(Stub):
     def one_by_one(self, state: CalibrationState, names: frozenset[str], clips: list[Any]) -> Any:
         assert not state.biases
         for name in sorted(names):
-            self.seen[name] = [int(clip.flat[0]) for clip in clips]
-            yield name, np.array([[1, clip] for clip in self.seen[name]], np.float32) * (1 + 0.1 * int(name))
+            new = [int(clip.flat[0]) for clip in clips]
+            self.seen[name] = [*self.seen.get(name, []), *new]
+            yield name, np.array([[1, clip] for clip in new], np.float32) * (1 + 0.1 * int(name))
 
 
-@pytest.mark.parametrize(("count", "step"), [(1, 1), (7, 1), (8, 1), (9, 1), (15, 1), (16, 2), (20, 2), (25, 3)])
-def test_the_ranking_is_the_relative_error_of_each_alone(count: int, step: int) -> None:
-    """On 8 clips spread evenly, or on all of fewer."""
+@pytest.mark.parametrize(
+    ("count", "few", "step"),
+    [
+        (1, [0], 1),
+        (2, [0, 1], 1),
+        (3, [0, 1], 1),
+        (7, [0, 3], 1),
+        (8, [0, 4], 1),
+        (15, [0, 4], 1),
+        (16, [0, 8], 2),
+        (25, [0, 12], 3),
+    ],
+)
+@pytest.mark.parametrize(("expected", "again"), [(1, "89"), (2, "6789"), (9, "123456789")])
+def test_the_ranking_is_the_relative_error_of_each_alone(
+    monkeypatch: pytest.MonkeyPatch, count: int, few: list[int], step: int, expected: int, again: str
+) -> None:
+    """On two clips; that of a sixth, or of twice as many as are expected to fall back, on 8 spread evenly or on all."""
+    monkeypatch.setattr(search, "_guess", lambda *_: expected)
     frames = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1, 1)
     exact = np.stack([np.ones(count), np.arange(count)], axis=1).astype(np.float32)
     seen = Clips("x", frames, np.zeros(count, int), tuple(map(str, range(count))), "")
     ranker = RankStub(graph({"a": (1, 1, 2)}))
     stub: Any = ranker
     state = CalibrationState(biases={"x": np.array([1], np.float32)})
-    found = search.rank(stub, state, AccuracyBudget(seen, exact, None), frozenset({"1", "3"}))
-    assert found == {"1": pytest.approx(0.1, rel=1e-5), "3": pytest.approx(0.3, rel=1e-5)}
+    found = search.rank(stub, state, AccuracyBudget(seen, exact, None), frozenset("123456789"))
+    assert found == {str(i): pytest.approx(0.1 * i, rel=1e-5) for i in range(1, 10)}
     some = [i * step for i in range(min(count, 8))]
-    assert ranker.seen == {"1": some, "3": some}
-    assert ranker.steps == [("rank linears", done, 2) for done in range(3)]
+    whole = again if count > 2 else ""
+    every = [*few, *(i for i in some if i not in few)]
+    assert ranker.seen == {name: every if name in whole else few for name in "123456789"}
+    steps = [("rank linears", done, 9) for done in range(10)]
+    steps += [("rank the most sensitive", done, len(whole)) for done in range(len(whole) + 1) if whole]
+    assert ranker.steps == steps
 
 
 @pytest.mark.parametrize(("macs", "count"), [(5e10, 8), (1e11, 4), (9e11, 2)])
