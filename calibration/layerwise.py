@@ -7,6 +7,7 @@ kept, in files, so memory does not grow with the number of clips.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,10 @@ PIXELS = Range(0.0, 255.0, "min-max")
 CORRECTION_CLIPS = 32
 """Clips for bias correction: means converge with fewer clips than ranges."""
 
+KEPT_BYTES = 1 << 30
+"""Most bytes of what flows between stages that is kept of a bias correction, so that the next one begins where other
+linears are quantised."""
+
 FOLD_TOLERANCE = 1e-3
 """Largest change of a stage's output by folding, relative to its largest value; float32 rounding stays below 1e-5."""
 
@@ -98,6 +103,28 @@ class CalibrationState:
     integers: dict[str, npt.NDArray[np.int8]] = field(default_factory=dict)
     means: dict[str, Array] = field(default_factory=dict)
     biases: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CorrectedStage:
+    """A stage of a bias correction.
+
+    Attributes:
+        state: of the calibration, without its biases.
+        quantised: linears of the stage.
+        biases: corrected ones of the stage, by initializer.
+        streams: what later stages read, on the correction clips.
+    """
+
+    state: CalibrationState
+    quantised: frozenset[str]
+    biases: Mapping[str, Array]
+    streams: dict[str, RowArray]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the streams."""
+        return sum(math.prod(array.shape) * array.dtype.itemsize for array in self.streams.values())
 
 
 @contextmanager
@@ -262,6 +289,7 @@ class LayerwiseCalibrator:
         self.input = model.graph.input[0].name
         step = max(1, len(clips) // CORRECTION_CLIPS)
         self.correction = range(0, len(clips), step)[:CORRECTION_CLIPS]
+        self._corrected: list[CorrectedStage] = []
 
     # ------------------------------------------------------------------------------------------------ choosing
 
@@ -272,6 +300,7 @@ class LayerwiseCalibrator:
             InputError: a value of an activation is NaN or infinite.
             StaleStateError: the output of a stage in `state` differs from the model's.
         """
+        self._corrected.clear()
         streams: dict[str, RowArray] = {self.input: self.clips.frames}
         others: dict[str, RowArray] = {self.input: np.stack(self.held_out)} if len(self.held_out) else {}
         with threads() as pool:
@@ -469,17 +498,32 @@ class LayerwiseCalibrator:
     def correct_biases(self, state: CalibrationState, quantised: frozenset[str]) -> None:
         """Correct the biases of the linears in `quantised` so that their mean outputs equal those of the float graph.
 
-        Linears are corrected in order; each reads the output of the corrected quantised graph before it.
+        Linears are corrected in order; each reads the output of the corrected quantised graph before it. So the
+        correction begins with the first stage whose linears in `quantised` are not those of the last correction.
         """
+        del self._corrected[self._alike(state, quantised) :]
+        state.biases = {name: bias for done in self._corrected for name, bias in done.biases.items()}
         with threads():
-            self._correct_biases(state, quantised)
+            self._correct_biases(state, quantised, self.stages[len(self._corrected) :])
 
-    def _correct_biases(self, state: CalibrationState, quantised: frozenset[str]) -> None:
-        state.biases.clear()
-        streams: dict[str, RowArray] = {self.input: np.stack([self.clips.frames[i] for i in self.correction])}
-        every = range(len(self.correction))
-        for stage in track(self.stages, "correct biases", len(self.stages), self.progress):
-            chosen = [each for each in self._linears(stage) if each.name in quantised and each.bias is not None]
+    def _alike(self, state: CalibrationState, quantised: frozenset[str]) -> int:
+        """The number of first stages that were corrected with the same linears."""
+        for count, (done, stage) in enumerate(zip(self._corrected, self.stages, strict=False)):
+            if done.state is not state or done.quantised != quantised & {each.name for each in self._linears(stage)}:
+                return count
+        return len(self._corrected)
+
+    def _correct_biases(self, state: CalibrationState, quantised: frozenset[str], stages: Sequence[Stage]) -> None:
+        """Correct the last stages, the ones before which are in `self._corrected`."""
+        if self._corrected:
+            streams = self._corrected[-1].streams
+        else:
+            streams = {self.input: np.stack([self.clips.frames[i] for i in self.correction])}
+        every, left, known = range(len(self.correction)), KEPT_BYTES, {*state.biases}
+        left -= sum(done.size for done in self._corrected)
+        for stage in track(stages, "correct biases", len(stages), self.progress):
+            linears = self._linears(stage)
+            chosen = [each for each in linears if each.name in quantised and each.bias is not None]
             read = {linear.activation for linear in chosen}
             for linear in chosen:
                 if linear.activation in streams:
@@ -492,6 +536,12 @@ class LayerwiseCalibrator:
                 for linear in chosen:
                     if linear.activation in part.outputs:
                         self._correct_bias(linear, streams[linear.activation], state)
+            own = {name: bias for name, bias in state.biases.items() if name not in known}
+            done = CorrectedStage(state, quantised & {each.name for each in linears}, own, streams)
+            known |= own.keys()
+            left -= done.size
+            if left >= 0:
+                self._corrected.append(done)
 
     def _correct_bias(self, linear: Linear, activation: RowArray, state: CalibrationState) -> None:
         """Correct one bias, by the activation of the quantised graph on the correction clips (N, ..., K)."""

@@ -450,6 +450,36 @@ class TestCorrectBiases:
             np.testing.assert_allclose(found, exact, atol=2e-6 * np.abs(exact).max() + 2e-6, err_msg=name)
             assert np.abs(before - exact).max() > 20 * np.abs(found - exact).max()
 
+    @pytest.mark.parametrize("kept", [1 << 30, 0])
+    def test_it_begins_where_other_linears_are_quantised(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch, kept: int
+    ) -> None:
+        """And gives the biases of one that begins with the first stage; as it does where nothing may be kept."""
+        monkeypatch.setattr(layerwise, "KEPT_BYTES", kept)
+        steps: list[tuple[str, int, int]] = []
+        calibrator = make(progress=lambda *step: steps.append(step))
+        state = calibrated(calibrator)
+        everything = frozenset({TUBE, *BLOCK, HEAD})
+        for quantised, left in (
+            (everything, 3),
+            (everything - {HEAD}, 1),
+            (everything - {FC2}, 2),
+            (everything - {TUBE}, 3),
+            (everything - {TUBE, QKV}, 2),
+        ):
+            steps.clear()
+            calibrator.correct_biases(state, quantised)
+            run = left if kept else 3
+            assert steps[-1] == ("correct biases", run, run)
+            fresh = replace(state, biases={})
+            make().correct_biases(fresh, quantised)
+            assert state.biases.keys() == fresh.biases.keys()
+            for name, bias in fresh.biases.items():
+                np.testing.assert_array_equal(state.biases[name], bias)
+        steps.clear()
+        calibrator.correct_biases(replace(state), quantised)
+        assert steps[-1] == ("correct biases", 3, 3)
+
     def test_what_changes_in_the_graph(self, make: Make) -> None:
         """Folded values, dequantised weights of what is quantised, and corrected biases, which come last."""
         calibrator = make()
