@@ -152,7 +152,7 @@ def built_in(count: int, labels: tuple[str, ...]) -> ClipSet:
 
 def built_in_calibration(count: int, labels: tuple[str, ...]) -> ClipSet:
     """The built-in calibration set: like the evaluation set, but over other photographs."""
-    return _rendered("calibration", demo.CALIBRATION, count, labels)
+    return _rendered(demo.CALIBRATION_SET, demo.CALIBRATION, count, labels)
 
 
 def _rendered(name: str, photos: tuple[str, ...], count: int, labels: tuple[str, ...]) -> ClipSet:

@@ -36,6 +36,8 @@ WEIGHTS = HERE / "motion.safetensors"
 """The built-in model: `edgetube.model.checkpoints.load("demo")`."""
 
 EVALUATION = ("astronaut", "rocket", "chelsea", "camera", "hubble", "brick")
+CALIBRATION_SET = "calibration"
+"""Name of the set whose clips have their grain in common: hundreds are rendered before an export begins."""
 CALIBRATION = ("coffee", "gravel", "grass", "retina", "coins")
 
 
@@ -55,7 +57,7 @@ def evaluation(contract: InputContract, count: int = 504) -> Iterator[Clip]:
 
 def calibration(contract: InputContract, count: int = 128) -> Iterator[Clip]:
     """`count` clips for calibration, like `evaluation` but over other photographs."""
-    return clips("calibration", photos(CALIBRATION), contract, count)
+    return clips(CALIBRATION_SET, photos(CALIBRATION), contract, count)
 
 
 def scenes(contract: InputContract, count: int) -> Iterator[Clip]:
@@ -65,7 +67,7 @@ def scenes(contract: InputContract, count: int) -> Iterator[Clip]:
     """
     shown = photos(CALIBRATION)
     for index in range(count):
-        yield clip("calibration", shown, index * (len(LABELS) + 1), contract)
+        yield clip(CALIBRATION_SET, shown, index * (len(LABELS) + 1), contract)
 
 
 def golden(contract: InputContract) -> Clip:
@@ -84,7 +86,8 @@ def clip(name: str, photos: Sequence[Photo], index: int, contract: InputContract
     label, photo = LABELS[index % len(LABELS)], photos[index // len(LABELS) % len(photos)]
     rng = generator(name, index)
     size = contract.height, contract.width
-    frames = render_clip(photo, Move.draw(label, rng), contract.frames, size, rng)
+    move, common = Move.draw(label, rng), name == CALIBRATION_SET
+    frames = render_clip(photo, move, contract.frames, size, rng, common)
     return Clip(f"{name}/{photo.name}/{index:04d}", frames, None if contract.is_image else label)
 
 

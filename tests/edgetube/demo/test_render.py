@@ -121,6 +121,26 @@ def test_exposure_and_noise_are_what_they_say() -> None:
     assert abs(frames.mean() - 100) < 0.2
 
 
+def test_common_grain_is_noise_of_the_same_size() -> None:
+    """Each frame has a part of it of its own; nothing else of the clip changes."""
+    photo = render.Photo("grey", np.full((200, 200, 3), 100, np.uint8))
+    noisy = dataclasses.replace(still(), noise=5.0)
+
+    def seen(seed: int) -> npt.NDArray[np.float64]:
+        return render.render_clip(photo, noisy, 9, (32, 32), np.random.default_rng(seed), True).astype(float)
+
+    frames = seen(0)
+    assert abs(frames.std() - 5.0) < 0.2
+    assert abs(frames.mean() - 100) < 0.2
+    assert np.abs(np.corrcoef(frames.reshape(9, -1)) - np.eye(9)).max() < 0.1
+    np.testing.assert_array_equal(seen(0), frames)
+    assert (seen(1) != frames).mean() > 0.8
+    calm = (
+        render.render_clip(photo, still(), 9, (32, 32), np.random.default_rng(0), common) for common in (False, True)
+    )
+    np.testing.assert_array_equal(*calm)
+
+
 def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "broken.jpg"
     path.write_bytes(b"not a picture at all")
