@@ -40,7 +40,7 @@ from edgetube.video import Frames
 
 __all__ = ["Calibrated", "calibrate", "observe"]
 
-ALGORITHM_VERSION = 10
+ALGORITHM_VERSION = 11
 """Version of the algorithm; bump it to invalidate cached results."""
 
 OBSERVED_CLIPS = 32

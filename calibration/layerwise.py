@@ -324,8 +324,9 @@ class LayerwiseCalibrator:
         state: CalibrationState,
         pool: ThreadPoolExecutor,
     ) -> dict[str, RowArray]:
-        everything = range(len(self.clips))
-        survey = {linear.activation: ActivationStats(linear.activation, len(everything)) for linear in linears}
+        everything, foldable = range(len(self.clips)), any(map(self._is_foldable, linears))
+        read = dict.fromkeys(linear.activation for linear in linears)
+        survey = {name: ActivationStats(name, len(everything), whole=not foldable) for name in read}
         outputs = self._run(stage, state.values, streams, everything, survey)
         seen = [survey[linear.activation] for linear in linears]
         plain = list(pool.map(self._plain_error, linears, seen))
@@ -333,13 +334,15 @@ class LayerwiseCalibrator:
         folded = list(pool.map(partial(self._choose_equalization, state=state), linears, seen))
         for linear, chosen in zip(linears, folded, strict=True):
             self._fold(linear, chosen, state)
-        stats = {name: ActivationStats(name, len(everything), whole=True) for name in survey}
-        again = self._run(stage, state.values, streams, everything, stats)
+        stats, again = survey, outputs
+        if foldable:
+            stats = {name: ActivationStats(name, len(everything), whole=True) for name in read}
+            again = self._run(stage, state.values, streams, everything, stats)
         if not (change := self._relative_change(stage, outputs, again)) <= FOLD_TOLERANCE:
             state.values = unfolded
             reason = f"none: folding it changed {stage.name} by {change:.0e}"
             folded = [self._no_equalization(linear, reason) for linear in linears]
-            stats = {name: ActivationStats(name, len(everything), whole=True) for name in survey}
+            stats = {name: ActivationStats(name, len(everything), whole=True) for name in read}
             again = self._run(stage, state.values, streams, everything, stats)
         seen = [stats[linear.activation] for linear in linears]
         quantised = pool.map(partial(self._quantize, state=state), linears, seen, folded, plain)
@@ -377,10 +380,17 @@ class LayerwiseCalibrator:
             stats.rows, found, weight, numeric.fake_quantize_weights(weight, numeric.absmax_scales(weight))
         )
 
+    def _is_foldable(self, linear: Linear) -> bool:
+        """Whether an equalisation can be folded in before a linear."""
+        site = self.fold_sites.get(linear.name)
+        if site is None or linear.bias is None:
+            return False
+        return site.kind != "activation" or linear.activation in self.sites
+
     def _choose_equalization(self, linear: Linear, stats: ActivationStats, state: CalibrationState) -> Equalization:
-        weight, site = self._value(linear.weight, state), self.fold_sites.get(linear.name)
-        if site is None or linear.bias is None or (site.kind == "activation" and linear.activation not in self.sites):
+        if not self._is_foldable(linear):
             return self._no_equalization(linear)
+        weight, site = self._value(linear.weight, state), self.fold_sites[linear.name]
         choose = equalize.choose_behind_gelu if site.kind == "activation" else equalize.choose
         return choose(stats.halves, weight, self.activations, self.form.dtype)
 
