@@ -3,8 +3,9 @@
     python bench/studies/waiting.py random:tubevit-ti random:tubevit-b --json docs/int8.json
 
 Each export runs in a process of its own, with an empty output folder and, unless `--keep-cache`, an empty cache folder.
-A stage is what the export reports as progress; the time before a stage's first report belongs to `between stages`.
-Processor seconds are user and system time of the process and of those that it has started and that have ended.
+A stage is what the export reports as progress; the time before its first report has a row of its own. Processor seconds
+are user and system time of the process; those of the processes that it has started and that have ended, which read
+clips, are a row of their own, too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from edgetube.bench import machine
 from edgetube.bench.studies.int8 import keep
 from edgetube.files import atomic_write
 
-BETWEEN = "between stages"
+END, CHILDREN = "the end", "in processes that read clips"
 
 Times = dict[str, tuple[float, float]]
 """Stage -> seconds, processor seconds."""
@@ -42,16 +43,20 @@ class StageTimer:
         self._last = _now()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        now = _now()
-        name = stage if done else BETWEEN
-        wall, processor = self.times[name]
-        self.times[name] = wall + now[0] - self._last[0], processor + now[1] - self._last[1]
+        now, last = _now(), self._last
+        self._add(stage if done else f"before {stage}", now[0] - last[0], now[1] - last[1])
+        self._add(CHILDREN, 0.0, now[2] - last[2])
         self._last = now
 
+    def _add(self, name: str, wall: float, processor: float) -> None:
+        before = self.times[name]
+        self.times[name] = before[0] + wall, before[1] + processor
 
-def _now() -> tuple[float, float]:
+
+def _now() -> tuple[float, float, float]:
+    """Seconds; processor seconds of this process; those of its children that have ended."""
     spent = os.times()
-    return time.perf_counter(), sum(spent[:4])
+    return time.perf_counter(), sum(spent[:2]), sum(spent[2:4])
 
 
 def export_here(model: str, target: str, out: Path, calib: Path | None) -> dict[str, Any]:
@@ -60,13 +65,13 @@ def export_here(model: str, target: str, out: Path, calib: Path | None) -> dict[
 
     begin, timer = _now(), StageTimer()
     bundle = export_model(target, model, out, Options(calib=calib), timer)
-    timer(BETWEEN, 1, 1)
+    timer(END, 0, 1)
     end = _now()
     return {
         "model": model,
         "target": target,
         "seconds": end[0] - begin[0],
-        "processor_seconds": end[1] - begin[1],
+        "processor_seconds": sum(end[1:]) - sum(begin[1:]),
         "judged": bundle.build.get("int8", {}).get("judged"),
         "stages": {
             name: {"seconds": wall, "processor_seconds": processor}

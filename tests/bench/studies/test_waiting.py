@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 
 from edgetube.bench.studies import waiting
-from edgetube.bench.studies.waiting import BETWEEN, StageTimer
+from edgetube.bench.studies.waiting import CHILDREN, StageTimer
 
 
 def test_every_second_belongs_to_one_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([(0.0, 0.0), (1.0, 2.0), (3.0, 5.0), (4.0, 6.0), (4.5, 6.5), (7.0, 9.0)])
+    """Processor seconds of processes that have ended are apart."""
+    clock = iter([(0.0, 0.0, 0.0), (1.0, 2.0, 0.0), (3.0, 5.0, 0.5), (4.0, 6.0, 4.0), (4.5, 6.5, 4.0), (7.0, 9.0, 4.0)])
     monkeypatch.setattr(waiting, "_now", lambda: next(clock))
     timer = StageTimer()
     for stage, done in (("read", 0), ("read", 1), ("read", 2), ("judge", 0), ("judge", 1)):
         timer(stage, done, 2)
-    assert timer.times == {BETWEEN: (1.5, 2.5), "read": (3.0, 4.0), "judge": (2.5, 2.5)}
+    expected = {"before read": (1.0, 2.0), "read": (3.0, 4.0), "before judge": (0.5, 0.5), "judge": (2.5, 2.5)}
+    assert timer.times == {**expected, CHILDREN: (0.0, 4.0)}
 
 
 @pytest.mark.long
@@ -32,6 +34,6 @@ def test_an_export_in_a_process_of_its_own(tmp_path: Path) -> None:
     found = json.loads(record.read_text())
     assert found["other"] == 1
     (row,) = found["waiting"]["exports"]
-    assert {"load checkpoint", "reference answers", BETWEEN} <= row["stages"].keys()
+    assert {"load checkpoint", "reference answers", CHILDREN} <= row["stages"].keys()
     for kind in ("seconds", "processor_seconds"):
         assert sum(spent[kind] for spent in row["stages"].values()) == pytest.approx(row[kind], rel=0.05, abs=0.1)
