@@ -670,8 +670,8 @@ class LayerwiseCalibrator:
 
         made: dict[str, DiskArray] = {}
         for index, (outputs, seen) in zip(clips, in_order(run, clips), strict=True):
-            for stats, part in zip(watched.values(), seen, strict=True):
-                stats.take(part)
+            for stats, one in zip(watched.values(), seen, strict=True):
+                stats.take(one)
             for name, value in zip(kept, outputs, strict=True):
                 if name not in made:
                     made[name] = DiskArray(self.workspace, (len(clips), *value.shape), np.float32)

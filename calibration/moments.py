@@ -119,8 +119,8 @@ def _measure_stage(
         for outputs, parts in in_order(run, range(len(next(iter(streams.values()))))):
             for name, value in zip(kept, outputs, strict=True):
                 made[name].append(value)
-            for name, part in parts.items():
-                grams.setdefault(name, GramAccumulator(len(part.product))).take(part)
+            for name, gram in parts.items():
+                grams.setdefault(name, GramAccumulator(len(gram.product))).take(gram)
     for name in read:
         found.add([linear.weight for linear in linears if linear.activation == name], grams.pop(name).moments)
     return made

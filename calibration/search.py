@@ -281,7 +281,8 @@ def judge(
         found[:start] = known
 
     def answered(index: int) -> Array:
-        return answer(budget.clips.frames[index][None])[0]
+        row: Array = answer(budget.clips.frames[index][None])[0]
+        return row
 
     left = order[start:].tolist()
     answers = in_order(answered, left) if together else map(answered, left)

@@ -48,9 +48,10 @@ def test_order_and_pieces_do_not_matter(values: npt.NDArray[np.float32], rng: np
 def test_histograms_of_parts_add_up(values: npt.NDArray[np.float32], order: int) -> None:
     """Whichever has the wider bins."""
     merged = Histogram()
-    for part in [values[:40_000], values[40_000:] / 1000][::order]:
+    parts: list[npt.NDArray[np.float32]] = [values[:40_000], values[40_000:] / np.float32(1000)]
+    for part in parts[::order]:
         merged.merge(Histogram.of(part))
-    whole = filled(np.concatenate([values[:40_000], values[40_000:] / 1000]))
+    whole = filled(np.concatenate(parts))
     np.testing.assert_array_equal(merged.counts, whole.counts)
     assert (merged.low, merged.high, merged.width) == (whole.low, whole.high, whole.width)
 

@@ -135,10 +135,10 @@ def test_common_grain_is_noise_of_the_same_size() -> None:
     assert np.abs(np.corrcoef(frames.reshape(9, -1)) - np.eye(9)).max() < 0.1
     np.testing.assert_array_equal(seen(0), frames)
     assert (seen(1) != frames).mean() > 0.8
-    calm = (
-        render.render_clip(photo, still(), 9, (32, 32), np.random.default_rng(0), common) for common in (False, True)
+    own, common = (
+        render.render_clip(photo, still(), 9, (32, 32), np.random.default_rng(0), which) for which in (False, True)
     )
-    np.testing.assert_array_equal(*calm)
+    np.testing.assert_array_equal(own, common)
 
 
 def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
