@@ -385,7 +385,7 @@ def manifest(path: Path) -> ClipSet:
         start = _seconds(row.get("start"), where)
         if (before := seen.setdefault((os.path.normpath(target), start), number)) != number:
             raise InputError(f"{where} names {row['path']!r} again, as line {before} does; name each clip once")
-        name = row["path"] if start is None else f"{row['path']}@{start:g}"
+        name = row["path"] if start is None else f"{row['path']}@{_shortest(start)}"
         items.extend(_items(target, name, row.get("label") or None, start))
     if not items:
         raise InputError(f"{path} names no clips; expected a line for each")
@@ -430,6 +430,12 @@ def _seconds(text: str | None, where: str) -> float | None:
     if not (math.isfinite(start) and start >= 0):
         raise InputError(f"{where}: start is {shown(repr(text))}; expected seconds from 0 on")
     return start
+
+
+def _shortest(number: float) -> str:
+    """A number so that no other one is written alike: 1.5, 2, 1234.567."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def _items(file: Path, name: str, label: str | None, start: float | None = None) -> list[Item]:

@@ -194,6 +194,13 @@ class TestManifest:
         with pytest.raises(InputError, match=message):
             datasets.load(tmp_path / "set.csv")
 
+    def test_clips_late_in_a_long_video_have_names_of_their_own(self, tmp_path: Path) -> None:
+        """Six digits are not enough behind a quarter of an hour; what they say exactly keeps its name."""
+        (tmp_path / "a.mp4").touch()
+        (tmp_path / "set.csv").write_text("path,start\na.mp4,1234.567\na.mp4,1234.5671\na.mp4,2.50\na.mp4,1e3\n")
+        names = [item.name for item in datasets.load(tmp_path / "set.csv").items]
+        assert names == ["a.mp4@1234.567", "a.mp4@1234.5671", "a.mp4@2.5", "a.mp4@1000"]
+
     def test_the_clip_is_named_when_its_start_is_outside(self, clips: np.ndarray, tmp_path: Path) -> None:
         video.write(tmp_path / "a.mp4", clips[0], 10.0)
         (tmp_path / "set.csv").write_text("path,start\na.mp4,60\n")
