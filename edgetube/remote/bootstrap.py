@@ -70,7 +70,8 @@ def wheel() -> bytes:
     """A wheel (PEP 427) of the modules that run here; the same bytes from the same modules."""
     files = modules()
     info = f"edgetube-{__version__}.dist-info"
-    files[f"{info}/METADATA"] = (metadata.distribution("edgetube").read_text("METADATA") or "").encode()
+    found = metadata.distribution("edgetube")  # in a folder where a package was built, that of its egg-info comes first
+    files[f"{info}/METADATA"] = (found.read_text("METADATA") or found.read_text("PKG-INFO") or "").encode()
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: edgetube\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     record = "".join(f"{name},sha256={_record(data)},{len(data)}\n" for name, data in files.items())
     files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
@@ -218,7 +219,9 @@ def _download(own: Path, extras: Sequence[str], python: str, tags: Sequence[str]
         asked = f"{own}[{','.join(extras)}]" if extras else str(own)
         ran = subprocess.run([*command, "--dest", folder, asked], capture_output=True, text=True)
         if ran.returncode:
-            said = [line for line in (ran.stderr or ran.stdout).splitlines() if "ERROR" in line or "No module" in line]
+            lines = (ran.stderr or ran.stdout).splitlines()
+            said = [line for line in lines if "ERROR" in line or "No module" in line]
+            said = lines if said and said[-1].endswith("Exception:") else said  # a fault of pip's own: what it was
             raise DeviceError(
                 f"its packages (Python {python}, {tags[0]}) cannot be collected here: "
                 f"{(said or ['pip said nothing'])[-1].strip()}; connect this machine to a package index, or install "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,23 @@ def test_an_environment_is_known_by_what_it_needs(monkeypatch: pytest.MonkeyPatc
     others = [bootstrap.environment(PI, ["openvino"]), bootstrap.environment({**PI, "python": "3.12.1"}, [])]
     monkeypatch.setattr(bootstrap, "modules", lambda: {"edgetube/__init__.py": b""})
     assert len({first, *others, bootstrap.environment(PI, [])}) == 4
+
+
+def test_the_wheel_has_its_metadata_where_a_package_was_built_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "edgetube.egg-info").mkdir()
+    (folder / "PKG-INFO").write_text("Metadata-Version: 2.4\nName: edgetube\nVersion: 0.1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with zipfile.ZipFile(io.BytesIO(bootstrap.wheel())) as made:
+        (name,) = (name for name in made.namelist() if name.endswith(".dist-info/METADATA"))
+        assert made.read(name).decode() == (folder / "PKG-INFO").read_text()
+
+
+def test_a_fault_of_pip_s_own_is_told(pip: Path) -> None:
+    Path(sys.executable).write_text("#!/bin/sh\nprintf 'ERROR: Exception:\\nTraceback\\nTypeError: no\\n' >&2; exit 2\n")
+    with pytest.raises(DeviceError, match=r"cannot be collected here: TypeError: no; connect"):
+        bootstrap.collect(PI, [], silent)
 
 
 def test_packages_that_cannot_be_had(pip: Path) -> None:
