@@ -93,7 +93,7 @@ def pareto(rows: Sequence[Row], quality: str, title: str) -> str:
 def operating_points(rows: Sequence[Row], quality: str, title: str) -> str:
     """The same of the points of a sweep, as a file of its own: with intervals, and a line through those on `front`."""
     best = sorted((row["p50_ms"], 100 * row[quality]) for row in rows if row["front"])
-    named = [row for row in rows if row["front"] or row["winner"] or row["name"] == row["target"]]
+    named = [row for row in rows if row["front"] or row["winner"] or row["macs_ratio"] == 1]
     draw = _over_latency(rows, best, quality, title, {row["name"] for row in (rows if len(rows) <= NAMED else named)})
     return alone(_svg(draw, WIDE, 5.2, True, f"{title} over latency"))
 

@@ -372,6 +372,7 @@ def row(name: str, ms: float | None, accuracy: float | None, front: bool) -> dic
             "precision": "fp32",
             "front": front,
             "winner": False,
+            "macs_ratio": 0.5 if " " in name else 1.0,
             "accuracy": accuracy,
         }
         | times
