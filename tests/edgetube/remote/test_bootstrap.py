@@ -170,7 +170,9 @@ def test_the_wheel_has_its_metadata_where_a_package_was_built_in_the_working_fol
 
 
 def test_a_fault_of_pip_s_own_is_told(pip: Path) -> None:
-    Path(sys.executable).write_text("#!/bin/sh\nprintf 'ERROR: Exception:\\nTraceback\\nTypeError: no\\n' >&2; exit 2\n")
+    Path(sys.executable).write_text(
+        "#!/bin/sh\nprintf 'ERROR: Exception:\\nTraceback\\nTypeError: no\\n' >&2; exit 2\n"
+    )
     with pytest.raises(DeviceError, match=r"cannot be collected here: TypeError: no; connect"):
         bootstrap.collect(PI, [], silent)
 
