@@ -298,17 +298,21 @@ def export_command(
     )
     refused: dict[str, EdgetubeError] = {}
     several = refused.__setitem__ if len(names) > 1 else None
-    with progress() as show:
-        made = list(pipeline.export_models(names, checkpoint, out_dir, options, show, _read_options(reading), several))
-        if prove_on is not None and made:
-            made = need("edgetube.remote.proof", "export").prove(prove_on, made, show)
-    rows = [_bundle_row(b) for b in made]
-    if as_json:
-        print_json(rows + [_refused_row(name, error) for name, error in refused.items()])
-    elif made:
-        terminal.exported(made, rows)
-    for name, error in refused.items():
-        terminal.error(f"{name}: {error}")
+    try:
+        with progress() as show:
+            made = list(
+                pipeline.export_models(names, checkpoint, out_dir, options, show, _read_options(reading), several)
+            )
+            if prove_on is not None and made:
+                made = need("edgetube.remote.proof", "export").prove(prove_on, made, show)
+        rows = [_bundle_row(b) for b in made]
+        if as_json:
+            print_json(rows + [_refused_row(name, error) for name, error in refused.items()])
+        elif made:
+            terminal.exported(made, rows)
+    finally:  # also where what comes after fails
+        for name, error in refused.items():
+            terminal.error(f"{name}: {error}")
     reports = [b.build["int8"] for b in made if "int8" in b.build]
     unread = {name: why for report in reports for name, why in report["unread"].items()}
     _end_with(unread, "calibration clips were left out", *(error.exit_code for error in refused.values()))

@@ -23,7 +23,7 @@ import pytest
 
 import edgetube
 from edgetube import bundle, cli, demo, export, interrupts, runtimes, video
-from edgetube.errors import InputError
+from edgetube.errors import DeviceError, InputError
 from edgetube.live.decisions import DecisionRule, spans
 from edgetube.runtime import Runtime
 from edgetube.spec import Prediction
@@ -92,6 +92,14 @@ def test_of_several_targets_one_that_fails_does_not_stop_the_others(
     code, out, err = edgetube_cli("export", *names[:2], *options)
     assert (code, out) == (1, "")
     assert err.splitlines()[-1] == f"error: {refused['error']}"
+
+    def gone(*_: object) -> None:
+        raise DeviceError("local://: the line was cut")
+
+    monkeypatch.setattr("edgetube.remote.proof.prove", gone)
+    code, out, err = edgetube_cli("export", *names, *options, "--prove-on", "local://")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-2:] == [f"error: onnx-fp16: {refused['error']}", "error: local://: the line was cut"]
 
 
 def test_stream_prints_one_object_a_window(
